@@ -1,0 +1,7 @@
+"""Interpretable convolutional networks: filters that stand for a class or for an object part."""
+
+from picnn_fast import functional
+from picnn_fast._version import __version__
+from picnn_fast.ops.registry import available_backends, build_info, use_backend
+
+__all__ = ["__version__", "available_backends", "build_info", "functional", "use_backend"]

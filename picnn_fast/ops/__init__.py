@@ -1,0 +1,8 @@
+"""Operators: schema, shape function, autograd.Function and argument checks, one file a family."""
+
+from picnn_fast.ops import masking, registry
+
+registry.load_extension()
+registry.register_triton_for_cuda()
+
+__all__ = ["masking", "registry"]

@@ -1,0 +1,118 @@
+"""Argument checks shared by the operator families: what the argument is, what it got, what it wants.
+
+Shapes, dtypes and devices are known to the host, so they raise at once. Values are not: on the CPU
+they are read and raise ``ValueError``; on a GPU (and inside ``torch.compile``) they become
+``torch._assert_async``, a check that runs on the device in stream order, before the operator's
+own kernel, without waiting for it. Like PyTorch's own ``bernoulli`` and ``nll_loss``, a failed
+check then surfaces as a device-side assert at the next synchronisation.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+
+
+def floating(name: str, value: Tensor) -> None:
+    tensor(name, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, want one of "
+            + ", ".join(str(dtype) for dtype in FLOATING)
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, want torch.strided")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: got device {value.device}, want {other.device} like {other_name}"
+        )
+
+
+def _require(condition: Tensor, message: str) -> None:
+    if torch.compiler.is_compiling() or not condition.is_cpu:
+        torch._assert_async(condition, message)
+    elif not condition.item():
+        raise ValueError(message)
+
+
+def _range(value: Tensor) -> str:
+    if torch.compiler.is_compiling() or not value.is_cpu:
+        return "values out of range"
+    low, high = value.aminmax()
+    return f"values in [{low.item()}, {high.item()}]"
+
+
+def probabilities(name: str, value: Tensor) -> None:
+    """Every element in [0, 1]; NaN fails, since ``aminmax`` passes it on and no comparison holds."""
+    if value.numel() == 0:
+        return
+    low, high = value.detach().aminmax()
+    condition = (low >= 0) & (high <= 1)
+    _require(condition, f"{name}: got {_range(value)}, want probabilities: finite, in [0, 1]")
+
+
+def labels(name: str, value: Tensor, batch: int, num_classes: int) -> None:
+    """Integers ``[batch]`` in [0, num_classes)."""
+    tensor(name, value)
+    if value.dtype not in INTEGER:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, want an integer dtype such as torch.int64"
+        )
+    if tuple(value.shape) != (batch,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({batch},), one a sample")
+    if value.numel() == 0:
+        return
+    low, high = value.aminmax()
+    condition = (low >= 0) & (high < num_classes)
+    _require(condition, f"{name}: got {_range(value)}, want class indices in [0, {num_classes})")
+
+
+def accumulable(value: Tensor) -> Tensor:
+    """Half types widened to float32, exactly."""
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def rank(value: int | None) -> int:
+    """The given rank, or the process's own in an initialised process group, or 0."""
+    if value is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank()
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"rank: got {type(value).__name__}, want an int")
+    if not 0 <= value < 2**32:
+        raise ValueError(f"rank: got {value}, want an int in [0, 2**32)")
+    return value
+
+
+def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
+    """A 64-bit seed as an int64 tensor on ``device``, without a host sync.
+
+    None draws one from torch's default generator for the device, so ``torch.manual_seed``
+    reproduces it and a captured CUDA graph draws afresh on every replay.
+    """
+    if value is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"seed: got a tensor of dtype {value.dtype}, want torch.int64")
+        if value.numel() != 1:
+            raise ValueError(f"seed: got a tensor of shape {tuple(value.shape)}, want one element")
+        if value.device != device:
+            raise ValueError(f"seed: got device {value.device}, want {device} like features")
+        return value.reshape(1)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed: got {type(value).__name__}, want an int, an int64 tensor or None")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed: got {value}, want 64 bits: an int in [-2**63, 2**64)")
+    signed = value - 2**64 if value >= 2**63 else value
+    return torch.full((1,), signed, dtype=torch.int64, device=device)

@@ -1,0 +1,211 @@
+"""Operators of the masking family: PICNN's Bernoulli mask and CSG's class gate."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from picnn_fast.ops import checks, registry
+from picnn_fast.reference import masking as reference
+
+
+def _fake_bernoulli_mask(
+    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask_dtype = reference.accumulate_dtype(features.dtype)
+    return (
+        torch.empty_like(features),
+        features.new_empty(features.shape[:2], dtype=mask_dtype),
+        logits.new_empty(logits.shape[:1], dtype=torch.int64),
+    )
+
+
+def _fake_class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _fake_masking_backward(
+    grad_masked: Tensor, features: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features), mask.new_empty(mask.shape)
+
+
+registry.define(
+    "masking",
+    "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed, SymInt rank)"
+    " -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
+    reference=reference.bernoulli_mask,
+    fake=_fake_bernoulli_mask,
+)
+registry.define(
+    "masking",
+    "class_gate(Tensor features, Tensor gate, Tensor labels) -> Tensor",
+    reference=reference.class_gate,
+    fake=_fake_class_gate,
+)
+registry.define(
+    "masking",
+    "masking_backward(Tensor grad_masked, Tensor features, Tensor mask)"
+    " -> (Tensor grad_features, Tensor grad_mask)",
+    reference=reference.masking_backward,
+    fake=_fake_masking_backward,
+)
+
+
+def _sum_by_class(grad_mask: Tensor, labels: Tensor, table: Tensor) -> Tensor:
+    """Gradient of ``table[labels]``: rows of ``grad_mask`` added up by label."""
+    return torch.zeros_like(table).index_add_(0, labels, grad_mask.to(table.dtype))
+
+
+class BernoulliMask(torch.autograd.Function):
+    """Straight-through gradients of the Bernoulli mask (PICNN eq. 5, 8)."""
+
+    @staticmethod
+    def forward(
+        features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_mask(
+            features, logits, correspondence, seed, rank
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        features, logits, correspondence, _, _ = inputs
+        _, mask, pseudo_label = output
+        ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(pseudo_label)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_masked: Tensor | None, grad_mask: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        features, logits, correspondence, mask, pseudo_label = ctx.saved_tensors
+        grad_features = None
+        if grad_masked is not None:
+            grad_features, grad_z = torch.ops.picnn_fast.masking_backward(
+                grad_masked, features, mask
+            )
+            if grad_mask is not None:
+                grad_z = grad_z + grad_mask
+        elif grad_mask is not None:
+            grad_z = grad_mask
+        else:
+            return None, None, None, None, None
+        grad_correspondence = grad_logits = None
+        if ctx.needs_input_grad[2]:
+            grad_correspondence = _sum_by_class(grad_z, pseudo_label, correspondence)
+        if ctx.needs_input_grad[1]:
+            # z = onehot-with-gradient-of-y1 @ P, then the softmax backward.
+            grad_y1 = (grad_z.to(correspondence.dtype) @ correspondence.T).to(logits.dtype)
+            y1 = logits.softmax(-1)
+            grad_logits = y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True))
+        return grad_features, grad_logits, grad_correspondence, None, None
+
+
+class ClassGate(torch.autograd.Function):
+    """Gradients of ``features * gate[labels]``."""
+
+    @staticmethod
+    def forward(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+        masked: Tensor = torch.ops.picnn_fast.class_gate(features, gate, labels)
+        return masked
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
+        features, gate, labels = ctx.saved_tensors
+        grad_features, grad_rows = torch.ops.picnn_fast.masking_backward(
+            grad_masked, features, gate[labels]
+        )
+        grad_gate = _sum_by_class(grad_rows, labels, gate) if ctx.needs_input_grad[1] else None
+        return grad_features, grad_gate, None
+
+
+# The operators themselves are differentiable too, by the same code.
+for _name, _function in (("bernoulli_mask", BernoulliMask), ("class_gate", ClassGate)):
+    torch.library.register_autograd(
+        f"picnn_fast::{_name}",
+        _function.backward,
+        setup_context=_function.setup_context,
+        lib=registry.library,
+    )
+
+
+def _feature_dims(features: Tensor, channel_dim: int) -> tuple[Tensor, torch.Size]:
+    """``[B, N, S]`` (a view wherever strides allow) and the shape to go back to."""
+    checks.floating("features", features)
+    if features.ndim < 2:
+        raise ValueError(
+            f"features: got shape {tuple(features.shape)}, want at least 2 axes: batch, channels"
+        )
+    if not -features.ndim <= channel_dim < features.ndim or channel_dim % features.ndim == 0:
+        raise ValueError(
+            f"channel_dim: got {channel_dim}, want an axis of features other than the batch axis 0"
+            f" (features has shape {tuple(features.shape)})"
+        )
+    moved = features.movedim(channel_dim, 1)
+    flat = moved.unsqueeze(-1) if moved.ndim == 2 else moved.flatten(2)
+    return flat, moved.shape
+
+
+def _check_table(
+    name: str, table: Tensor, num_filters: int, features: Tensor, channel_dim: int
+) -> None:
+    checks.floating(name, table)
+    if table.ndim != 2 or table.shape[0] < 1:
+        raise ValueError(f"{name}: got shape {tuple(table.shape)}, want [classes, filters]")
+    if table.shape[1] != num_filters:
+        raise ValueError(
+            f"{name}: got {table.shape[1]} filters (shape {tuple(table.shape)}), want"
+            f" {num_filters}, the size of axis {channel_dim} of features {tuple(features.shape)}"
+        )
+    checks.same_device(name, table, "features", features)
+
+
+def bernoulli_mask(
+    features: Tensor,
+    logits: Tensor,
+    correspondence: Tensor,
+    *,
+    seed: int | Tensor | None,
+    rank: int | None,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``functional.bernoulli_mask``."""
+    flat, shape = _feature_dims(features, channel_dim)
+    _check_table("correspondence", correspondence, shape[1], features, channel_dim)
+    checks.floating("logits", logits)
+    expected = (shape[0], correspondence.shape[0])
+    if tuple(logits.shape) != expected:
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, want {expected}:"
+            " the batch of features and the classes of correspondence"
+        )
+    checks.same_device("logits", logits, "features", features)
+    rank = checks.rank(rank)
+    seed = checks.seed(seed, features.device)
+    checks.probabilities("correspondence", correspondence)
+    masked, mask, pseudo_label = BernoulliMask.apply(
+        flat, checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
+    )
+    masked = masked.reshape(shape).movedim(1, channel_dim)
+    return masked, mask.to(features.dtype), pseudo_label
+
+
+def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int) -> Tensor:
+    """See ``functional.class_gate``."""
+    flat, shape = _feature_dims(features, channel_dim)
+    _check_table("gate", gate, shape[1], features, channel_dim)
+    checks.labels("labels", labels, shape[0], gate.shape[0])
+    checks.same_device("labels", labels, "features", features)
+    rows = gate.to(reference.accumulate_dtype(features.dtype))
+    masked: Tensor = ClassGate.apply(flat, rows, labels.to(torch.int64))
+    return masked.reshape(shape).movedim(1, channel_dim)

@@ -1,0 +1,1 @@
+"""Plain PyTorch definitions of every operator: slow, short, and the authority on what is right."""

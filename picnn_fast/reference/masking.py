@@ -1,0 +1,168 @@
+"""Masking of feature maps by Bernoulli draws (PICNN) and by class-specific gates (CSG).
+
+The kernels in ``csrc/`` and ``triton_kernels/`` compute what this file says, the random
+draws bit for bit. Shapes: B batch, N filters (channels), S positions (all spatial axes
+flattened), K classes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+FILTER_STREAM = 0
+LABEL_STREAM = 1
+
+
+def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10 block cipher on 32-bit words held in int64.
+
+    Args:
+        counter: ``[..., 4]`` int64, each word in [0, 2**32).
+        key: ``[..., 2]`` int64, broadcastable against ``counter``'s leading axes.
+
+    Returns:
+        ``[..., 4]`` int64, each word in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key.unbind(-1)
+    for _ in range(10):
+        # int64 products wrap modulo 2**64, which keeps both 32-bit halves intact.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
+            p1 & _WORD,
+            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
+            p0 & _WORD,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def random_24_bits(index: Tensor, seed: Tensor, stream: int, rank: int) -> Tensor:
+    """The top 24 bits of the first Philox word for each draw ``index`` (int64)."""
+    counter = torch.stack(
+        (
+            index & _WORD,
+            (index >> 32) & _WORD,
+            torch.full_like(index, stream),
+            torch.full_like(index, rank),
+        ),
+        -1,
+    )
+    seed = seed.reshape(())
+    key = torch.stack((seed & _WORD, (seed >> 32) & _WORD))
+    return philox4x32_10(counter, key)[..., 0] >> 8
+
+
+# softmax(logits) in integer weights of 2**-30 of the largest class. Only IEEE float32 additions
+# and multiplications, each rounded on its own, in a fixed order, then integers: the weights are
+# the same on every machine, and integer sums do not depend on the order of summation. So the
+# pseudo-label is the same on every backend, bit for bit.
+WEIGHT_BITS = 30
+_SMALLEST = -21.0  # exp(-21) < 2**-30
+_LOG2_E = math.log2(math.e)
+_LN2_HIGH = 0.693359375  # 355/512: exact products with |n| <= 2**15
+_LN2_LOW = math.log(2) - _LN2_HIGH
+_TAYLOR = tuple(1 / math.factorial(n) for n in range(7, -1, -1))  # |r| <= ln(2)/2: error < 6e-9
+
+
+def softmax_weights(logits: Tensor) -> Tensor:
+    """Integer softmax weights, ``round_down(exp(logit - max) * 2**30)``, int64 ``[B, K]``.
+
+    ``logits`` is float32 or float64. Classes below exp(-21) of the largest weigh 0. A row with
+    NaN or +inf, or with -inf alone, weighs 0 everywhere.
+    """
+    logits = torch.where(logits.isnan(), math.inf, logits)
+    x = (logits - logits.amax(-1, keepdim=True)).float()
+    in_range = x > _SMALLEST
+    x = torch.where(in_range, x, 0.0)
+    n = torch.floor(x * _LOG2_E + 0.5)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    e = torch.full_like(r, _TAYLOR[0])
+    for coefficient in _TAYLOR[1:]:
+        e = e * r + coefficient
+    weights = (e * 2.0**WEIGHT_BITS).to(torch.int64) >> (-n).to(torch.int64)
+    return torch.where(in_range, weights, 0)
+
+
+def sample_pseudo_label(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
+    """Categorical draw from softmax(logits) by inverse CDF (PICNN eq. 9-10).
+
+    Returns:
+        int64 ``[B]``: the first class whose cumulative weight exceeds u * total, u a multiple of
+        2**-24. A row without a finite distribution falls to the last class.
+    """
+    batch, classes = logits.shape
+    cumulative = softmax_weights(logits).cumsum(-1)
+    total = cumulative[:, -1]
+    bits = random_24_bits(torch.arange(batch, device=logits.device), seed, LABEL_STREAM, rank)
+    # floor(bits * total / 2**24) without leaving 64 bits
+    threshold = bits * (total >> 24) + ((bits * (total & 0xFFFFFF)) >> 24)
+    return (cumulative <= threshold[:, None]).sum(-1).clamp_max(classes - 1)
+
+
+def sample_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
+    """Independent Bernoulli draws, bool ``[B, N]``: kept where u < p (PICNN eq. 7)."""
+    index = torch.arange(probabilities.numel(), device=probabilities.device)
+    bits = random_24_bits(index.view(probabilities.shape), seed, FILTER_STREAM, rank)
+    return bits.float() * 2.0**-24 < probabilities
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the type of masks and of sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scale_channels(x: Tensor, mask: Tensor) -> Tensor:
+    """``x[b, i, s] * mask[b, i]``, exactly 0 where the mask is 0, whatever ``x`` holds there."""
+    mask = mask.unsqueeze(-1)
+    scaled = torch.where(mask == 0, 0.0, x.to(mask.dtype) * mask)
+    return torch.empty_like(x).copy_(scaled)
+
+
+def bernoulli_mask(
+    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pseudo-label, Bernoulli mask and masked maps (PICNN eq. 4, 7, 10).
+
+    Args:
+        features: ``[B, N, S]``, any strides.
+        logits: ``[B, K]`` float32 or float64.
+        correspondence: ``[K, N]`` probabilities, float32 or float64.
+        seed: int64, one element.
+        rank: separates the draws of processes that share a seed.
+
+    Returns:
+        masked ``[B, N, S]``, mask ``[B, N]`` (float32; float64 for float64 features) and
+        pseudo_label ``[B]`` int64.
+    """
+    pseudo_label = sample_pseudo_label(logits, seed, rank)
+    keep = sample_filters(correspondence[pseudo_label], seed, rank)
+    mask = keep.to(accumulate_dtype(features.dtype))
+    return _scale_channels(features, mask), mask, pseudo_label
+
+
+def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """Maps scaled by the gate row of each label: ``features[b, i] * gate[labels[b], i]`` (CSG 3.1).
+
+    ``features`` is ``[B, N, S]``, ``gate`` ``[K, N]`` in the accumulate type, ``labels`` int64 ``[B]``.
+    """
+    return _scale_channels(features, gate[labels])
+
+
+def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``masked = features * mask`` in one read of both inputs.
+
+    Returns:
+        grad_features ``[B, N, S]``, 0 where the mask is 0, laid out as ``features``; grad_mask
+        ``[B, N]``, the sum over positions of features * grad_masked, in the mask's type.
+    """
+    grad_mask = (features.to(mask.dtype) * grad_masked.to(mask.dtype)).sum(-1)
+    grad_features = torch.empty_like(features).copy_(_scale_channels(grad_masked, mask))
+    return grad_features, grad_mask
