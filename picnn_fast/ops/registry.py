@@ -46,10 +46,17 @@ extension_error: str | None = "not loaded yet"
 def load_extension() -> None:
     """Import the compiled kernels, which register themselves. Called once all operators are defined."""
     global extension, extension_error
+    name = f"{NAMESPACE}._C"
     try:
-        extension, extension_error = importlib.import_module(f"{NAMESPACE}._C"), None
+        extension, extension_error = importlib.import_module(name), None
+    except ModuleNotFoundError as error:
+        extension_error = (
+            f"{name} was not built: no C++ compiler was found at installation; reinstall with one"
+            if error.name == name
+            else str(error)
+        )
     except ImportError as error:
-        extension_error = f"the compiled extension is not installed or does not load: {error}"
+        extension_error = f"{name} does not load: {error}"
 
 
 def _triton_status() -> str | None:

@@ -1,0 +1,197 @@
+// CPU operators of the masking family: check, allocate, and cut the work for the thread pool.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "capability.h"
+#include "masking_kernels.h"
+
+namespace picnn_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const MaskingKernels& kernels() {
+#ifdef __x86_64__
+  switch (cpu_capability()) {
+    case Capability::kAvx512:
+      return masking_kernels_avx512;
+    case Capability::kAvx2:
+      return masking_kernels_avx2;
+    case Capability::kDefault:
+      break;
+  }
+#endif
+  return masking_kernels_default;
+}
+
+Storage storage(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": want float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+bool is_double(const Tensor& t, const char* name) {
+  const bool wide = t.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, name, ": want float32 or float64");
+  return wide;
+}
+
+MapsShape maps_shape(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 3, name, ": want [batch, filters, positions]");
+  return {t.size(0), t.size(1), t.size(2)};
+}
+
+Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> want) {
+  bool same = t.dim() == static_cast<int64_t>(want.size());
+  for (size_t d = 0; same && d < want.size(); ++d) {
+    same = t.size(static_cast<int64_t>(d)) == want.begin()[d];
+  }
+  STD_TORCH_CHECK(same, name, ": shape disagrees with the other arguments");
+}
+
+// At least this many elements for each thread: below that, waking one costs more than it saves.
+constexpr int64_t kGrainElements = 16384;
+
+template <typename F>
+void parallel_units(const MapsShape& shape, const F& run) {
+  const int64_t elements = std::min(shape.filters, kFilterBlock) * shape.positions;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, masking_units(shape), grain, run);
+}
+
+void scale_maps(const Tensor& features, const Tensor& mask, const int64_t* labels, bool binary,
+                Tensor& masked) {
+  const ScaleMaps arguments{maps_shape(features, "features"),
+                            features.const_data_ptr(),
+                            strides(features),
+                            mask.const_data_ptr(),
+                            labels,
+                            masked.mutable_data_ptr(),
+                            strides(masked)};
+  const Storage type = storage(features, "features");
+  const MaskingKernels& k = kernels();
+  parallel_units(arguments.shape, [&](int64_t begin, int64_t end) {
+    k.scale(arguments, type, binary, begin, end);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const Tensor& logits,
+                                                  const Tensor& correspondence, const Tensor& seed,
+                                                  int64_t rank) {
+  const MapsShape shape = maps_shape(features, "features");
+  storage(features, "features");
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: want [batch, classes]");
+  const int64_t classes = logits.size(1);
+  STD_TORCH_CHECK(classes >= 1, "logits: want at least one class");
+  check_shape(logits, "logits", {shape.batch, classes});
+  check_shape(correspondence, "correspondence", {classes, shape.filters});
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "seed: want one int64");
+  const bool double_logits = is_double(logits, "logits");
+  const bool double_correspondence = is_double(correspondence, "correspondence");
+
+  const ScalarType mask_type = accumulate_type(features);
+  Tensor masked = torch::stable::empty_like(features);
+  Tensor mask = torch::stable::new_empty(features, {shape.batch, shape.filters}, mask_type);
+  Tensor labels = torch::stable::new_empty(features, {shape.batch}, ScalarType::Long);
+  const Draw arguments{classes,
+                       shape.filters,
+                       logits.const_data_ptr(),
+                       {logits.stride(0), logits.stride(1)},
+                       correspondence.const_data_ptr(),
+                       {correspondence.stride(0), correspondence.stride(1)},
+                       static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
+                       static_cast<uint32_t>(rank),
+                       mask.mutable_data_ptr(),
+                       static_cast<int64_t*>(labels.mutable_data_ptr())};
+  const MaskingKernels& k = kernels();
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (4 * (classes + shape.filters)));
+  torch::stable::parallel_for(0, shape.batch, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> scratch(static_cast<size_t>(classes));
+    k.draw(arguments, double_logits, double_correspondence, mask_type == ScalarType::Double, begin,
+           end, scratch.data());
+  });
+  scale_maps(features, mask, nullptr, /*binary=*/true, masked);
+  return {masked, mask, labels};
+}
+
+Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labels) {
+  const MapsShape shape = maps_shape(features, "features");
+  storage(features, "features");
+  STD_TORCH_CHECK(gate.dim() == 2, "gate: want [classes, filters]");
+  STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
+                  "gate: want float32, float64 for float64 features");
+  check_shape(gate, "gate", {gate.size(0), shape.filters});
+  check_shape(labels, "labels", {shape.batch});
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels: want int64");
+  const Tensor rows = torch::stable::contiguous(gate);
+  const Tensor indices = torch::stable::contiguous(labels);
+  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    STD_TORCH_CHECK(index[b] >= 0 && index[b] < gate.size(0), "labels: got ", index[b], " want [0, ",
+                    gate.size(0), ")");
+  }
+  Tensor masked = torch::stable::empty_like(features);
+  scale_maps(features, rows, index, /*binary=*/false, masked);
+  return masked;
+}
+
+std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Tensor& features,
+                                            const Tensor& mask) {
+  const MapsShape shape = maps_shape(features, "features");
+  const Storage type = storage(features, "features");
+  check_shape(grad_masked, "grad_masked", {shape.batch, shape.filters, shape.positions});
+  check_shape(mask, "mask", {shape.batch, shape.filters});
+  STD_TORCH_CHECK(grad_masked.scalar_type() == features.scalar_type(),
+                  "grad_masked: want the dtype of features");
+  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
+                  "mask: want float32, float64 for float64 features");
+  const Tensor rows = torch::stable::contiguous(mask);
+  Tensor grad_features = torch::stable::empty_like(features);
+  Tensor grad_mask =
+      torch::stable::new_empty(mask, {shape.batch, shape.filters}, accumulate_type(features));
+  const MaskingBackward arguments{shape,
+                                  grad_masked.const_data_ptr(),
+                                  strides(grad_masked),
+                                  features.const_data_ptr(),
+                                  strides(features),
+                                  rows.const_data_ptr(),
+                                  grad_features.mutable_data_ptr(),
+                                  strides(grad_features),
+                                  grad_mask.mutable_data_ptr()};
+  const MaskingKernels& k = kernels();
+  parallel_units(shape,
+                 [&](int64_t begin, int64_t end) { k.backward(arguments, type, begin, end); });
+  return {grad_features, grad_mask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
+  m.impl("bernoulli_mask", TORCH_BOX(&bernoulli_mask));
+  m.impl("class_gate", TORCH_BOX(&class_gate));
+  m.impl("masking_backward", TORCH_BOX(&masking_backward));
+}
+
+}  // namespace picnn_fast

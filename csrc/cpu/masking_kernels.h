@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cstdint>
+
+// The loops of the masking family, compiled once for each instruction set (masking_kernels.cpp).
+namespace picnn_fast {
+
+struct Strides {
+  int64_t batch, filter, position;
+};
+
+struct MapsShape {
+  int64_t batch, filters, positions;
+};
+
+// Everything one call needs; rows of the mask are picked by label where labels are given.
+struct ScaleMaps {
+  MapsShape shape;
+  const void* maps;
+  Strides maps_strides;
+  const void* mask;       // [B, N] or, with labels, [K, N]; contiguous, float or double
+  const int64_t* labels;  // [B] or null
+  void* out;
+  Strides out_strides;
+};
+
+struct MaskingBackward {
+  MapsShape shape;
+  const void* grad;
+  Strides grad_strides;
+  const void* maps;
+  Strides maps_strides;
+  const void* mask;  // [B, N] contiguous, float or double
+  void* grad_maps;
+  Strides grad_maps_strides;
+  void* grad_mask;  // [B, N] contiguous
+};
+
+struct Draw {
+  int64_t classes, filters;
+  const void* logits;  // [B, K]
+  int64_t logits_strides[2];
+  const void* correspondence;  // [K, N]
+  int64_t correspondence_strides[2];
+  uint64_t seed;
+  uint32_t rank;
+  void* mask;       // [B, N] contiguous
+  int64_t* labels;  // [B]
+};
+
+enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
+
+// Work is cut into units so that any range of units can run on any thread with the same result.
+struct MaskingKernels {
+  // Samples [begin, end). scratch holds `classes` integers.
+  void (*draw)(const Draw&, bool double_logits, bool double_correspondence, bool double_mask,
+               int64_t begin, int64_t end, int64_t* scratch);
+  // Units [begin, end) of scale_units(). binary: the mask holds only 0 and 1.
+  void (*scale)(const ScaleMaps&, Storage, bool binary, int64_t begin, int64_t end);
+  // Units [begin, end) of backward_units().
+  void (*backward)(const MaskingBackward&, Storage, int64_t begin, int64_t end);
+};
+
+// Filters a unit of work covers.
+constexpr int64_t kFilterBlock = 128;
+
+// Units of work of scale and backward: a block of filters of one sample.
+inline int64_t masking_units(const MapsShape& shape) {
+  return shape.batch * ((shape.filters + kFilterBlock - 1) / kFilterBlock);
+}
+
+extern const MaskingKernels masking_kernels_default;
+#ifdef __x86_64__
+extern const MaskingKernels masking_kernels_avx2;
+extern const MaskingKernels masking_kernels_avx512;
+#endif
+
+}  // namespace picnn_fast

@@ -1,0 +1,204 @@
+"""Builds picnn_fast._C with ninja; everything else about the package is in pyproject.toml.
+
+Environment:
+    CXX                   the C++ compiler (default: c++ or g++, whichever is on PATH)
+    CUDA_HOME             where nvcc is looked for first
+    PICNN_FAST_CUDA       0: no CUDA code; 1: fail without nvcc (default: CUDA code where nvcc is)
+    PICNN_FAST_WERROR     1: compiler warnings are errors
+    MAX_JOBS              parallel compilations (default: one a core)
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+# The oldest torch whose stable ABI has what the kernels call; newer ones serve it too.
+TORCH_TARGET_VERSION = "0x020a000000000000"
+CUDA_ARCHITECTURES = ("80", "90")
+X86_CAPABILITIES = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": ["-march=skylake-avx512", "-mprefer-vector-width=512"],
+}
+
+
+def find_compiler() -> str | None:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """The path of nvcc, or None and the reason."""
+    wanted = os.environ.get("PICNN_FAST_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"PICNN_FAST_CUDA: got {wanted!r}, want 0 or 1")
+    if wanted == "0":
+        return None, "PICNN_FAST_CUDA=0 was set at installation"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [str(Path(home, "bin", "nvcc")) for home in homes if home] + ["nvcc"]
+    nvcc = next((path for path in map(shutil.which, candidates) if path), None)
+    if nvcc is None and wanted == "1":
+        sys.exit("PICNN_FAST_CUDA=1, but nvcc is not in CUDA_HOME nor on PATH")
+    return nvcc, "" if nvcc else "nvcc was not found at installation"
+
+
+def version_line(command: str) -> str:
+    output = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    lines = output.stdout.strip().splitlines()
+    return next((line for line in lines if "release" in line), lines[0])
+
+
+def define(name: str, text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f"""'-D{name}="{escaped}"'"""
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja for the one extension and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text(self.ninja_file(ext, work))
+        import ninja
+
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", work, "-j", jobs]
+        subprocess.run(list(map(str, command)), check=True)
+        # A fresh inode: a process that has the old library mapped keeps it intact.
+        staging = target.with_suffix(".new")
+        shutil.copyfile(work / "_C.so", staging)
+        staging.replace(target)
+
+    def ninja_file(self, ext: Extension, work: Path) -> str:
+        import pybind11
+        import torch
+
+        torch_root = Path(torch.__file__).parent
+        compiler = find_compiler()
+        assert compiler is not None
+        nvcc, cuda_reason = find_nvcc()
+        warnings = ["-Wall", "-Wextra"]
+        nvcc_warnings = ["-Xcompiler", "-Wall,-Wextra"]
+        if os.environ.get("PICNN_FAST_WERROR") == "1":
+            warnings.append("-Werror")
+            nvcc_warnings += ["--Werror", "all-warnings"]
+        shared = [
+            "-std=c++17",
+            "-O3",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            f"-isystem {torch_root / 'include'}",
+        ]
+        # Without contraction a * b + c rounds twice on every instruction set, as the reference
+        # does; without trapping math and errno, loops with comparisons vectorise.
+        cxx = [
+            *warnings,
+            *shared,
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-g0",
+        ]
+        facts = [
+            define("PICNN_FAST_COMPILER", version_line(compiler)),
+            define("PICNN_FAST_TORCH", torch.__version__),
+            define("PICNN_FAST_CUDA_REASON", cuda_reason),
+            define("PICNN_FAST_CUDA_COMPILER", version_line(nvcc) if nvcc else ""),
+            define(
+                "PICNN_FAST_CUDA_ARCHITECTURES",
+                " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) + f" compute_{CUDA_ARCHITECTURES[-1]}"
+                if nvcc
+                else "",
+            ),
+        ]
+        python_include = sysconfig.get_path("include")
+        objects: list[tuple[str, str, Path, list[str]]] = [
+            (
+                "bindings.o",
+                "cxx",
+                ROOT / "csrc/bindings.cpp",
+                [*facts, f"-isystem {pybind11.get_include()}", f"-isystem {python_include}"],
+            )
+        ]
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        capabilities = X86_CAPABILITIES if x86 else {"default": []}
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            if not source.stem.endswith("_kernels"):
+                objects.append((f"cpu_{source.stem}.o", "cxx", source, []))
+                continue
+            for capability, flags in capabilities.items():
+                names = [
+                    f"-DPICNN_FAST_NAMESPACE=picnn_fast_{capability}",
+                    f"-DPICNN_FAST_KERNELS={source.stem}_{capability}",
+                ]
+                objects.append((f"cpu_{source.stem}_{capability}.o", "cxx", source, flags + names))
+        link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        if nvcc:
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                objects.append((f"cuda_{source.stem}.o", "nvcc", source, []))
+            toolkit = Path(nvcc).resolve().parent.parent
+            folders = [toolkit / "lib64", toolkit / "targets/x86_64-linux/lib", toolkit / "lib"]
+            link += [f"-L{folder}" for folder in folders if folder.is_dir()]
+            # Static: the library then loads beside a torch built without CUDA.
+            link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        newest = CUDA_ARCHITECTURES[-1]
+        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        cuda = [*nvcc_warnings, *shared, *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        lines = [
+            "ninja_required_version = 1.5",
+            f"cxx = {compiler}",
+            f"cxx_flags = {' '.join(cxx)}",
+            f"nvcc = {nvcc or 'nvcc'} -ccbin {compiler}",
+            f"cuda_flags = {' '.join(cuda)}",
+            "rule cxx",
+            "  command = $cxx -MMD -MF $out.d $cxx_flags $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule nvcc",
+            "  command = $nvcc -MMD -MF $out.d $cuda_flags $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared -o $out $in $flags",
+        ]
+        for output, rule, source, flags in objects:
+            lines += [f"build {output}: {rule} {source}", f"  flags = {' '.join(flags)}"]
+        names = " ".join(output for output, *_ in objects)
+        lines += [f"build _C.so: link {names}", f"  flags = {' '.join(link)}", "default _C.so", ""]
+        return "\n".join(lines)
+
+
+def extensions() -> list[Extension]:
+    if find_compiler() is None:
+        print(
+            "picnn_fast: no C++ compiler found; installing without the compiled kernels."
+            " The PyTorch reference and Triton serve instead.",
+            file=sys.stderr,
+        )
+        return []
+    nvcc, reason = find_nvcc()
+    if nvcc is None:
+        print(f"picnn_fast: building without CUDA kernels: {reason}", file=sys.stderr)
+    return [Extension("picnn_fast._C", sources=[])]
+
+
+setup(
+    packages=[*find_packages(include=["picnn_fast", "picnn_fast.*"]), "picnn_fast.triton_kernels"],
+    # Under the package: another project installs a top-level module called triton_kernels.
+    package_dir={"picnn_fast.triton_kernels": "triton_kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuild},
+)
