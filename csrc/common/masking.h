@@ -34,8 +34,7 @@ PICNN_FAST_HD int64_t softmax_weight(float x) {
   const int32_t truncated = static_cast<int32_t>(y);
   const int32_t n = truncated - (y < static_cast<float>(truncated) ? 1 : 0);  // floor(y)
   const float nf = static_cast<float>(n);
-  const float r =
-      add(add(x, -multiply(nf, 0.693359375f)), -multiply(nf, -2.1219444005469057e-4f));
+  const float r = add(add(x, -multiply(nf, 0.693359375f)), -multiply(nf, -2.1219444005469057e-4f));
   float e = 1.0f / 5040;
   e = add(multiply(e, r), 1.0f / 720);
   e = add(multiply(e, r), 1.0f / 120);

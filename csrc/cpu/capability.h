@@ -11,7 +11,8 @@ enum class Capability { kDefault, kAvx2, kAvx512 };
 // The instruction sets this build has and this processor can run, slowest first.
 std::vector<std::string> cpu_capabilities();
 
-// The one in use: the fastest, unless PICNN_FAST_CPU_CAPABILITY or set_cpu_capability says otherwise.
+// The one in use: the fastest, unless PICNN_FAST_CPU_CAPABILITY or set_cpu_capability says
+// otherwise.
 Capability cpu_capability();
 std::string cpu_capability_name();
 

@@ -74,26 +74,40 @@ void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_
 constexpr int64_t kGrainElements = 16384;
 
 template <typename F>
-void parallel_units(const MapsShape& shape, const F& run) {
-  const int64_t elements = std::min(shape.filters, kFilterBlock) * shape.positions;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, masking_units(shape), grain, run);
+void parallel_units(const MapsShape& shape, const Units& units, const F& run) {
+  const int64_t elements = std::max<int64_t>(1, units.filters * shape.positions);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / elements);
+  torch::stable::parallel_for(0, units.count, grain, run);
+}
+
+Units units_of(const MapsShape& shape) {
+  return masking_units(shape, torch::stable::get_num_threads());
+}
+
+// Whether an output is so large that little of it would still be cached when it is read: then
+// streaming saves more than the later reads cost. (What the system reports as the size of the last
+// level is useless on a shared host.)
+bool exceeds_cache(const Tensor& t) {
+  constexpr int64_t kThreshold = 8 << 20;
+  return t.numel() * static_cast<int64_t>(t.element_size()) > kThreshold;
 }
 
 void scale_maps(const Tensor& features, const Tensor& mask, const int64_t* labels, bool binary,
                 Tensor& masked) {
-  const ScaleMaps arguments{maps_shape(features, "features"),
+  const MapsShape shape = maps_shape(features, "features");
+  const ScaleMaps arguments{shape,
+                            units_of(shape),
                             features.const_data_ptr(),
                             strides(features),
                             mask.const_data_ptr(),
                             labels,
                             masked.mutable_data_ptr(),
-                            strides(masked)};
+                            strides(masked),
+                            exceeds_cache(masked)};
   const Storage type = storage(features, "features");
   const MaskingKernels& k = kernels();
-  parallel_units(arguments.shape, [&](int64_t begin, int64_t end) {
-    k.scale(arguments, type, binary, begin, end);
-  });
+  parallel_units(shape, arguments.units,
+                 [&](int64_t begin, int64_t end) { k.scale(arguments, type, binary, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const Tensor& logits,
@@ -149,8 +163,8 @@ Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labe
   const Tensor indices = torch::stable::contiguous(labels);
   const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
   for (int64_t b = 0; b < shape.batch; ++b) {
-    STD_TORCH_CHECK(index[b] >= 0 && index[b] < gate.size(0), "labels: got ", index[b], " want [0, ",
-                    gate.size(0), ")");
+    STD_TORCH_CHECK(index[b] >= 0 && index[b] < gate.size(0), "labels: got ", index[b],
+                    " want [0, ", gate.size(0), ")");
   }
   Tensor masked = torch::stable::empty_like(features);
   scale_maps(features, rows, index, /*binary=*/false, masked);
@@ -172,6 +186,7 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   Tensor grad_mask =
       torch::stable::new_empty(mask, {shape.batch, shape.filters}, accumulate_type(features));
   const MaskingBackward arguments{shape,
+                                  units_of(shape),
                                   grad_masked.const_data_ptr(),
                                   strides(grad_masked),
                                   features.const_data_ptr(),
@@ -179,9 +194,10 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
                                   rows.const_data_ptr(),
                                   grad_features.mutable_data_ptr(),
                                   strides(grad_features),
-                                  grad_mask.mutable_data_ptr()};
+                                  grad_mask.mutable_data_ptr(),
+                                  exceeds_cache(grad_features)};
   const MaskingKernels& k = kernels();
-  parallel_units(shape,
+  parallel_units(shape, arguments.units,
                  [&](int64_t begin, int64_t end) { k.backward(arguments, type, begin, end); });
   return {grad_features, grad_mask};
 }

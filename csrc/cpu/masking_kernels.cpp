@@ -5,20 +5,22 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../common/masking.h"
 #include "scalar.h"
+#include "streaming.h"
 
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
 using picnn_fast::Draw;
-using picnn_fast::kFilterBlock;
 using picnn_fast::MaskingBackward;
 using picnn_fast::MaskingKernels;
 using picnn_fast::ScaleMaps;
 using picnn_fast::Storage;
 using picnn_fast::Strides;
+using picnn_fast::Units;
 
 template <typename L>
 int64_t draw_label(const L* logits, int64_t stride, int64_t classes, uint32_t bits,
@@ -84,14 +86,43 @@ PICNN_FAST_HD T masked(T x, A mask) {
   }
 }
 
+// One sample, filters [begin, end).
 struct Unit {
-  int64_t batch, begin, end;  // one sample, filters [begin, end)
+  int64_t batch, begin, end;
 };
 
-Unit unit(int64_t index, int64_t filters) {
-  const int64_t blocks = (filters + kFilterBlock - 1) / kFilterBlock;
-  const int64_t begin = index % blocks * kFilterBlock;
-  return {index / blocks, begin, begin + kFilterBlock < filters ? begin + kFilterBlock : filters};
+Unit unit(const Units& units, int64_t index, int64_t filters) {
+  const int64_t begin = index % units.blocks * units.filters;
+  const int64_t end = begin + units.filters;
+  return {index / units.blocks, begin, end < filters ? end : filters};
+}
+
+// How many rows of `length` elements to write between two flushes of a sink.
+template <typename T>
+int64_t rows_at_once(int64_t length) {
+  return length > 0 && length < Sink<T>::kPreferred ? Sink<T>::kPreferred / length : 1;
+}
+
+// Rows [begin, end) of one sample, densely into `out`. Most rows are dropped: clear them all at
+// once, and do not even read them.
+template <typename T, typename A, bool kBinary>
+PICNN_FAST_HD void scale_rows(const T* x, int64_t stride, T* __restrict__ out, int64_t positions,
+                              const A* mask, int64_t begin, int64_t end) {
+  std::memset(static_cast<void*>(out), 0, (end - begin) * positions * sizeof(T));
+  for (int64_t i = begin; i < end; ++i, out += positions) {
+    const A m = mask[i];
+    const T* __restrict__ row = x + i * stride;
+    if (m == A{0}) {
+      continue;
+    }
+    if (kBinary || m == A{1}) {
+      std::memcpy(static_cast<void*>(out), row, positions * sizeof(T));
+    } else {
+      for (int64_t p = 0; p < positions; ++p) {
+        out[p] = scaled(row[p], m);
+      }
+    }
+  }
 }
 
 template <typename T, typename A, bool kBinary>
@@ -99,35 +130,37 @@ void scale(const ScaleMaps& s, int64_t begin, int64_t end) {
   const auto [batch, filters, positions] = s.shape;
   const Strides from = s.maps_strides, to = s.out_strides;
   const bool channels_last = from.filter == 1 && to.filter == 1;
-  const bool contiguous = from.position == 1 && to.position == 1;
+  const bool contiguous = from.position == 1 && to.position == 1 && to.filter == positions;
+  Sink<T> sink(s.stream);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit u = unit(index, filters);
+    const Unit u = unit(s.units, index, filters);
     const A* __restrict__ mask = static_cast<const A*>(s.mask) +
                                  (s.labels == nullptr ? u.batch : s.labels[u.batch]) * filters;
-    const T* __restrict__ x = static_cast<const T*>(s.maps) + u.batch * from.batch;
-    T* __restrict__ out = static_cast<T*>(s.out) + u.batch * to.batch;
+    const T* x = static_cast<const T*>(s.maps) + u.batch * from.batch;
+    T* out = static_cast<T*>(s.out) + u.batch * to.batch;
     if (channels_last) {
-      for (int64_t p = 0; p < positions; ++p) {
-        const T* __restrict__ row = x + p * from.position;
-        T* __restrict__ out_row = out + p * to.position;
-        for (int64_t i = u.begin; i < u.end; ++i) {
-          out_row[i] = masked<T, A, kBinary>(row[i], mask[i]);
-        }
-      }
-    } else if (contiguous) {
-      for (int64_t i = u.begin; i < u.end; ++i) {
-        const T* __restrict__ row = x + i * from.filter;
-        T* __restrict__ out_row = out + i * to.filter;
-        const A m = mask[i];
-        if (m == A{0}) {
-          std::memset(out_row, 0, positions * sizeof(T));
-        } else if (kBinary || m == A{1}) {
-          std::memcpy(out_row, row, positions * sizeof(T));
-        } else {
-          for (int64_t p = 0; p < positions; ++p) {
-            out_row[p] = scaled(row[p], m);
+      const int64_t width = u.end - u.begin;
+      const int64_t step = to.position == width ? rows_at_once<T>(width) : 1;
+      for (int64_t p = 0; p < positions; p += step) {
+        const int64_t rows = step < positions - p ? step : positions - p;
+        T* stretch = sink.open(out + p * to.position + u.begin, rows * width);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* __restrict__ row = x + (p + r) * from.position + u.begin;
+          const A* __restrict__ row_mask = mask + u.begin;
+          T* __restrict__ out_row = stretch + r * width;
+          for (int64_t i = 0; i < width; ++i) {
+            out_row[i] = masked<T, A, kBinary>(row[i], row_mask[i]);
           }
         }
+        sink.close();
+      }
+    } else if (contiguous) {
+      const int64_t step = rows_at_once<T>(positions);
+      for (int64_t first = u.begin; first < u.end; first += step) {
+        const int64_t last = first + step < u.end ? first + step : u.end;
+        T* stretch = sink.open(out + first * positions, (last - first) * positions);
+        scale_rows<T, A, kBinary>(x, from.filter, stretch, positions, mask, first, last);
+        sink.close();
       }
     } else {
       for (int64_t i = u.begin; i < u.end; ++i) {
@@ -144,32 +177,108 @@ void scale(const ScaleMaps& s, int64_t begin, int64_t end) {
 // order on every instruction set.
 constexpr int kLanes = 16;
 
+template <typename A, int kCount>
+using Vector __attribute__((vector_size(kCount * sizeof(A)))) = A;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// kLanes running sums, in vectors of the processor's own width (compilers lower wider ones badly).
 template <typename A>
-PICNN_FAST_HD A sum_lanes(A (&lanes)[kLanes]) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) {
-      lanes[l] += lanes[l + width];
+class LaneSums {
+ public:
+  template <typename T>
+  void add_products(const T* x, const T* y) {
+    for (int i = 0; i < kParts; ++i) {
+      parts_[i] += load(x + i * kWidth) * load(y + i * kWidth);
     }
   }
-  return lanes[0];
-}
+
+  // The same for the last `count` of kLanes elements; a bitwise and, so that NaN is left out too.
+  template <typename T>
+  void add_last_products(const T* x, const T* y, int64_t count) {
+    using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+    static constexpr Bits kMask[2 * kLanes] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                               0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1,
+                                               -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    for (int i = 0; i < kParts; ++i) {
+      Part product = load(x + i * kWidth) * load(y + i * kWidth);
+      Vector<Bits, kWidth> bits, mask;
+      std::memcpy(&mask, kMask + count + i * kWidth, sizeof(mask));
+      std::memcpy(&bits, &product, sizeof(bits));
+      bits &= mask;
+      std::memcpy(&product, &bits, sizeof(bits));
+      parts_[i] += product;
+    }
+  }
+
+  // Lane l with lane l + 8, then + 4, + 2, + 1, whatever the width.
+  A sum() {
+    for (int parts = kParts / 2; parts > 0; parts /= 2) {
+      for (int i = 0; i < parts; ++i) {
+        parts_[i] += parts_[i + parts];
+      }
+    }
+    return fold<kWidth>(parts_[0]);
+  }
+
+ private:
+  static constexpr int kWidth = kVectorBytes / sizeof(A);
+  static constexpr int kParts = kLanes / kWidth;
+  using Part = Vector<A, kWidth>;
+
+  template <typename T>
+  static PICNN_FAST_HD Part load(const T* from) {
+    Part part;
+    if constexpr (std::is_same_v<A, T>) {
+      std::memcpy(&part, from, sizeof(part));
+    } else {
+      A array[kWidth];  // loops over the elements of a vector type do not vectorise
+      for (int l = 0; l < kWidth; ++l) {
+        array[l] = widen(from[l]);
+      }
+      std::memcpy(&part, array, sizeof(part));
+    }
+    return part;
+  }
+
+  template <int kCount>
+  static PICNN_FAST_HD A fold(const Vector<A, kCount>& v) {
+    if constexpr (kCount == 2) {
+      return v[0] + v[1];
+    } else {
+      Vector<A, kCount / 2> halves[2];
+      std::memcpy(halves, &v, sizeof(v));
+      return fold<kCount / 2>(halves[0] + halves[1]);
+    }
+  }
+
+  Part parts_[kParts] = {};
+};
 
 template <typename T, typename A>
-PICNN_FAST_HD A backward_row(const T* __restrict__ grad, const T* __restrict__ x,
-                             T* __restrict__ out, int64_t positions, A mask) {
-  A lanes[kLanes] = {};
+PICNN_FAST_HD A dot(const T* x, const T* grad, int64_t positions) {
+  if (positions < kLanes) {
+    A sum = 0;
+    for (int64_t p = 0; p < positions; ++p) {
+      sum += static_cast<A>(widen(x[p])) * static_cast<A>(widen(grad[p]));
+    }
+    return sum;
+  }
+  LaneSums<A> sums;
   int64_t p = 0;
   for (; p + kLanes <= positions; p += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      lanes[l] += static_cast<A>(widen(x[p + l])) * static_cast<A>(widen(grad[p + l]));
-      out[p + l] = scaled(grad[p + l], mask);
-    }
+    sums.add_products(x + p, grad + p);
   }
-  for (int l = 0; p < positions; ++p, ++l) {
-    lanes[l] += static_cast<A>(widen(x[p])) * static_cast<A>(widen(grad[p]));
-    out[p] = scaled(grad[p], mask);
+  if (p < positions) {
+    sums.add_last_products(x + positions - kLanes, grad + positions - kLanes, positions - p);
   }
-  return sum_lanes(lanes);
+  return sums.sum();
 }
 
 template <typename T>
@@ -178,31 +287,46 @@ void backward(const MaskingBackward& s, int64_t begin, int64_t end) {
   const auto [batch, filters, positions] = s.shape;
   const Strides from = s.maps_strides, grad_from = s.grad_strides, to = s.grad_maps_strides;
   const bool channels_last = from.filter == 1 && grad_from.filter == 1 && to.filter == 1;
-  const bool contiguous = from.position == 1 && grad_from.position == 1 && to.position == 1;
+  const bool contiguous =
+      from.position == 1 && grad_from.position == 1 && to.position == 1 && to.filter == positions;
+  Sink<T> sink(s.stream);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit u = unit(index, filters);
-    const A* __restrict__ mask = static_cast<const A*>(s.mask) + u.batch * filters;
-    const T* __restrict__ x = static_cast<const T*>(s.maps) + u.batch * from.batch;
-    const T* __restrict__ grad = static_cast<const T*>(s.grad) + u.batch * grad_from.batch;
-    T* __restrict__ out = static_cast<T*>(s.grad_maps) + u.batch * to.batch;
-    A* __restrict__ grad_mask = static_cast<A*>(s.grad_mask) + u.batch * filters;
+    const Unit u = unit(s.units, index, filters);
+    const A* mask = static_cast<const A*>(s.mask) + u.batch * filters;
+    const T* x = static_cast<const T*>(s.maps) + u.batch * from.batch;
+    const T* grad = static_cast<const T*>(s.grad) + u.batch * grad_from.batch;
+    T* out = static_cast<T*>(s.grad_maps) + u.batch * to.batch;
+    A* grad_mask = static_cast<A*>(s.grad_mask) + u.batch * filters;
     if (channels_last) {
-      A sums[kFilterBlock] = {};
-      for (int64_t p = 0; p < positions; ++p) {
-        const T* __restrict__ row = x + p * from.position + u.begin;
-        const T* __restrict__ grad_row = grad + p * grad_from.position + u.begin;
-        T* __restrict__ out_row = out + p * to.position + u.begin;
-        const A* __restrict__ mask_row = mask + u.begin;
-        for (int64_t i = 0; i < u.end - u.begin; ++i) {
-          sums[i] += static_cast<A>(widen(row[i])) * static_cast<A>(widen(grad_row[i]));
-          out_row[i] = scaled(grad_row[i], mask_row[i]);
+      const int64_t width = u.end - u.begin;
+      const int64_t step = to.position == width ? rows_at_once<T>(width) : 1;
+      A* __restrict__ sums = grad_mask + u.begin;
+      const A* __restrict__ row_mask = mask + u.begin;
+      std::memset(sums, 0, width * sizeof(A));
+      for (int64_t p = 0; p < positions; p += step) {
+        const int64_t rows = step < positions - p ? step : positions - p;
+        T* stretch = sink.open(out + p * to.position + u.begin, rows * width);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* __restrict__ row = x + (p + r) * from.position + u.begin;
+          const T* __restrict__ grad_row = grad + (p + r) * grad_from.position + u.begin;
+          T* __restrict__ out_row = stretch + r * width;
+          for (int64_t i = 0; i < width; ++i) {
+            sums[i] += static_cast<A>(widen(row[i])) * static_cast<A>(widen(grad_row[i]));
+            out_row[i] = scaled(grad_row[i], row_mask[i]);
+          }
         }
+        sink.close();
       }
-      std::memcpy(grad_mask + u.begin, sums, (u.end - u.begin) * sizeof(A));
     } else if (contiguous) {
-      for (int64_t i = u.begin; i < u.end; ++i) {
-        grad_mask[i] = backward_row(grad + i * grad_from.filter, x + i * from.filter,
-                                    out + i * to.filter, positions, mask[i]);
+      const int64_t step = rows_at_once<T>(positions);
+      for (int64_t first = u.begin; first < u.end; first += step) {
+        const int64_t last = first + step < u.end ? first + step : u.end;
+        T* stretch = sink.open(out + first * positions, (last - first) * positions);
+        for (int64_t i = first; i < last; ++i) {
+          grad_mask[i] = dot<T, A>(x + i * from.filter, grad + i * grad_from.filter, positions);
+        }
+        scale_rows<T, A, false>(grad, grad_from.filter, stretch, positions, mask, first, last);
+        sink.close();
       }
     } else {
       for (int64_t i = u.begin; i < u.end; ++i) {

@@ -13,19 +13,41 @@ struct MapsShape {
   int64_t batch, filters, positions;
 };
 
+// Work is cut into units, a block of filters of one sample, so that any range of units can run on
+// any thread with the same result.
+struct Units {
+  int64_t filters;  // a block
+  int64_t blocks;   // a sample
+  int64_t count;    // in all
+};
+
+// Whole samples where there are enough of them: long sequential runs of memory in every layout.
+inline Units masking_units(const MapsShape& shape, int64_t threads) {
+  int64_t filters = shape.filters;
+  while (filters > 64 && shape.batch * ((shape.filters + filters - 1) / filters) < 4 * threads) {
+    filters = (filters / 2 + 15) / 16 * 16;
+  }
+  filters = filters < 1 ? 1 : filters;
+  const int64_t blocks = (shape.filters + filters - 1) / filters;
+  return {filters, blocks, shape.batch * blocks};
+}
+
 // Everything one call needs; rows of the mask are picked by label where labels are given.
 struct ScaleMaps {
   MapsShape shape;
+  Units units;
   const void* maps;
   Strides maps_strides;
   const void* mask;       // [B, N] or, with labels, [K, N]; contiguous, float or double
   const int64_t* labels;  // [B] or null
   void* out;
   Strides out_strides;
+  bool stream;  // write past the caches
 };
 
 struct MaskingBackward {
   MapsShape shape;
+  Units units;
   const void* grad;
   Strides grad_strides;
   const void* maps;
@@ -34,6 +56,7 @@ struct MaskingBackward {
   void* grad_maps;
   Strides grad_maps_strides;
   void* grad_mask;  // [B, N] contiguous
+  bool stream;      // write past the caches
 };
 
 struct Draw {
@@ -50,24 +73,15 @@ struct Draw {
 
 enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Work is cut into units so that any range of units can run on any thread with the same result.
 struct MaskingKernels {
   // Samples [begin, end). scratch holds `classes` integers.
   void (*draw)(const Draw&, bool double_logits, bool double_correspondence, bool double_mask,
                int64_t begin, int64_t end, int64_t* scratch);
-  // Units [begin, end) of scale_units(). binary: the mask holds only 0 and 1.
+  // Units [begin, end). binary: the mask holds only 0 and 1.
   void (*scale)(const ScaleMaps&, Storage, bool binary, int64_t begin, int64_t end);
-  // Units [begin, end) of backward_units().
+  // Units [begin, end).
   void (*backward)(const MaskingBackward&, Storage, int64_t begin, int64_t end);
 };
-
-// Filters a unit of work covers.
-constexpr int64_t kFilterBlock = 128;
-
-// Units of work of scale and backward: a block of filters of one sample.
-inline int64_t masking_units(const MapsShape& shape) {
-  return shape.batch * ((shape.filters + kFilterBlock - 1) / kFilterBlock);
-}
 
 extern const MaskingKernels masking_kernels_default;
 #ifdef __x86_64__

@@ -39,9 +39,10 @@ PICNN_FAST_HD double widen(double x) { return x; }
 PICNN_FAST_HD float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 PICNN_FAST_HD float widen(Half x) {
   const uint32_t magnitude = x.bits & 0x7FFFu;
-  uint32_t bits = (magnitude << 13) + (112u << 23);       // exponent bias 15 -> 127
-  bits += magnitude >= 0x7C00u ? 112u << 23 : 0u;         // infinity and NaN
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
+  uint32_t bits = (magnitude << 13) + (112u << 23);  // exponent bias 15 -> 127
+  bits += magnitude >= 0x7C00u ? 112u << 23 : 0u;    // infinity and NaN
+  const float subnormal =
+      static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
   bits = magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : bits;
   return bit_cast<float>(bits | (x.bits & 0x8000u) << 16);
 }
