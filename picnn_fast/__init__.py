@@ -2,6 +2,16 @@
 
 from picnn_fast import functional
 from picnn_fast._version import __version__
+from picnn_fast.models import PICNN, STD, make_interpretable
 from picnn_fast.ops.registry import available_backends, build_info, use_backend
 
-__all__ = ["__version__", "available_backends", "build_info", "functional", "use_backend"]
+__all__ = [
+    "PICNN",
+    "STD",
+    "__version__",
+    "available_backends",
+    "build_info",
+    "functional",
+    "make_interpretable",
+    "use_backend",
+]

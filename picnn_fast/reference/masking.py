@@ -148,6 +148,23 @@ def bernoulli_mask(
     return _scale_channels(features, mask), mask, pseudo_label
 
 
+def straight_through(
+    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``bernoulli_mask`` with the gradients of PICNN eq. 5 and 8 left to autograd: their definition.
+
+    Arguments and results as ``bernoulli_mask``; every product is an ordinary one, so NaN in a
+    dropped map shows here.
+    """
+    pseudo_label = sample_pseudo_label(logits.detach(), seed, rank)
+    y1 = logits.softmax(-1)
+    one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
+    p = (one_hot + y1 - y1.detach()) @ correspondence
+    keep = sample_filters(correspondence.detach()[pseudo_label], seed, rank)
+    mask = (keep + p - p.detach()).to(accumulate_dtype(features.dtype))
+    return features * mask.unsqueeze(-1).to(features.dtype), mask, pseudo_label
+
+
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     """Maps scaled by the gate row of each label: ``features[b, i] * gate[labels[b], i]`` (CSG 3.1).
 

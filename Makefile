@@ -1,0 +1,47 @@
+# Everything runs in .venv, made on first use. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PICNN_FAST_WERROR ?= 1
+
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: help demo test lint bench gpu clean build
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/'
+
+demo: $(VENV)/.built ## train an ordinary network and a PICNN on digits; figures and pictures in runs/demo
+	$(BIN)/picnn-fast demo
+
+test: $(VENV)/.built ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.built ## ruff, mypy, clang-format; compiler warnings are errors in every build made here
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h')
+
+bench: $(VENV)/.built ## measure, and write benchmarks/results
+	$(BIN)/python -m benchmarks.masking
+
+gpu: ## with PYTHON's own packages (torch, pytest …): build, parity and benchmarks on a GPU
+	PICNN_FAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	PICNN_FAST_CUDA=1 $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PYTHON) -m benchmarks.gpu
+
+clean: ## remove what was built, the environment included
+	rm -rf $(VENV) build dist picnn_fast.egg-info picnn_fast/_C*.so
+
+build: $(VENV)/.built ## the environment and the compiled core
+
+$(VENV)/.packages: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch (about 5 GB unpacked) …"
+	$(BIN)/python -m pip install -c constraints.txt torch torchvision setuptools ninja pybind11 numpy
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

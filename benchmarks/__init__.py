@@ -1,0 +1,1 @@
+"""What each operator costs, measured beside its alternatives: ``make bench``."""

@@ -1,0 +1,48 @@
+"""Everything a borrowed GPU is good for, in one call under 10 minutes: ``make gpu``.
+
+    python -m benchmarks.gpu [--smoke]
+
+Parity of all backends on the device, then the benchmarks, written to ``benchmarks/results``.
+``--smoke`` goes through the same steps on the CPU with tiny sizes and writes nothing.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import picnn_fast
+from benchmarks import masking
+
+ROOT = Path(__file__).parent.parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.smoke else "cuda"
+    if not options.smoke:
+        missing = {name: why for name, why in picnn_fast.build_info()["backends"].items() if why}
+        if missing:
+            print(f"a GPU with every backend is wanted; missing here: {missing}", file=sys.stderr)
+            return 2
+    started = time.monotonic()
+    print(f"torch {torch.__version__} on {device}; {picnn_fast.build_info()}", flush=True)
+    selection = ["-m", "gpu", "tests"]
+    if options.smoke:
+        selection = ["-k", "known_answer", "tests/reference"]
+    parity = subprocess.run([sys.executable, "-m", "pytest", *selection], cwd=ROOT)
+    print(f"parity: exit {parity.returncode}, {time.monotonic() - started:.0f} s", flush=True)
+    masking.main(["--device", device, *(["--smoke"] if options.smoke else [])])
+    print(f"all of it: {time.monotonic() - started:.0f} s")
+    return parity.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

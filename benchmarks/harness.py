@@ -1,0 +1,131 @@
+"""Shared by every benchmark: candidates timed in turn in one run, medians, one results file.
+
+All figures are ratios of medians taken side by side: round by round every candidate runs once,
+so that whatever else the machine does falls on all of them alike.
+"""
+
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import picnn_fast
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """Seconds one call takes: wall time on the CPU, events around the call on a GPU."""
+    if device.type == "cpu":
+
+        def wall(call: Callable[[], Any]) -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return wall
+
+    def events(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Enough queued work that the launches of `call` are not what is timed.
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return events
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress."""
+    clock = _clock(device)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(warmup + rounds):
+        for name, call in candidates.items():
+            seconds = clock(call)
+            if index >= warmup:
+                times[name].append(seconds)
+        if sys.stderr.isatty():
+            print(f"\r  round {index + 1}/{warmup + rounds} ", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    return times
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return {name: value * 1e3 for name, value in (("median", middle), ("q1", low), ("q3", high))}
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
+    """Median over rounds of one candidate's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        processor = found.group(1).strip() if found else processor
+    facts = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "picnn_fast": picnn_fast.__version__,
+        "extension": picnn_fast.build_info()["extension"],
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "l2_mib": properties.L2_cache_size / 2**20,
+        }
+    return facts
+
+
+def machine_name(device: torch.device) -> str:
+    """Short name of the machine for the results file, e.g. "amd-epyc-2-cores"."""
+    facts = machine(device)
+    name = facts["gpu"] if device.type == "cuda" else f"{facts['processor']} {facts['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write(family: str, device: torch.device, command: str, results: dict[str, Any]) -> Path:
+    """``results/<family>-<machine>.json``, replaced in one step."""
+    path = RESULTS / f"{family}-{machine_name(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": command, "machine": machine(device), **results}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,274 @@
+"""Cost of the masking family: the fused operator, late masking, and a whole training step.
+
+    python -m benchmarks.masking [--device cpu|cuda] [--smoke]
+
+Limit: the fewest bytes that must move, over the bandwidth of ``clone()`` on maps of the same size
+in the same run. Forward: write the masked maps, read those that are kept. Backward: read the maps
+and the gradient, write the gradient of the maps.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import picnn_fast
+from benchmarks import harness
+from picnn_fast import functional
+from picnn_fast.reference import masking as reference
+
+CPU_SHAPES = (
+    # batch, filters, height, width, classes, dtype, layout
+    (128, 512, 7, 7, 10, torch.float32, torch.contiguous_format),
+    (64, 512, 14, 14, 100, torch.float32, torch.contiguous_format),
+    (128, 512, 7, 7, 10, torch.float32, torch.channels_last),
+    (64, 512, 14, 14, 100, torch.float32, torch.channels_last),
+)
+CUDA_SHAPES = (
+    (1024, 2048, 7, 7, 1000, torch.bfloat16, torch.channels_last),
+    (1024, 2048, 7, 7, 1000, torch.bfloat16, torch.contiguous_format),
+    (1024, 512, 14, 14, 100, torch.float32, torch.contiguous_format),
+    (1024, 512, 14, 14, 100, torch.float32, torch.channels_last),
+    (128, 512, 7, 7, 10, torch.float32, torch.contiguous_format),
+)
+SMOKE_SHAPES = ((4, 16, 3, 3, 5, torch.float32, torch.contiguous_format),)
+Shape = tuple[int, int, int, int, int, torch.dtype, torch.memory_format]
+
+
+class Case:
+    """Inputs of one shape, shared by every candidate, and a gradient to send back."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        batch, filters, height, width, classes, dtype, layout = shape
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, device=device, generator=generator)
+
+        def maps() -> Tensor:
+            return normal(batch, filters, height, width).to(dtype).to(memory_format=layout)
+
+        self.maps = maps().requires_grad_()
+        self.grad = maps()
+        self.logits = normal(batch, classes).requires_grad_()
+        self.correspondence = normal(classes, filters).softmax(0).requires_grad_()
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def step(self, mask: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        """Forward and backward through the masked maps."""
+        self.maps.grad = self.logits.grad = self.correspondence.grad = None
+        mask(self.maps, self.logits, self.correspondence).backward(self.grad)
+
+
+def fused(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
+    return functional.bernoulli_mask(maps, logits, correspondence)[0]
+
+
+def plain(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
+    """What one would write in PyTorch, with its own random numbers."""
+    y1 = logits.softmax(-1)
+    one_hot = nn.functional.one_hot(torch.multinomial(y1, 1).squeeze(1), logits.shape[1])
+    p = (one_hot + y1 - y1.detach()) @ correspondence
+    mask = torch.bernoulli(p.detach()) + p - p.detach()
+    return maps * mask[:, :, None, None].to(maps.dtype)
+
+
+def definition(seed: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The reference in eager PyTorch under autograd, the same draws as the fused operator."""
+
+    def mask(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
+        flat = maps.flatten(2)
+        return reference.straight_through(flat, logits, correspondence, seed, 0)[0].view_as(maps)
+
+    return mask
+
+
+def describe(shape: Shape) -> str:
+    *sizes, classes, dtype, layout = shape
+    name = "channels_last" if layout == torch.channels_last else "contiguous"
+    return f"{sizes} K={classes} {str(dtype).removeprefix('torch.')} {name}"
+
+
+def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """The fused operator beside eager and compiled PyTorch, and its share of the copy limit."""
+    case = Case(shape, device)
+    eager = definition(case.seed)
+    torch._dynamo.reset()
+    compiled, plain_compiled = torch.compile(eager), torch.compile(plain)
+    maps = case.maps.detach()
+    times = harness.interleaved(
+        {
+            "fused": lambda: case.step(fused),
+            "reference, eager": lambda: case.step(eager),
+            "reference, compiled": lambda: case.step(compiled),
+            "plain, eager": lambda: case.step(plain),
+            "plain, compiled": lambda: case.step(plain_compiled),
+            "clone": lambda: maps.clone(),
+        },
+        rounds,
+        device,
+    )
+    kept = statistics.fmean(
+        functional.bernoulli_mask(maps, case.logits, case.correspondence)[1].float().mean().item()
+        for _ in range(5)
+    )
+    # Backward reads two and writes one; forward writes one and reads the kept share. clone: 2.
+    passes = 4 + kept
+    shares = [
+        clone * passes / 2 / ours for clone, ours in zip(times["clone"], times["fused"], strict=True)
+    ]
+    return {
+        "shape": describe(shape),
+        "kept_share": kept,
+        "bytes_needed": passes * maps.nbytes,
+        "milliseconds": {name: harness.summary(values) for name, values in times.items()},
+        "speedup": {
+            name: harness.ratio(times, name, "fused")
+            for name in times
+            if name not in ("fused", "clone")
+        },
+        "share_of_limit": statistics.median(shares),
+    }
+
+
+def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Masking the pooled maps against masking the maps and pooling them again."""
+    case = Case(shape, device)
+    pooled = case.maps.detach().mean((2, 3)).requires_grad_()
+    grad = torch.randn_like(pooled)
+
+    def at_maps() -> None:
+        case.maps.grad = case.logits.grad = case.correspondence.grad = None
+        masked = fused(case.maps, case.logits, case.correspondence)
+        nn.functional.adaptive_avg_pool2d(masked, 1).flatten(1).backward(grad)
+
+    def late() -> None:
+        pooled.grad = case.logits.grad = case.correspondence.grad = None
+        fused(pooled, case.logits, case.correspondence).backward(grad)
+
+    times = harness.interleaved({"maps": at_maps, "late": late}, rounds, device)
+    return {
+        "shape": describe(shape),
+        "milliseconds": {name: harness.summary(values) for name, values in times.items()},
+        "speedup": harness.ratio(times, "maps", "late"),
+    }
+
+
+def bench_step(
+    backbone: str, batch: int, size: int, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """A whole training step of PICNN over STD: the same network, with and without the pathway."""
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+    labels = torch.randint(0, 10, (batch,), device=device)
+    steps: dict[str, Callable[[], None]] = {}
+    for method in ("std", "picnn"):
+        torch.manual_seed(0)
+        model = picnn_fast.make_interpretable(backbone, method, num_classes=10, num_filters=128)
+        model.to(device=device, memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameter_groups(1e-3, 0.1))
+
+        def step(model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model.loss(model(images), labels)
+            loss.backward()
+            optimizer.step()
+
+        steps[method] = step
+    times = harness.interleaved(steps, rounds, device)
+    return {
+        "backbone": backbone,
+        "images": [batch, 3, size, size],
+        "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
+        "milliseconds": {name: harness.summary(values) for name, values in times.items()},
+        "overhead": harness.ratio(times, "picnn", "std") - 1,
+    }
+
+
+def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
+    """All measurements of the family."""
+    cuda = device.type == "cuda"
+    shapes = SMOKE_SHAPES if smoke else CUDA_SHAPES if cuda else CPU_SHAPES
+    rounds = 3 if smoke else 50
+    operators = []
+    for shape in shapes:
+        print(f"operator {describe(shape)}", flush=True)
+        operators.append(bench_operator(shape, device, rounds))
+    late = []
+    for shape in shapes[:2]:
+        print(f"late masking {describe(shape)}", flush=True)
+        late.append(bench_late(shape, device, rounds))
+    print("training step", flush=True)
+    if smoke:
+        step = bench_step("small-resnet" if not cuda else "resnet18", 2, 32, device, 3)
+    elif cuda:
+        step = bench_step("resnet50", 128, 224, device, 50)
+    else:
+        step = bench_step("resnet18", 8, 224, device, 30)
+    return {"operators": operators, "late": late, "step": step}
+
+
+def report(results: dict[str, Any]) -> str:
+    """The results as Markdown tables."""
+    names = list(results["operators"][0]["speedup"])
+    rows = [
+        [
+            entry["shape"],
+            f"{entry['milliseconds']['fused']['median']:.2f} ms",
+            *(f"{entry['speedup'][name]:.2f}x" for name in names),
+            f"{entry['share_of_limit']:.0%}",
+        ]
+        for entry in results["operators"]
+    ]
+    header = ["forward + backward", "fused", *(f"over {name}" for name in names), "of the limit"]
+    parts = [harness.table(header, rows)]
+    rows = [
+        [
+            entry["shape"],
+            f"{entry['milliseconds']['maps']['median']:.2f} ms",
+            f"{entry['milliseconds']['late']['median']:.2f} ms",
+            f"{entry['speedup']:.1f}x",
+        ]
+        for entry in results["late"]
+    ]
+    parts.append(harness.table(["late masking", "masking the maps", "late", "speed-up"], rows))
+    step = results["step"]
+    parts.append(
+        harness.table(
+            ["training step", "STD", "PICNN", "overhead"],
+            [
+                [
+                    f"{step['backbone']} {step['images']} {step['precision']}",
+                    f"{step['milliseconds']['std']['median']:.1f} ms",
+                    f"{step['milliseconds']['picnn']['median']:.1f} ms",
+                    f"{step['overhead']:+.2%}",
+                ]
+            ],
+        )
+    )
+    return "\n\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.masking", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, nothing written: does it run?"
+    )
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    results = run(device, smoke=options.smoke)
+    print(report(results))
+    if not options.smoke:
+        command = f"python -m benchmarks.masking --device {options.device}"
+        print(f"\nwritten to {harness.write('masking', device, command, results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The package as users get it: wheel, wheel from an sdist, editable, and without a compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import picnn_fast
+import picnn_fast.triton_kernels
+
+ROOT = Path(__file__).parent.parent
+
+PROBE = """
+import importlib.util, json, torch, picnn_fast, picnn_fast.triton_kernels
+F = picnn_fast.functional
+masked, mask, label = F.bernoulli_mask(
+    torch.ones(4, 6, 3, 3), torch.zeros(4, 5), torch.full((5, 6), 0.5), seed=1)
+print(json.dumps({
+    "file": picnn_fast.__file__,
+    "backends": picnn_fast.available_backends(),
+    "serving": picnn_fast.build_info()["operators"]["bernoulli_mask"]["cpu"],
+    "top_level": importlib.util.find_spec("triton_kernels") is not None,
+    "extension": picnn_fast.build_info()["backends"]["cpp"],
+    "mask": mask.int().tolist(),
+}))
+"""
+
+
+def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, "PICNN_FAST_CUDA": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, as a fresh clone would have them."""
+    copy = tmp_path_factory.mktemp("source") / "picnn_fast"
+    copy.mkdir()
+    for name in ("csrc", "picnn_fast", "triton_kernels"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def _wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
+    log = _run(
+        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"),
+        *("-w", folder, source),
+        cwd=folder,
+        **environment,
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel, log
+
+
+def _probe(wheel: Path, folder: Path) -> dict[str, object]:
+    site = folder / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # -S and the environment's packages by path: its editable install stays out.
+    paths = os.pathsep.join([str(site), str(Path(torch.__file__).parent.parent)])
+    printed = _run(sys.executable, "-S", "-c", PROBE, cwd=folder, PYTHONPATH=paths)
+    facts: dict[str, object] = json.loads(printed.strip().splitlines()[-1])
+    assert str(facts["file"]).startswith(str(site))
+    return facts
+
+
+def _assert_complete(facts: dict[str, object]) -> None:
+    assert facts["serving"] == "cpp"
+    assert facts["extension"] is None
+    assert facts["top_level"] is False
+
+
+def test_a_wheel_brings_the_compiled_core_and_no_top_level_triton_kernels(
+    source: Path, tmp_path: Path
+) -> None:
+    wheel, _ = _wheel(source, tmp_path)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "picnn_fast/triton_kernels/masking.py" in names
+    assert not [name for name in names if name.startswith("triton_kernels")]
+    assert [name for name in names if name.startswith("picnn_fast/_C")]
+    _assert_complete(_probe(wheel, tmp_path))
+
+
+def test_a_wheel_built_from_the_sdist_is_as_complete(source: Path, tmp_path: Path) -> None:
+    _run(
+        *(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path),
+        source,
+        cwd=tmp_path,
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    wheel, _ = _wheel(sdist, tmp_path)
+    _assert_complete(_probe(wheel, tmp_path))
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_what_it_left_out(
+    source: Path, tmp_path: Path
+) -> None:
+    wheel, log = _wheel(source, tmp_path, CXX="/nowhere/c++")
+    assert wheel.name.endswith("py3-none-any.whl")
+    assert "no C++ compiler found" in log
+    facts = _probe(wheel, tmp_path)
+    assert facts["serving"] == "reference"
+    assert "no C++ compiler" in str(facts["extension"])
+    arguments = (torch.ones(4, 6, 3, 3), torch.zeros(4, 5), torch.full((5, 6), 0.5))
+    assert facts["mask"] == picnn_fast.functional.bernoulli_mask(*arguments, seed=1)[1].int().tolist()
+
+
+def test_this_editable_install_finds_the_triton_kernels_in_the_source_tree() -> None:
+    assert Path(picnn_fast.__file__).parent.parent == ROOT
+    assert Path(picnn_fast.triton_kernels.__file__).parent == ROOT / "triton_kernels"
