@@ -118,7 +118,8 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
     # Backward reads two and writes one; forward writes one and reads the kept share. clone: 2.
     passes = 4 + kept
     shares = [
-        clone * passes / 2 / ours for clone, ours in zip(times["clone"], times["fused"], strict=True)
+        clone * passes / 2 / ours
+        for clone, ours in zip(times["clone"], times["fused"], strict=True)
     ]
     return {
         "shape": describe(shape),
@@ -167,7 +168,9 @@ def bench_step(
     steps: dict[str, Callable[[], None]] = {}
     for method in ("std", "picnn"):
         torch.manual_seed(0)
-        model = picnn_fast.make_interpretable(backbone, method, num_classes=10, num_filters=128)
+        model = picnn_fast.make_interpretable(
+            backbone, method, num_classes=10, num_filters=128, image_channels=3
+        )
         model.to(device=device, memory_format=layout)
         optimizer = torch.optim.SGD(model.parameter_groups(1e-3, 0.1))
 

@@ -118,7 +118,8 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_it_left_out(
     assert facts["serving"] == "reference"
     assert "no C++ compiler" in str(facts["extension"])
     arguments = (torch.ones(4, 6, 3, 3), torch.zeros(4, 5), torch.full((5, 6), 0.5))
-    assert facts["mask"] == picnn_fast.functional.bernoulli_mask(*arguments, seed=1)[1].int().tolist()
+    mask = picnn_fast.functional.bernoulli_mask(*arguments, seed=1)[1]
+    assert facts["mask"] == mask.int().tolist()
 
 
 def test_this_editable_install_finds_the_triton_kernels_in_the_source_tree() -> None:

@@ -160,7 +160,7 @@ def _check_table(
     name: str, table: Tensor, num_filters: int, features: Tensor, channel_dim: int
 ) -> None:
     checks.floating(name, table)
-    if table.ndim != 2 or table.shape[0] < 1:
+    if table.ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(table.shape)}, want [classes, filters]")
     if table.shape[1] != num_filters:
         raise ValueError(
@@ -182,6 +182,8 @@ def bernoulli_mask(
     """See ``functional.bernoulli_mask``."""
     flat, shape = _feature_dims(features, channel_dim)
     _check_table("correspondence", correspondence, shape[1], features, channel_dim)
+    if correspondence.shape[0] < 1:
+        raise ValueError("correspondence: got no class, want at least one row")
     checks.floating("logits", logits)
     expected = (shape[0], correspondence.shape[0])
     if tuple(logits.shape) != expected:

@@ -85,7 +85,7 @@ def _status(backend: str) -> str | None:
     if extension_error is not None:
         return extension_error
     if not extension.build_info()["cuda"]:
-        return "the extension was built without CUDA: " + extension.build_info()["cuda_reason"]
+        return f"the extension was built without CUDA: {extension.build_info()['cuda_reason']}"
     if not torch.cuda.is_available():
         return "no CUDA device, or a CPU-only build of torch"
     return None

@@ -1,0 +1,9 @@
+"""Metrics of interpretability, as torchmetrics metrics to drop into any loop."""
+
+from picnn_fast._extras import extra
+
+with extra("train"):
+    from picnn_fast.metrics.mutual_information import MutualInformationScore
+    from picnn_fast.metrics.pathway import PathwayAccuracy
+
+__all__ = ["MutualInformationScore", "PathwayAccuracy"]

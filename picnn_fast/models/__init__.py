@@ -1,0 +1,17 @@
+"""Interpretable networks: one file a method, one common protocol (``InterpretableNetwork``)."""
+
+from picnn_fast.models.backbones import BACKBONES
+from picnn_fast.models.base import InterpretableNetwork, PathwayOutput
+from picnn_fast.models.factory import METHODS, make_interpretable
+from picnn_fast.models.picnn import PICNN
+from picnn_fast.models.std import STD
+
+__all__ = [
+    "BACKBONES",
+    "METHODS",
+    "PICNN",
+    "STD",
+    "InterpretableNetwork",
+    "PathwayOutput",
+    "make_interpretable",
+]

@@ -1,0 +1,280 @@
+"""The PICNN model: its loss, where gradients go, and the ways a training loop may run it."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from picnn_fast.models import PICNN, PathwayOutput
+
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def small(**options: object) -> PICNN:
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return PICNN(features, head, num_classes=3, num_filters=6, in_channels=5, **options)
+
+
+def images() -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> list[float]:
+    """Per sample, by the formula, in Python floats."""
+    losses = []
+    for row, label in zip(logits.double().exp().tolist(), labels.tolist(), strict=True):
+        losses.append(-torch.tensor(row[label] / sum(row)).log().item())
+    return losses
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0, 3.5])
+@pytest.mark.parametrize("pseudo_label", [[0, 1, 2, 0], [0, 2, 1, 0], [1, 1, 1, 1], [1, 2, 0, 2]])
+def test_loss_conventions_by_hand(pseudo_label: list[int], weight: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, masked_logits = torch.randn(2, 4, 3, generator=generator).double()
+    output = PathwayOutput(logits, masked_logits, torch.ones(4, 6), torch.tensor(pseudo_label))
+    plain = negative_log_likelihood(logits, LABELS)
+    masked = negative_log_likelihood(masked_logits, LABELS)
+    right = [
+        loss
+        for loss, drawn, label in zip(masked, pseudo_label, LABELS.tolist(), strict=True)
+        if drawn == label
+    ]
+    expected = {
+        "all": weight * sum(masked) / 4,
+        "correct": weight * sum(right) / len(right) if right else 0.0,
+    }
+    for convention, interpretation in expected.items():
+        model = small(interpretation_loss_on=convention, interpretation_weight=weight)
+        terms = model.loss_terms(output, LABELS)
+        assert list(terms) == ["discrimination", "interpretation"]
+        assert terms["discrimination"].item() == pytest.approx(sum(plain) / 4, rel=1e-6)
+        assert terms["interpretation"].item() == pytest.approx(interpretation, rel=1e-6)
+        total = model.loss(output, LABELS).item()
+        assert total == pytest.approx(sum(plain) / 4 + interpretation, rel=1e-6)
+
+
+def test_defaults_are_the_published_ones() -> None:
+    model = small()
+    assert model.interpretation_weight == 2
+    assert model.interpretation_loss_on == "correct"
+    assert model.sampling == "bernoulli"
+    assert model.normalization == "class_softmax"
+
+
+def test_no_right_pseudo_label_gives_zero_gradients_not_missing_ones() -> None:
+    model = small()
+    output = model(images())
+    labels = (output.pseudo_label + 1) % 3
+    interpretation = model.loss_terms(output, labels)["interpretation"]
+    assert interpretation.item() == 0
+    interpretation.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad == 0).all(), name
+
+
+@pytest.mark.parametrize("sampling", ["bernoulli", "gumbel"])
+def test_gradients_reach_the_matrix_the_classifier_and_the_features(sampling: str) -> None:
+    model = small(sampling=sampling, interpretation_loss_on="all")
+    model.loss(model(images()), LABELS).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+    # The interpretation pathway alone reaches them too.
+    model.zero_grad()
+    model.loss_terms(model(images()), LABELS)["interpretation"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_pathways_are_the_head_on_all_and_on_the_drawn_filters() -> None:
+    model = small()
+    output = model(images())
+    maps = model.filter_maps(images())
+    torch.testing.assert_close(output.logits, model.head(maps))
+    masked = model.head(maps * output.mask[:, :, None, None])
+    torch.testing.assert_close(output.masked_logits, masked)
+    assert set(output.mask.detach().unique().tolist()) <= {0.0, 1.0}
+    assert output.pseudo_label.shape == (4,)
+
+
+def test_training_makes_filters_class_specific() -> None:
+    # Three classes, each a bright channel: P must become near 0 or 1 and the mask sufficient.
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat(20)
+    x = 0.1 * torch.rand(60, 3, 4, 4) + nn.functional.one_hot(labels, 3)[:, :, None, None]
+    features = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
+    model = PICNN(features, head, num_classes=3, num_filters=12)
+    optimizer = torch.optim.Adam(model.parameter_groups(lr=0.02, correspondence_lr=0.1))
+    for _ in range(300):
+        optimizer.zero_grad()
+        model.loss(model(x), labels).backward()
+        optimizer.step()
+    output, maps = model(x), model.filter_maps(x)
+    assert (output.masked_logits.argmax(-1) == labels).float().mean() > 0.9
+    complement = model.head_logits(maps, 1 - model.class_mask(labels))
+    assert (complement.argmax(-1) == labels).float().mean() < 0.6
+    assert model.correspondence.amax(0).mean() > 0.8
+
+
+@pytest.mark.parametrize("sampling", ["bernoulli", "gumbel"])
+def test_manual_seed_reproduces_a_step(sampling: str) -> None:
+    model = small(sampling=sampling)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outputs.append(model(images().repeat(8, 1, 1, 1)))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    assert (outputs[0].mask != outputs[2].mask).any()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "mask_at", "convention"),
+    [("bernoulli", "late", "correct"), ("bernoulli", "maps", "all"), ("gumbel", "late", "correct")],
+)
+def test_compiles_whole(sampling: str, mask_at: str, convention: str) -> None:
+    torch.compiler.reset()
+    model = small(sampling=sampling, mask_at=mask_at, interpretation_loss_on=convention)
+    twin = copy.deepcopy(model)
+
+    def step(model: PICNN, images: Tensor, labels: Tensor) -> tuple[PathwayOutput, Tensor]:
+        output = model(images)
+        return output, model.loss(output, labels)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    output, loss = compiled(model, images(), LABELS)
+    loss.backward()
+    assert isinstance(output, PathwayOutput)
+    # Random numbers of compiled code need not be those of eager code: compare given the mask.
+    maps = twin.filter_maps(images())
+    torch.testing.assert_close(output.logits, twin.head_logits(maps))
+    torch.testing.assert_close(output.masked_logits, twin.head_logits(maps, output.mask.detach()))
+    torch.testing.assert_close(loss, twin.loss(output, LABELS))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mask_at", ["maps", "late"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, mask_at: str) -> None:
+    model = small(mask_at=mask_at, interpretation_loss_on="all")
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(images())
+        loss = model.loss(output, LABELS)
+    assert output.logits.dtype == output.masked_logits.dtype == output.mask.dtype == dtype
+    assert loss.dtype == torch.float32
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+    assert model.correspondence_weight.grad.abs().max() > 0
+    torch.testing.assert_close(
+        output.logits.float(), model.head_logits(model.filter_maps(images())), atol=0.02, rtol=0.02
+    )
+
+
+def test_a_bfloat16_model_has_probabilities_and_steps() -> None:
+    model = small().bfloat16()
+    assert model.correspondence.dtype == torch.float32
+    model.loss(model(images().bfloat16()), LABELS).backward()
+    assert model.correspondence_weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mask_at", ["maps", "late"])
+def test_channels_last(mask_at: str) -> None:
+    model = small(mask_at=mask_at)
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    expected = model(images())
+    model.loss(expected, LABELS).backward()
+    x = images().contiguous(memory_format=torch.channels_last)
+    maps = twin.filter_maps(x)
+    assert maps.is_contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    actual = twin(x)
+    twin.loss(actual, LABELS).backward()
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        [p.grad for p in twin.parameters()], [p.grad for p in model.parameters()]
+    )
+
+
+class Tokens(nn.Module):
+    """Patches to tokens [B, T, N], as the last block of a vision transformer yields them."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu().flatten(2).transpose(1, 2)
+
+
+class MeanOverTokens(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.mean(1)
+
+
+@pytest.mark.parametrize("sampling", ["bernoulli", "gumbel"])
+def test_tokens_of_a_vision_transformer(sampling: str) -> None:
+    conv, linear = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 3)
+    tokens = PICNN(
+        Tokens(conv),
+        nn.Sequential(MeanOverTokens(), linear),
+        3,
+        6,
+        channel_dim=-1,
+        sampling=sampling,
+        interpretation_loss_on="all",
+    )
+    maps = PICNN(
+        nn.Sequential(conv, nn.ReLU()),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear),
+        3,
+        6,
+        sampling=sampling,
+        interpretation_loss_on="all",
+    )
+    maps.correspondence_weight = tokens.correspondence_weight
+    assert not tokens.masks_late
+    assert tokens.filter_maps(images()).shape == (4, 4, 6)
+    gradients = []
+    for model in (tokens, maps):
+        torch.manual_seed(0)
+        model.zero_grad()
+        model.output = model(images())
+        model.loss(model.output, LABELS).backward()
+        gradients.append([conv.weight.grad, linear.weight.grad, model.correspondence_weight.grad])
+    torch.testing.assert_close(tokens.output, maps.output)
+    torch.testing.assert_close(*gradients)
+    mask = tokens.class_mask(LABELS, seed=0)
+    torch.testing.assert_close(
+        tokens.head_logits(tokens.filter_maps(images()), mask),
+        maps.head_logits(maps.filter_maps(images()), mask),
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"sampling": "argmax"}, ValueError, "sampling: got 'argmax', want one of"),
+        ({"interpretation_loss_on": "none"}, ValueError, "interpretation_loss_on: got 'none'"),
+        ({"interpretation_weight": -1}, ValueError, "interpretation_weight: got -1"),
+        ({"interpretation_weight": float("inf")}, ValueError, "interpretation_weight: got inf"),
+        ({"interpretation_weight": "2"}, TypeError, "interpretation_weight: got str"),
+        ({"sampling": "gumbel", "normalization": "sigmoid"}, ValueError, "normalization: got"),
+    ],
+)
+def test_bad_options_are_refused(
+    wrong: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        small(**wrong)
+
+
+def test_the_output_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="output: got no masked_logits"):
+        small().loss(PathwayOutput(torch.zeros(4, 3)), LABELS)

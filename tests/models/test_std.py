@@ -1,0 +1,61 @@
+"""The baseline: an ordinary network that can be measured like an interpretable one."""
+
+import copy
+
+import torch
+from torch import nn
+
+from picnn_fast.models import PICNN, STD
+
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def build(method: type[PICNN] | type[STD]) -> PICNN | STD:
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return method(features, head, num_classes=3, num_filters=6, in_channels=5)
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_forward_gives_the_logits_alone() -> None:
+    output = build(STD)(images())
+    assert output.logits.shape == (4, 3)
+    assert output[1:] == (None, None, None)
+
+
+def test_the_loss_is_the_cross_entropy() -> None:
+    model = build(STD)
+    output = model(images())
+    terms = model.loss_terms(output, LABELS)
+    expected = nn.functional.cross_entropy(output.logits, LABELS)
+    assert list(terms) == ["discrimination"]
+    torch.testing.assert_close(terms["discrimination"], expected)
+    torch.testing.assert_close(model.loss(output, LABELS), expected)
+
+
+def test_the_same_seed_starts_the_same_network_and_matrix_as_picnn() -> None:
+    std, picnn = build(STD), build(PICNN)
+    torch.testing.assert_close(std.state_dict(), picnn.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(std.discriminator()(images()), picnn.discriminator()(images()))
+
+
+def test_it_trains_as_the_plain_network_does_and_leaves_the_matrix() -> None:
+    model = build(STD)
+    plain = copy.deepcopy(model.discriminator())
+    matrix = model.correspondence.clone()
+    ours = torch.optim.AdamW(model.parameter_groups(lr=0.1, correspondence_lr=1.0))
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        ours.zero_grad()
+        model.loss(model(images()), LABELS).backward()
+        ours.step()
+        theirs.zero_grad()
+        nn.functional.cross_entropy(plain(images()), LABELS).backward()
+        theirs.step()
+    torch.testing.assert_close(model.discriminator().state_dict(), plain.state_dict())
+    torch.testing.assert_close(model.correspondence, matrix, rtol=0, atol=0)
+    assert "correspondence_weight" not in dict(model.named_parameters())
