@@ -118,7 +118,8 @@ class NinjaBuild(build_ext):
             define("PICNN_FAST_CUDA_COMPILER", version_line(nvcc) if nvcc else ""),
             define(
                 "PICNN_FAST_CUDA_ARCHITECTURES",
-                " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) + f" compute_{CUDA_ARCHITECTURES[-1]}"
+                " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES)
+                + f" compute_{CUDA_ARCHITECTURES[-1]}"
                 if nvcc
                 else "",
             ),
@@ -144,7 +145,8 @@ class NinjaBuild(build_ext):
                     f"-DPICNN_FAST_KERNELS={source.stem}_{capability}",
                 ]
                 objects.append((f"cpu_{source.stem}_{capability}.o", "cxx", source, flags + names))
-        link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        # libtorch brings in libtorch_cuda where there is one: the weak stream symbol needs it.
+        link = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if nvcc:
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 objects.append((f"cuda_{source.stem}.o", "nvcc", source, []))

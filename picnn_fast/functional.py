@@ -1,5 +1,7 @@
 """Differentiable functions on tensors: the operators of picnn_fast as plain PyTorch calls."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,8 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
     Example:
         >>> import torch
         >>> from picnn_fast.functional import class_gate
-        >>> class_gate(torch.ones(1, 2, 1, 1), torch.tensor([[.5, 0.]]), torch.tensor([0])).flatten()
+        >>> gate, labels = torch.tensor([[.5, 0.]]), torch.tensor([0])
+        >>> class_gate(torch.ones(1, 2, 1, 1), gate, labels).flatten()
         tensor([0.5000, 0.0000])
     """
     return _masking.class_gate(features, gate, labels, channel_dim=channel_dim)
@@ -101,7 +104,9 @@ def gumbel_mask(
     seed: int | Tensor | None = None,
     channel_dim: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gumbel-softmax in place of the Bernoulli draw (PICNN, table 4): an ablation, in plain PyTorch.
+    """Gumbel-softmax in place of the Bernoulli draw: the ablation of PICNN, table 4.
+
+    In plain PyTorch, but for the masking itself.
 
     One assignment of filters to classes is drawn per call, a Gumbel-softmax of ``correspondence``
     over the class axis with noise from torch's generator, and each sample is masked by the row of
@@ -113,15 +118,20 @@ def gumbel_mask(
             the pseudo-label alone.
 
     Returns:
-        masked, mask (in [0, 1], near 0 or 1 at low temperature), pseudo_label, as ``bernoulli_mask``.
+        masked, mask (in [0, 1], near 0 or 1 at low temperature) and pseudo_label, as
+        ``bernoulli_mask``.
 
     Raises:
-        ValueError: a temperature that is not positive, and as ``bernoulli_mask``.
+        TypeError, ValueError: a temperature that is not a positive number; and as
+            ``bernoulli_mask``.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, want a number > 0")
-    # The shared pseudo-label and all argument checks, on maps of no size.
-    empty = features.movedim(channel_dim, -1)[..., None][..., :0].movedim(-2, 1)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature: got {type(temperature).__name__}, want a number")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature}, want a finite number > 0")
+    flat, _ = _masking.flatten_maps(features, channel_dim)
+    # The pseudo-label and the checks of bernoulli_mask, on maps of no size.
+    empty = flat[:, :, :0]
     _, _, pseudo_label = bernoulli_mask(empty, logits, correspondence, seed=seed)
     assignment = torch.nn.functional.gumbel_softmax(
         correspondence.float().clamp_min(torch.finfo(torch.float32).tiny).log(),

@@ -1,4 +1,4 @@
-"""Argument checks shared by the operator families: what the argument is, what it got, what it wants.
+"""Argument checks shared by the operator families: the argument, what it got, what it wants.
 
 Shapes, dtypes and devices are known to the host, so they raise at once. Values are not: on the CPU
 they are read and raise ``ValueError``; on a GPU (and inside ``torch.compile``) they become
@@ -37,43 +37,30 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
-def _require(condition: Tensor, message: str) -> None:
-    if torch.compiler.is_compiling() or not condition.is_cpu:
-        torch._assert_async(condition, message)
-    elif not condition.item():
-        raise ValueError(message)
-
-
-def _range(value: Tensor) -> str:
+def _within(name: str, value: Tensor, high: int, want: str) -> None:
+    """Every element in [0, high]. NaN fails: ``aminmax`` passes it on, and no comparison holds."""
+    if value.numel() == 0:
+        return
+    least, most = value.detach().aminmax()
     if torch.compiler.is_compiling() or not value.is_cpu:
-        return "values out of range"
-    low, high = value.aminmax()
-    return f"values in [{low.item()}, {high.item()}]"
+        torch._assert_async((least >= 0) & (most <= high), f"{name}: want {want}")
+    elif not (least.item() >= 0 and most.item() <= high):
+        raise ValueError(f"{name}: got values in [{least.item()}, {most.item()}], want {want}")
 
 
 def probabilities(name: str, value: Tensor) -> None:
-    """Every element in [0, 1]; NaN fails, since ``aminmax`` passes it on and no comparison holds."""
-    if value.numel() == 0:
-        return
-    low, high = value.detach().aminmax()
-    condition = (low >= 0) & (high <= 1)
-    _require(condition, f"{name}: got {_range(value)}, want probabilities: finite, in [0, 1]")
+    """Every element in [0, 1]."""
+    _within(name, value, 1, "probabilities: finite, in [0, 1]")
 
 
 def labels(name: str, value: Tensor, batch: int, num_classes: int) -> None:
     """Integers ``[batch]`` in [0, num_classes)."""
     tensor(name, value)
     if value.dtype not in INTEGER:
-        raise TypeError(
-            f"{name}: got dtype {value.dtype}, want an integer dtype such as torch.int64"
-        )
+        raise TypeError(f"{name}: got dtype {value.dtype}, want integers, such as torch.int64")
     if tuple(value.shape) != (batch,):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({batch},), one a sample")
-    if value.numel() == 0:
-        return
-    low, high = value.aminmax()
-    condition = (low >= 0) & (high < num_classes)
-    _require(condition, f"{name}: got {_range(value)}, want class indices in [0, {num_classes})")
+    _within(name, value, num_classes - 1, f"class indices in [0, {num_classes})")
 
 
 def accumulable(value: Tensor) -> Tensor:

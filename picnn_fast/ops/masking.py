@@ -33,8 +33,8 @@ def _fake_masking_backward(
 
 registry.define(
     "masking",
-    "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed, SymInt rank)"
-    " -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
+    "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed,"
+    " SymInt rank) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
     reference=reference.bernoulli_mask,
     fake=_fake_bernoulli_mask,
 )
@@ -139,7 +139,7 @@ for _name, _function in (("bernoulli_mask", BernoulliMask), ("class_gate", Class
     )
 
 
-def _feature_dims(features: Tensor, channel_dim: int) -> tuple[Tensor, torch.Size]:
+def flatten_maps(features: Tensor, channel_dim: int) -> tuple[Tensor, torch.Size]:
     """``[B, N, S]`` (a view wherever strides allow) and the shape to go back to."""
     checks.floating("features", features)
     if features.ndim < 2:
@@ -180,7 +180,7 @@ def bernoulli_mask(
     channel_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``functional.bernoulli_mask``."""
-    flat, shape = _feature_dims(features, channel_dim)
+    flat, shape = flatten_maps(features, channel_dim)
     _check_table("correspondence", correspondence, shape[1], features, channel_dim)
     if correspondence.shape[0] < 1:
         raise ValueError("correspondence: got no class, want at least one row")
@@ -204,7 +204,7 @@ def bernoulli_mask(
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int) -> Tensor:
     """See ``functional.class_gate``."""
-    flat, shape = _feature_dims(features, channel_dim)
+    flat, shape = flatten_maps(features, channel_dim)
     _check_table("gate", gate, shape[1], features, channel_dim)
     checks.labels("labels", labels, shape[0], gate.shape[0])
     checks.same_device("labels", labels, "features", features)

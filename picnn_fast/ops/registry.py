@@ -1,4 +1,4 @@
-"""Operator definitions and the choice of backend. Nothing outside ``ops/`` knows that backends exist.
+"""Operator definitions and the choice of backend; nothing outside ``ops/`` knows of backends.
 
 The schema of each operator is defined once, here, with the PyTorch reference as its default
 implementation; the compiled kernels (``picnn_fast._C``) and the Triton kernels register themselves
@@ -44,7 +44,7 @@ extension_error: str | None = "not loaded yet"
 
 
 def load_extension() -> None:
-    """Import the compiled kernels, which register themselves. Called once all operators are defined."""
+    """Import the compiled kernels, which register themselves; once all operators are defined."""
     global extension, extension_error
     name = f"{NAMESPACE}._C"
     try:
@@ -134,7 +134,7 @@ def _triton_kernel(operator: str) -> Callable[..., Any]:
 
 
 def register_triton_for_cuda() -> None:
-    """Let Triton serve CUDA tensors where no compiled CUDA kernel does. Called once all is defined."""
+    """Let Triton serve CUDA tensors where no compiled kernel does; once all operators are there."""
     if not torch.cuda.is_available() or _status("triton") is not None:
         return
     for name in operators():
@@ -156,7 +156,7 @@ def _device_keys(backend: str) -> tuple[str, ...]:
 def override_kernels(
     backend: str, kernels: dict[str, Callable[..., Any]], keys: tuple[str, ...]
 ) -> torch.library.Library:
-    """Put Python ``kernels`` above whatever is registered; they leave when the library is destroyed."""
+    """Put Python ``kernels`` above what is registered, until the library is destroyed."""
     override = torch.library.Library(NAMESPACE, "IMPL")
     for name, kernel in kernels.items():
         for key in keys:

@@ -151,7 +151,7 @@ def bernoulli_mask(
 def straight_through(
     features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``bernoulli_mask`` with the gradients of PICNN eq. 5 and 8 left to autograd: their definition.
+    """``bernoulli_mask`` by autograd alone: the definition of its gradients (PICNN eq. 5, 8).
 
     Arguments and results as ``bernoulli_mask``; every product is an ordinary one, so NaN in a
     dropped map shows here.
@@ -166,9 +166,10 @@ def straight_through(
 
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-    """Maps scaled by the gate row of each label: ``features[b, i] * gate[labels[b], i]`` (CSG 3.1).
+    """Maps scaled by the gate row of each label (CSG 3.1): ``features[b] * gate[labels[b]]``.
 
-    ``features`` is ``[B, N, S]``, ``gate`` ``[K, N]`` in the accumulate type, ``labels`` int64 ``[B]``.
+    ``features`` is ``[B, N, S]``, ``gate`` ``[K, N]`` in the accumulate type, ``labels`` int64
+    ``[B]``.
     """
     return _scale_channels(features, gate[labels])
 

@@ -1,0 +1,96 @@
+"""Compiles CUDA files for the CPU (see cuda_on_cpu.h) and loads their operators."""
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import picnn_fast  # noqa: F401  (defines the operators' schemas)
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+HEADER = HERE / "cuda_on_cpu.h"
+LIBRARY = "picnn_fast_fibres"
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g0",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-extern-tls-init",  # shared memory needs no constructors
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",  # unroll
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
+
+_library: torch.library.Library | None = None
+
+
+def compiler() -> str | None:
+    """The C++ compiler, None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(source: Path, extra_flags: Sequence[str] = ()) -> Path:
+    """Compile one CUDA file to a shared library, once for each state of the sources.
+
+    Raises:
+        RuntimeError: no compiler, or it fails; the message holds its output.
+    """
+    found = compiler()
+    if found is None:
+        raise RuntimeError("no C++ compiler: g++ is not on PATH")
+    torch_folder = Path(torch.__file__).parent
+    command = [found, *FLAGS, *extra_flags, "-include", str(HEADER)]
+    command += ["-isystem", str(torch_folder / "include"), "-I", str(CSRC / "cuda")]
+    command += ["-x", "c++", str(source), "-L", str(torch_folder / "lib"), "-ltorch_cpu"]
+    digest = hashlib.sha256(repr((command, torch.__version__)).encode())
+    for file in (source, HEADER, *sorted(CSRC.rglob("*.h"))):
+        digest.update(file.read_bytes())
+    cache = Path(tempfile.gettempdir()) / f"picnn_fast_cuda_on_cpu_{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    target = cache / f"{source.stem}_{digest.hexdigest()[:20]}.so"
+    if not target.exists():
+        # Renamed when it is whole: other test processes may be at it as well.
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            partial = Path(scratch) / target.name
+            done = subprocess.run(
+                [*command, "-o", str(partial)], capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise RuntimeError(f"{source.name} does not compile for the CPU:\n{done.stderr}")
+            partial.replace(target)
+    return target
+
+
+@functools.cache
+def load() -> dict[str, Callable[..., Any]]:
+    """Every operator that a file in csrc/cuda implements, run by fibres on CPU tensors.
+
+    Returns:
+        Operator name to callable, for ``picnn_fast.ops.registry.override_kernels``.
+    """
+    global _library
+    _library = torch.library.Library(LIBRARY, "DEF")
+    from picnn_fast.ops import registry
+
+    for name in registry.operators():
+        schema = getattr(torch.ops.picnn_fast, name).default._schema
+        _library.define(str(schema).removeprefix("picnn_fast::"))
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        torch.ops.load_library(str(build(source)))
+    return {
+        name: getattr(torch.ops.picnn_fast_fibres, name)
+        for name in registry.operators()
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{LIBRARY}::{name}", "CPU")
+    }

@@ -1,0 +1,162 @@
+"""The executor of CUDA kernels on a CPU computes what a GPU would, and catches mistakes."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Unavailable, fibre_kernels
+from tests.cuda_on_cpu import build
+
+HERE = Path(__file__).parent
+ORDERS = ("forward", "reversed", "shuffled:0", "shuffled:1")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ctypes.CDLL:
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler to build the kernels")
+    return ctypes.CDLL(str(build.build(HERE / "executor_kernels.cu")))
+
+
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", request.param)
+    return request.param
+
+
+def run(library: ctypes.CDLL, name: str, *arguments: object) -> str:
+    function = getattr(library, f"run_{name}")
+    function.restype = ctypes.c_char_p
+    converted = [
+        argument.ctypes.data_as(ctypes.c_void_p) if isinstance(argument, np.ndarray) else argument
+        for argument in arguments
+    ]
+    message: bytes = function(*converted)
+    return message.decode()
+
+
+def test_block_reduction_is_exact_in_every_order(kernels: ctypes.CDLL, order: str) -> None:
+    x = np.arange(10_000, dtype=np.float32) % 97
+    sums = np.zeros(3, np.float32)
+    assert run(kernels, "block_sum", x, len(x), sums, 3) == ""
+    threads = np.arange(len(x)) // 256 % 3
+    assert sums.tolist() == [x[threads == block].sum() for block in range(3)]
+
+
+def test_warp_operations_give_what_cuda_defines(kernels: ctypes.CDLL, order: str) -> None:
+    out = np.full((11, 64), -1, np.int32)
+    assert run(kernels, "warp_operations", out) == ""
+    t = np.arange(64)
+    warp, lane = t // 32, t % 32
+    value = 100 * warp + lane
+    ballot = sum(1 << i for i in range(0, 32, 3))
+    expected = [
+        100 * warp + 5,
+        100 * warp + (lane ^ 3),
+        np.where(lane >= 2, value - 2, value),
+        np.where(lane % 8 < 6, value + 2, value),
+        np.full(64, ballot),
+        np.full(64, 1),
+        np.full(64, 0),
+        100 * warp + np.where(lane < 16, 1, 17),
+        np.full(64, 2),
+        np.full(64, 1),
+        np.full(64, 0),
+    ]
+    for row, wanted in zip(out, expected, strict=True):
+        assert row.tolist() == np.asarray(wanted).astype(np.int32).tolist()
+
+
+def test_atomics_lose_no_update(kernels: ctypes.CDLL, order: str) -> None:
+    counters = np.zeros(4, np.int32)
+    assert run(kernels, "atomics", counters) == ""
+    assert counters.tolist() == [120, 39, -39, 1]
+
+
+def test_a_barrier_orders_shared_memory(kernels: ctypes.CDLL, order: str) -> None:
+    out = np.zeros(64, np.int32)
+    assert run(kernels, "neighbour", out, 64, True) == ""
+    assert out.tolist() == [*range(1, 64), 0]
+
+
+def test_a_missing_barrier_shows(kernels: ctypes.CDLL, order: str) -> None:
+    out = np.zeros(64, np.int32)
+    assert run(kernels, "neighbour", out, 64, False) == ""
+    assert out.tolist() != [*range(1, 64), 0]
+    assert -1 in out.tolist()  # what no thread had written yet
+
+
+def test_every_block_finds_its_shared_memory_poisoned(kernels: ctypes.CDLL) -> None:
+    out = np.zeros(2, np.float32)
+    assert run(kernels, "unwritten_shared", out) == ""
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tensor", "message"),
+    [
+        ("returns_before_barrier", False, "thread 3 of block (0, 0, 0) has returned, while"),
+        ("divergent_barriers", False, "waits in __syncthreads at"),
+        ("lane_misses_shuffle", True, "for lanes that never come: mask ffffffff, arrived ffffff7f"),
+        ("reads_outside_mask", True, "which is not in the mask"),
+        ("mixed_warp_operations", True, "but other lanes wait in"),
+        ("writes_past_shared", False, "wrote past its 16 bytes of dynamic shared memory"),
+    ],
+)
+def test_mistakes_are_reported(
+    kernels: ctypes.CDLL, kernel: str, tensor: bool, message: str
+) -> None:
+    arguments = [np.zeros(64, np.int32)] if tensor else []
+    assert message in run(kernels, kernel, *arguments)
+    # The next launch is not the worse for it.
+    assert run(kernels, "block_of", 64, 0) == ""
+
+
+def test_device_assertion_names_thread_and_condition(kernels: ctypes.CDLL) -> None:
+    assert run(kernels, "asserts", 4) == ""
+    message = run(kernels, "asserts", 2)
+    assert "assertion failed in thread 2 of block (0, 0, 0)" in message
+    assert "< limit" in message
+
+
+@pytest.mark.parametrize(("threads", "shared"), [(0, 0), (1025, 0), (32, 49153)])
+def test_launches_a_gpu_would_refuse_are_refused(
+    kernels: ctypes.CDLL, threads: int, shared: int
+) -> None:
+    assert run(kernels, "block_of", threads, shared).startswith("cuda_on_cpu: ")
+
+
+def test_an_unknown_order_is_refused(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", "sideways")
+    assert "want forward, reversed or shuffled:SEED" in run(kernels, "block_of", 1, 0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_masking_kernels_do_not_depend_on_the_order(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warps and blocks may run in any order: a missing barrier would give other bits in some."""
+    try:
+        kernels = fibre_kernels()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 300, generator=generator)
+    p = torch.rand(300, 70, generator=generator)
+    seed = torch.tensor([11])
+
+    def run_all(maps: torch.Tensor) -> list[torch.Tensor]:
+        masked, mask, label = kernels["bernoulli_mask"](maps, logits, p, seed, 0)
+        gated = kernels["class_gate"](maps, p, label)
+        return [masked, mask, label, gated, *kernels["masking_backward"](gated, maps, mask)]
+
+    contiguous = torch.randn(3, 70, 121, generator=generator)
+    for maps in (contiguous, contiguous.mT.contiguous().mT, contiguous[:, :, ::2]):
+        monkeypatch.delenv("PICNN_FAST_FIBRE_ORDER", raising=False)
+        expected = run_all(maps)
+        monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
+        for got, wanted in zip(run_all(maps), expected, strict=True):
+            assert torch.equal(got, wanted)

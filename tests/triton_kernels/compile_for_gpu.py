@@ -1,0 +1,71 @@
+"""Compiles Triton kernels for a GPU that need not be there; prints one line for each.
+
+Run as a program, with TRITON_INTERPRET unset: the interpreter replaces the compiler when a kernel
+is decorated. Argument: the file to compile the ``*_kernel`` functions of.
+"""
+
+import importlib.util
+import itertools
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+# Element types of the tensors that may differ from call to call: (maps, masks), and the tables'.
+MAPS = (("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32"))
+TABLES = ("fp32", "fp64")
+POINTERS = {
+    "features": "maps", "masked": "maps", "grad_masked": "maps", "grad_features": "maps",
+    "mask": "masks", "grad_mask": "masks", "gate": "masks",
+    "logits": "table", "correspondence": "table",
+    "seed": "i64", "label": "i64", "labels": "i64",
+}  # fmt: skip
+SIZES = {"CHANNELS": 32, "POSITIONS": 64, "CLASS_BLOCK": 1024}
+
+
+def sources(kernel):
+    """The kernel with every set of argument types that the launchers can pass.
+
+    Sizes and strides are 32 or 64 bits wide; those that equal 1 arrive as constants.
+    """
+    names = kernel.arg_names
+    kinds = {POINTERS.get(name) for name in names}
+    maps = MAPS if kinds & {"maps", "masks"} else MAPS[:1]
+    tables = TABLES if "table" in kinds else TABLES[:1]
+    variants = [(*types, "i32") for types in itertools.product(maps, tables)]
+    variants += [(maps[0], tables[0], "i64"), (maps[0], tables[0], "constexpr")]
+    for (map_type, mask_type), table, size in variants:
+        types = {"maps": map_type, "masks": mask_type, "table": table, "i64": "i64"}
+        signature, constants = {}, {}
+        for name in names:
+            if name in POINTERS:
+                signature[name] = "*" + types[POINTERS[name]]
+            elif name == "rank":  # never specialised
+                signature[name] = "i64" if size == "i64" else "i32"
+            else:
+                signature[name] = "constexpr" if name in SIZES else size
+            if signature[name] == "constexpr":
+                constants[name] = SIZES.get(name, 1)
+        yield ASTSource(fn=kernel, signature=signature, constexprs=constants)
+
+
+def main(path):
+    spec = importlib.util.spec_from_file_location("kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernels"] = module
+    spec.loader.exec_module(module)
+    for name, kernel in vars(module).items():
+        if not name.endswith("_kernel") or not isinstance(kernel, triton.JITFunction):
+            continue
+        for source in sources(kernel):
+            # As launched: see bernoulli_mask in the kernels' file.
+            options = {"enable_fp_fusion": name != "pseudo_label_kernel"}
+            compiled = triton.compile(source, target=HOPPER, options=options)
+            fused = compiled.asm["ptx"].count("fma.")
+            print(name, *source.signature.values(), f"{len(compiled.asm['cubin'])} bytes", fused)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,268 @@
+"""Triton kernels of the masking family. ``picnn_fast.reference.masking`` is the definition.
+
+Masks and pseudo-labels agree with the reference bit for bit: Philox and the softmax weights are
+integers and single float32 roundings, and multiply-adds are never fused in the kernel that draws
+labels. Sums over positions run in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CLASS_BLOCK = 1024
+TILE = 2048  # elements of a tile of [channels, positions]
+
+
+@triton.jit
+def _random_24_bits(index, seed, stream: tl.constexpr, rank):
+    """Top 24 bits of the first Philox4x32-10 word for each int64 ``index``."""
+    low = (index & 0xFFFFFFFF).to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    zero = low ^ low
+    word, _, _, _ = tl.philox(seed, low, high, zero + stream, zero + rank.to(tl.uint32))
+    return word >> 8
+
+
+@triton.jit
+def _softmax_weight(x):
+    """int64 ``round_down(exp(x) * 2**30)`` for float32 x <= 0, 0 below exp(-21) and for NaN."""
+    in_range = x > -21.0
+    x = tl.where(in_range, x, 0.0)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693359375) - n * -2.1219444005469057e-4
+    e = r * (1 / 5040) + (1 / 720)
+    e = e * r + (1 / 120)
+    e = e * r + (1 / 24)
+    e = e * r + (1 / 6)
+    e = e * r + (1 / 2)
+    e = e * r + 1.0
+    e = e * r + 1.0
+    weight = (e * 1073741824.0).to(tl.int64) >> (-n).to(tl.int64)
+    return tl.where(in_range, weight, 0)
+
+
+@triton.jit
+def _load_logits(logits, k, classes, stride_k):
+    """A block of one row, NaN as +inf, -inf past the last class."""
+    x = tl.load(logits + k * stride_k, mask=k < classes, other=-float("inf"))
+    return tl.where(x != x, float("inf"), x)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def pseudo_label_kernel(
+    logits, seed, rank, label, classes, stride_b, stride_k, CLASS_BLOCK: tl.constexpr
+):
+    """One program a sample: categorical draw from softmax(logits) by inverse CDF."""
+    b = tl.program_id(0).to(tl.int64)
+    logits += b * stride_b
+    offsets = tl.arange(0, CLASS_BLOCK).to(tl.int64)
+    first = _load_logits(logits, offsets, classes, stride_k)
+    for start in range(CLASS_BLOCK, classes, CLASS_BLOCK):
+        first = tl.maximum(first, _load_logits(logits, start + offsets, classes, stride_k))
+    largest = tl.max(first, 0)
+
+    total = tl.zeros((), tl.int64)
+    for start in range(0, classes, CLASS_BLOCK):
+        x = _load_logits(logits, start + offsets, classes, stride_k)
+        total += tl.sum(_softmax_weight((x - largest).to(tl.float32)), 0)
+    bits = _random_24_bits(b, tl.load(seed), 1, rank).to(tl.int64)
+    threshold = bits * (total >> 24) + ((bits * (total & 0xFFFFFF)) >> 24)
+
+    passed = tl.zeros((), tl.int64)  # classes whose cumulative weight does not exceed the threshold
+    below = tl.zeros((), tl.int64)
+    for start in range(0, classes, CLASS_BLOCK):
+        k = start + offsets
+        weight = _softmax_weight(
+            (_load_logits(logits, k, classes, stride_k) - largest).to(tl.float32)
+        )
+        reached = below + tl.cumsum(weight, 0)
+        passed += tl.sum(((reached <= threshold) & (k < classes)).to(tl.int64), 0)
+        below += tl.sum(weight, 0)
+    tl.store(label + b, tl.minimum(passed, classes - 1))
+
+
+# bfloat16 by its bits: the interpreter's own conversion drops the lower half instead of rounding,
+# and loses subnormal numbers.
+@triton.jit
+def _widen(x, dtype: tl.constexpr):
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+        return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _place(N, S, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
+    """A program's sample, its channels, its positions and their number among its siblings."""
+    channel_blocks = tl.cdiv(N, CHANNELS)
+    position_blocks = tl.maximum(tl.cdiv(S, POSITIONS), 1)
+    program = tl.program_id(0)
+    part = program % position_blocks
+    block = (program // position_blocks) % channel_blocks
+    b = (program // position_blocks // channel_blocks).to(tl.int64)
+    n = block.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    s = part.to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
+    return b, n, s, part
+
+
+@triton.jit
+def _scale(x, y, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s):
+    """y = x * factor on a tile; exactly 0, and x not read, where the factor is 0."""
+    inside = (n < N)[:, None] & (s < S)[None, :]
+    needed = (factor != 0)[:, None]
+    value = tl.load(
+        x + b * x_b + n[:, None] * x_n + s[None, :] * x_s, mask=inside & needed, other=0.0
+    )
+    scaled = tl.where(needed, _widen(value, factor.dtype) * factor[:, None], 0.0)
+    tl.store(
+        y + b * y_b + n[:, None] * y_n + s[None, :] * y_s,
+        _narrow(scaled, value.dtype),
+        mask=inside,
+    )
+
+
+@triton.jit(do_not_specialize=["rank"])
+def bernoulli_kernel(
+    features, correspondence, label, seed, rank, masked, mask,
+    N, S, x_b, x_n, x_s, p_k, p_n, y_b, y_n, y_s,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Bernoulli draws of a block of channels, and their masked maps."""
+    b, n, s, part = _place(N, S, CHANNELS, POSITIONS)
+    k = tl.load(label + b)
+    p = tl.load(correspondence + k * p_k + n * p_n, mask=n < N, other=0.0)
+    bits = _random_24_bits(b * N + n, tl.load(seed), 0, rank)
+    keep = bits.to(tl.float32) * 5.9604644775390625e-8 < p
+    factor = keep.to(mask.dtype.element_ty)
+    if part == 0:
+        tl.store(mask + b * N + n, factor, mask=n < N)
+    _scale(features, masked, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s)
+
+
+@triton.jit
+def gate_kernel(
+    features, gate, labels, masked,
+    K, N, S, x_b, x_n, x_s, g_k, g_n, l_b, y_b, y_n, y_s,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Maps of a block of channels scaled by the gate row of the sample's label."""
+    b, n, s, _ = _place(N, S, CHANNELS, POSITIONS)
+    k = tl.load(labels + b * l_b)
+    # Live with TRITON_DEBUG=1. Without it a label that no check caught still reads inside the gate.
+    tl.device_assert((k >= 0) & (k < K), "labels out of range")
+    k = tl.minimum(tl.maximum(k, 0), K - 1)
+    factor = tl.load(gate + k * g_k + n * g_n, mask=n < N, other=0.0)
+    _scale(features, masked, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s)
+
+
+@triton.jit
+def backward_kernel(
+    grad_masked, features, mask, grad_features, grad_mask,
+    N, S, g_b, g_n, g_s, x_b, x_n, x_s, m_b, m_n, y_b, y_n, y_s,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of channels over all positions, reading both inputs once."""
+    blocks = tl.cdiv(N, CHANNELS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    factor = tl.load(mask + b * m_b + n * m_n, mask=n < N, other=0.0)
+    total = tl.zeros((CHANNELS, POSITIONS), factor.dtype)
+    for start in range(0, S, POSITIONS):
+        s = start + tl.arange(0, POSITIONS).to(tl.int64)
+        inside = (n < N)[:, None] & (s < S)[None, :]
+        grad = tl.load(
+            grad_masked + b * g_b + n[:, None] * g_n + s[None, :] * g_s, mask=inside, other=0.0
+        )
+        x = tl.load(
+            features + b * x_b + n[:, None] * x_n + s[None, :] * x_s, mask=inside, other=0.0
+        )
+        wide = _widen(grad, factor.dtype)
+        total += _widen(x, factor.dtype) * wide
+        scaled = tl.where((factor != 0)[:, None], wide * factor[:, None], 0.0)
+        tl.store(
+            grad_features + b * y_b + n[:, None] * y_n + s[None, :] * y_s,
+            _narrow(scaled, grad.dtype),
+            mask=inside,
+        )
+    tl.store(grad_mask + b * N + n, tl.sum(total, 1), mask=n < N)
+
+
+def _tile(features: Tensor) -> tuple[int, int]:
+    """Channels and positions of a tile, long along the axis that is contiguous in memory."""
+    _, N, S = features.shape
+    channels, positions = triton.next_power_of_2(max(N, 1)), triton.next_power_of_2(max(S, 1))
+    if S > 1 and features.stride(1) == 1:
+        channels = min(channels, 128)
+        return channels, min(positions, TILE // channels)
+    positions = min(positions, 512)
+    return min(channels, TILE // positions), positions
+
+
+def bernoulli_mask(
+    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pseudo-label, Bernoulli mask and masked maps; see ``reference.masking.bernoulli_mask``."""
+    B, N, S = features.shape
+    masked = torch.empty_like(features)
+    mask_dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    mask = features.new_empty((B, N), dtype=mask_dtype)
+    label = logits.new_empty((B,), dtype=torch.int64)
+    if B > 0:
+        classes = logits.shape[1]
+        pseudo_label_kernel[(B,)](
+            logits, seed, rank, label, classes, *logits.stride(),
+            CLASS_BLOCK=min(CLASS_BLOCK, triton.next_power_of_2(classes)),
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    if B * N > 0:
+        channels, positions = _tile(features)
+        grid = (B * triton.cdiv(N, channels) * max(triton.cdiv(S, positions), 1),)
+        bernoulli_kernel[grid](
+            features, correspondence, label, seed, rank, masked, mask,
+            N, S, *features.stride(), *correspondence.stride(), *masked.stride(),
+            CHANNELS=channels, POSITIONS=positions,
+        )  # fmt: skip
+    return masked, mask, label
+
+
+def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """Maps scaled by the gate row of each label; see ``reference.masking.class_gate``."""
+    B, N, S = features.shape
+    masked = torch.empty_like(features)
+    if features.numel() > 0:
+        channels, positions = _tile(features)
+        gate_kernel[(B * triton.cdiv(N, channels) * triton.cdiv(S, positions),)](
+            features, gate, labels, masked,
+            gate.shape[0], N, S, *features.stride(), *gate.stride(), *labels.stride(),
+            *masked.stride(),
+            CHANNELS=channels, POSITIONS=positions,
+        )  # fmt: skip
+    return masked
+
+
+def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``features * mask``; see ``reference.masking.masking_backward``."""
+    B, N, S = features.shape
+    grad_features = torch.empty_like(features)
+    grad_mask = mask.new_empty((B, N))
+    if B * N > 0:
+        channels, positions = _tile(features)
+        backward_kernel[(B * triton.cdiv(N, channels),)](
+            grad_masked, features, mask, grad_features, grad_mask,
+            N, S, *grad_masked.stride(), *features.stride(), *mask.stride(),
+            *grad_features.stride(),
+            CHANNELS=channels, POSITIONS=positions,
+        )  # fmt: skip
+    return grad_features, grad_mask
