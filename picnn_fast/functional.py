@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from picnn_fast.ops import checks
 from picnn_fast.ops import masking as _masking
 
 __all__ = ["bernoulli_mask", "class_gate", "gumbel_mask"]
@@ -124,23 +125,31 @@ def gumbel_mask(
     Raises:
         TypeError, ValueError: a temperature that is not a positive number; and as
             ``bernoulli_mask``.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import gumbel_mask
+        >>> _, mask, _ = gumbel_mask(
+        ...     torch.ones(1, 2, 3, 3), torch.tensor([[9., 0.]]), torch.eye(2), seed=0)
+        >>> mask.round().tolist()
+        [[1.0, 0.0]]
     """
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature: got {type(temperature).__name__}, want a number")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, want a finite number > 0")
+        raise ValueError(f"temperature: got {temperature}, want a number > 0")
     flat, _ = _masking.flatten_maps(features, channel_dim)
     # The pseudo-label and the checks of bernoulli_mask, on maps of no size.
     empty = flat[:, :, :0]
     _, _, pseudo_label = bernoulli_mask(empty, logits, correspondence, seed=seed)
     assignment = torch.nn.functional.gumbel_softmax(
-        correspondence.float().clamp_min(torch.finfo(torch.float32).tiny).log(),
+        checks.accumulable(correspondence).clamp_min(torch.finfo(torch.float32).tiny).log(),
         tau=temperature,
         dim=0,
     )
-    y1 = logits.float().softmax(-1)
-    one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1]).to(y1.dtype)
-    mask = (one_hot + y1 - y1.detach()) @ assignment
+    y1 = checks.accumulable(logits).softmax(-1)
+    one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
+    mask = (one_hot + y1 - y1.detach()).to(assignment.dtype) @ assignment
     rows = torch.arange(len(mask), device=mask.device)
     masked = class_gate(features, mask, rows, channel_dim=channel_dim)
     return masked, mask.to(features.dtype), pseudo_label

@@ -99,10 +99,12 @@ class BernoulliMask(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_correspondence = _sum_by_class(grad_z, pseudo_label, correspondence)
         if ctx.needs_input_grad[1]:
-            # z = onehot-with-gradient-of-y1 @ P, then the softmax backward.
-            grad_y1 = (grad_z.to(correspondence.dtype) @ correspondence.T).to(logits.dtype)
-            y1 = logits.softmax(-1)
-            grad_logits = y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True))
+            # z = onehot-with-gradient-of-y1 @ P, then the softmax backward. In full precision
+            # even where backward() is called inside autocast.
+            with torch.autocast(features.device.type, enabled=False):
+                grad_y1 = (grad_z.to(correspondence.dtype) @ correspondence.T).to(logits.dtype)
+                y1 = logits.softmax(-1)
+                grad_logits = y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True))
         return grad_features, grad_logits, grad_correspondence, None, None
 
 

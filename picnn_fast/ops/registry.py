@@ -154,7 +154,7 @@ def _device_keys(backend: str) -> tuple[str, ...]:
 
 
 def override_kernels(
-    backend: str, kernels: dict[str, Callable[..., Any]], keys: tuple[str, ...]
+    kernels: dict[str, Callable[..., Any]], keys: tuple[str, ...]
 ) -> torch.library.Library:
     """Put Python ``kernels`` above what is registered, until the library is destroyed."""
     override = torch.library.Library(NAMESPACE, "IMPL")
@@ -166,15 +166,17 @@ def override_kernels(
 
 def _install(backend: str | None) -> None:
     global _override
+    kernels: dict[str, Callable[..., Any]] = {}
+    if backend == "reference":
+        kernels = _references
+    elif backend == "triton":
+        kernels = {name: _triton_kernel(name) for name in operators()}
     if _override is not None:
         _override[1]._destroy()
         _override = None
-    if backend == "reference":
-        _override = (backend, override_kernels(backend, dict(_references), _device_keys(backend)))
-    elif backend == "triton":
-        kernels = {name: _triton_kernel(name) for name in operators()}
-        _override = (backend, override_kernels(backend, kernels, _device_keys(backend)))
     # "cpp" and "cuda" are what the dispatcher chooses by itself once nothing lies on top.
+    if backend is not None and kernels:
+        _override = (backend, override_kernels(kernels, _device_keys(backend)))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,161 @@
+"""What every test may use: one ``backend`` fixture, GPU tests that find their machine."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton reads it when a kernel is decorated, so before any import of a kernel.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from picnn_fast.ops import registry  # noqa: E402
+
+IN_CI = os.environ.get("CI") == "true"
+# Backends a run of the continuous build must not skip.
+REQUIRED = ("reference", "cpp", "triton-gpu" if HAS_GPU else "triton", "cuda-fibres")
+
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("tests")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend that serves every operator while the test runs, for tensors on ``device``."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def slow(self) -> bool:
+        """Kernels run one element or one thread at a time: keep the sizes small."""
+        return self.name in ("triton", "cuda-fibres")
+
+
+class Unavailable(Exception):
+    """Why a backend cannot serve here."""
+
+
+@functools.cache
+def fibre_kernels() -> dict[str, Callable[..., Any]]:
+    """The CUDA kernel bodies compiled for the CPU, their threads run as fibres."""
+    try:
+        build = importlib.import_module("tests.cuda_on_cpu.build")
+    except ModuleNotFoundError as error:
+        raise Unavailable(str(error)) from error
+    if build.compiler() is None:
+        raise Unavailable("no C++ compiler to build the CUDA bodies for the CPU")
+    kernels: dict[str, Callable[..., Any]] = build.load()
+    return kernels
+
+
+def _serve_cpp(capability: str | None) -> Iterator[None]:
+    if importlib.util.find_spec("picnn_fast._C") is None:
+        raise Unavailable("picnn_fast._C is not installed")
+    # Installed but not loading is a failure, not a reason to skip.
+    assert registry.extension is not None, registry.extension_error
+    if capability is None:
+        with registry.use_backend("cpp"):
+            yield
+        return
+    runnable = registry.extension.build_info()["cpu_capabilities"]
+    if capability not in runnable:
+        raise Unavailable(f"this build and processor run {', '.join(runnable)}")
+    previous = registry.extension.set_cpu_capability(capability)
+    try:
+        with registry.use_backend("cpp"):
+            yield
+    finally:
+        registry.extension.set_cpu_capability(previous)
+
+
+def _serve_fibres() -> Iterator[None]:
+    override = registry.override_kernels(fibre_kernels(), ("CPU",))
+    try:
+        yield
+    finally:
+        override._destroy()
+
+
+def _serve_registered(name: str) -> Iterator[None]:
+    reason = registry.build_info()["backends"][name]
+    if name == "triton" and importlib.util.find_spec("picnn_fast.triton_kernels") is None:
+        reason = "picnn_fast.triton_kernels is not installed"
+    if reason is not None:
+        raise Unavailable(reason)
+    with registry.use_backend(name):
+        yield
+
+
+def serve(name: str) -> Iterator[Backend]:
+    """Put backend ``name`` in charge until the generator closes; Unavailable says why it cannot."""
+    device = torch.device("cuda" if name == "cuda" or name.endswith("-gpu") else "cpu")
+    if name == "cpp" or name.startswith("cpp-"):
+        serving = _serve_cpp(name.partition("-")[2] or None)
+    elif name == "cuda-fibres":
+        serving = _serve_fibres()
+    elif name == "triton" and HAS_GPU:
+        raise Unavailable("Triton compiles for the GPU of this machine: see triton-gpu")
+    else:
+        serving = _serve_registered(name.removesuffix("-gpu"))
+    for _ in serving:
+        yield Backend(name, device)
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        "cpp",
+        "cpp-default",
+        "cpp-avx2",
+        "cpp-avx512",
+        "triton",
+        "cuda-fibres",
+        pytest.param("reference-gpu", marks=pytest.mark.gpu),
+        pytest.param("triton-gpu", marks=pytest.mark.gpu),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend in turn, serving all operators. Skips where one is missing, but not in CI."""
+    try:
+        yield from serve(request.param)
+    except Unavailable as error:
+        if IN_CI and request.param in REQUIRED:
+            pytest.fail(f"CI must run backend {request.param!r}: {error}")
+        pytest.skip(f"backend {request.param!r}: {error}")
+
+
+@pytest.fixture
+def cpp() -> Iterator[Backend]:
+    """The compiled CPU kernels, for tests too long for every backend."""
+    try:
+        yield from serve("cpp")
+    except Unavailable as error:
+        if IN_CI:
+            pytest.fail(f"CI must run backend 'cpp': {error}")
+        pytest.skip(f"backend 'cpp': {error}")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``threads(n)`` sets the number of threads of the process until the test ends."""
+    previous = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(previous)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,757 @@
+"""Masking family: every backend gives the reference's draws and the float64 gradients.
+
+The draws are the reference's own, which tests/reference holds against plain Python. Everything
+after the draws is compared with its definition in float64, within rounding bounds that hold for
+any order of summation.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from picnn_fast.functional import bernoulli_mask, class_gate
+from picnn_fast.ops import registry
+from picnn_fast.reference import masking as reference
+from tests.conftest import HAS_GPU, IN_CI, REQUIRED, Backend, Unavailable, fibre_kernels, serve
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    filters: int
+    spatial: tuple[int, int]
+    classes: int
+
+
+SHAPES = {
+    "odd": Shape(3, 5, (7, 3), 4),
+    "single_element": Shape(1, 1, (1, 1), 2),
+    "empty_batch": Shape(0, 4, (3, 3), 3),
+    "zero_positions": Shape(2, 4, (0, 3), 3),
+    "one_filter": Shape(4, 1, (5, 5), 3),
+    "one_class": Shape(3, 7, (2, 2), 1),
+    "thousand_classes": Shape(2, 6, (3, 3), 1000),
+    "vector_tails": Shape(2, 131, (9, 5), 5),
+}
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "batch_innermost",
+    "expanded",
+    "tokens",
+    "vectors",
+    "channels_last_3d",
+)
+# Every layout in every shape, and in every dtype at one shape.
+CASES = [
+    *itertools.product(SHAPES, LAYOUTS, [torch.float32]),
+    *itertools.product(["odd"], LAYOUTS, [d for d in DTYPES if d != torch.float32]),
+]
+
+
+def case_id(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def maps(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """Random maps laid out as named, and their channel axis."""
+    b, n, (h, w) = shape.batch, shape.filters, shape.spatial
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    if layout == "contiguous":
+        return normal(b, n, h, w), 1
+    if layout == "channels_last":
+        return normal(b, n, h, w).contiguous(memory_format=torch.channels_last), 1
+    if layout == "sliced":
+        return normal(b, n + 2, 2 * h, w + 1)[:, 1 : n + 1, ::2, 1:], 1
+    if layout == "batch_innermost":
+        return normal(n, h, w, b).permute(3, 0, 1, 2), 1
+    if layout == "expanded":
+        return normal(b, n, 1, 1).expand(b, n, h, w), 1
+    if layout == "tokens":
+        return normal(b, h * w, n), -1
+    if layout == "vectors":
+        return normal(b, n), 1
+    assert layout == "channels_last_3d"
+    return normal(b, n, 2, h, w).contiguous(memory_format=torch.channels_last_3d), 1
+
+
+def channel_rows(x: Tensor, channel_dim: int) -> Tensor:
+    """``[B, N, S]`` in float64 on the CPU."""
+    moved = x.detach().cpu().double().movedim(channel_dim, 1)
+    return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))
+
+
+def dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory in some order of the axes."""
+    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), x.shape[d]), reverse=True)
+    return x.numel() > 0 and x.permute(order).is_contiguous()
+
+
+def steps(x: Tensor) -> list[int]:
+    """Strides of the axes that have any: that of an axis of size 1 means nothing."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance of neighbouring numbers of ``dtype`` at the size of ``value`` (float64)."""
+    tiny = torch.finfo(dtype).smallest_normal
+    exponent = value.abs().clamp_min(tiny).log2().floor()
+    return torch.exp2(exponent) * epsilon(dtype)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
+    excess = (got.detach().cpu().double() - expected).abs() - bound
+    assert not (excess > 0).any(), f"off by {excess.max():.3g} beyond the rounding bound"
+
+
+def summation_bound(absolute: Tensor, expected: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """Rounding of a sum of ``terms`` terms in any order, then of the result to ``dtype``."""
+    accumulate = reference.accumulate_dtype(dtype)
+    return absolute * (terms + 8) * epsilon(accumulate) + ulp(expected, dtype)
+
+
+def draws(logits: Tensor, correspondence: Tensor, seed: int, rank: int = 0) -> tuple[Any, Any]:
+    """The reference's mask (bool) and pseudo-label, on the CPU."""
+    wide = [t.detach().cpu() for t in (logits, correspondence)]
+    wide = [t if t.dtype == torch.float64 else t.float() for t in wide]
+    key = torch.tensor([seed])
+    label = reference.sample_pseudo_label(wide[0], key, rank)
+    return reference.sample_filters(wide[1][label], key, rank), label
+
+
+# Which backend runs -------------------------------------------------------------------------------
+
+
+def test_the_named_backend_serves_every_operator(backend: Backend):
+    if backend.name == "cuda-fibres":
+        assert set(fibre_kernels()) == set(registry.operators())
+        return
+    served_by = backend.name.removesuffix("-gpu").partition("-")[0]
+    for operator in registry.operators():
+        assert registry.serving(backend.device.type, operator) == served_by
+        overridden = served_by in ("reference", "triton")
+        assert overridden or torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"picnn_fast::{operator}", backend.device.type.upper()
+        )
+
+
+@pytest.mark.skipif(not IN_CI, reason="a developer's machine may lack a backend")
+@pytest.mark.parametrize("name", REQUIRED)
+def test_ci_runs_every_backend(name: str):
+    try:
+        for backend in serve(name):
+            assert backend.name == name
+    except Unavailable as error:
+        pytest.fail(f"CI must run backend {name!r}: {error}")
+
+
+# Bernoulli mask -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+def test_bernoulli_mask_forward_and_backward(backend: Backend, shape_name, layout, dtype):
+    shape = SHAPES[shape_name]
+    generator = torch.Generator().manual_seed(1)
+    features, dim = maps(shape, layout, dtype, generator)
+    logits = torch.randn(shape.batch, shape.classes, generator=generator).mul(2).to(dtype)
+    correspondence = torch.rand(shape.classes, shape.filters, generator=generator).to(dtype)
+    grad_masked = torch.randn(features.shape, generator=generator).to(dtype)
+    grad_mask = torch.randn(shape.batch, shape.filters, generator=generator).to(dtype)
+    inputs = [leaf(t.to(backend.device)) for t in (features, logits, correspondence)]
+
+    masked, mask, label = bernoulli_mask(*inputs, seed=-12345, channel_dim=dim)
+    grads = torch.autograd.grad(
+        (masked, mask),
+        inputs,
+        (grad_masked.to(backend.device), grad_mask.to(backend.device)),
+    )
+
+    kept, drawn = draws(logits, correspondence, -12345)
+    assert torch.equal(label.cpu(), drawn)
+    assert torch.equal(mask.cpu(), kept.to(dtype))
+    assert (masked.dtype, mask.dtype, label.dtype) == (dtype, dtype, torch.int64)
+    assert masked.shape == features.shape
+    assert grads[0].shape == features.shape
+    if dense(features):
+        assert steps(masked) == steps(features)
+        assert steps(grads[0]) == steps(features)
+
+    # Selection is exact, in both directions.
+    x, g = channel_rows(features, dim), channel_rows(grad_masked, dim)
+    selected = kept[..., None]
+    assert torch.equal(channel_rows(masked, dim), torch.where(selected, x, 0.0))
+    assert torch.equal(channel_rows(grads[0], dim), torch.where(selected, g, 0.0))
+
+    # dz, then through one-hot + (y1 - stop(y1)) and the softmax; the same with absolute values
+    # bounds the rounding.
+    y1, table = logits.double().softmax(-1), correspondence.double()
+    terms = x.shape[-1] + shape.batch + shape.filters + shape.classes
+    dz = (x * g).sum(-1) + grad_mask.double()
+    dz_size = (x * g).abs().sum(-1) + grad_mask.double().abs()
+    dy, dy_size = dz @ table.T, dz_size @ table.T
+    dlogits = y1 * (dy - (y1 * dy).sum(-1, keepdim=True))
+    dlogits_size = y1 * (dy_size + (y1 * dy_size).sum(-1, keepdim=True))
+    assert_within(grads[1], dlogits, summation_bound(2 * dlogits_size, dlogits, terms, dtype))
+    dp = torch.zeros_like(table).index_add_(0, drawn, dz)
+    dp_size = torch.zeros_like(table).index_add_(0, drawn, dz_size)
+    assert_within(grads[2], dp, summation_bound(dp_size, dp, terms, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_draws_equal_the_reference_bit_for_bit(backend: Backend, dtype, classes, scale):
+    batch, filters = (5, 5) if backend.slow else (700, 33)
+    keys = ((0, 0), (2**63 - 1, 3), (-(2**63), 2**32 - 1))
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(batch, classes, generator=generator).mul(scale).to(dtype)
+    correspondence = torch.rand(classes, filters, generator=generator).to(dtype)
+    features = torch.ones(batch, filters, 1)
+    for seed, rank in keys[2:] if backend.slow else keys:
+        _, mask, label = bernoulli_mask(
+            *(t.to(backend.device) for t in (features, logits, correspondence)),
+            seed=seed,
+            rank=rank,
+        )
+        kept, drawn = draws(logits, correspondence, seed, rank)
+        assert torch.equal(label.cpu(), drawn)
+        assert torch.equal(mask.cpu(), kept.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
+def test_a_filter_is_kept_exactly_when_u_is_below_p(backend: Backend, dtype):
+    batch, filters = 2, 150
+    index = torch.arange(filters)
+    bits = reference.random_24_bits(index, torch.tensor(8), reference.FILTER_STREAM, 0)
+    u = (bits.double() * 2.0**-24).to(dtype)
+    one = torch.ones((), dtype=dtype)
+    for table, expected in (
+        (u, 0.0),
+        (torch.nextafter(u, one), 1.0),
+        (torch.zeros_like(u), 0.0),
+        (torch.ones_like(u), 1.0),
+    ):
+        _, mask, _ = bernoulli_mask(
+            torch.ones(batch, filters, device=backend.device),
+            torch.zeros(batch, 1, device=backend.device),
+            table[None].to(backend.device),
+            seed=8,
+        )
+        assert (mask[0] == expected).all()  # sample 0 draws indices 0 to filters - 1
+
+
+def test_every_label_interval_is_hit_where_the_reference_hits_it(backend: Backend):
+    """Differences of logits where the reduction of exp changes its octave, and where it ends."""
+    batch = 8 if backend.slow else 400
+    octaves = -(torch.arange(32) + 0.5) * math.log(2)
+    borders = torch.tensor([-21.0, torch.nextafter(torch.tensor(-21.0), torch.zeros(()))])
+    row = torch.cat((octaves, octaves.nextafter(torch.zeros(())), borders, torch.zeros(1)))
+    shifts = torch.linspace(-50, 50, batch)[:, None]
+    for logits in (row + shifts, (row.double() + shifts.double()), row[None].expand(batch, -1)):
+        correspondence = torch.full((logits.shape[1], 2), 0.5)
+        _, _, label = bernoulli_mask(
+            torch.ones(batch, 2, device=backend.device),
+            logits.to(backend.device),
+            correspondence.to(backend.device),
+            seed=1,
+        )
+        assert torch.equal(label.cpu(), draws(logits, correspondence, 1)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_rows_without_a_distribution_fall_to_the_last_class(backend: Backend, dtype):
+    inf, nan = math.inf, math.nan
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(9, 4, generator=generator)
+    clean = logits.clone()
+    bad = {1: [nan, 0, 0, 0], 2: [0, inf, 0, 0], 4: [-inf] * 4, 5: [inf] * 4, 7: [-inf, nan, 0, 1]}
+    for row, values in bad.items():
+        logits[row] = torch.tensor(values)
+    logits[8] = torch.tensor([-inf, 3.0, -inf, -inf])  # a distribution, on one class
+    correspondence = torch.rand(4, 6, generator=generator)
+
+    def run(values: Tensor) -> tuple[Tensor, Tensor]:
+        _, mask, label = bernoulli_mask(
+            torch.ones(9, 6, device=backend.device),
+            values.to(dtype).to(backend.device),
+            correspondence.to(backend.device),
+            seed=5,
+        )
+        return mask.cpu(), label.cpu()
+
+    mask, label = run(logits)
+    assert label[list(bad)].tolist() == [3] * len(bad)
+    assert label[8] == 1
+    clean_mask, clean_label = run(clean)
+    others = [0, 3, 6]
+    assert torch.equal(label[others], clean_label[others])
+    assert torch.equal(mask[others], clean_mask[others])
+    expected_mask, expected_label = draws(logits.to(dtype), correspondence, 5)
+    assert torch.equal(label, expected_label)
+    assert torch.equal(mask, expected_mask.float())
+
+
+def test_ranks_and_seeds_draw_apart(backend: Backend):
+    batch, filters = 8, 32
+    features = torch.ones(batch, filters, device=backend.device)
+    logits = torch.zeros(batch, 50, device=backend.device)
+    correspondence = torch.full((50, filters), 0.5, device=backend.device)
+
+    def run(seed: int, rank: int) -> tuple[Tensor, Tensor]:
+        return bernoulli_mask(features, logits, correspondence, seed=seed, rank=rank)[1:]
+
+    base = run(1, 0)
+    for other in (run(1, 1), run(2, 0), run(1 + 2**32, 0)):
+        agreement = (base[0] == other[0]).double().mean().item()
+        assert 0.25 < agreement < 0.75
+        assert not torch.equal(base[1], other[1])
+    again = run(1, 0)
+    assert torch.equal(base[0], again[0])
+    assert torch.equal(base[1], again[1])
+
+
+@pytest.mark.gpu
+def test_draws_beyond_index_2_to_32_use_both_counter_words(backend: Backend):
+    if backend.name == "reference-gpu" or backend.device.type == "cpu":
+        pytest.skip("the reference would need hundreds of GiB; the CPU backends, time")
+    batch, filters = 2**17 + 3, 2**15
+    needed = batch * filters * 4
+    if torch.cuda.mem_get_info()[0] < 1.5 * needed:
+        pytest.skip(f"needs {1.5 * needed / 2**30:.0f} GiB of GPU memory")
+    seed = torch.tensor([77], device="cuda")
+    _, mask, _ = torch.ops.picnn_fast.bernoulli_mask(
+        torch.empty(batch, filters, 0, device="cuda"),
+        torch.zeros(batch, 1, device="cuda"),
+        torch.full((1, filters), 0.5, device="cuda"),
+        seed,
+        0,
+    )
+    for row in (0, 2**17 - 1, 2**17, batch - 1):
+        index = row * filters + torch.arange(filters, device="cuda")
+        bits = reference.random_24_bits(index, seed, reference.FILTER_STREAM, 0)
+        assert torch.equal(mask[row], (bits < 2**23).float())
+
+
+# Class gate ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+def test_class_gate_forward_and_backward(backend: Backend, shape_name, layout, dtype):
+    shape = SHAPES[shape_name]
+    generator = torch.Generator().manual_seed(2)
+    features, dim = maps(shape, layout, dtype, generator)
+    gate = torch.rand(shape.classes, shape.filters, generator=generator)
+    gate = torch.where(gate < 0.2, 0.0, torch.where(gate > 0.8, 1.0, gate)).to(dtype)
+    labels = torch.randint(0, shape.classes, (shape.batch,), generator=generator)
+    grad = torch.randn(features.shape, generator=generator).to(dtype)
+    inputs = [leaf(features.to(backend.device)), leaf(gate.to(backend.device))]
+
+    masked = class_gate(*inputs, labels.to(backend.device), channel_dim=dim)
+    grads = torch.autograd.grad(masked, inputs, grad.to(backend.device))
+
+    assert (masked.dtype, masked.shape) == (dtype, features.shape)
+    if dense(features):
+        assert steps(masked) == steps(features)
+        assert steps(grads[0]) == steps(features)
+    x, g = channel_rows(features, dim), channel_rows(grad, dim)
+    z = gate.double()[labels][..., None]
+    for got, exact in ((masked, x * z), (grads[0], g * z)):
+        rows = channel_rows(got, dim)
+        assert_within(rows, exact, ulp(exact, dtype))
+        exactly = ((z == 0) | (z == 1)).expand_as(rows)
+        assert torch.equal(rows[exactly], exact[exactly])
+    dgate = torch.zeros_like(gate, dtype=torch.float64).index_add_(0, labels, (x * g).sum(-1))
+    size = torch.zeros_like(dgate).index_add_(0, labels, (x * g).abs().sum(-1))
+    terms = x.shape[-1] + shape.batch
+    assert_within(grads[1], dgate, summation_bound(size, dgate, terms, dtype))
+
+
+# The shared backward ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("features_layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "sliced", "expanded"])
+def test_backward_reads_gradients_of_any_layout(
+    backend: Backend, dtype, features_layout, grad_layout
+):
+    shape = Shape(2, 19, (5, 7), 1)
+    generator = torch.Generator().manual_seed(4)
+    features = maps(shape, features_layout, dtype, generator)[0].flatten(2)
+    grad = maps(shape, grad_layout, dtype, generator)[0].flatten(2)
+    mask_dtype = reference.accumulate_dtype(dtype)
+    mask = torch.rand(2, 19, generator=generator, dtype=torch.float64).to(mask_dtype)
+    mask[:, ::3], mask[:, 1::3] = 0, 1
+    grad_features, grad_mask = torch.ops.picnn_fast.masking_backward(
+        grad.to(backend.device), features.to(backend.device), mask.to(backend.device)
+    )
+    assert (grad_features.dtype, grad_mask.dtype) == (dtype, mask_dtype)
+    exact = grad.double() * mask.double()[..., None]
+    assert_within(grad_features, exact, ulp(exact, dtype))
+    binary = ((mask == 0) | (mask == 1))[..., None].expand_as(exact)
+    assert torch.equal(grad_features.cpu().double()[binary], exact[binary])
+    product = features.double() * grad.double()
+    size = product.abs().sum(-1)
+    assert_within(
+        grad_mask, product.sum(-1), summation_bound(size, product.sum(-1), 35, mask_dtype)
+    )
+
+
+# Values that are not finite -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_nan_and_infinity_pass_where_kept_and_do_not_leak_where_dropped(
+    backend: Backend, dtype, layout
+):
+    shape = Shape(2, 21, (3, 7), 1)
+    generator = torch.Generator().manual_seed(5)
+    features, _ = maps(shape, layout, dtype, generator)
+    for start, value in enumerate((math.nan, math.inf, -math.inf)):
+        features[:, :, start % 3, start::4] = value
+    keep = (torch.arange(21) % 2).to(torch.float32)
+    expected = torch.where(keep[:, None, None] == 1, features, torch.zeros((), dtype=dtype))
+    on_device = [t.to(backend.device) for t in (features, keep[None])]
+    logits = torch.zeros(2, 1, device=backend.device)
+    labels = torch.zeros(2, dtype=torch.int64, device=backend.device)
+
+    x = leaf(on_device[0])
+    masked, mask, _ = bernoulli_mask(x, logits, on_device[1], seed=0)
+    assert torch.equal(mask.cpu(), keep.to(dtype).expand(2, -1))
+    gated = class_gate(leaf(on_device[0]), on_device[1], labels)
+    # A gradient that is not finite stays out of dropped maps, too.
+    (grad_features,) = torch.autograd.grad(masked, x, on_device[0])
+    for got in (masked, gated, grad_features):
+        torch.testing.assert_close(got.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True)
+        dropped = got.detach().cpu()[:, ::2]
+        assert not torch.signbit(dropped).any(), "want +0 where dropped, whatever the sign there"
+
+
+def test_kept_maps_keep_the_sign_of_zero_and_subnormal_numbers(backend: Backend):
+    for dtype in DTYPES:
+        tiny = torch.finfo(dtype).smallest_normal
+        values = torch.tensor([0.0, -0.0, tiny / 4, -tiny / 4, tiny, -1.0], dtype=dtype)
+        features = values.expand(1, 2, 6).contiguous().to(backend.device)
+        masked, _, _ = bernoulli_mask(
+            features,
+            torch.zeros(1, 1, device=backend.device),
+            torch.ones(1, 2, device=backend.device),
+            seed=0,
+        )
+        assert torch.equal(masked, features)
+        assert torch.equal(torch.signbit(masked), torch.signbit(features))
+
+
+# Threads ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, layout):
+    if backend.device.type != "cpu":
+        pytest.skip("threads of the CPU")
+    shape = Shape(3, 4, (2, 2), 3) if backend.slow else Shape(48, 200, (7, 7), 10)
+    generator = torch.Generator().manual_seed(6)
+    features, _ = maps(shape, layout, torch.float32, generator)
+    logits = torch.randn(shape.batch, shape.classes, generator=generator)
+    correspondence = torch.rand(shape.classes, shape.filters, generator=generator)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        x = leaf(features)
+        masked, mask, label = bernoulli_mask(x, logits, correspondence, seed=3)
+        (grad,) = torch.autograd.grad(masked, x, features)
+        gated = class_gate(features, correspondence, label)
+        results.append((masked.detach(), mask, label, grad, gated))
+    kept, drawn = draws(logits, correspondence, 3)
+    assert torch.equal(results[0][1], kept.float())
+    assert torch.equal(results[0][2], drawn)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@functools.cache
+def large_case(layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Maps of more than 8 MiB, and float64 answers where the gradient equals the maps."""
+    generator = torch.Generator().manual_seed(7)
+    shape = Shape(9, 131, (124 // dtype.itemsize, 61), 1)
+    if layout == "misaligned":  # storage that starts at no multiple of a vector
+        numel = shape.batch * shape.filters * math.prod(shape.spatial)
+        stored = torch.randn(numel + 1, generator=generator).to(dtype)
+        features = stored[1:].view(shape.batch, shape.filters, *shape.spatial)
+    else:
+        features, _ = maps(shape, layout, dtype, generator)
+    assert features.nbytes > 8 * 2**20
+    mask = torch.rand(shape.batch, shape.filters, generator=generator, dtype=torch.float64)
+    mask = mask.to(reference.accumulate_dtype(dtype))
+    mask[:, ::3], mask[:, 1::3] = 0, 1
+    wide = features.double()
+    return features, mask, wide * mask.double()[..., None, None], wide.square().sum((2, 3))
+
+
+LARGE = [
+    ("contiguous", torch.float32),
+    *itertools.product(["channels_last", "misaligned"], DTYPES),
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LARGE, ids=case_id)
+def test_maps_beyond_the_cache(backend: Backend, threads, layout, dtype):
+    """Compiled kernels may cut large maps differently, or store them past the cache."""
+    if backend.slow or backend.name in ("reference", "reference-gpu", "cpp"):
+        pytest.skip("no other path for large maps, or tested under the instruction set's name")
+    features, mask, exact, grad_exact = large_case(layout, dtype)
+    x, z = features.to(backend.device), mask.to(backend.device)
+    rows = torch.arange(len(mask), device=backend.device)
+    size, terms = grad_exact, math.prod(features.shape[2:])
+    binary = (mask == 0) | (mask == 1)
+    threads(3)
+    gated = class_gate(x, z, rows).cpu()
+    grad_features, grad_mask = torch.ops.picnn_fast.masking_backward(x.flatten(2), x.flatten(2), z)
+    assert torch.equal(grad_features.cpu().view_as(gated), gated)
+    assert_within(gated, exact, ulp(exact, dtype))
+    assert torch.equal(gated.double()[binary], exact[binary])
+    assert_within(grad_mask, grad_exact, summation_bound(size, size, terms, mask.dtype))
+    logits = torch.zeros(len(mask), 1, device=backend.device)
+    masked, drawn, _ = bernoulli_mask(x, logits, z[:1], seed=0)
+    assert torch.equal(masked.cpu(), torch.where(drawn.cpu()[..., None, None] == 1, features, 0))
+
+
+# No hidden copies ---------------------------------------------------------------------------------
+
+
+class NewMaps(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators that made a tensor of at least ``size`` elements in new memory."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        known = {t.untyped_storage().data_ptr() for t in leaves if isinstance(t, Tensor)}
+        for t in torch.utils._pytree.tree_leaves(out):
+            large = isinstance(t, Tensor) and t.numel() >= self.size
+            if large and t.untyped_storage().data_ptr() not in known:
+                self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens", "channels_last_3d"])
+def test_only_the_operators_make_tensors_of_the_size_of_the_maps(layout):
+    generator = torch.Generator().manual_seed(0)
+    shape = Shape(4, 6, (8, 8), 3)
+    features, dim = maps(shape, layout, torch.float32, generator)
+    grad = torch.randn_like(features)
+    assert grad.stride() == features.stride()
+    logits, correspondence = leaf(torch.zeros(4, 3)), leaf(torch.full((3, 6), 0.5))
+    x = leaf(features)
+    with NewMaps(features.numel()) as forward:
+        masked, mask, label = bernoulli_mask(x, logits, correspondence, seed=1, channel_dim=dim)
+    with NewMaps(features.numel()) as backward:
+        torch.autograd.grad((masked, mask), (x, logits, correspondence), (grad, mask.detach()))
+    assert forward.names == ["bernoulli_mask"]
+    assert backward.names == ["masking_backward"]
+    with NewMaps(features.numel()) as forward:
+        gated = class_gate(x, correspondence, label, channel_dim=dim)
+    with NewMaps(features.numel()) as backward:
+        torch.autograd.grad(gated, (x, correspondence), grad)
+    assert forward.names == ["class_gate"]
+    assert backward.names == ["masking_backward"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels"])
+def test_kernels_read_maps_in_place(backend: Backend, layout):
+    if backend.name.startswith("reference") or backend.name == "triton":
+        pytest.skip("the reference and Triton's interpreter copy by design")
+    features = torch.randn(2, 6, 4, 4, device=backend.device)
+    if layout == "channels_last":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced_channels":
+        features = torch.randn(2, 9, 4, 4, device=backend.device)[:, 2:8]
+    flat, numel = features.flatten(2), features.numel()
+    assert flat.data_ptr() == features.data_ptr()
+    logits = torch.zeros(2, 3, device=backend.device)
+    table = torch.full((3, 6), 0.5, device=backend.device)
+    seed = torch.tensor([1], device=backend.device)
+    ops = torch.ops.picnn_fast
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        _, mask, label = ops.bernoulli_mask(flat, logits, table, seed, 0)
+        ops.class_gate(flat, table, label)
+        ops.masking_backward(flat, flat, mask)
+    names = [event.name for event in profile.events()]
+    assert "picnn_fast::masking_backward" in names
+    copies = [
+        event.name
+        for event in profile.events()
+        if event.name in ("aten::clone", "aten::copy_", "aten::_to_copy")
+        and any(shape and math.prod(shape) >= numel for shape in event.input_shapes)
+    ]
+    assert copies == []
+
+
+# Arbitrary inputs ---------------------------------------------------------------------------------
+
+
+@st.composite
+def arbitrary_case(draw) -> dict[str, Any]:
+    rank = draw(st.integers(2, 5))
+    size = draw(st.lists(st.integers(0, 6), min_size=rank, max_size=rank))
+    channel_dim = draw(st.sampled_from([d for d in range(-rank, rank) if d % rank != 0]))
+    size[channel_dim] = draw(st.integers(1, 20))
+    order = draw(st.permutations(range(rank)))
+    steps = draw(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))
+    dtypes = st.sampled_from(DTYPES)
+    return {
+        "size": size,
+        "channel_dim": channel_dim,
+        "order": order,
+        "steps": steps,
+        "classes": draw(st.integers(1, 12)),
+        "dtypes": draw(st.tuples(dtypes, dtypes, dtypes)),
+        "seed": draw(st.integers(-(2**63), 2**64 - 1)),
+        "rank": draw(st.integers(0, 2**32 - 1)),
+        "scale": draw(st.sampled_from([0.0, 1.0, 1e3])),
+    }
+
+
+def strided(size: list[int], order: list[int], steps: list[int], dtype: torch.dtype) -> Tensor:
+    """Random maps whose axes lie in memory in ``order``, ``steps`` apart."""
+    stored = torch.randn([size[axis] * steps[axis] for axis in order]).to(dtype)
+    inverse = [order.index(axis) for axis in range(len(size))]
+    return stored.permute(inverse)[tuple(slice(None, None, step) for step in steps)]
+
+
+@given(arbitrary_case())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+def test_compiled_kernels_equal_the_reference_on_arbitrary_inputs(cpp: Backend, case):
+    torch.manual_seed(0)
+    dtype, logits_dtype, table_dtype = case["dtypes"]
+    dim, size = case["channel_dim"], case["size"]
+    filters, classes = size[dim], case["classes"]
+    features = strided(size, case["order"], case["steps"], dtype)
+    assert list(features.shape) == size
+    logits = (torch.randn(size[0], classes) * case["scale"]).to(logits_dtype)
+    table = torch.rand(classes, filters).to(table_dtype)
+    labels = torch.randint(0, classes, (size[0],))
+    grad = torch.randn(size).to(dtype)
+
+    def run() -> list[Tensor]:
+        inputs = [leaf(features), leaf(logits), leaf(table)]
+        masked, mask, label = bernoulli_mask(
+            *inputs, seed=case["seed"], rank=case["rank"], channel_dim=dim
+        )
+        gated = class_gate(inputs[0], inputs[2], labels, channel_dim=dim)
+        exact = [masked, mask, label, *torch.autograd.grad(masked, inputs[0], grad)]
+        masked, mask, _ = bernoulli_mask(
+            *inputs, seed=case["seed"], rank=case["rank"], channel_dim=dim
+        )
+        sums = torch.autograd.grad((masked, gated), inputs[1:], (grad, grad))
+        return [*exact, gated, *sums]
+
+    got = run()
+    with registry.use_backend("reference"):
+        expected = run()
+    for one, two in zip(got[:4], expected[:4], strict=True):
+        assert torch.equal(one, two)
+        assert one.stride() == two.stride()
+    # The gate's product is rounded once in both; the sums, in different orders.
+    assert torch.equal(got[4], expected[4])
+    accumulate = reference.accumulate_dtype(dtype)
+    for one, two in zip(got[5:], expected[5:], strict=True):
+        if accumulate == torch.float32 and two.dtype == torch.float64:
+            one, two = one.float(), two.float()  # float32 sums, stored wider
+        torch.testing.assert_close(one, two)
+
+
+# Compiled known answers ---------------------------------------------------------------------------
+
+
+def compiled_core() -> Any:
+    if registry.extension is None:
+        if IN_CI:
+            pytest.fail(f"CI must run the compiled core: {registry.extension_error}")
+        pytest.skip(f"{registry.extension_error}")
+    return registry.extension
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            (2**32 - 1,) * 4,
+            (2**32 - 1,) * 2,
+            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        ),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_compiled_philox_gives_the_published_known_answers(counter, key, answer):
+    assert tuple(compiled_core().philox4x32_10(counter, key)) == answer
+
+
+@pytest.mark.parametrize("index", [0, 2**32 - 1, 2**32, 2**32 + 7, 2**40 + 3])
+@pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**64 - 1])
+def test_compiled_draws_use_both_words_of_index_and_seed(index, seed):
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    for stream, rank in ((0, 0), (1, 0), (0, 5), (1, 2**32 - 1)):
+        expected = reference.random_24_bits(
+            torch.tensor(index), torch.tensor(signed), stream, rank
+        ).item()
+        got = compiled_core().random_24_bits(index=index, seed=seed, stream=stream, rank=rank)
+        assert got == expected
+
+
+def test_instruction_sets_are_listed_switched_and_refused_by_name():
+    core = compiled_core()
+    names = core.build_info()["cpu_capabilities"]
+    assert names[0] == "default"
+    before = core.build_info()["cpu_capability"]
+    try:
+        for name in names:
+            core.set_cpu_capability(name)
+            assert core.build_info()["cpu_capability"] == name
+            assert core.set_cpu_capability(name) == name
+        with pytest.raises(ValueError, match="sse9"):
+            core.set_cpu_capability("sse9")
+    finally:
+        core.set_cpu_capability(before)
+
+
+def test_gpu_backends_are_tested_where_there_is_a_gpu():
+    assert torch.cuda.is_available() == HAS_GPU
+    if HAS_GPU:
+        assert "triton-gpu" in REQUIRED
