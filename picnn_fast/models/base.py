@@ -225,7 +225,9 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     def masks_late(self) -> bool:
         """Whether masks are applied after the pooling that ``head`` starts with."""
         return (
-            self.mask_at != "maps" and self.channel_dim == 1 and bool(split_pooling(self.head)[0])
+            self.mask_at != "maps"
+            and self.channel_dim == 1
+            and len(split_pooling(self.head)[0]) > 0
         )
 
     def filter_maps(self, images: Tensor) -> Tensor:

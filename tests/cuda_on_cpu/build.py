@@ -26,6 +26,7 @@ FLAGS = (
     "-shared",
     "-ffp-contract=off",
     "-fno-extern-tls-init",  # shared memory needs no constructors
+    "-fno-gnu-unique",  # an executor for each library, which poisons that library's shared memory
     "-Wall",
     "-Wextra",
     "-Werror",

@@ -1,0 +1,7 @@
+"""``python -m picnn_fast`` is ``picnn-fast``."""
+
+import sys
+
+from picnn_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,84 @@
+"""Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from picnn_fast._extras import extra
+
+with extra("train"):
+    import lightning as L
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+def derive_seed(*parts: int) -> int:
+    """One 63-bit seed out of several numbers, such as seed, epoch and rank."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _seed_worker(worker: int, sampler: DistributedSampler[Any]) -> None:
+    torch.manual_seed(derive_seed(sampler.seed, sampler.epoch, sampler.rank, worker))
+
+
+class SeededDataModule(L.LightningDataModule):
+    """Data module over ``train_set`` and ``test_set``, which ``setup`` provides.
+
+    The test split is also what is validated on after every epoch: nothing is chosen by it.
+    """
+
+    num_classes: int
+    in_channels: int
+    class_names: list[str]
+    train_set: Dataset[Any]
+    test_set: Dataset[Any]
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, want an integer >= {least}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled by (seed, epoch); each rank reads its own share."""
+        trainer = self.trainer
+        # Also right for one process: unlike RandomSampler its order depends on no generator state.
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self.train_set,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            seed=self.seed,
+        )
+        # Workers start before Lightning tells the sampler, and current_epoch lags when resuming.
+        progress: Any = trainer.fit_loop.epoch_progress.current if trainer else None
+        sampler.set_epoch(progress.processed if progress else 0)
+        return DataLoader(
+            self.train_set,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            worker_init_fn=partial(_seed_worker, sampler=sampler),
+            # Else it draws from torch's generator, and not as often in a run that resumes.
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.test_dataloader()
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.test_set,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )

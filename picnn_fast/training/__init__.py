@@ -1,0 +1,1 @@
+"""Training: ``config`` (options), ``module`` (Lightning), ``run`` (a run, its folder), ``demo``."""

@@ -1,0 +1,196 @@
+"""The options of a training run: one dataclass, from which the flags and the YAML keys are made."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used; the message names it, what it got and what it wants."""
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    identity: bool = True,
+) -> Any:
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "least": least,
+            "above": above,
+            "identity": identity,
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run; each is a flag of ``picnn-fast train`` and a key of its YAML file.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
+
+    Example:
+        >>> from picnn_fast.training.config import TrainConfig
+        >>> TrainConfig(method="std", epochs=5).epochs
+        5
+    """
+
+    output: str = _option(
+        "runs/train", "folder the finished run appears in; must not hold another", identity=False
+    )
+    method: str = _option("picnn", "how filters are made interpretable", choices=("picnn", "std"))
+    backbone: str = _option(
+        "small-resnet",
+        "network; small-resnet is for images of 8 to 32 pixels",
+        choices=("small-resnet", "resnet18", "resnet50"),
+    )
+    num_filters: int | None = _option(
+        None, "filters of the target layer; none: 12.8 times the number of classes", least=1
+    )
+    insert_conv: bool = _option(True, "put a new 3x3 convolution of num_filters after the backbone")
+    sampling: str = _option(
+        "bernoulli", "how the mask is drawn in training (picnn)", choices=("bernoulli", "gumbel")
+    )
+    normalization: str = _option(
+        "class_softmax",
+        "how the matrix becomes probabilities",
+        choices=("class_softmax", "sigmoid"),
+    )
+    interpretation_loss_on: str = _option(
+        "correct",
+        "samples of the interpretation loss (picnn): those whose pseudo-label is correct, or all",
+        choices=("correct", "all"),
+    )
+    interpretation_weight: float = _option(2.0, "weight of the interpretation loss", least=0)
+    mask_at: str = _option(
+        "auto", "where the mask is applied (picnn)", choices=("auto", "maps", "late")
+    )
+    data: str = _option(
+        "digits", "digits, or a folder with train/<class>/<image> and test/<class>/<image>"
+    )
+    image_size: int = _option(224, "side of the square images of a folder, pixels", least=1)
+    augment: bool = _option(
+        True, "random crops and flips of a folder's images, shifts by up to 1 pixel of digits"
+    )
+    num_workers: int | None = _option(
+        None,
+        "processes that read images; none: 0 for digits, up to 8 for a folder",
+        least=0,
+    )
+    epochs: int = _option(30, "passes over the training images", least=1)
+    batch_size: int = _option(64, "images a step, on each device", least=1)
+    lr: float = _option(1e-3, "learning rate of the network", above=0)
+    correspondence_lr: float = _option(0.1, "learning rate of the correspondence matrix", above=0)
+    weight_decay: float = _option(0.01, "AdamW's, on the network alone", least=0)
+    schedule: str = _option("cosine", "learning rates over the run", choices=("cosine", "constant"))
+    seed: int = _option(0, "of initial weights, order, augmentation and masks", least=0)
+    precision: str = _option(
+        "32-true", "of the arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true")
+    )
+    accelerator: str = _option("auto", "device type", choices=("auto", "cpu", "gpu", "mps"))
+    devices: int = _option(1, "how many of them", least=1)
+    strategy: str = _option(
+        "auto", "across devices, as Lightning names it", choices=("auto", "ddp")
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+
+    def identity(self) -> dict[str, Any]:
+        """The options that make two runs the same run: all but the output folder."""
+        return {f.name: getattr(self, f.name) for f in options() if f.metadata["identity"]}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All options."""
+        return dataclasses.asdict(self)
+
+
+def options() -> tuple[dataclasses.Field[Any], ...]:
+    """The options in order; ``metadata`` holds help, choices and range."""
+    return dataclasses.fields(TrainConfig)
+
+
+def option_type(field: dataclasses.Field[Any]) -> tuple[type, bool]:
+    """Type of an option, and whether None is allowed."""
+    hint = typing.get_type_hints(TrainConfig)[field.name]
+    if isinstance(hint, types.UnionType):
+        (kind,) = (k for k in typing.get_args(hint) if k is not types.NoneType)
+        return kind, True
+    return hint, False
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    kind, optional = option_type(field)
+    if value is None and optional:
+        return
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        want = names[kind] + (" or none" if optional else "")
+        raise ConfigError(f"{field.name}: got {value!r}, want {want}")
+    limits = field.metadata
+    if limits["choices"] is not None and value not in limits["choices"]:
+        raise ConfigError(
+            f"{field.name}: got {value!r}, want one of {', '.join(map(str, limits['choices']))}"
+        )
+    if limits["least"] is not None and not limits["least"] <= value < math.inf:
+        raise ConfigError(f"{field.name}: got {value!r}, want {names[kind]} >= {limits['least']}")
+    if limits["above"] is not None and not limits["above"] < value < math.inf:
+        raise ConfigError(f"{field.name}: got {value!r}, want {names[kind]} > {limits['above']}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, or a key that is no option.
+    """
+    from picnn_fast._extras import extra
+
+    with extra("train"):
+        import yaml
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config: {path} holds a {type(content).__name__}, want option: value")
+    fields = {field.name: field for field in options()}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(fields)}"
+            raise ConfigError(f"config: {path} has the unknown option {key!r}; {hint}")
+        values[key] = _from_yaml(fields[key], value)
+    return values
+
+
+def _from_yaml(field: dataclasses.Field[Any], value: Any) -> Any:
+    kind, _ = option_type(field)
+    # YAML 1.1 reads 1e-3 as text: it wants 1.0e-3.
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,189 @@
+"""The Lightning module that trains and evaluates an interpretable network."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from picnn_fast._extras import extra
+from picnn_fast.data.loading import derive_seed
+from picnn_fast.functional import bernoulli_mask
+from picnn_fast.metrics import MutualInformationScore, PathwayAccuracy
+from picnn_fast.models.base import InterpretableNetwork
+
+with extra("train"):
+    import lightning as L
+
+SCHEDULES = ("cosine", "constant")
+# Numbers that keep the draws of training, validation and testing apart.
+_TRAIN, _EVALUATE = 0, 1
+
+
+class InterpretableModule(L.LightningModule):
+    """Trains a network such as ``PICNN`` or ``STD``, and measures ACC1, ACC2, ACC3 and MIS.
+
+    AdamW, with a learning rate of its own for the correspondence matrix. Logged: ``train/loss``
+    and its terms ``train/<term>``, ``val/acc1`` … ``val/acc3`` after every epoch, and
+    ``test/acc1`` … ``test/acc3`` and ``test/mis``. All random draws follow from ``seed``, epoch and
+    rank, so a run that resumes from an epoch's checkpoint ends like one never interrupted.
+
+    Args:
+        network: the network, also at ``.network``.
+        lr: learning rate of the network.
+        correspondence_lr: learning rate of the correspondence matrix, which needs about 100 times
+            that of the network to move.
+        weight_decay: AdamW's; the correspondence matrix has none.
+        schedule: "cosine" lets both rates fall to 0 over the run, epoch by epoch;
+            "constant" keeps them.
+        seed: of the masks drawn in training and in evaluation.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import lightning as L
+        >>> from picnn_fast.data import DigitsDataModule
+        >>> from picnn_fast.models import make_interpretable
+        >>> from picnn_fast.training.module import InterpretableModule
+        >>> network = make_interpretable("small-resnet", num_classes=10)
+        >>> trainer = L.Trainer(max_epochs=5)  # doctest: +SKIP
+        >>> trainer.fit(InterpretableModule(network), DigitsDataModule())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        network: InterpretableNetwork,
+        *,
+        lr: float = 1e-3,
+        correspondence_lr: float = 0.1,
+        weight_decay: float = 0.01,
+        schedule: str = "cosine",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("lr", lr), ("correspondence_lr", correspondence_lr)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: got {value}, want a number > 0")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay: got {weight_decay}, want a number >= 0")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: got {schedule!r}, want one of {', '.join(SCHEDULES)}")
+        self.network = network
+        self.lr = lr
+        self.correspondence_lr = correspondence_lr
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.seed = seed
+        self.accuracy = PathwayAccuracy(network.num_classes)
+        self.mis = MutualInformationScore(network.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of the discrimination pathway."""
+        logits: Tensor = self.network(images).logits
+        return logits
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.network.parameter_groups(self.lr, self.correspondence_lr),
+            weight_decay=self.weight_decay,
+        )
+        if self.schedule == "constant":
+            return optimizer
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ValueError(f"schedule: 'cosine' with max_epochs={epochs}, want max_epochs >= 1")
+        # By epochs: counting steps would start the data workers before a resumed epoch is known.
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_train_start(self) -> None:
+        # The first epoch after resuming has no on_train_epoch_start.
+        self.on_train_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(derive_seed(self.seed, _TRAIN, self.current_epoch, self.global_rank))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        output = self.network(images, labels)
+        terms = self.network.loss_terms(output, labels)
+        loss = torch.stack(list(terms.values())).sum()
+        if not loss.is_cuda:  # there the look would stall the GPU: once an epoch is enough
+            self._check_finite(loss)
+        # Means over the epoch, and over ranks.
+        by_epoch: dict[str, Any] = {
+            "on_step": False,
+            "on_epoch": True,
+            "sync_dist": True,
+            "batch_size": len(labels),
+        }
+        self.log("train/loss", loss, prog_bar=True, **by_epoch)
+        self.log_dict({f"train/{name}": term for name, term in terms.items()}, **by_epoch)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self._check_finite(self.trainer.callback_metrics["train/loss"])
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if not loss.isfinite():
+            raise RuntimeError(
+                f"train/loss is {loss.item()} in epoch {self.current_epoch + 1}:"
+                f" training diverged; lower lr ({self.lr}) or correspondence_lr"
+                f" ({self.correspondence_lr}), or use precision 32-true"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        torch.manual_seed(derive_seed(self.seed, _EVALUATE, self.global_rank))
+        self.accuracy.reset()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self._update_accuracy(self.network.filter_maps(images), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {f"val/{name}": value for name, value in self.accuracy.compute().items()}
+        self.log_dict(values, prog_bar=True, sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+        self.mis.reset()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        maps = self.network.filter_maps(images)
+        self._update_accuracy(maps, labels)
+        # Global average pooling, wherever the filter axis is.
+        self.mis.update(maps.movedim(self.network.channel_dim, 1).flatten(2).mean(-1), labels)
+
+    def on_test_epoch_end(self) -> None:
+        values = {f"test/{name}": value for name, value in self.accuracy.compute().items()}
+        self.log_dict({**values, "test/mis": self.mis.compute()})
+
+    def _update_accuracy(self, maps: Tensor, labels: Tensor) -> None:
+        logits, masked, complement = pathway_logits(self.network, maps, labels)
+        self.accuracy.update(logits, masked, complement, labels)
+
+
+def pathway_logits(
+    network: InterpretableNetwork, maps: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits behind ACC1, ACC2 and ACC3, each ``[B, K]`` (PICNN, section "Metrics").
+
+    Args:
+        network: PICNN, or STD with its random correspondence matrix.
+        maps: filter maps ``[B, N, h, w]``.
+        labels: true classes ``[B]``.
+
+    Returns:
+        Logits of all filters; of a mask drawn for the pseudo-label, itself drawn from the softmax
+        of the first; of the complement of a mask drawn for the true label. Draws come from torch's
+        generator.
+    """
+    logits = network.head_logits(maps)
+    # Maps of no size: the pseudo-label alone is wanted.
+    empty = logits.new_empty(len(logits), network.num_filters, 0)
+    _, _, pseudo_label = bernoulli_mask(empty, logits, network.correspondence)
+    masked = network.head_logits(maps, network.class_mask(pseudo_label))
+    complement = network.head_logits(maps, 1 - network.class_mask(labels))
+    return logits, masked, complement

@@ -1,0 +1,394 @@
+"""One training run: build, fit, evaluate, write.
+
+``train`` is what ``picnn-fast train`` does; ``fit`` is one network in one folder.
+"""
+
+import csv
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from picnn_fast._extras import extra
+from picnn_fast.data import DigitsDataModule, ImageFolderDataModule
+from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.models import make_interpretable
+from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.training.config import ConfigError, TrainConfig
+from picnn_fast.training.module import InterpretableModule
+from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_json
+
+with extra("train"):
+    import lightning as L
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
+    from lightning.pytorch.utilities import rank_zero_only
+
+CHECKPOINT = "last.ckpt"
+METRICS = "metrics.json"
+_SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
+
+Metrics = dict[str, float]
+
+
+def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True) -> Metrics:
+    """Train and evaluate one network, in ``config.output`` once complete.
+
+    The folder then holds ``metrics.json`` (``{method: {"acc1", "acc2", "acc3", "mis"}}``),
+    ``last.ckpt``, ``csv/`` and ``tensorboard/`` logs, and ``run.json``, the options.
+
+    Args:
+        config: options.
+        overwrite: replace what is in the folder.
+        progress: show progress.
+
+    Returns:
+        acc1, acc2, acc3 and mis on the test split; a complete identical run's are read back.
+
+    Raises:
+        ConfigError: options that do not go together.
+        RunFolderError: the folder holds another run.
+        FileNotFoundError: the image folder is not laid out as expected.
+    """
+    refuse_launchers()
+    folder = RunFolder(config.output, "train", config.identity())
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        # A process that Lightning started beside the first one, which looks after the folder.
+        fit(config, folder.work, progress=False)
+        sys.exit(0)
+    if not overwrite and folder.complete():
+        metrics: Metrics = read_metrics(folder.path)[config.method]
+        return metrics
+    with folder.writing(overwrite=overwrite) as work:
+        metrics = fit(config, work, progress=progress)
+        write_json(work / METRICS, {config.method: metrics})
+    return metrics
+
+
+def read_metrics(folder: Path) -> dict[str, Metrics]:
+    """``metrics.json`` of a complete run."""
+    content: dict[str, Metrics] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    return content
+
+
+def refuse_launchers() -> None:
+    """A run starts its own processes: every process of an outside launcher would open the folder.
+
+    Raises:
+        ConfigError: several processes were started by torchrun or by SLURM.
+    """
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect() and environment().world_size() > 1:
+            raise ConfigError(
+                "devices: started by torchrun or srun with several processes; start one process"
+                " and give --devices, it starts the others by itself"
+            )
+
+
+def fit(config: TrainConfig, folder: Path, *, progress: bool) -> Metrics:
+    """Train in ``folder``, from its last checkpoint if there is one, then evaluate.
+
+    With several devices all ranks train and the first alone evaluates, so that no test image
+    counts twice.
+
+    Returns:
+        acc1, acc2, acc3 and mis; empty on ranks other than 0.
+    """
+    with _quiet():
+        data = build_data(config)
+        # Weights, and the random correspondence matrix of STD, follow from the seed.
+        L.seed_everything(config.seed, workers=False, verbose=False)
+        network = build_network(config, data)
+        module = _module(config, network)
+        callbacks: list[Callback] = [
+            _SaveOptions(config, data),
+            ModelCheckpoint(
+                dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
+            ),
+        ]
+        if progress:
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else EpochLines())
+        trainer = L.Trainer(
+            default_root_dir=folder,
+            max_epochs=config.epochs,
+            precision=config.precision,  # type: ignore[arg-type]
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy=config.strategy,
+            logger=[
+                CSVLogger(folder, name="csv"),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
+            ],
+            callbacks=callbacks,
+            plugins=[_AtomicCheckpoints()],
+            enable_progress_bar=progress and sys.stdout.isatty(),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+        )
+        checkpoint = folder / CHECKPOINT
+        resume = checkpoint if checkpoint.exists() else None
+        trainer.fit(module, data, ckpt_path=resume)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if trainer.global_rank != 0:
+            return {}
+        return evaluate(network, data, seed=config.seed, accelerator=config.accelerator)
+
+
+def evaluate(
+    network: InterpretableNetwork,
+    data: SeededDataModule,
+    *,
+    seed: int = 0,
+    accelerator: str = "auto",
+) -> Metrics:
+    """ACC1, ACC2, ACC3 and MIS of a network on the test split, on one device.
+
+    Args:
+        network: PICNN or STD.
+        data: data module.
+        seed: of the masks and pseudo-labels that are drawn.
+        accelerator: device type.
+
+    Returns:
+        acc1, acc2, acc3 in [0, 1], mis in nats.
+    """
+    with _quiet():
+        tester = L.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = InterpretableModule(network, seed=seed)
+        (values,) = tester.test(module, data, verbose=False)
+    return {name: float(values[f"test/{name}"]) for name in ("acc1", "acc2", "acc3", "mis")}
+
+
+def build_data(config: TrainConfig) -> SeededDataModule:
+    """The data module an option set asks for.
+
+    Raises:
+        ConfigError, FileNotFoundError: the data is not there, or does not suit the network.
+    """
+    if config.data == "digits":
+        if config.backbone != "small-resnet":
+            raise ConfigError(
+                f"backbone: got {config.backbone!r} with the digits, 8x8 grey images;"
+                " want small-resnet, or a folder of images as data"
+            )
+        return DigitsDataModule(
+            config.batch_size,
+            seed=config.seed,
+            max_shift=int(config.augment),
+            num_workers=config.num_workers or 0,
+        )
+    workers = config.num_workers
+    try:
+        return ImageFolderDataModule(
+            config.data,
+            config.batch_size,
+            image_size=config.image_size,
+            seed=config.seed,
+            augment=config.augment,
+            num_workers=min(8, os.cpu_count() or 1) if workers is None else workers,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def build_network(config: TrainConfig, data: SeededDataModule) -> InterpretableNetwork:
+    """The network an option set asks for, for the classes and channels of ``data``."""
+    return _network(config, data.num_classes, data.in_channels)
+
+
+def _network(config: TrainConfig, num_classes: int, in_channels: int) -> InterpretableNetwork:
+    options: dict[str, Any] = {}
+    if config.method == "picnn":
+        options |= {
+            "sampling": config.sampling,
+            "interpretation_loss_on": config.interpretation_loss_on,
+            "interpretation_weight": config.interpretation_weight,
+        }
+    try:
+        return make_interpretable(
+            config.backbone,
+            method=config.method,
+            num_classes=num_classes,
+            num_filters=config.num_filters,
+            insert_conv=config.insert_conv,
+            image_channels=in_channels,
+            normalization=config.normalization,
+            mask_at=config.mask_at,
+            **options,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _module(config: TrainConfig, network: InterpretableNetwork) -> InterpretableModule:
+    return InterpretableModule(
+        network,
+        lr=config.lr,
+        correspondence_lr=config.correspondence_lr,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        seed=config.seed,
+    )
+
+
+class _SaveOptions(Callback):
+    """Adds to a checkpoint what is needed to build its network again."""
+
+    def __init__(self, config: TrainConfig, data: SeededDataModule) -> None:
+        self.saved = {
+            "config": config.as_dict(),
+            "num_classes": data.num_classes,
+            "in_channels": data.in_channels,
+            "class_names": list(data.class_names),
+        }
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[_SAVED] = self.saved
+
+
+class _AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning moves a file over from the system's temporary folder, which may copy: a kill then
+    leaves half a checkpoint. Here it is renamed within its folder."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class EpochLines(Callback):
+    """A line an epoch, where there is no terminal to draw a progress bar on."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        values = {
+            name: f"{value.item():.3f}"
+            for name, value in sorted(trainer.callback_metrics.items())
+            if name.startswith("val/")
+        }
+        width = len(str(trainer.max_epochs))
+        print(
+            f"epoch {trainer.current_epoch + 1:{width}}/{trainer.max_epochs}",
+            *(f"{name.removeprefix('val/')} {value}" for name, value in values.items()),
+            sep="  ",
+            flush=True,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's remarks on hardware found, on workers, and on folders it resumes in."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig, list[str]]:
+    """The network in a checkpoint of ``train``, with its options and the names of its classes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RunFolderError: not a checkpoint of picnn-fast.
+
+    Example:
+        >>> from picnn_fast.training.run import load_checkpoint
+        >>> network, config, names = load_checkpoint("runs/demo/picnn/last.ckpt")  # doctest: +SKIP
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu")
+        saved = content[_SAVED]
+    except Exception as error:
+        raise RunFolderError(f"checkpoint: {path} is not one of picnn-fast train") from error
+    config = TrainConfig(**saved["config"])
+    network = _network(config, saved["num_classes"], saved["in_channels"])
+    prefix = "network."
+    network.load_state_dict(
+        {
+            name.removeprefix(prefix): value
+            for name, value in content["state_dict"].items()
+            if name.startswith(prefix)
+        }
+    )
+    return network.eval(), config, saved["class_names"]
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """Logged values of each epoch of the run in ``folder``, interruptions and all.
+
+    Returns:
+        One mapping an epoch in order, from ``epoch`` (from 0), ``train/<term>`` and
+        ``val/acc1`` … to values.
+    """
+    epochs: dict[int, dict[str, float]] = {}
+    # Each resumption logs to a version of its own; epochs it repeated count as it had them.
+    versions = sorted((folder / "csv").glob("version_*"), key=lambda p: int(p.name.split("_")[1]))
+    for version in versions:
+        if not (version / "metrics.csv").is_file():
+            continue
+        with open(version / "metrics.csv", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                epoch = int(row["epoch"])
+                values = {key: float(value) for key, value in row.items() if value}
+                epochs.setdefault(epoch, {}).update({**values, "epoch": float(epoch)})
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def find_checkpoints(path: str | Path) -> list[Path]:
+    """The checkpoints of a run: the file itself, ``path/last.ckpt``, or one per sub-folder.
+
+    Raises:
+        FileNotFoundError: none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    direct = path / CHECKPOINT
+    found = [direct] if direct.is_file() else sorted(path.glob(f"*/{CHECKPOINT}"))
+    if not found:
+        raise FileNotFoundError(
+            f"run: {path} holds no {CHECKPOINT}; want a checkpoint, or the folder of a run"
+        )
+    return found

@@ -1,0 +1,167 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from picnn_fast import cli
+from picnn_fast._version import __version__
+from picnn_fast.training.config import TrainConfig, options
+
+
+def _main(capsys, *arguments):
+    try:
+        status = cli.main([str(a) for a in arguments])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "doctor"])
+def test_help_answers(capsys, command):
+    status, out, _ = _main(capsys, command, "--help")
+    assert status == 0
+    assert out.startswith(f"usage: picnn-fast {command}")
+
+
+def test_help_tells_every_option_of_train_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    _, out, _ = _main(capsys, "train", "--help")
+    out = " ".join(out.split())
+    for field in options():
+        assert "--" + field.name.replace("_", "-") in out
+        assert f"{field.metadata['help']} (default: " in out
+    assert "(default: 0)" in out
+    assert "0.001" in out
+
+
+def test_no_command_and_unknown_command_are_refused(capsys):
+    assert _main(capsys)[0] == 2
+    status, _, err = _main(capsys, "trian")
+    assert status == 2
+    assert "invalid choice: 'trian'" in err
+
+
+def test_version(capsys):
+    assert _main(capsys, "--version")[1].strip() == f"picnn-fast {__version__}"
+
+
+def test_doctor_tells_versions_backends_and_reasons(capsys):
+    status, out, _ = _main(capsys, "doctor")
+    assert status == 0
+    assert torch.__version__.split("+")[0] in out
+    for word in ("python", "lightning", "bernoulli_mask", "cpu: ", "reference   available"):
+        assert word in out
+    if not torch.cuda.is_available():
+        assert "cuda        missing: " in out
+
+
+def test_doctor_and_help_need_torch_and_numpy_alone():
+    code = (
+        "import sys\n"
+        "for name in ('torchvision', 'lightning', 'torchmetrics', 'sklearn', 'yaml', 'rich',"
+        " 'matplotlib', 'captum'): sys.modules[name] = None\n"
+        "from picnn_fast.cli import main\n"
+        "assert main(['doctor']) == 0\n"
+        "assert main(['demo']) == 1\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "is not installed" in done.stderr
+    assert "pip install 'picnn_fast[" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_module_is_the_command():
+    command = [sys.executable, "-m", "picnn_fast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"picnn-fast {__version__}"
+
+
+def test_flags_override_yaml(capsys, monkeypatch, tmp_path):
+    seen = []
+    from picnn_fast.training import run
+
+    def train(config, *, overwrite):
+        seen.append((config, overwrite))
+        return dict.fromkeys(("acc1", "acc2", "acc3", "mis"), 0.5)
+
+    monkeypatch.setattr(run, "train", train)
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 7\nmethod: std\naugment: false\n")
+    arguments = ("--config", path, "--epochs", 3, "--num-filters", "none", "--overwrite")
+    status, _, _ = _main(capsys, "train", *arguments, "--output", tmp_path / "none")
+    assert status == 0
+    expected = TrainConfig(epochs=3, method="std", augment=False, output=str(tmp_path / "none"))
+    assert seen == [(expected, True)]
+
+
+def test_bad_values_are_refused_by_name(capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("epoch: 7\n")
+    status, _, err = _main(capsys, "train", "--config", path)
+    assert (status, "did you mean 'epochs'" in err) == (2, True)
+    status, _, err = _main(capsys, "train", "--epochs", "0")
+    assert (status, "epochs: got 0, want an integer >= 1" in err) == (2, True)
+    status, _, err = _main(capsys, "train", "--lr", "fast")
+    assert (status, "got 'fast', want a number" in err) == (2, True)
+    status, _, err = _main(capsys, "demo", "--epochs", "none")
+    assert (status, "want an integer >= 1" in err) == (2, True)
+    status, _, err = _main(capsys, "evaluate", tmp_path)
+    assert (status, "holds no last.ckpt" in err) == (1, True)
+    output = ("--output", tmp_path / "run")
+    status, _, err = _main(capsys, "train", "--data", tmp_path / "birds", *output)
+    assert (status, "birds/train is missing; want" in err) == (1, True)
+
+
+def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
+    from picnn_fast.training import demo
+
+    # Few filters: their mutual information takes longer than an epoch.
+    small = dataclasses.replace(demo.CONFIG, num_filters=10, batch_size=256)
+    monkeypatch.setattr(demo, "CONFIG", small)
+    output = tmp_path / "demo"
+    arguments = ("demo", "--output", output, "--epochs", 1)
+    status, out, err = _main(capsys, *arguments)
+    assert status == 0, err
+    assert {p.name for p in output.iterdir()} == {
+        "metrics.json",
+        "run.json",
+        "correspondence.png",
+        "curves.png",
+        "gradcam.png",
+        "std",
+        "picnn",
+    }
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert {k: sorted(v) for k, v in metrics.items()} == {
+        name: ["acc1", "acc2", "acc3", "mis"] for name in ("std", "picnn")
+    }
+    assert f"{metrics['picnn']['mis']:.3f}" in out
+
+    status, out, _ = _main(capsys, *arguments)
+    assert (status, "complete already. Redo it with --overwrite" in out) == (0, True)
+    status, _, err = _main(capsys, *arguments, "--seed", 1)
+    assert (status, "seed 0, now 1" in err) == (1, True)
+
+    status, out, _ = _main(capsys, "evaluate", output, "--json", "--accelerator", "cpu")
+    assert status == 0
+    assert json.loads(out) == metrics
+    status, out, _ = _main(capsys, "evaluate", output / "picnn" / "last.ckpt", "--seed", 3)
+    assert (status, "PICNN" in out) == (0, True)
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
+    from picnn_fast.training import demo
+
+    def interrupted(*arguments, **options):
+        sys.exit(1)  # as Lightning does
+
+    monkeypatch.setattr(demo, "fit", interrupted)
+    status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
+    assert (status, "interrupted; the same command goes on" in err) == (130, True)
+    assert not (tmp_path / "demo").exists()
+    assert (tmp_path / ".demo.partial" / "run.json").exists()

@@ -1,0 +1,67 @@
+import pytest
+
+from picnn_fast.training.config import ConfigError, TrainConfig, read_yaml
+
+
+def _yaml(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_gives_options(tmp_path):
+    path = _yaml(tmp_path, "method: std\nlr: 1e-4\nepochs: 3\naugment: no\nnum_filters:\n")
+    config = TrainConfig(**read_yaml(path))
+    assert (config.method, config.lr, config.epochs) == ("std", 1e-4, 3)
+    assert config.augment is False
+    assert config.num_filters is None
+
+
+def test_empty_yaml_is_all_defaults(tmp_path):
+    assert TrainConfig(**read_yaml(_yaml(tmp_path, ""))) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown option 'epoch'; did you mean 'epochs'"),
+        ("batch-size: 3", "did you mean 'batch_size'"),
+        ("zzz: 3", "unknown option 'zzz'; options are output, method"),
+        ("- 1", "holds a list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_yaml_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(_yaml(tmp_path, text))
+
+
+def test_missing_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml: No such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: got 0, want an integer >= 1"),
+        ({"epochs": 1.5}, "epochs: got 1.5, want an integer"),
+        ({"epochs": True}, "epochs: got True, want an integer"),
+        ({"lr": 0.0}, "lr: got 0.0, want a number > 0"),
+        ({"lr": float("nan")}, "lr: got nan"),
+        ({"correspondence_lr": float("inf")}, "correspondence_lr: got inf"),
+        ({"lr": "fast"}, "lr: got 'fast', want a number"),
+        ({"method": "cnn"}, "method: got 'cnn', want one of picnn, std"),
+        ({"augment": "yes"}, "augment: got 'yes', want true or false"),
+        ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
+        ({"num_filters": "12"}, "num_filters: got '12', want an integer or none"),
+    ],
+)
+def test_bad_values_are_refused_by_name(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**options)
+
+
+def test_output_is_no_part_of_what_makes_a_run():
+    assert TrainConfig(output="a").identity() == TrainConfig(output="b").identity()
+    assert TrainConfig(seed=1).identity() != TrainConfig(seed=2).identity()

@@ -1,0 +1,224 @@
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+from picnn_fast.training import run
+from picnn_fast.training.config import ConfigError, TrainConfig
+from picnn_fast.training.run import (
+    evaluate,
+    find_checkpoints,
+    fit,
+    load_checkpoint,
+    read_history,
+    train,
+)
+from picnn_fast.training.run_folder import RunFolderError
+
+
+@pytest.fixture
+def folder_of_images(tmp_path):
+    """Two classes of 16-pixel noise, dark and bright."""
+    root = tmp_path / "images"
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name, level in (("bright", 120), ("dark", 0)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 120, (16, 16, 3), generator=generator) + level
+                image = Image.fromarray(pixels.to(torch.uint8).numpy())
+                image.save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def config(folder_of_images, tmp_path):
+    return TrainConfig(
+        output=str(tmp_path / "runs" / "one"),
+        data=str(folder_of_images),
+        image_size=8,
+        num_filters=8,
+        batch_size=8,
+        epochs=3,
+        num_workers=0,
+        accelerator="cpu",
+    )
+
+
+def _weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def _stop_after(epochs, monkeypatch):
+    """Training that breaks off once ``epochs`` have been written down."""
+    original = run.InterpretableModule.on_train_epoch_start
+
+    def interrupt(self):
+        if self.current_epoch == epochs:
+            raise RuntimeError("power cut")
+        original(self)
+
+    monkeypatch.setattr(run.InterpretableModule, "on_train_epoch_start", interrupt)
+
+
+def test_train_writes_a_complete_folder(config, tmp_path):
+    metrics = train(config, progress=False)
+    output = tmp_path / "runs" / "one"
+    assert json.loads((output / "metrics.json").read_text()) == {"picnn": metrics}
+    assert metrics.keys() == {"acc1", "acc2", "acc3", "mis"}
+    assert {p.name for p in output.iterdir()} == {
+        "metrics.json",
+        "last.ckpt",
+        "run.json",
+        "csv",
+        "tensorboard",
+    }
+    assert any((output / "tensorboard").iterdir())
+    history = read_history(output)
+    assert [row["epoch"] for row in history] == [0, 1, 2]
+    assert all({"train/loss", "val/acc1", "val/acc3"} <= row.keys() for row in history)
+    assert [p.name for p in output.parent.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_run_ends_like_an_uninterrupted_one(config, tmp_path, monkeypatch, workers):
+    config = dataclasses.replace(config, num_workers=workers)
+    whole = train(config, progress=False)
+    second = dataclasses.replace(config, output=str(tmp_path / "runs" / "two"))
+    with monkeypatch.context() as patch:
+        _stop_after(2, patch)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(second, progress=False)
+    assert not (tmp_path / "runs" / "two").exists()
+    resumed = train(second, progress=False)
+    assert resumed == whole
+    one, two = (_weights(tmp_path / "runs" / name / "last.ckpt") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert read_history(tmp_path / "runs" / "two") == read_history(tmp_path / "runs" / "one")
+
+
+def test_seed_decides_the_weights(config, tmp_path):
+    paths = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / name
+        torch.manual_seed(len(paths))
+        fit(dataclasses.replace(config, epochs=1, seed=seed), folder, progress=False)
+        paths.append(_weights(folder / "last.ckpt"))
+    same = [all(torch.equal(paths[0][k], other[k]) for k in other) for other in paths[1:]]
+    assert same == [True, False]
+
+
+def test_killed_run_leaves_no_final_folder_and_goes_on(config, tmp_path):
+    output = tmp_path / "runs" / "killed"
+    flags = {**config.as_dict(), "output": str(output), "epochs": 100}
+    del flags["insert_conv"], flags["augment"]
+    command = [sys.executable, "-m", "picnn_fast", "train"]
+    command += [
+        f"--{key.replace('_', '-')}={'none' if v is None else v}" for key, v in flags.items()
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = output.with_name(".killed.partial")
+    try:
+        deadline = time.monotonic() + 60
+        while not (work / "last.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not output.exists()
+    done = torch.load(work / "last.ckpt", weights_only=True)["epoch"]
+    assert done < 99
+
+    # The rest in this process: as many epochs as the record says would take too long.
+    config = dataclasses.replace(config, output=str(output), epochs=done + 2)
+    record = json.loads((work / "run.json").read_text())
+    record["config"]["epochs"] = config.epochs
+    (work / "run.json").write_text(json.dumps(record))
+    train(config, progress=False)
+    assert _epoch(output) == done + 1
+    epochs = [row["epoch"] for row in read_history(output)]
+    assert epochs == list(range(done + 2))
+
+
+def _epoch(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)["epoch"]
+
+
+def test_complete_run_is_read_back_and_another_is_refused(config, monkeypatch):
+    first = train(dataclasses.replace(config, epochs=1), progress=False)
+    monkeypatch.setattr(run, "fit", None)
+    assert train(dataclasses.replace(config, epochs=1), progress=False) == first
+    with pytest.raises(RunFolderError, match="epochs 1, now 2"):
+        train(dataclasses.replace(config, epochs=2), progress=False)
+
+
+def test_checkpoint_gives_back_the_network_and_its_figures(config, tmp_path):
+    metrics = train(dataclasses.replace(config, epochs=1), progress=False)
+    (path,) = find_checkpoints(config.output)
+    network, saved, names = load_checkpoint(path)
+    assert (saved.epochs, names) == (1, ["bright", "dark"])
+    assert not network.training
+    assert evaluate(network, run.build_data(saved), seed=saved.seed, accelerator="cpu") == metrics
+
+
+def test_half_written_checkpoint_is_never_seen(config, tmp_path, monkeypatch):
+    fit(dataclasses.replace(config, epochs=1), tmp_path / "work", progress=False)
+    before = (tmp_path / "work" / "last.ckpt").read_bytes()
+
+    def disk_full(checkpoint, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(run.torch, "save", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        run._AtomicCheckpoints().save_checkpoint({}, tmp_path / "work" / "last.ckpt")
+    assert (tmp_path / "work" / "last.ckpt").read_bytes() == before
+    assert not list((tmp_path / "work").glob(".last*"))
+
+
+def test_foreign_files_are_no_checkpoints(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no last\.ckpt"):
+        find_checkpoints(tmp_path)
+    path = tmp_path / "x.ckpt"
+    path.write_text("hello")
+    with pytest.raises(RunFolderError, match="not one of picnn-fast"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_checkpoint(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "digits", "backbone": "resnet18"}, "backbone: got 'resnet18' with the digits"),
+        ({"insert_conv": False, "num_filters": 5}, "num_filters: got 5 with insert_conv=False"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(config, **options), progress=False)
+
+
+def test_outside_launchers_are_refused(config, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"torchrun.*--devices"):
+        train(config, progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    run.refuse_launchers()
+
+
+def test_no_warnings_of_lightning_reach_the_user(config, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(dataclasses.replace(config, epochs=1), tmp_path / "work", progress=False)
+    assert [str(w.message) for w in caught if "lightning" in w.filename] == []
