@@ -4,6 +4,7 @@ All figures are ratios of medians taken side by side: round by round every candi
 so that whatever else the machine does falls on all of them alike.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -20,6 +21,19 @@ import torch
 import picnn_fast
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, as caching allocators do.
+
+    Else it returns large blocks to the system, and the page faults of getting them back fall on
+    whichever candidate happens to allocate next: up to ten times the cost of what is measured.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        if not (libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1)):
+            raise RuntimeError("mallopt refused to keep freed memory")
 
 
 def _clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
@@ -50,6 +64,7 @@ def interleaved(
     candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 3
 ) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress."""
+    keep_freed_memory()
     clock = _clock(device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warmup + rounds):

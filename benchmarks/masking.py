@@ -8,6 +8,7 @@ and the gradient, write the gradient of the maps.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -38,8 +39,14 @@ SMOKE_SHAPES = ((4, 16, 3, 3, 5, torch.float32, torch.contiguous_format),)
 Shape = tuple[int, int, int, int, int, torch.dtype, torch.memory_format]
 
 
+SETS = 4
+
+
 class Case:
-    """Inputs of one shape, shared by every candidate, and a gradient to send back."""
+    """Inputs of one shape, shared by every candidate, and a gradient to send back.
+
+    Every call takes the next of a few sets of maps, so that none finds its own in the cache.
+    """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         batch, filters, height, width, classes, dtype, layout = shape
@@ -51,16 +58,19 @@ class Case:
         def maps() -> Tensor:
             return normal(batch, filters, height, width).to(dtype).to(memory_format=layout)
 
-        self.maps = maps().requires_grad_()
-        self.grad = maps()
+        self.sets = itertools.cycle([(maps().requires_grad_(), maps()) for _ in range(SETS)])
         self.logits = normal(batch, classes).requires_grad_()
         self.correspondence = normal(classes, filters).softmax(0).requires_grad_()
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def maps(self) -> Tensor:
+        return next(self.sets)[0].detach()
+
     def step(self, mask: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         """Forward and backward through the masked maps."""
-        self.maps.grad = self.logits.grad = self.correspondence.grad = None
-        mask(self.maps, self.logits, self.correspondence).backward(self.grad)
+        maps, grad = next(self.sets)
+        maps.grad = self.logits.grad = self.correspondence.grad = None
+        mask(maps, self.logits, self.correspondence).backward(grad)
 
 
 def fused(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
@@ -98,7 +108,6 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
     eager = definition(case.seed)
     torch._dynamo.reset()
     compiled, plain_compiled = torch.compile(eager), torch.compile(plain)
-    maps = case.maps.detach()
     times = harness.interleaved(
         {
             "fused": lambda: case.step(fused),
@@ -106,13 +115,16 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
             "reference, compiled": lambda: case.step(compiled),
             "plain, eager": lambda: case.step(plain),
             "plain, compiled": lambda: case.step(plain_compiled),
-            "clone": lambda: maps.clone(),
+            "clone": lambda: case.maps().clone(),
         },
         rounds,
         device,
     )
     kept = statistics.fmean(
-        functional.bernoulli_mask(maps, case.logits, case.correspondence)[1].float().mean().item()
+        functional.bernoulli_mask(case.maps(), case.logits, case.correspondence)[1]
+        .float()
+        .mean()
+        .item()
         for _ in range(5)
     )
     # Backward reads two and writes one; forward writes one and reads the kept share. clone: 2.
@@ -124,7 +136,7 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
     return {
         "shape": describe(shape),
         "kept_share": kept,
-        "bytes_needed": passes * maps.nbytes,
+        "bytes_needed": passes * case.maps().nbytes,
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "speedup": {
             name: harness.ratio(times, name, "fused")
@@ -138,12 +150,13 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
 def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     """Masking the pooled maps against masking the maps and pooling them again."""
     case = Case(shape, device)
-    pooled = case.maps.detach().mean((2, 3)).requires_grad_()
+    pooled = case.maps().mean((2, 3)).requires_grad_()
     grad = torch.randn_like(pooled)
 
     def at_maps() -> None:
-        case.maps.grad = case.logits.grad = case.correspondence.grad = None
-        masked = fused(case.maps, case.logits, case.correspondence)
+        maps, _ = next(case.sets)
+        maps.grad = case.logits.grad = case.correspondence.grad = None
+        masked = fused(maps, case.logits, case.correspondence)
         nn.functional.adaptive_avg_pool2d(masked, 1).flatten(1).backward(grad)
 
     def late() -> None:

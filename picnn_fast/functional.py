@@ -138,9 +138,9 @@ def gumbel_mask(
         raise TypeError(f"temperature: got {type(temperature).__name__}, want a number")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, want a number > 0")
-    flat, _ = _masking.flatten_maps(features, channel_dim)
     # The pseudo-label and the checks of bernoulli_mask, on maps of no size.
-    empty = flat[:, :, :0]
+    maps = _masking.channels_second(features, channel_dim)
+    empty = maps.new_empty((*maps.shape[:2], 0))
     _, _, pseudo_label = bernoulli_mask(empty, logits, correspondence, seed=seed)
     assignment = torch.nn.functional.gumbel_softmax(
         checks.accumulable(correspondence).clamp_min(torch.finfo(torch.float32).tiny).log(),

@@ -92,29 +92,25 @@ bool exceeds_cache(const Tensor& t) {
   return t.numel() * static_cast<int64_t>(t.element_size()) > kThreshold;
 }
 
-void scale_maps(const Tensor& features, const Tensor& mask, const int64_t* labels, bool binary,
-                Tensor& masked) {
+ScaleMaps scaling(const Tensor& features, const Tensor& mask, const int64_t* labels,
+                  const Tensor& masked) {
   const MapsShape shape = maps_shape(features, "features");
-  const ScaleMaps arguments{shape,
-                            units_of(shape),
-                            features.const_data_ptr(),
-                            strides(features),
-                            mask.const_data_ptr(),
-                            labels,
-                            masked.mutable_data_ptr(),
-                            strides(masked),
-                            exceeds_cache(masked)};
-  const Storage type = storage(features, "features");
-  const MaskingKernels& k = kernels();
-  parallel_units(shape, arguments.units,
-                 [&](int64_t begin, int64_t end) { k.scale(arguments, type, binary, begin, end); });
+  return {shape,
+          units_of(shape),
+          features.const_data_ptr(),
+          strides(features),
+          mask.const_data_ptr(),
+          labels,
+          masked.mutable_data_ptr(),
+          strides(masked),
+          exceeds_cache(masked)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const Tensor& logits,
                                                   const Tensor& correspondence, const Tensor& seed,
                                                   int64_t rank) {
   const MapsShape shape = maps_shape(features, "features");
-  storage(features, "features");
+  const Storage type = storage(features, "features");
   STD_TORCH_CHECK(logits.dim() == 2, "logits: want [batch, classes]");
   const int64_t classes = logits.size(1);
   STD_TORCH_CHECK(classes >= 1, "logits: want at least one class");
@@ -129,30 +125,49 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   Tensor masked = torch::stable::empty_like(features);
   Tensor mask = torch::stable::new_empty(features, {shape.batch, shape.filters}, mask_type);
   Tensor labels = torch::stable::new_empty(features, {shape.batch}, ScalarType::Long);
-  const Draw arguments{classes,
-                       shape.filters,
-                       logits.const_data_ptr(),
-                       {logits.stride(0), logits.stride(1)},
-                       correspondence.const_data_ptr(),
-                       {correspondence.stride(0), correspondence.stride(1)},
-                       static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
-                       static_cast<uint32_t>(rank),
-                       mask.mutable_data_ptr(),
-                       static_cast<int64_t*>(labels.mutable_data_ptr())};
+  const ScaleMaps scaled = scaling(features, mask, nullptr, masked);
+  const Draw drawn{classes,
+                   shape.filters,
+                   logits.const_data_ptr(),
+                   {logits.stride(0), logits.stride(1)},
+                   correspondence.const_data_ptr(),
+                   {correspondence.stride(0), correspondence.stride(1)},
+                   static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
+                   static_cast<uint32_t>(rank),
+                   mask.mutable_data_ptr(),
+                   static_cast<int64_t*>(labels.mutable_data_ptr())};
   const MaskingKernels& k = kernels();
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / (4 * (classes + shape.filters)));
+  const auto draw = [&](int64_t begin, int64_t end, std::vector<int64_t>& scratch) {
+    k.draw(drawn, double_logits, double_correspondence, mask_type == ScalarType::Double, begin, end,
+           scratch.data());
+  };
+  // A draw costs about as much as moving four elements.
+  const int64_t elements = classes + shape.filters * (4 + shape.positions);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / elements);
+  const bool whole_samples = scaled.units.blocks == 1;
   torch::stable::parallel_for(0, shape.batch, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> scratch(static_cast<size_t>(classes));
-    k.draw(arguments, double_logits, double_correspondence, mask_type == ScalarType::Double, begin,
-           end, scratch.data());
+    if (!whole_samples) {
+      draw(begin, end, scratch);
+      return;
+    }
+    // Sample by sample: the next draws go on while the stores of the last maps drain.
+    for (int64_t b = begin; b < end; ++b) {
+      draw(b, b + 1, scratch);
+      k.scale(scaled, type, /*binary=*/true, b, b + 1);
+    }
   });
-  scale_maps(features, mask, nullptr, /*binary=*/true, masked);
+  if (!whole_samples) {
+    parallel_units(shape, scaled.units, [&](int64_t begin, int64_t end) {
+      k.scale(scaled, type, /*binary=*/true, begin, end);
+    });
+  }
   return {masked, mask, labels};
 }
 
 Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labels) {
   const MapsShape shape = maps_shape(features, "features");
-  storage(features, "features");
+  const Storage type = storage(features, "features");
   STD_TORCH_CHECK(gate.dim() == 2, "gate: want [classes, filters]");
   STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
                   "gate: want float32, float64 for float64 features");
@@ -167,7 +182,11 @@ Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labe
                     " want [0, ", gate.size(0), ")");
   }
   Tensor masked = torch::stable::empty_like(features);
-  scale_maps(features, rows, index, /*binary=*/false, masked);
+  const ScaleMaps arguments = scaling(features, rows, index, masked);
+  const MaskingKernels& k = kernels();
+  parallel_units(shape, arguments.units, [&](int64_t begin, int64_t end) {
+    k.scale(arguments, type, /*binary=*/false, begin, end);
+  });
   return masked;
 }
 

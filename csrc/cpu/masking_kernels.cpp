@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../common/masking.h"
+#include "philox_simd.h"
 #include "scalar.h"
 #include "streaming.h"
 
@@ -62,13 +63,17 @@ void draw(const Draw& d, int64_t begin, int64_t end, int64_t* scratch) {
     const int64_t stride = d.correspondence_strides[1];
     A* __restrict__ mask = static_cast<A*>(d.mask) + b * d.filters;
     const uint64_t first = static_cast<uint64_t>(b) * static_cast<uint64_t>(d.filters);
-    const auto row = [&](int64_t step) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < d.filters; ++i) {
-        const uint32_t r = random_24_bits(first + i, d.seed, Stream::kFilter, d.rank);
-        mask[i] = keeps_filter<P>(r, p[i * step]) ? A{1} : A{0};
+    constexpr int64_t kRun = 512;
+    uint32_t draws[kRun];
+    for (int64_t begin_run = 0; begin_run < d.filters; begin_run += kRun) {
+      const int64_t count = d.filters - begin_run < kRun ? d.filters - begin_run : kRun;
+      random_24_bits_run(draws, count, first + static_cast<uint64_t>(begin_run), d.seed,
+                         Stream::kFilter, d.rank);
+      const P* __restrict__ run = p + begin_run * stride;
+      for (int64_t i = 0; i < count; ++i) {
+        mask[begin_run + i] = keeps_filter<P>(draws[i], run[i * stride]) ? A{1} : A{0};
       }
-    };
-    stride == 1 ? row(1) : row(stride);
+    }
   }
 }
 
@@ -101,6 +106,25 @@ Unit unit(const Units& units, int64_t index, int64_t filters) {
 template <typename T>
 int64_t rows_at_once(int64_t length) {
   return length > 0 && length < Sink<T>::kPreferred ? Sink<T>::kPreferred / length : 1;
+}
+
+// Kept rows lie far apart, where the processor does not foresee them: ask for those among the next
+// few ahead of time.
+template <typename T, typename A>
+PICNN_FAST_HD void prefetch_rows(const T* x, int64_t stride, int64_t positions, const A* mask,
+                                 int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64, kMostLines = 128;
+  const int64_t bytes = positions * static_cast<int64_t>(sizeof(T));
+  const int64_t stop = begin + rows_at_once<T>(positions);
+  int64_t lines = 0;
+  for (int64_t i = begin; i < end && i < stop && lines < kMostLines; ++i) {
+    if (mask[i] != A{0}) {
+      const char* row = reinterpret_cast<const char*>(x + i * stride);
+      for (int64_t at = 0; at < bytes && lines < kMostLines; at += kLine, ++lines) {
+        __builtin_prefetch(row + at);
+      }
+    }
+  }
 }
 
 // Rows [begin, end) of one sample, densely into `out`. Most rows are dropped: clear them all at
@@ -159,6 +183,7 @@ void scale(const ScaleMaps& s, int64_t begin, int64_t end) {
       for (int64_t first = u.begin; first < u.end; first += step) {
         const int64_t last = first + step < u.end ? first + step : u.end;
         T* stretch = sink.open(out + first * positions, (last - first) * positions);
+        prefetch_rows(x, from.filter, positions, mask, last, u.end);
         scale_rows<T, A, kBinary>(x, from.filter, stretch, positions, mask, first, last);
         sink.close();
       }

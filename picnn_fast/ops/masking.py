@@ -58,20 +58,58 @@ def _sum_by_class(grad_mask: Tensor, labels: Tensor, table: Tensor) -> Tensor:
     return torch.zeros_like(table).index_add_(0, labels, grad_mask.to(table.dtype))
 
 
+def _logits_gradient(grad_mask: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
+    """Gradient of ``mask = one_hot @ correspondence``, one_hot with the gradient of softmax."""
+    device = logits.device.type
+    if torch.is_autocast_enabled(device):  # backward() called inside it: keep full precision
+        with torch.autocast(device, enabled=False):
+            return _logits_gradient(grad_mask, logits, correspondence)
+    grad_y1 = (grad_mask.to(correspondence.dtype) @ correspondence.T).to(logits.dtype)
+    y1 = logits.softmax(-1)
+    grad: Tensor = torch.ops.aten._softmax_backward_data(grad_y1, y1, -1, logits.dtype)
+    return grad
+
+
+def _flat(maps: Tensor) -> Tensor:
+    """``[B, N, *spatial]`` as ``[B, N, S]``: a view wherever strides allow."""
+    return maps.unsqueeze(-1) if maps.ndim == 2 else maps.flatten(2)
+
+
+def _like(flat: Tensor, maps: Tensor) -> Tensor:
+    """A fresh ``[B, N, S]`` in the shape of ``maps``; no view, so in-place layers may follow."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(flat, maps.shape)
+    return shaped
+
+
+def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the maps, in the shape of ``grad_masked``, and of the mask."""
+    grad_features, grad_mask = torch.ops.picnn_fast.masking_backward(
+        _flat(grad_masked), features, mask
+    )
+    return _like(grad_features, grad_masked), grad_mask
+
+
 class BernoulliMask(torch.autograd.Function):
     """Straight-through gradients of the Bernoulli mask (PICNN eq. 5, 8)."""
 
+    # Not split into forward and setup_context: apply() then binds the arguments by inspecting the
+    # signature, three times the cost of the operator's own dispatch.
     @staticmethod
     def forward(
-        features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+        ctx: Any,
+        features: Tensor,
+        logits: Tensor,
+        correspondence: Tensor,
+        seed: Tensor,
+        rank: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_mask(
-            features, logits, correspondence, seed, rank
-        )
-        return outputs
+        inputs = (_flat(features), logits, correspondence, seed, rank)
+        outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_mask(*inputs)
+        BernoulliMask.save(ctx, inputs, outputs)
+        return _like(outputs[0], features), *outputs[1:]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         features, logits, correspondence, _, _ = inputs
         _, mask, pseudo_label = output
         ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
@@ -86,9 +124,7 @@ class BernoulliMask(torch.autograd.Function):
         features, logits, correspondence, mask, pseudo_label = ctx.saved_tensors
         grad_features = None
         if grad_masked is not None:
-            grad_features, grad_z = torch.ops.picnn_fast.masking_backward(
-                grad_masked, features, mask
-            )
+            grad_features, grad_z = _maps_gradient(grad_masked, features, mask)
             if grad_mask is not None:
                 grad_z = grad_z + grad_mask
         elif grad_mask is not None:
@@ -99,12 +135,7 @@ class BernoulliMask(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_correspondence = _sum_by_class(grad_z, pseudo_label, correspondence)
         if ctx.needs_input_grad[1]:
-            # z = onehot-with-gradient-of-y1 @ P, then the softmax backward. In full precision
-            # even where backward() is called inside autocast.
-            with torch.autocast(features.device.type, enabled=False):
-                grad_y1 = (grad_z.to(correspondence.dtype) @ correspondence.T).to(logits.dtype)
-                y1 = logits.softmax(-1)
-                grad_logits = y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True))
+            grad_logits = _logits_gradient(grad_z, logits, correspondence)
         return grad_features, grad_logits, grad_correspondence, None, None
 
 
@@ -112,21 +143,21 @@ class ClassGate(torch.autograd.Function):
     """Gradients of ``features * gate[labels]``."""
 
     @staticmethod
-    def forward(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-        masked: Tensor = torch.ops.picnn_fast.class_gate(features, gate, labels)
-        return masked
+    def forward(ctx: Any, features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+        inputs = (_flat(features), gate, labels)
+        masked: Tensor = torch.ops.picnn_fast.class_gate(*inputs)
+        ClassGate.save(ctx, inputs, masked)
+        return _like(masked, features)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
         features, gate, labels = ctx.saved_tensors
-        grad_features, grad_rows = torch.ops.picnn_fast.masking_backward(
-            grad_masked, features, gate[labels]
-        )
+        grad_features, grad_rows = _maps_gradient(grad_masked, features, gate[labels])
         grad_gate = _sum_by_class(grad_rows, labels, gate) if ctx.needs_input_grad[1] else None
         return grad_features, grad_gate, None
 
@@ -136,26 +167,26 @@ for _name, _function in (("bernoulli_mask", BernoulliMask), ("class_gate", Class
     torch.library.register_autograd(
         f"picnn_fast::{_name}",
         _function.backward,
-        setup_context=_function.setup_context,
+        setup_context=_function.save,
         lib=registry.library,
     )
 
 
-def flatten_maps(features: Tensor, channel_dim: int) -> tuple[Tensor, torch.Size]:
-    """``[B, N, S]`` (a view wherever strides allow) and the shape to go back to."""
+def channels_second(features: Tensor, channel_dim: int) -> Tensor:
+    """A view ``[B, N, *spatial]``, after checking both arguments."""
     checks.floating("features", features)
     if features.ndim < 2:
         raise ValueError(
             f"features: got shape {tuple(features.shape)}, want at least 2 axes: batch, channels"
         )
+    if channel_dim == 1:
+        return features
     if not -features.ndim <= channel_dim < features.ndim or channel_dim % features.ndim == 0:
         raise ValueError(
             f"channel_dim: got {channel_dim}, want an axis of features other than the batch axis 0"
             f" (features has shape {tuple(features.shape)})"
         )
-    moved = features.movedim(channel_dim, 1)
-    flat = moved.unsqueeze(-1) if moved.ndim == 2 else moved.flatten(2)
-    return flat, moved.shape
+    return features.movedim(channel_dim, 1)
 
 
 def _check_table(
@@ -182,12 +213,12 @@ def bernoulli_mask(
     channel_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``functional.bernoulli_mask``."""
-    flat, shape = flatten_maps(features, channel_dim)
-    _check_table("correspondence", correspondence, shape[1], features, channel_dim)
+    maps = channels_second(features, channel_dim)
+    _check_table("correspondence", correspondence, maps.shape[1], features, channel_dim)
     if correspondence.shape[0] < 1:
         raise ValueError("correspondence: got no class, want at least one row")
     checks.floating("logits", logits)
-    expected = (shape[0], correspondence.shape[0])
+    expected = (maps.shape[0], correspondence.shape[0])
     if tuple(logits.shape) != expected:
         raise ValueError(
             f"logits: got shape {tuple(logits.shape)}, want {expected}:"
@@ -198,18 +229,19 @@ def bernoulli_mask(
     seed = checks.seed(seed, features.device)
     checks.probabilities("correspondence", correspondence)
     masked, mask, pseudo_label = BernoulliMask.apply(
-        flat, checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
+        maps, checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
     )
-    masked = masked.reshape(shape).movedim(1, channel_dim)
+    if channel_dim != 1:
+        masked = masked.movedim(1, channel_dim)
     return masked, mask.to(features.dtype), pseudo_label
 
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int) -> Tensor:
     """See ``functional.class_gate``."""
-    flat, shape = flatten_maps(features, channel_dim)
-    _check_table("gate", gate, shape[1], features, channel_dim)
-    checks.labels("labels", labels, shape[0], gate.shape[0])
+    maps = channels_second(features, channel_dim)
+    _check_table("gate", gate, maps.shape[1], features, channel_dim)
+    checks.labels("labels", labels, maps.shape[0], gate.shape[0])
     checks.same_device("labels", labels, "features", features)
     rows = gate.to(reference.accumulate_dtype(features.dtype))
-    masked: Tensor = ClassGate.apply(flat, rows, labels.to(torch.int64))
-    return masked.reshape(shape).movedim(1, channel_dim)
+    masked: Tensor = ClassGate.apply(maps, rows, labels.to(torch.int64))
+    return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
