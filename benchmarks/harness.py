@@ -4,6 +4,7 @@ All figures are ratios of medians taken side by side: round by round every candi
 so that whatever else the machine does falls on all of them alike.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -61,15 +62,24 @@ def _clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 3
+    candidates: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 3,
+    backends: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress."""
+    """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress.
+
+    ``backends`` forces one for the candidates it names; switching is not timed.
+    """
     keep_freed_memory()
     clock = _clock(device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warmup + rounds):
         for name, call in candidates.items():
-            seconds = clock(call)
+            backend = (backends or {}).get(name)
+            with picnn_fast.use_backend(backend) if backend else contextlib.nullcontext():
+                seconds = clock(call)
             if index >= warmup:
                 times[name].append(seconds)
         if sys.stderr.isatty():

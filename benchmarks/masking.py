@@ -2,6 +2,10 @@
 
     python -m benchmarks.masking [--device cpu|cuda] [--smoke]
 
+Candidates, all forward and backward: "fused", the operator; "reference", the same operator on the
+reference backend, eager PyTorch; "autograd", its definition under autograd, eager and compiled by
+torch.compile; "plain", what one would write with PyTorch's own random numbers, eager and compiled.
+
 Limit: the fewest bytes that must move, over the bandwidth of ``clone()`` on maps of the same size
 in the same run. Forward: write the masked maps, read those that are kept. Backward: read the maps
 and the gradient, write the gradient of the maps.
@@ -87,7 +91,7 @@ def plain(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
 
 
 def definition(seed: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The reference in eager PyTorch under autograd, the same draws as the fused operator."""
+    """The reference's forward under autograd, with the same draws as the fused operator."""
 
     def mask(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
         flat = maps.flatten(2)
@@ -105,20 +109,22 @@ def describe(shape: Shape) -> str:
 def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     """The fused operator beside eager and compiled PyTorch, and its share of the copy limit."""
     case = Case(shape, device)
-    eager = definition(case.seed)
+    autograd = definition(case.seed)
     torch._dynamo.reset()
-    compiled, plain_compiled = torch.compile(eager), torch.compile(plain)
+    compiled, plain_compiled = torch.compile(autograd), torch.compile(plain)
     times = harness.interleaved(
         {
             "fused": lambda: case.step(fused),
-            "reference, eager": lambda: case.step(eager),
-            "reference, compiled": lambda: case.step(compiled),
-            "plain, eager": lambda: case.step(plain),
+            "reference": lambda: case.step(fused),
+            "autograd": lambda: case.step(autograd),
+            "autograd, compiled": lambda: case.step(compiled),
+            "plain": lambda: case.step(plain),
             "plain, compiled": lambda: case.step(plain_compiled),
             "clone": lambda: case.maps().clone(),
         },
         rounds,
         device,
+        backends={"reference": "reference"},
     )
     kept = statistics.fmean(
         functional.bernoulli_mask(case.maps(), case.logits, case.correspondence)[1]

@@ -28,8 +28,7 @@ PICNN_FAST_HD float add(float a, float b) {
 // exp(x) * 2^30 rounded down, for x = logit - max <= 0 in float32; 0 below exp(-21) and for NaN.
 // Cody-Waite reduction and Taylor polynomial of degree 7: relative error below 6e-9 plus rounding.
 PICNN_FAST_HD int64_t softmax_weight(float x) {
-  const bool in_range = x > -21.0f;
-  x = in_range ? x : 0.0f;
+  x = x > -21.0f ? x : -21.0f;  // exp(-21) * 2^30 < 1: no branch is needed for what weighs nothing
   const float y = add(multiply(x, 1.4426950408889634f), 0.5f);
   const int32_t truncated = static_cast<int32_t>(y);
   const int32_t n = truncated - (y < static_cast<float>(truncated) ? 1 : 0);  // floor(y)
@@ -43,8 +42,8 @@ PICNN_FAST_HD int64_t softmax_weight(float x) {
   e = add(multiply(e, r), 1.0f / 2);
   e = add(multiply(e, r), 1.0f);
   e = add(multiply(e, r), 1.0f);
-  const int64_t weight = static_cast<int64_t>(multiply(e, 1073741824.0f)) >> -n;
-  return in_range ? weight : 0;
+  const int32_t weight = static_cast<int32_t>(multiply(e, 1073741824.0f)) >> -n;  // e < 1.42
+  return weight;
 }
 
 // floor(bits * total / 2^24) for bits < 2^24, without leaving 64 bits. The pseudo-label is the

@@ -221,12 +221,80 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   return {grad_features, grad_mask};
 }
 
+std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask,
+                                                         const Tensor& logits,
+                                                         const Tensor& correspondence,
+                                                         const Tensor& pseudo_label) {
+  STD_TORCH_CHECK(grad_mask.dim() == 2 && correspondence.dim() == 2,
+                  "grad_mask, correspondence: want two axes");
+  const int64_t batch = grad_mask.size(0), classes = correspondence.size(0);
+  const int64_t filters = correspondence.size(1);
+  STD_TORCH_CHECK(classes >= 1, "correspondence: want at least one class");
+  check_shape(grad_mask, "grad_mask", {batch, filters});
+  check_shape(logits, "logits", {batch, classes});
+  check_shape(pseudo_label, "pseudo_label", {batch});
+  STD_TORCH_CHECK(pseudo_label.scalar_type() == ScalarType::Long, "pseudo_label: want int64");
+  const bool wide = is_double(correspondence, "correspondence");
+  STD_TORCH_CHECK(grad_mask.scalar_type() == correspondence.scalar_type() &&
+                      logits.scalar_type() == correspondence.scalar_type(),
+                  "grad_mask, logits: want the dtype of correspondence");
+  const Tensor rows = torch::stable::contiguous(grad_mask);
+  const Tensor scores = torch::stable::contiguous(logits);
+  const Tensor table = torch::stable::contiguous(correspondence);
+  const Tensor labels = torch::stable::contiguous(pseudo_label);
+  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(label[b] >= 0 && label[b] < classes, "pseudo_label: got ", label[b],
+                    ", want [0, ", classes, ")");
+  }
+  // Up to here the table stays in the second-level cache while every sample passes over it; beyond,
+  // the library's matrix product cuts it into blocks.
+  constexpr int64_t kTableElements = 1 << 16;
+  Tensor product;
+  if (classes * filters > kTableElements) {
+    product = torch::stable::contiguous(
+        torch::stable::matmul(rows, torch::stable::transpose(table, 0, 1)));
+  }
+  Tensor grad_logits =
+      torch::stable::new_empty(logits, {batch, classes}, correspondence.scalar_type());
+  Tensor grad_table =
+      torch::stable::new_empty(correspondence, {classes, filters}, correspondence.scalar_type());
+  const ParametersBackward arguments{batch,
+                                     classes,
+                                     filters,
+                                     rows.const_data_ptr(),
+                                     scores.const_data_ptr(),
+                                     table.const_data_ptr(),
+                                     label,
+                                     product.defined() ? product.const_data_ptr() : nullptr,
+                                     grad_logits.mutable_data_ptr(),
+                                     grad_table.mutable_data_ptr()};
+  const MaskingKernels& k = kernels();
+  // One parallel region for both: first the samples, then blocks of filters.
+  constexpr int64_t kFilters = 64;
+  const int64_t units = batch + (filters + kFilters - 1) / kFilters;
+  const int64_t elements = std::max<int64_t>(1, classes * (filters + 16));
+  torch::stable::parallel_for(
+      0, units, std::max<int64_t>(1, kGrainElements / elements), [&](int64_t begin, int64_t end) {
+        std::vector<double> scratch(static_cast<size_t>(begin < batch ? classes : 0));
+        k.logits_backward(arguments, wide, std::min(begin, batch), std::min(end, batch),
+                          scratch.data());
+        const int64_t first = (std::max(begin, batch) - batch) * kFilters;
+        const int64_t last = (std::max(end, batch) - batch) * kFilters;
+        if (first < last) {
+          k.correspondence_backward(arguments, wide, first, std::min(last, filters));
+        }
+      });
+  return {grad_logits, grad_table};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
   m.impl("bernoulli_mask", TORCH_BOX(&bernoulli_mask));
   m.impl("class_gate", TORCH_BOX(&class_gate));
   m.impl("masking_backward", TORCH_BOX(&masking_backward));
+  m.impl("bernoulli_parameters_backward", TORCH_BOX(&bernoulli_parameters_backward));
 }
 
 }  // namespace picnn_fast

@@ -18,28 +18,56 @@ namespace {
 using picnn_fast::Draw;
 using picnn_fast::MaskingBackward;
 using picnn_fast::MaskingKernels;
+using picnn_fast::ParametersBackward;
 using picnn_fast::ScaleMaps;
 using picnn_fast::Storage;
 using picnn_fast::Strides;
 using picnn_fast::Units;
 
+// The step is a constant where logits are contiguous, so that the loops vectorise; the maximum is
+// kept in lanes for the same reason.
+template <typename L, typename Step>
+PICNN_FAST_HD int64_t weigh_classes(const L* logits, Step step, int64_t classes, int64_t* weights) {
+  constexpr L infinity = std::numeric_limits<L>::infinity();
+  constexpr int kMaxima = 16;
+  const auto logit = [&](int64_t k) {
+    const L x = logits[k * step];
+    return x != x ? infinity : x;
+  };
+  L maxima[kMaxima];
+  for (int l = 0; l < kMaxima; ++l) {
+    maxima[l] = -infinity;
+  }
+  int64_t k = 0;
+  for (; k + kMaxima <= classes; k += kMaxima) {
+    for (int l = 0; l < kMaxima; ++l) {
+      const L x = logit(k + l);
+      maxima[l] = x > maxima[l] ? x : maxima[l];
+    }
+  }
+  for (; k < classes; ++k) {
+    const L x = logit(k);
+    maxima[0] = x > maxima[0] ? x : maxima[0];
+  }
+  L maximum = -infinity;
+  for (int l = 0; l < kMaxima; ++l) {
+    maximum = maxima[l] > maximum ? maxima[l] : maximum;
+  }
+  int64_t total = 0;
+  for (k = 0; k < classes; ++k) {
+    const int64_t weight = softmax_weight(static_cast<float>(logit(k) - maximum));
+    weights[k] = weight;
+    total += weight;
+  }
+  return total;
+}
+
 template <typename L>
 int64_t draw_label(const L* logits, int64_t stride, int64_t classes, uint32_t bits,
                    int64_t* weights) {
-  constexpr L infinity = std::numeric_limits<L>::infinity();
-  L maximum = -infinity;
-  for (int64_t k = 0; k < classes; ++k) {
-    L logit = logits[k * stride];
-    logit = logit != logit ? infinity : logit;
-    maximum = logit > maximum ? logit : maximum;
-  }
-  int64_t total = 0;
-  for (int64_t k = 0; k < classes; ++k) {
-    L logit = logits[k * stride];
-    logit = logit != logit ? infinity : logit;
-    weights[k] = softmax_weight(static_cast<float>(logit - maximum));
-    total += weights[k];
-  }
+  const int64_t total =
+      stride == 1 ? weigh_classes(logits, std::integral_constant<int64_t, 1>{}, classes, weights)
+                  : weigh_classes(logits, stride, classes, weights);
   const int64_t threshold = cdf_threshold(bits, total);
   int64_t cumulative = 0;
   for (int64_t k = 0; k < classes; ++k) {
@@ -368,6 +396,63 @@ void backward(const MaskingBackward& s, int64_t begin, int64_t end) {
   }
 }
 
+template <typename A>
+void logits_backward(const ParametersBackward& s, int64_t begin, int64_t end, A* exponentials) {
+  const A* correspondence = static_cast<const A*>(s.correspondence);
+  for (int64_t b = begin; b < end; ++b) {
+    const A* grad_mask = static_cast<const A*>(s.grad_mask) + b * s.filters;
+    const A* logits = static_cast<const A*>(s.logits) + b * s.classes;
+    const A* given = static_cast<const A*>(s.grad_y1) + b * s.classes;
+    A* out = static_cast<A*>(s.grad_logits) + b * s.classes;
+    A maximum = logits[0], total = 0, mean = 0;
+    for (int64_t k = 1; k < s.classes; ++k) {
+      maximum = logits[k] > maximum ? logits[k] : maximum;
+    }
+    const auto grad_y1 = [&](int64_t k) {
+      return s.grad_y1 != nullptr ? given[k]
+                                  : dot<A, A>(correspondence + k * s.filters, grad_mask, s.filters);
+    };
+    for (int64_t k = 0; k < s.classes; ++k) {
+      const A e = std::exp(logits[k] - maximum), grad = grad_y1(k);
+      total += e;
+      mean += e * grad;
+      exponentials[k] = e;
+      out[k] = grad;
+    }
+    mean /= total;
+    for (int64_t k = 0; k < s.classes; ++k) {
+      out[k] = exponentials[k] / total * (out[k] - mean);
+    }
+  }
+}
+
+template <typename A>
+void correspondence_backward(const ParametersBackward& s, int64_t begin, int64_t end) {
+  A* out = static_cast<A*>(s.grad_correspondence);
+  for (int64_t k = 0; k < s.classes; ++k) {
+    std::memset(out + k * s.filters + begin, 0, (end - begin) * sizeof(A));
+  }
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const A* __restrict__ row = static_cast<const A*>(s.grad_mask) + b * s.filters;
+    A* __restrict__ sums = out + s.labels[b] * s.filters;
+    for (int64_t i = begin; i < end; ++i) {
+      sums[i] += row[i];
+    }
+  }
+}
+
+void logits_backward_any(const ParametersBackward& s, bool is_double, int64_t begin, int64_t end,
+                         void* scratch) {
+  is_double ? logits_backward(s, begin, end, static_cast<double*>(scratch))
+            : logits_backward(s, begin, end, static_cast<float*>(scratch));
+}
+
+void correspondence_backward_any(const ParametersBackward& s, bool is_double, int64_t begin,
+                                 int64_t end) {
+  is_double ? correspondence_backward<double>(s, begin, end)
+            : correspondence_backward<float>(s, begin, end);
+}
+
 template <typename L, typename P>
 void draw_mask(const Draw& d, bool double_mask, int64_t begin, int64_t end, int64_t* scratch) {
   double_mask ? draw<L, P, double>(d, begin, end, scratch)
@@ -421,7 +506,8 @@ void backward_any(const MaskingBackward& s, Storage storage, int64_t begin, int6
 }  // namespace PICNN_FAST_NAMESPACE
 
 namespace picnn_fast {
-const MaskingKernels PICNN_FAST_KERNELS = {PICNN_FAST_NAMESPACE::draw_any,
-                                           PICNN_FAST_NAMESPACE::scale_any,
-                                           PICNN_FAST_NAMESPACE::backward_any};
+const MaskingKernels PICNN_FAST_KERNELS = {
+    PICNN_FAST_NAMESPACE::draw_any, PICNN_FAST_NAMESPACE::scale_any,
+    PICNN_FAST_NAMESPACE::backward_any, PICNN_FAST_NAMESPACE::logits_backward_any,
+    PICNN_FAST_NAMESPACE::correspondence_backward_any};
 }  // namespace picnn_fast

@@ -71,6 +71,18 @@ struct Draw {
   int64_t* labels;  // [B]
 };
 
+// Gradients of mask = one_hot @ correspondence; everything contiguous, all floats of one type.
+struct ParametersBackward {
+  int64_t batch, classes, filters;
+  const void* grad_mask;       // [B, N]
+  const void* logits;          // [B, K]
+  const void* correspondence;  // [K, N]
+  const int64_t* labels;       // [B]
+  const void* grad_y1;         // grad_mask @ correspondence^T [B, K], or null to work it out
+  void* grad_logits;           // [B, K]
+  void* grad_correspondence;   // [K, N]
+};
+
 enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
 struct MaskingKernels {
@@ -81,6 +93,12 @@ struct MaskingKernels {
   void (*scale)(const ScaleMaps&, Storage, bool binary, int64_t begin, int64_t end);
   // Units [begin, end).
   void (*backward)(const MaskingBackward&, Storage, int64_t begin, int64_t end);
+  // grad_logits of samples [begin, end). scratch holds `classes` numbers.
+  void (*logits_backward)(const ParametersBackward&, bool is_double, int64_t begin, int64_t end,
+                          void* scratch);
+  // grad_correspondence of filters [begin, end).
+  void (*correspondence_backward)(const ParametersBackward&, bool is_double, int64_t begin,
+                                  int64_t end);
 };
 
 extern const MaskingKernels masking_kernels_default;

@@ -21,6 +21,12 @@ def _fake_bernoulli_mask(
     )
 
 
+def _fake_parameters_backward(
+    grad_mask: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape), correspondence.new_empty(correspondence.shape)
+
+
 def _fake_class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     return torch.empty_like(features)
 
@@ -46,28 +52,18 @@ registry.define(
 )
 registry.define(
     "masking",
+    "bernoulli_parameters_backward(Tensor grad_mask, Tensor logits, Tensor correspondence,"
+    " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
+    reference=reference.bernoulli_parameters_backward,
+    fake=_fake_parameters_backward,
+)
+registry.define(
+    "masking",
     "masking_backward(Tensor grad_masked, Tensor features, Tensor mask)"
     " -> (Tensor grad_features, Tensor grad_mask)",
     reference=reference.masking_backward,
     fake=_fake_masking_backward,
 )
-
-
-def _sum_by_class(grad_mask: Tensor, labels: Tensor, table: Tensor) -> Tensor:
-    """Gradient of ``table[labels]``: rows of ``grad_mask`` added up by label."""
-    return torch.zeros_like(table).index_add_(0, labels, grad_mask.to(table.dtype))
-
-
-def _logits_gradient(grad_mask: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
-    """Gradient of ``mask = one_hot @ correspondence``, one_hot with the gradient of softmax."""
-    device = logits.device.type
-    if torch.is_autocast_enabled(device):  # backward() called inside it: keep full precision
-        with torch.autocast(device, enabled=False):
-            return _logits_gradient(grad_mask, logits, correspondence)
-    grad_y1 = (grad_mask.to(correspondence.dtype) @ correspondence.T).to(logits.dtype)
-    y1 = logits.softmax(-1)
-    grad: Tensor = torch.ops.aten._softmax_backward_data(grad_y1, y1, -1, logits.dtype)
-    return grad
 
 
 def _flat(maps: Tensor) -> Tensor:
@@ -131,11 +127,14 @@ class BernoulliMask(torch.autograd.Function):
             grad_z = grad_mask
         else:
             return None, None, None, None, None
-        grad_correspondence = grad_logits = None
-        if ctx.needs_input_grad[2]:
-            grad_correspondence = _sum_by_class(grad_z, pseudo_label, correspondence)
-        if ctx.needs_input_grad[1]:
-            grad_logits = _logits_gradient(grad_z, logits, correspondence)
+        grad_logits = grad_correspondence = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dtype = torch.promote_types(logits.dtype, correspondence.dtype)
+            grad_logits, grad_correspondence = torch.ops.picnn_fast.bernoulli_parameters_backward(
+                grad_z.to(dtype), logits.to(dtype), correspondence.to(dtype), pseudo_label
+            )
+            grad_logits = grad_logits.to(logits.dtype)
+            grad_correspondence = grad_correspondence.to(correspondence.dtype)
         return grad_features, grad_logits, grad_correspondence, None, None
 
 
@@ -158,7 +157,9 @@ class ClassGate(torch.autograd.Function):
     def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
         features, gate, labels = ctx.saved_tensors
         grad_features, grad_rows = _maps_gradient(grad_masked, features, gate[labels])
-        grad_gate = _sum_by_class(grad_rows, labels, gate) if ctx.needs_input_grad[1] else None
+        grad_gate = None
+        if ctx.needs_input_grad[1]:
+            grad_gate = torch.zeros_like(gate).index_add_(0, labels, grad_rows)
         return grad_features, grad_gate, None
 
 

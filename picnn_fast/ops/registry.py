@@ -19,7 +19,8 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 library = torch.library.Library(NAMESPACE, "DEF")
 _references: dict[str, Callable[..., Any]] = {}
 _family: dict[str, str] = {}
-_override: tuple[str, torch.library.Library] | None = None
+# The forced backend, what keeps it registered, and the operators it has kernels for.
+_override: tuple[str, torch.library.Library, frozenset[str]] | None = None
 
 
 def define(
@@ -99,7 +100,7 @@ def available_backends() -> tuple[str, ...]:
 def serving(device_type: str, operator: str) -> str:
     """Which backend serves ``operator`` for tensors on ``device_type`` ("cpu" or "cuda")."""
     key = device_type.upper()
-    if _override is not None and key in _device_keys(_override[0]):
+    if _override is not None and operator in _override[2] and key in _device_keys(_override[0]):
         return _override[0]
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key):
         if key == "CPU":
@@ -127,9 +128,10 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def _triton_kernel(operator: str) -> Callable[..., Any]:
+def _triton_kernel(operator: str) -> Callable[..., Any] | None:
+    """None for an operator that has no Triton kernel: its reference serves instead."""
     module = importlib.import_module(f"{NAMESPACE}.triton_kernels.{_family[operator]}")
-    kernel: Callable[..., Any] = getattr(module, operator)
+    kernel: Callable[..., Any] | None = getattr(module, operator, None)
     return kernel
 
 
@@ -139,7 +141,9 @@ def register_triton_for_cuda() -> None:
         return
     for name in operators():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
-            library.impl(name, _triton_kernel(name), "CUDA")
+            kernel = _triton_kernel(name)
+            if kernel is not None:
+                library.impl(name, kernel, "CUDA")
 
 
 def _device_keys(backend: str) -> tuple[str, ...]:
@@ -170,13 +174,15 @@ def _install(backend: str | None) -> None:
     if backend == "reference":
         kernels = _references
     elif backend == "triton":
-        kernels = {name: _triton_kernel(name) for name in operators()}
+        found = {name: _triton_kernel(name) for name in operators()}
+        kernels = {name: kernel for name, kernel in found.items() if kernel is not None}
     if _override is not None:
         _override[1]._destroy()
         _override = None
     # "cpp" and "cuda" are what the dispatcher chooses by itself once nothing lies on top.
     if backend is not None and kernels:
-        _override = (backend, override_kernels(kernels, _device_keys(backend)))
+        override = override_kernels(kernels, _device_keys(backend))
+        _override = (backend, override, frozenset(kernels))
 
 
 @contextlib.contextmanager

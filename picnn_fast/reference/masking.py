@@ -174,6 +174,26 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     return _scale_channels(features, gate[labels])
 
 
+def bernoulli_parameters_backward(
+    grad_mask: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Straight-through gradients of ``mask = one_hot(pseudo_label) @ correspondence``.
+
+    The one-hot pseudo-label carries the gradient of softmax(logits) (PICNN eq. 8). All float
+    arguments have one dtype, float32 or float64; ``grad_mask`` is ``[B, N]``.
+
+    Returns:
+        grad_logits ``[B, K]`` and grad_correspondence ``[K, N]``.
+    """
+    # backward() may be called inside autocast: keep full precision.
+    with torch.autocast(logits.device.type, enabled=False):
+        grad_y1 = grad_mask @ correspondence.T
+    y1 = logits.softmax(-1)
+    grad_logits = y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True))
+    grad_correspondence = correspondence.new_zeros(correspondence.shape)
+    return grad_logits, grad_correspondence.index_add_(0, pseudo_label, grad_mask)
+
+
 def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``masked = features * mask`` in one read of both inputs.
 
