@@ -321,7 +321,8 @@ def _doctor(args: argparse.Namespace) -> int:
     info = picnn_fast.build_info()
     print("\ncompiled extension")
     for key, value in (info["extension"] or {"": "none"}).items():
-        print(f"  {key:<20}{value}")
+        shown = ", ".join(value) if isinstance(value, list) else value
+        print(f"  {key:<20}{shown}")
 
     print("\nbackends")
     for backend, reason in info["backends"].items():
@@ -330,5 +331,5 @@ def _doctor(args: argparse.Namespace) -> int:
     print("\noperators")
     for operator, devices in info["operators"].items():
         served = ", ".join(f"{device}: {backend}" for device, backend in devices.items())
-        print(f"  {operator:<20}{served}")
+        print(f"  {operator:<32}{served}")
     return 0

@@ -1,4 +1,5 @@
 // CPU operators of the masking family: check, allocate, and cut the work for the thread pool.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -252,8 +253,11 @@ std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask
   constexpr int64_t kTableElements = 1 << 16;
   Tensor product;
   if (classes * filters > kTableElements) {
-    product = torch::stable::contiguous(
-        torch::stable::matmul(rows, torch::stable::transpose(table, 0, 1)));
+    // The CPU kernel itself: through the dispatcher, autocast would lower it to bfloat16.
+    product = torch::stable::new_empty(rows, {batch, classes});
+    const Tensor transposed = torch::stable::transpose(table, 0, 1);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_mm_out(product.get(), rows.get(), transposed.get()));
   }
   Tensor grad_logits =
       torch::stable::new_empty(logits, {batch, classes}, correspondence.scalar_type());

@@ -144,6 +144,127 @@ def test_a_dropped_filter_still_learns(backend: Backend):
     torch.testing.assert_close(grad, expected.detach())
 
 
+@pytest.mark.parametrize(
+    ("logits_dtype", "table_dtype"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float64),
+        (torch.float64, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.float64])
+def test_gradients_of_parameters_of_two_dtypes(
+    backend: Backend, features_dtype, logits_dtype, table_dtype
+):
+    """Each in its own dtype, computed in the wider one."""
+    features, logits, correspondence = inputs(backend.device)
+    # Small whole numbers: their sums are exact in every dtype, so that rounding shows elsewhere.
+    x = features.detach().mul(4).round().to(features_dtype).requires_grad_()
+    parameters = (
+        logits.detach().to(logits_dtype).requires_grad_(),
+        correspondence.detach().to(table_dtype).requires_grad_(),
+    )
+    weight = torch.arange(x.numel(), device=x.device).view_as(x) % 7 - 3
+    masked, mask, label = bernoulli_mask(x, *parameters, seed=SEED)
+    got = torch.autograd.grad((masked * weight).sum(), (x, *parameters))
+    assert [t.dtype for t in got] == [features_dtype, logits_dtype, table_dtype]
+
+    exact = [t.detach().double().requires_grad_() for t in (x, *parameters)]
+    want, _ = straight_through(*exact, mask.double(), label)
+    expected = torch.autograd.grad((want * weight).sum(), exact)
+    for one, two in zip(got, expected, strict=True):
+        assert two.any()
+        rounding = max(torch.finfo(one.dtype).eps, 1e-13)
+        torch.testing.assert_close(one.double(), two, rtol=rounding, atol=1e-13)
+
+
+LAYOUTS = ["maps", "tokens", "vectors"]
+
+
+def laid_out(features: Tensor, layout: str) -> tuple[Tensor, int]:
+    """A leaf with the values of ``features`` [B, N, H, W] (their mean as vectors), channel axis."""
+    x = features.detach()
+    if layout == "tokens":
+        return x.flatten(2).transpose(1, 2).contiguous().requires_grad_(), -1
+    if layout == "vectors":
+        return x.mean((2, 3)).requires_grad_(), 1
+    return x.clone().requires_grad_(), 1
+
+
+def per_channel(rows: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """``rows`` [B, N] broadcastable against ``x``."""
+    return rows.view(*rows.shape, *[1] * (x.ndim - 2)).movedim(1, channel_dim)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_inplace_layer_may_follow_the_bernoulli_mask(backend: Backend, layout):
+    features, *parameters = inputs(backend.device)
+    x, channel_dim = laid_out(features, layout)
+    before = x.detach().clone()
+    relu = torch.nn.ReLU(inplace=True)
+    weight = torch.arange(x.numel(), device=x.device).view_as(x)
+    masked, mask, label = bernoulli_mask(x, *parameters, seed=SEED, channel_dim=channel_dim)
+    assert channel_dim != 1 or not masked._is_view()
+    out = relu(masked)
+    assert out.data_ptr() == masked.data_ptr()
+    assert (out >= 0).all()
+    assert torch.equal(x, before)
+    got = torch.autograd.grad((out * weight).sum(), (x, *parameters))
+
+    _, z = straight_through(torch.zeros_like(mask), *parameters, mask, label)
+    want = (x * per_channel(z, x, channel_dim)).relu()
+    assert want.any()
+    torch.testing.assert_close(out, want)
+    expected = torch.autograd.grad((want * weight).sum(), (x, *parameters))
+    for one, two in zip(got, expected, strict=True):
+        assert two.any()
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_inplace_layer_may_follow_the_class_gate(backend: Backend, layout):
+    features, _, gate = inputs(backend.device)
+    x, channel_dim = laid_out(features, layout)
+    before = x.detach().clone()
+    labels = torch.tensor([3, 0, 3], device=backend.device)
+    weight = torch.arange(x.numel(), device=x.device).view_as(x)
+    masked = class_gate(x, gate, labels, channel_dim=channel_dim)
+    assert channel_dim != 1 or not masked._is_view()
+    out = torch.nn.ReLU(inplace=True)(masked)
+    assert out.data_ptr() == masked.data_ptr()
+    assert torch.equal(x, before)
+    got = torch.autograd.grad((out * weight).sum(), (x, gate))
+
+    want = (x * per_channel(gate[labels], x, channel_dim)).relu()
+    torch.testing.assert_close(out, want)
+    expected = torch.autograd.grad((want * weight).sum(), (x, gate))
+    for one, two in zip(got, expected, strict=True):
+        assert two.any()
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_inplace_layer_may_follow_under_compile(backend: Backend, layout):
+    features, logits, correspondence = inputs(backend.device)
+    x, channel_dim = laid_out(features, layout)
+    labels = torch.tensor([3, 0, 3], device=backend.device)
+
+    def loss(x: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
+        masked, _, _ = bernoulli_mask(x, logits, correspondence, seed=SEED, channel_dim=channel_dim)
+        gated = class_gate(x, correspondence, labels, channel_dim=channel_dim)
+        return masked.relu_().square().sum() + gated.relu_().sin().sum()
+
+    leaves = (x, logits, correspondence)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    expected = loss(*leaves)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)
+    )
+
+
 def test_differentiating_twice_is_refused(backend: Backend):
     features, logits, correspondence = inputs(backend.device)
     labels = torch.tensor([0, 1, 2], device=backend.device)
@@ -225,6 +346,14 @@ def test_gumbel_assigns_filters_as_often_as_the_correspondence_says():
 # opcheck ------------------------------------------------------------------------------------------
 
 
+OPCHECKS = {
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+}
+
+
 @pytest.mark.parametrize("operator", ["bernoulli_mask", "class_gate", "masking_backward"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(backend: Backend, operator, layout):
@@ -251,12 +380,25 @@ def test_opcheck(backend: Backend, operator, layout):
     results = torch.library.opcheck(
         getattr(torch.ops.picnn_fast, operator).default, arguments[operator]
     )
-    assert set(results) == {
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    }
+    assert set(results) == OPCHECKS
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+@pytest.mark.parametrize("size", [(3, 5, 4), (1, 1, 1), (0, 3, 4), (3, 257, 256)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_the_parameters_backward(backend: Backend, size, layout, dtype):
+    batch, classes, filters = size
+    generator = torch.Generator().manual_seed(0)
+    tables = [
+        torch.rand(shape, generator=generator, dtype=dtype).to(backend.device)
+        for shape in ((batch, filters), (batch, classes), (classes, filters))
+    ]
+    if layout == "transposed":
+        tables = [t.T.contiguous().T for t in tables]
+    label = torch.randint(0, classes, (batch,), generator=generator).to(backend.device)
+    operator = torch.ops.picnn_fast.bernoulli_parameters_backward.default
+    assert set(torch.library.opcheck(operator, (*tables, label))) == OPCHECKS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -274,6 +416,15 @@ def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
             (features, correspondence.to(wide), torch.tensor([0, 1, 2], device=backend.device)),
         ),
         (ops.masking_backward, (features, features, correspondence.to(wide)[:BATCH])),
+        (
+            ops.bernoulli_parameters_backward,
+            (
+                correspondence.to(wide)[:BATCH],
+                logits.to(wide),
+                correspondence.to(wide),
+                torch.tensor([3, 0, 3], device=backend.device),
+            ),
+        ),
     ):
         torch.library.opcheck(
             operator.default, arguments, test_utils=("test_schema", "test_faketensor")
@@ -388,9 +539,17 @@ def test_autocast_keeps_the_maps_type_and_the_draws(backend: Backend):
         assert t.grad.abs().sum() > 0
 
 
-def test_gradients_do_not_depend_on_autocast_around_backward(backend: Backend):
-    """All leaves are float32, so nothing here is autocast's to lower."""
-    leaves = inputs(backend.device, torch.float32)
+@pytest.mark.parametrize(("classes", "filters"), [(CLASSES, FILTERS), (257, 256)])
+def test_gradients_do_not_depend_on_autocast_around_backward(backend: Backend, classes, filters):
+    """All leaves are float32, so nothing here is autocast's to lower.
+
+    The gradient of the larger logits is the library's product, which autocast would lower.
+    """
+    generator = torch.Generator().manual_seed(0)
+    leaves = tuple(
+        torch.rand(size, generator=generator).to(backend.device).requires_grad_()
+        for size in ((BATCH, filters, 2, 1), (BATCH, classes), (classes, filters))
+    )
     labels = torch.tensor([3, 1, 3], device=backend.device)
 
     def gradients() -> tuple[Tensor, ...]:

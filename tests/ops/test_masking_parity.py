@@ -20,7 +20,17 @@ from torch import Tensor
 from picnn_fast.functional import bernoulli_mask, class_gate
 from picnn_fast.ops import registry
 from picnn_fast.reference import masking as reference
-from tests.conftest import HAS_GPU, IN_CI, REQUIRED, Backend, Unavailable, fibre_kernels, serve
+from tests.conftest import (
+    HAS_GPU,
+    IN_CI,
+    REQUIRED,
+    WITHOUT_GPU_KERNEL,
+    Backend,
+    Unavailable,
+    expected_server,
+    fibre_kernels,
+    serve,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -148,10 +158,10 @@ def draws(logits: Tensor, correspondence: Tensor, seed: int, rank: int = 0) -> t
 
 def test_the_named_backend_serves_every_operator(backend: Backend):
     if backend.name == "cuda-fibres":
-        assert set(fibre_kernels()) == set(registry.operators())
+        assert set(fibre_kernels()) == set(registry.operators()) - WITHOUT_GPU_KERNEL
         return
-    served_by = backend.name.removesuffix("-gpu").partition("-")[0]
     for operator in registry.operators():
+        served_by = expected_server(backend, operator)
         assert registry.serving(backend.device.type, operator) == served_by
         overridden = served_by in ("reference", "triton")
         assert overridden or torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -419,6 +429,247 @@ def test_backward_reads_gradients_of_any_layout(
     assert_within(
         grad_mask, product.sum(-1), summation_bound(size, product.sum(-1), 35, mask_dtype)
     )
+
+
+# Gradients of logits and correspondence -----------------------------------------------------------
+
+# Triton and CUDA have no kernel of their own (conftest.WITHOUT_GPU_KERNEL).
+parameters_backends = pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        "cpp",
+        "cpp-default",
+        "cpp-avx2",
+        "cpp-avx512",
+        pytest.param("reference-gpu", marks=pytest.mark.gpu),
+    ],
+    indirect=True,
+)
+# The compiled kernel leaves the product to the library where the table has more elements.
+LARGEST_TABLE = 1 << 16
+PARAMETERS = {  # batch, classes, filters
+    "one_of_each": (1, 1, 1),
+    "one_class": (5, 1, 37),
+    "one_filter": (4, 3, 1),
+    "less_than_a_vector": (7, 5, 15),
+    "one_vector": (3, 4, 16),
+    "a_vector_and_one": (3, 4, 17),
+    "odd": (33, 11, 131),
+    "two_blocks_of_filters": (3, 2, 65),
+    "empty_batch": (0, 3, 21),
+    "no_filters": (4, 3, 0),
+    "nothing": (0, 3, 0),
+    "below_the_switch": (5, 257, 255),
+    "at_the_switch": (5, 256, 256),
+    "above_the_switch": (5, 257, 256),
+    "above_the_switch_odd": (17, 511, 129),
+    "above_the_switch_one_class": (3, 1, LARGEST_TABLE + 3),
+    "above_the_switch_empty_batch": (0, 257, 256),
+}
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def parameters_case(
+    batch: int, classes: int, filters: int, dtype: torch.dtype = torch.float32
+) -> Arguments:
+    """grad_mask, logits, correspondence and pseudo_label, on the CPU."""
+    generator = torch.Generator().manual_seed(11)
+    return (
+        torch.randn(batch, filters, generator=generator).to(dtype),
+        torch.randn(batch, classes, generator=generator).mul(2).to(dtype),
+        torch.rand(classes, filters, generator=generator).to(dtype),
+        torch.randint(0, classes, (batch,), generator=generator),
+    )
+
+
+def parameters_backward(backend: Backend, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """The operator on ``backend``; results on the CPU."""
+    grads = torch.ops.picnn_fast.bernoulli_parameters_backward(
+        *(t.to(backend.device) for t in arguments)
+    )
+    return grads[0].cpu(), grads[1].cpu()
+
+
+def assert_parameters_backward(grads: tuple[Tensor, Tensor], arguments: Arguments) -> None:
+    """``grads`` are the definition's in float64, within the rounding of sums in any order."""
+    grad_mask, logits, table, label = arguments
+    dtype = table.dtype
+    assert [(t.dtype, t.shape) for t in grads] == [(dtype, logits.shape), (dtype, table.shape)]
+    assert all(t.is_contiguous() for t in grads)
+    dz, y1, wide = grad_mask.double(), logits.double().softmax(-1), table.double()
+    terms = sum((len(dz), *table.shape))
+    # The same with absolute values bounds the rounding.
+    dy, dy_size = dz @ wide.T, dz.abs() @ wide.T
+    dlogits = y1 * (dy - (y1 * dy).sum(-1, keepdim=True))
+    dlogits_size = y1 * (dy_size + (y1 * dy_size).sum(-1, keepdim=True))
+    assert_within(grads[0], dlogits, summation_bound(2 * dlogits_size, dlogits, terms, dtype))
+    dp = torch.zeros_like(wide).index_add_(0, label, dz)
+    dp_size = torch.zeros_like(wide).index_add_(0, label, dz.abs())
+    assert_within(grads[1], dp, summation_bound(dp_size, dp, terms, dtype))
+
+
+@parameters_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_backward_equals_its_definition(backend: Backend, name, dtype):
+    arguments = parameters_case(*PARAMETERS[name], dtype)
+    grads = parameters_backward(backend, arguments)
+    assert_parameters_backward(grads, arguments)
+    if arguments[0].numel() > 0:
+        assert grads[1].any()
+        assert grads[0].any() or arguments[1].shape[1] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if "switch" in name])
+def test_the_library_multiplies_large_tables_alone(cpp: Backend, name):
+    """So that the cases around the switch stay around it."""
+    arguments = parameters_case(*PARAMETERS[name])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        parameters_backward(cpp, arguments)
+    names = {event.name for event in profile.events()}
+    assert "picnn_fast::bernoulli_parameters_backward" in names
+    # The table is transposed for the library alone.
+    assert ("aten::transpose" in names) == (arguments[2].numel() > LARGEST_TABLE)
+
+
+@parameters_backends
+@pytest.mark.parametrize("name", ["odd", "one_class", "above_the_switch"])
+@pytest.mark.parametrize("layout", ["transposed", "stepped", "offset", "expanded"])
+def test_parameters_backward_reads_any_strides(backend: Backend, name, layout):
+    dense_arguments = parameters_case(*PARAMETERS[name])
+
+    def laid_out(t: Tensor) -> Tensor:
+        if layout == "transposed":
+            return t.T.contiguous().T if t.ndim == 2 else t
+        if layout == "stepped":
+            stored = t.new_zeros([2 * size for size in t.shape])
+            stored = stored.fill_(99)[tuple(slice(None, None, 2) for _ in t.shape)]
+            return stored.copy_(t)
+        if layout == "offset":
+            stored = t.new_full([size + 3 for size in t.shape], 99)
+            stored = stored[tuple(slice(1, 1 + size) for size in t.shape)]
+            return stored.copy_(t)
+        return t[:1].expand(t.shape)
+
+    arguments = tuple(laid_out(t.to(backend.device)) for t in dense_arguments)
+    if layout in ("stepped", "offset"):
+        assert all(not t.is_contiguous() for t in arguments[:3] if min(t.shape) > 1)
+    grads = torch.ops.picnn_fast.bernoulli_parameters_backward(*arguments)
+    assert_parameters_backward((grads[0].cpu(), grads[1].cpu()), tuple(t.cpu() for t in arguments))
+
+
+@parameters_backends
+@pytest.mark.parametrize("label", [0, 4, 10])
+def test_parameters_backward_adds_up_samples_of_one_class(backend: Backend, label):
+    arguments = parameters_case(*PARAMETERS["odd"])
+    arguments = (*arguments[:3], torch.full_like(arguments[3], label))
+    grads = parameters_backward(backend, arguments)
+    assert_parameters_backward(grads, arguments)
+    others = [k for k in range(11) if k != label]
+    assert grads[1][label].all()
+    assert not grads[1][others].any()
+
+
+def assert_unchanged(backend: Backend, got: Tensor, expected: Tensor) -> None:
+    """Bit for bit, but for the order in which a GPU's atomic additions come."""
+    bound = 0.0 if backend.device.type == "cpu" else 1e-5
+    torch.testing.assert_close(got, expected, rtol=bound, atol=bound, equal_nan=True)
+
+
+NOT_FINITE = ["odd", "less_than_a_vector", "above_the_switch"]
+
+
+@parameters_backends
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_logits_without_a_distribution_spoil_their_own_row_alone(backend: Backend, name):
+    inf, nan = math.inf, math.nan
+    grad_mask, logits, table, label = parameters_case(*PARAMETERS[name])
+    clean = parameters_backward(backend, (grad_mask, logits, table, label))
+    rows = logits.clone()
+    rows[0, 0] = nan
+    rows[1, -1] = nan
+    rows[2, 2] = inf
+    rows[3] = -inf
+    rows[4] = torch.where(torch.arange(logits.shape[1]) == 1, 3.0, -inf)  # one class for sure
+    grads = parameters_backward(backend, (grad_mask, rows, table, label))
+    assert grads[0][:4].isnan().all()
+    assert torch.equal(grads[0][4], torch.zeros_like(logits[4]))
+    assert_unchanged(backend, grads[0][5:], clean[0][5:])
+    assert_unchanged(backend, grads[1], clean[1])
+
+
+@parameters_backends
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [*NOT_FINITE, "one_class", "a_vector_and_one"])
+def test_a_gradient_that_is_not_finite_stays_in_its_row_and_column(backend: Backend, name, value):
+    grad_mask, logits, table, label = parameters_case(*PARAMETERS[name])
+    clean = parameters_backward(backend, (grad_mask, logits, table, label))
+    row, filters = 1, grad_mask.shape[1]
+    others = torch.arange(len(label)) != row
+    # The first, the middle, one that two overlapping vectors hold, the last.
+    for column in {0, filters // 2, max(filters - 3, 0), filters - 1}:
+        spoilt = grad_mask.clone()
+        spoilt[row, column] = value
+        grads = parameters_backward(backend, (spoilt, logits, table, label))
+        assert grads[0][row].isnan().all()
+        assert_unchanged(backend, grads[0][others], clean[0][others])
+        expected = clean[1].clone()
+        expected[label[row], column] = value
+        assert_unchanged(backend, grads[1], expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+@pytest.mark.parametrize("name", ["odd", "no_filters", "above_the_switch"])
+@pytest.mark.parametrize("wrong", [-1, "classes", 2**62, -(2**63)])
+def test_a_pseudo_label_out_of_range_is_refused(backend: Backend, name, wrong):
+    if backend.name == "reference" and name == "no_filters":
+        pytest.skip("the reference has nothing to add there, so it looks up no row")
+    arguments = parameters_case(*PARAMETERS[name])
+    classes, label = arguments[1].shape[1], arguments[3].clone()
+    label[-1] = classes if wrong == "classes" else wrong
+    message = {
+        "reference": f"index {label[-1]} is out of bounds .* size {classes}",
+        "cpp": rf"pseudo_label: got {label[-1]}, want \[0, {classes}\)",
+    }[backend.name]
+    with pytest.raises((IndexError, RuntimeError), match=message):
+        parameters_backward(backend, (*arguments[:3], label))
+
+
+def test_the_compiled_kernel_refuses_arguments_that_disagree(cpp: Backend):
+    grad_mask, logits, table, label = parameters_case(4, 3, 5)
+    for name, arguments in {
+        "grad_mask": (grad_mask[:3], logits, table, label),
+        "grad_mask, correspondence": (grad_mask[0], logits, table, label),
+        "logits": (grad_mask, logits[:, :2], table, label),
+        "pseudo_label": (grad_mask, logits, table, label[:3]),
+        "pseudo_label: want int64": (grad_mask, logits, table, label.int()),
+        "grad_mask, logits: want the dtype": (grad_mask, logits.double(), table, label),
+        "correspondence: want float32": (grad_mask, logits, table.half(), label),
+        "correspondence: want at least one": (grad_mask, logits[:, :0], table[:0], label),
+    }.items():
+        if name == "grad_mask":
+            arguments = (grad_mask[:, :3], logits, table, label)
+        with pytest.raises(RuntimeError, match=name):
+            parameters_backward(cpp, arguments)
+
+
+@parameters_backends
+@pytest.mark.parametrize("name", ["odd", "many_samples", "at_the_switch", "above_the_switch"])
+def test_parameters_backward_does_not_depend_on_the_threads(backend: Backend, threads, name):
+    if backend.device.type != "cpu" or backend.name == "reference":
+        pytest.skip("threads of the compiled kernels")
+    arguments = parameters_case(*(PARAMETERS | {"many_samples": (300, 40, 700)})[name])
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(parameters_backward(backend, arguments))
+        assert_parameters_backward(results[-1], arguments)
+    library = arguments[2].numel() > LARGEST_TABLE
+    for other in results[1:]:
+        # The library cuts its product by the number of threads, and adds up in another order.
+        assert library or torch.equal(other[0], results[0][0])
+        assert torch.equal(other[1], results[0][1])
 
 
 # Values that are not finite -----------------------------------------------------------------------

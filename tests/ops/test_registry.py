@@ -12,9 +12,14 @@ import torch
 import picnn_fast
 from picnn_fast.ops import registry
 from tests import conftest
-from tests.conftest import Backend
+from tests.conftest import Backend, expected_server
 
-OPERATORS = {"bernoulli_mask", "class_gate", "masking_backward"}
+OPERATORS = {
+    "bernoulli_mask",
+    "bernoulli_parameters_backward",
+    "class_gate",
+    "masking_backward",
+}
 
 
 def call() -> torch.Tensor:
@@ -73,9 +78,10 @@ def test_a_forced_backend_serves_every_operator_and_leaves(backend: Backend):
     name = backend.name.removesuffix("-gpu").partition("-")[0]
     kind = backend.device.type
     with picnn_fast.use_backend(name):
-        assert {registry.serving(kind, o) for o in registry.operators()} == {name}
+        expected = {operator: expected_server(backend, operator) for operator in OPERATORS}
+        assert {o: registry.serving(kind, o) for o in registry.operators()} == expected
         serving = picnn_fast.build_info()["operators"]
-        assert {operator[kind] for operator in serving.values()} == {name}
+        assert {operator: by[kind] for operator, by in serving.items()} == expected
 
 
 def test_the_forced_reference_really_runs(calls):
