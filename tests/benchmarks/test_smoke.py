@@ -54,7 +54,22 @@ def test_results_name_the_command_and_the_machine(
     assert [path] == list(tmp_path.iterdir())
 
 
-def test_every_committed_result_can_be_tabulated() -> None:
-    for path in harness.RESULTS.glob("masking-*.json"):
-        text = masking.report(json.loads(path.read_text()))
-        assert "of the limit" in text
+README = (harness.RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_shows_the_committed_measurements() -> None:
+    paths = sorted(harness.RESULTS.glob("masking-*.json"))
+    assert paths
+    for path in paths:
+        content = json.loads(path.read_text())
+        assert masking.report(content) in README
+        assert content["command"] in README
+
+
+def test_the_readme_shows_the_committed_demo() -> None:
+    metrics = json.loads((harness.RESULTS / "demo" / "metrics.json").read_text())
+    rows = [
+        [method.upper(), *(f"{values[name]:.3f}" for name in ("acc1", "acc2", "acc3", "mis"))]
+        for method, values in metrics.items()
+    ]
+    assert harness.table(["", "ACC1", "ACC2", "ACC3", "MIS"], rows) in README
