@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-export PICNN_FAST_WERROR ?= 1
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+lint test: export PICNN_FAST_WERROR ?= 1
 
 .PHONY: help demo test lint bench gpu clean build
 help: ## this list

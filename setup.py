@@ -10,6 +10,8 @@ Environment:
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,9 +53,23 @@ def find_nvcc() -> tuple[str | None, str]:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates = [str(Path(home, "bin", "nvcc")) for home in homes if home] + ["nvcc"]
     nvcc = next((path for path in map(shutil.which, candidates) if path), None)
-    if nvcc is None and wanted == "1":
-        sys.exit("PICNN_FAST_CUDA=1, but nvcc is not in CUDA_HOME nor on PATH")
-    return nvcc, "" if nvcc else "nvcc was not found at installation"
+    if wanted == "1":
+        if nvcc is None:
+            sys.exit("PICNN_FAST_CUDA=1, but nvcc is not in CUDA_HOME nor on PATH")
+        return nvcc, ""
+    if nvcc is None:
+        return None, "nvcc was not found at installation"
+    import torch
+
+    # The runtime linked in must not be newer than the driver, for which torch's CUDA stands.
+    major = re.search(r"release (\d+)", version_line(nvcc))
+    built = torch.version.cuda
+    if major and built and int(major[1]) > int(built.split(".")[0]):
+        return None, (
+            f"nvcc {major[1]} is newer than torch's CUDA {built}, and so perhaps than the driver;"
+            " PICNN_FAST_CUDA=1 builds all the same"
+        )
+    return nvcc, ""
 
 
 def version_line(command: str) -> str:
@@ -64,7 +80,12 @@ def version_line(command: str) -> str:
 
 def define(name: str, text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f"""'-D{name}="{escaped}"'"""
+    return flag(f"-D{name}=", f'"{escaped}"')
+
+
+def flag(option: str, value: object) -> str:
+    """An option with a value, quoted for the shell inside a ninja file."""
+    return option + shlex.quote(str(value)).replace("$", "$$")
 
 
 class NinjaBuild(build_ext):
@@ -82,7 +103,8 @@ class NinjaBuild(build_ext):
         command = [Path(ninja.BIN_DIR) / "ninja", "-C", work, "-j", jobs]
         if subprocess.run(list(map(str, command))).returncode != 0:
             sys.exit(
-                "picnn_fast: the compiled core does not build; the compiler's errors are above"
+                "picnn_fast: the compiled core does not build; the compiler's errors are above."
+                " PICNN_FAST_CUDA=0 leaves the CUDA kernels out."
             )
         # A fresh inode: a process that has the old library mapped keeps it intact.
         staging = target.with_suffix(".new")
@@ -106,7 +128,7 @@ class NinjaBuild(build_ext):
             "-std=c++17",
             "-O3",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            f"-isystem {torch_root / 'include'}",
+            flag("-isystem ", torch_root / "include"),
         ]
         # Without contraction a * b + c rounds twice on every instruction set, as the reference
         # does; without trapping math and errno, loops with comparisons vectorise.
@@ -139,7 +161,11 @@ class NinjaBuild(build_ext):
                 "bindings.o",
                 "cxx",
                 ROOT / "csrc/bindings.cpp",
-                [*facts, f"-isystem {pybind11.get_include()}", f"-isystem {python_include}"],
+                [
+                    *facts,
+                    flag("-isystem ", pybind11.get_include()),
+                    flag("-isystem ", python_include),
+                ],
             )
         ]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -155,13 +181,13 @@ class NinjaBuild(build_ext):
                 ]
                 objects.append((f"cpu_{source.stem}_{capability}.o", "cxx", source, flags + names))
         # libtorch brings in libtorch_cuda where there is one: the weak stream symbol needs it.
-        link = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        link = [flag("-L", torch_root / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if nvcc:
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 objects.append((f"cuda_{source.stem}.o", "nvcc", source, []))
             toolkit = Path(nvcc).resolve().parent.parent
             folders = [toolkit / "lib64", toolkit / "targets/x86_64-linux/lib", toolkit / "lib"]
-            link += [f"-L{folder}" for folder in folders if folder.is_dir()]
+            link += [flag("-L", folder) for folder in folders if folder.is_dir()]
             # Static: the library then loads beside a torch built without CUDA.
             link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
@@ -170,9 +196,9 @@ class NinjaBuild(build_ext):
         cuda = [*nvcc_warnings, *shared, *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         lines = [
             "ninja_required_version = 1.5",
-            f"cxx = {compiler}",
+            flag("cxx = ", compiler),
             f"cxx_flags = {' '.join(cxx)}",
-            f"nvcc = {nvcc or 'nvcc'} -ccbin {compiler}",
+            flag("nvcc = ", nvcc or "nvcc") + flag(" -ccbin ", compiler),
             f"cuda_flags = {' '.join(cuda)}",
             "rule cxx",
             "  command = $cxx -MMD -MF $out.d $cxx_flags $flags -c $in -o $out",
@@ -186,7 +212,8 @@ class NinjaBuild(build_ext):
             "  command = $cxx -shared -o $out $in $flags",
         ]
         for output, rule, source, flags in objects:
-            lines += [f"build {output}: {rule} {source}", f"  flags = {' '.join(flags)}"]
+            path = re.sub(r"([$ :])", r"$\1", str(source))
+            lines += [f"build {output}: {rule} {path}", f"  flags = {' '.join(flags)}"]
         names = " ".join(output for output, *_ in objects)
         lines += [f"build _C.so: link {names}", f"  flags = {' '.join(link)}", "default _C.so", ""]
         return "\n".join(lines)
@@ -194,9 +221,10 @@ class NinjaBuild(build_ext):
 
 def extensions() -> list[Extension]:
     if find_compiler() is None:
+        looked_for = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++ on PATH"
         print(
-            "picnn_fast: no C++ compiler found; installing without the compiled kernels."
-            " The PyTorch reference and Triton serve instead.",
+            f"picnn_fast: no C++ compiler found ({looked_for}); installing without the compiled"
+            " kernels. The PyTorch reference and Triton serve instead.",
             file=sys.stderr,
         )
         return []

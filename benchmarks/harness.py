@@ -50,8 +50,8 @@ def _clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
 
     def events(call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Enough queued work that the launches of `call` are not what is timed.
-        torch.cuda._sleep(2_000_000)
+        # About 20 ms of queued work, so that the launches of `call` are not what is timed.
+        torch.cuda._sleep(40_000_000)
         start.record()
         call()
         end.record()

@@ -149,7 +149,8 @@ def gumbel_mask(
     )
     y1 = checks.accumulable(logits).softmax(-1)
     one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
-    mask = (one_hot + y1 - y1.detach()).to(assignment.dtype) @ assignment
+    with torch.autocast(features.device.type, enabled=False):
+        mask = (one_hot + y1 - y1.detach()).to(assignment.dtype) @ assignment
     rows = torch.arange(len(mask), device=mask.device)
     masked = class_gate(features, mask, rows, channel_dim=channel_dim)
     return masked, mask.to(features.dtype), pseudo_label

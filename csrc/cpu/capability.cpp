@@ -34,7 +34,8 @@ Capability find(const std::string& name) {
   const auto names = cpu_capabilities();
   const auto found = std::find(names.begin(), names.end(), name);
   if (found == names.end()) {
-    std::string message = "CPU capability: got '" + name + "', want one of";
+    std::string message =
+        "CPU capability (PICNN_FAST_CPU_CAPABILITY): got '" + name + "', want one of";
     for (const auto& available : names) {
       message += " " + available;
     }

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-// Which instruction set the CPU kernels run with, chosen when the library is loaded.
+// Which instruction set the CPU kernels run with, chosen at their first use.
 namespace picnn_fast {
 
 enum class Capability { kDefault, kAvx2, kAvx512 };

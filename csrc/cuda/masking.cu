@@ -748,6 +748,11 @@ ScalarType accumulate_type(const Tensor& features) {
 
 // The wrappers in picnn_fast.functional check arguments in full; these keep a direct call of the
 // operator from reading or writing where it must not.
+void check_device(const Tensor& t, const Tensor& features, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_cuda() == features.is_cuda() && t.get_device_index() == features.get_device_index(),
+      "picnn_fast: ", name, " must be on the device of features");
+}
 void check_maps(const Tensor& maps, const char* name) {
   STD_TORCH_CHECK(maps.dim() == 3, "picnn_fast: ", name, " must be [B, N, S]");
 }
@@ -763,6 +768,9 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   const int64_t B = features.size(0), N = features.size(1);
   STD_TORCH_CHECK(correspondence.dim() == 2 && correspondence.size(0) > 0,
                   "picnn_fast: correspondence must be [K, N] with K > 0");
+  check_device(logits, features, "logits");
+  check_device(correspondence, features, "correspondence");
+  check_device(seed, features, "seed");
   const int64_t K = correspondence.size(0);
   check_table(correspondence, K, N, "correspondence");
   check_table(logits, B, K, "logits");
@@ -801,6 +809,8 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
 Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labels) {
   check_maps(features, "features");
   const int64_t B = features.size(0), N = features.size(1);
+  check_device(gate, features, "gate");
+  check_device(labels, features, "labels");
   STD_TORCH_CHECK(gate.dim() == 2, "picnn_fast: gate must be [K, N]");
   check_table(gate, gate.size(0), N, "gate");
   STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
@@ -843,6 +853,8 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
                                             const Tensor& mask) {
   check_maps(features, "features");
   check_maps(grad_masked, "grad_masked");
+  check_device(grad_masked, features, "grad_masked");
+  check_device(mask, features, "mask");
   for (int axis = 0; axis < 3; ++axis)
     STD_TORCH_CHECK(grad_masked.size(axis) == features.size(axis),
                     "picnn_fast: grad_masked must have the shape of features");

@@ -350,8 +350,15 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         x = maps
         if keep and any(getattr(m, "inplace", False) for layer in layers for m in layer.modules()):
             x = maps.clone()
+        version = None if not keep or x.is_inference() else x._version
+        before = x
         for layer in layers:
             x = layer(x)
+        if version is not None and before._version != version:
+            raise ValueError(
+                "head: modifies its input in place, which both pathways share; want layers that"
+                " do not, or that say so by an attribute inplace=True"
+            )
         return self._check_logits(x, maps)
 
     def _check_maps(self, maps: Tensor) -> None:

@@ -40,7 +40,8 @@ class PICNN(InterpretableNetwork):
     Source:
         Guo, Yang, Yin, Chen, Ye, "PICNN: A Pathway towards Interpretable Convolutional Neural
         Networks", AAAI 2024, eq. 1-10. Masks come from torch's generator: ``torch.manual_seed``
-        reproduces a run; distributed ranks draw apart even when they are seeded alike.
+        reproduces a run; distributed ranks make their Bernoulli draws apart even when they are
+        seeded alike.
 
     Example:
         >>> import torch

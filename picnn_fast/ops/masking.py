@@ -56,6 +56,7 @@ registry.define(
     " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
     reference=reference.bernoulli_parameters_backward,
     fake=_fake_parameters_backward,
+    triton=False,  # small matrix algebra: the library's product serves
 )
 registry.define(
     "masking",
@@ -180,8 +181,10 @@ def channels_second(features: Tensor, channel_dim: int) -> Tensor:
         raise ValueError(
             f"features: got shape {tuple(features.shape)}, want at least 2 axes: batch, channels"
         )
-    if channel_dim == 1:
+    if type(channel_dim) is int and channel_dim == 1:
         return features
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        raise TypeError(f"channel_dim: got {type(channel_dim).__name__}, want an int")
     if not -features.ndim <= channel_dim < features.ndim or channel_dim % features.ndim == 0:
         raise ValueError(
             f"channel_dim: got {channel_dim}, want an axis of features other than the batch axis 0"

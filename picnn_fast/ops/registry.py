@@ -7,6 +7,7 @@ on top for the device types they serve, and PyTorch's dispatcher chooses.
 
 import contextlib
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,20 +20,32 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 library = torch.library.Library(NAMESPACE, "DEF")
 _references: dict[str, Callable[..., Any]] = {}
 _family: dict[str, str] = {}
+_has_triton_kernel: set[str] = set()
+_triton_serves: set[str] = set()
 # The forced backend, what keeps it registered, and the operators it has kernels for.
 _override: tuple[str, torch.library.Library, frozenset[str]] | None = None
 
 
 def define(
-    family: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+    family: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: bool = True,
 ) -> None:
-    """Define ``picnn_fast::<schema>`` with its reference implementation and shape function."""
+    """Define ``picnn_fast::<schema>`` with its reference implementation and shape function.
+
+    ``triton``: whether the family's Triton module has a kernel for it.
+    """
     name = schema.split("(", 1)[0]
     library.define(schema)
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     _references[name] = reference
     _family[name] = family
+    if triton:
+        _has_triton_kernel.add(name)
 
 
 def operators() -> tuple[str, ...]:
@@ -89,6 +102,8 @@ def _status(backend: str) -> str | None:
         return f"the extension was built without CUDA: {extension.build_info()['cuda_reason']}"
     if not torch.cuda.is_available():
         return "no CUDA device, or a CPU-only build of torch"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the compiled CUDA kernels need compute capability 8.0 or newer"
     return None
 
 
@@ -105,7 +120,7 @@ def serving(device_type: str, operator: str) -> str:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key):
         if key == "CPU":
             return "cpp"
-        return "cuda" if _status("cuda") is None else "triton"
+        return "triton" if operator in _triton_serves else "cuda"
     return "reference"
 
 
@@ -128,22 +143,31 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def _triton_kernel(operator: str) -> Callable[..., Any] | None:
-    """None for an operator that has no Triton kernel: its reference serves instead."""
-    module = importlib.import_module(f"{NAMESPACE}.triton_kernels.{_family[operator]}")
-    kernel: Callable[..., Any] | None = getattr(module, operator, None)
-    return kernel
+def _triton_kernels() -> dict[str, Callable[..., Any]]:
+    """Every operator's Triton kernel; the modules are imported when one is first called."""
+
+    def kernel(name: str) -> Callable[..., Any]:
+        def call(first: torch.Tensor, *others: Any) -> Any:
+            module = importlib.import_module(f"{NAMESPACE}.triton_kernels.{_family[name]}")
+            with torch.cuda.device_of(first):  # Triton launches on the current device
+                return getattr(module, name)(first, *others)
+
+        return call
+
+    return {name: kernel(name) for name in _has_triton_kernel}
 
 
 def register_triton_for_cuda() -> None:
-    """Let Triton serve CUDA tensors where no compiled kernel does; once all operators are there."""
-    if not torch.cuda.is_available() or _status("triton") is not None:
+    """Let Triton serve CUDA tensors where no compiled kernel does; once all operators are there.
+
+    By what torch was built with: asking for a device on import would spoil a later fork.
+    """
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return
-    for name in operators():
+    for name, kernel in _triton_kernels().items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
-            kernel = _triton_kernel(name)
-            if kernel is not None:
-                library.impl(name, kernel, "CUDA")
+            library.impl(name, kernel, "CUDA")
+            _triton_serves.add(name)
 
 
 def _device_keys(backend: str) -> tuple[str, ...]:
@@ -174,8 +198,7 @@ def _install(backend: str | None) -> None:
     if backend == "reference":
         kernels = _references
     elif backend == "triton":
-        found = {name: _triton_kernel(name) for name in operators()}
-        kernels = {name: kernel for name, kernel in found.items() if kernel is not None}
+        kernels = _triton_kernels()
     if _override is not None:
         _override[1]._destroy()
         _override = None

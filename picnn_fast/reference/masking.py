@@ -51,7 +51,7 @@ def random_24_bits(index: Tensor, seed: Tensor, stream: int, rank: int) -> Tenso
             index & _WORD,
             (index >> 32) & _WORD,
             torch.full_like(index, stream),
-            torch.full_like(index, rank),
+            torch.full_like(index, rank & _WORD),
         ),
         -1,
     )

@@ -1,5 +1,6 @@
 """Two processes on gloo: ranks draw apart, and gradients are those of the joined batch."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -71,6 +72,10 @@ def work(rank: int, folder: Path) -> None:
         },
         folder / f"rank{rank}.pt",
     )
+    # Both done, and nothing left that holds the group: its threads end with it, not with Python.
+    torch.distributed.barrier()
+    del model
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

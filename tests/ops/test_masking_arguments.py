@@ -216,7 +216,7 @@ torch.cuda.synchronize()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "assert" in done.stderr.lower()
+    assert "device-side assert" in done.stderr
 
 
 # What is taken ------------------------------------------------------------------------------------

@@ -561,3 +561,35 @@ def test_gradients_do_not_depend_on_autocast_around_backward(backend: Backend, c
     with torch.autocast(backend.device.type, torch.bfloat16):
         got = gradients()
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_gpu_and_graphs_draw_afresh() -> None:
+    features = torch.randn(8, 32, 7, 7, device="cuda", requires_grad=True)
+    logits = torch.randn(8, 5, device="cuda", requires_grad=True)
+    correspondence = torch.full((5, 32), 0.5, device="cuda", requires_grad=True)
+
+    def step() -> Tensor:
+        masked, mask, _ = bernoulli_mask(features, logits, correspondence)
+        masked.sum().backward()
+        return mask
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm-up, on a stream of its own
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mask = step()
+    graph.replay()
+    first = mask.clone()
+    graph.replay()
+    assert not torch.equal(first, mask)

@@ -32,6 +32,14 @@ from tests.conftest import (
     serve,
 )
 
+
+def on_device(device: torch.device, t: Tensor) -> Tensor:
+    """``t`` on ``device`` with the same strides and offset, which ``to`` would make dense."""
+    size = t.untyped_storage().nbytes() // t.itemsize
+    storage = t.as_strided((size,), (1,), 0).to(device)
+    return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -191,13 +199,13 @@ def test_bernoulli_mask_forward_and_backward(backend: Backend, shape_name, layou
     correspondence = torch.rand(shape.classes, shape.filters, generator=generator).to(dtype)
     grad_masked = torch.randn(features.shape, generator=generator).to(dtype)
     grad_mask = torch.randn(shape.batch, shape.filters, generator=generator).to(dtype)
-    inputs = [leaf(t.to(backend.device)) for t in (features, logits, correspondence)]
+    inputs = [leaf(on_device(backend.device, t)) for t in (features, logits, correspondence)]
 
     masked, mask, label = bernoulli_mask(*inputs, seed=-12345, channel_dim=dim)
     grads = torch.autograd.grad(
         (masked, mask),
         inputs,
-        (grad_masked.to(backend.device), grad_mask.to(backend.device)),
+        (on_device(backend.device, grad_masked), on_device(backend.device, grad_mask)),
     )
 
     kept, drawn = draws(logits, correspondence, -12345)
@@ -243,7 +251,7 @@ def test_draws_equal_the_reference_bit_for_bit(backend: Backend, dtype, classes,
     features = torch.ones(batch, filters, 1)
     for seed, rank in keys[2:] if backend.slow else keys:
         _, mask, label = bernoulli_mask(
-            *(t.to(backend.device) for t in (features, logits, correspondence)),
+            *(on_device(backend.device, t) for t in (features, logits, correspondence)),
             seed=seed,
             rank=rank,
         )
@@ -268,7 +276,7 @@ def test_a_filter_is_kept_exactly_when_u_is_below_p(backend: Backend, dtype):
         _, mask, _ = bernoulli_mask(
             torch.ones(batch, filters, device=backend.device),
             torch.zeros(batch, 1, device=backend.device),
-            table[None].to(backend.device),
+            on_device(backend.device, table[None]),
             seed=8,
         )
         assert (mask[0] == expected).all()  # sample 0 draws indices 0 to filters - 1
@@ -285,8 +293,8 @@ def test_every_label_interval_is_hit_where_the_reference_hits_it(backend: Backen
         correspondence = torch.full((logits.shape[1], 2), 0.5)
         _, _, label = bernoulli_mask(
             torch.ones(batch, 2, device=backend.device),
-            logits.to(backend.device),
-            correspondence.to(backend.device),
+            on_device(backend.device, logits),
+            on_device(backend.device, correspondence),
             seed=1,
         )
         assert torch.equal(label.cpu(), draws(logits, correspondence, 1)[1])
@@ -308,7 +316,7 @@ def test_rows_without_a_distribution_fall_to_the_last_class(backend: Backend, dt
         _, mask, label = bernoulli_mask(
             torch.ones(9, 6, device=backend.device),
             values.to(dtype).to(backend.device),
-            correspondence.to(backend.device),
+            on_device(backend.device, correspondence),
             seed=5,
         )
         return mask.cpu(), label.cpu()
@@ -378,10 +386,10 @@ def test_class_gate_forward_and_backward(backend: Backend, shape_name, layout, d
     gate = torch.where(gate < 0.2, 0.0, torch.where(gate > 0.8, 1.0, gate)).to(dtype)
     labels = torch.randint(0, shape.classes, (shape.batch,), generator=generator)
     grad = torch.randn(features.shape, generator=generator).to(dtype)
-    inputs = [leaf(features.to(backend.device)), leaf(gate.to(backend.device))]
+    inputs = [leaf(on_device(backend.device, features)), leaf(on_device(backend.device, gate))]
 
-    masked = class_gate(*inputs, labels.to(backend.device), channel_dim=dim)
-    grads = torch.autograd.grad(masked, inputs, grad.to(backend.device))
+    masked = class_gate(*inputs, on_device(backend.device, labels), channel_dim=dim)
+    grads = torch.autograd.grad(masked, inputs, on_device(backend.device, grad))
 
     assert (masked.dtype, masked.shape) == (dtype, features.shape)
     if dense(features):
@@ -417,7 +425,9 @@ def test_backward_reads_gradients_of_any_layout(
     mask = torch.rand(2, 19, generator=generator, dtype=torch.float64).to(mask_dtype)
     mask[:, ::3], mask[:, 1::3] = 0, 1
     grad_features, grad_mask = torch.ops.picnn_fast.masking_backward(
-        grad.to(backend.device), features.to(backend.device), mask.to(backend.device)
+        on_device(backend.device, grad),
+        on_device(backend.device, features),
+        on_device(backend.device, mask),
     )
     assert (grad_features.dtype, grad_mask.dtype) == (dtype, mask_dtype)
     exact = grad.double() * mask.double()[..., None]
@@ -486,7 +496,7 @@ def parameters_case(
 def parameters_backward(backend: Backend, arguments: Arguments) -> tuple[Tensor, Tensor]:
     """The operator on ``backend``; results on the CPU."""
     grads = torch.ops.picnn_fast.bernoulli_parameters_backward(
-        *(t.to(backend.device) for t in arguments)
+        *(on_device(backend.device, t) for t in arguments)
     )
     return grads[0].cpu(), grads[1].cpu()
 
@@ -552,7 +562,7 @@ def test_parameters_backward_reads_any_strides(backend: Backend, name, layout):
             return stored.copy_(t)
         return t[:1].expand(t.shape)
 
-    arguments = tuple(laid_out(t.to(backend.device)) for t in dense_arguments)
+    arguments = tuple(laid_out(on_device(backend.device, t)) for t in dense_arguments)
     if layout in ("stepped", "offset"):
         assert all(not t.is_contiguous() for t in arguments[:3] if min(t.shape) > 1)
     grads = torch.ops.picnn_fast.bernoulli_parameters_backward(*arguments)
@@ -687,16 +697,16 @@ def test_nan_and_infinity_pass_where_kept_and_do_not_leak_where_dropped(
         features[:, :, start % 3, start::4] = value
     keep = (torch.arange(21) % 2).to(torch.float32)
     expected = torch.where(keep[:, None, None] == 1, features, torch.zeros((), dtype=dtype))
-    on_device = [t.to(backend.device) for t in (features, keep[None])]
+    moved = [on_device(backend.device, t) for t in (features, keep[None])]
     logits = torch.zeros(2, 1, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)
 
-    x = leaf(on_device[0])
-    masked, mask, _ = bernoulli_mask(x, logits, on_device[1], seed=0)
+    x = leaf(moved[0])
+    masked, mask, _ = bernoulli_mask(x, logits, moved[1], seed=0)
     assert torch.equal(mask.cpu(), keep.to(dtype).expand(2, -1))
-    gated = class_gate(leaf(on_device[0]), on_device[1], labels)
+    gated = class_gate(leaf(moved[0]), moved[1], labels)
     # A gradient that is not finite stays out of dropped maps, too.
-    (grad_features,) = torch.autograd.grad(masked, x, on_device[0])
+    (grad_features,) = torch.autograd.grad(masked, x, moved[0])
     for got in (masked, gated, grad_features):
         torch.testing.assert_close(got.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True)
         dropped = got.detach().cpu()[:, ::2]
@@ -777,7 +787,7 @@ def test_maps_beyond_the_cache(backend: Backend, threads, layout, dtype):
     if backend.slow or backend.name in ("reference", "reference-gpu", "cpp"):
         pytest.skip("no other path for large maps, or tested under the instruction set's name")
     features, mask, exact, grad_exact = large_case(layout, dtype)
-    x, z = features.to(backend.device), mask.to(backend.device)
+    x, z = on_device(backend.device, features), on_device(backend.device, mask)
     rows = torch.arange(len(mask), device=backend.device)
     size, terms = grad_exact, math.prod(features.shape[2:])
     binary = (mask == 0) | (mask == 1)
