@@ -350,11 +350,12 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         x = maps
         if keep and any(getattr(m, "inplace", False) for layer in layers for m in layer.modules()):
             x = maps.clone()
-        version = None if not keep or x.is_inference() else x._version
-        before = x
+        # Some write in place without saying so: versions tell, where there are any.
+        shared = keep and x is maps and not torch.compiler.is_compiling()
+        version = maps._version if shared and not maps.is_inference() else None
         for layer in layers:
             x = layer(x)
-        if version is not None and before._version != version:
+        if version is not None and maps._version != version:
             raise ValueError(
                 "head: modifies its input in place, which both pathways share; want layers that"
                 " do not, or that say so by an attribute inplace=True"

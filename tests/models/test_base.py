@@ -210,6 +210,16 @@ def test_a_layer_that_writes_in_place_does_not_reach_the_other_pathway() -> None
     )
 
 
+def test_a_layer_that_writes_in_place_without_saying_so_is_refused() -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    model = build((nn.AdaptiveAvgPool2d(1), Silent(), nn.Flatten(), nn.Linear(6, 3)))
+    with torch.no_grad(), pytest.raises(ValueError, match="head: modifies its input in place"):
+        model(images())
+
+
 def test_class_mask_draws_the_rows_of_the_labels() -> None:
     model = build(normalization="sigmoid")
     rows = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]])

@@ -124,10 +124,10 @@ def test_a_forced_backend_leaves_after_an_exception(calls):
 
 
 def test_a_backend_that_fails_to_install_leaves_the_current_one_in_charge(monkeypatch, calls):
-    def broken(operator: str) -> Any:
+    def broken() -> Any:
         raise ImportError("kernels are missing")
 
-    monkeypatch.setattr(registry, "_triton_kernel", broken)
+    monkeypatch.setattr(registry, "_triton_kernels", broken)
     monkeypatch.setattr(registry, "_triton_status", lambda: None)
     with picnn_fast.use_backend("reference"):
         with (
