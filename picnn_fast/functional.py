@@ -140,6 +140,7 @@ def gumbel_mask(
         raise ValueError(f"temperature: got {temperature}, want a number > 0")
     # The pseudo-label and the checks of bernoulli_mask, on maps of no size.
     maps = _masking.channels_second(features, channel_dim)
+    _masking.check_table("correspondence", correspondence, maps.shape[1], features, channel_dim)
     empty = maps.new_empty((*maps.shape[:2], 0))
     _, _, pseudo_label = bernoulli_mask(empty, logits, correspondence, seed=seed)
     assignment = torch.nn.functional.gumbel_softmax(

@@ -118,7 +118,6 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             ``head`` to be an ``nn.Sequential`` (nested ones included) that starts with average or
             max pooling. "auto": late where possible. See Note.
         channel_dim: the filter axis of the maps, e.g. -1 for the tokens ``[B, T, N]`` of a ViT.
-        learn_correspondence: whether W is a parameter or a buffer.
 
     Attributes:
         features, head: the two parts; ``head(features(images))`` are the logits.
@@ -140,6 +139,9 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         While ``masks_late``, hooks on ``head`` itself do not run, hooks on its layers do.
     """
 
+    # Whether W is a parameter or a buffer.
+    learns_correspondence = True
+
     def __init__(
         self,
         features: nn.Module,
@@ -151,7 +153,6 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         normalization: str = "class_softmax",
         mask_at: str = "auto",
         channel_dim: int = 1,
-        learn_correspondence: bool,
     ) -> None:
         super().__init__()
         _module("features", features)
@@ -184,7 +185,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
                 " average or max pooling, and channel_dim=1; or mask_at='auto'"
             )
         weight = torch.rand(num_classes, num_filters)
-        if learn_correspondence:
+        if self.learns_correspondence:
             self.correspondence_weight = nn.Parameter(weight)
         else:
             self.register_buffer("correspondence_weight", weight)

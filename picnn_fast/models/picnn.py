@@ -86,7 +86,6 @@ class PICNN(InterpretableNetwork):
             normalization=normalization,
             mask_at=mask_at,
             channel_dim=channel_dim,
-            learn_correspondence=True,
         )
         self.sampling = one_of("sampling", sampling, ("bernoulli", "gumbel"))
         if sampling == "gumbel" and normalization != "class_softmax":

@@ -1,6 +1,6 @@
 """STD: the ordinary network that interpretable ones are compared with."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
 from picnn_fast.ops import checks
@@ -36,29 +36,7 @@ class STD(InterpretableNetwork):
         torch.Size([2, 4])
     """
 
-    def __init__(
-        self,
-        features: nn.Module,
-        head: nn.Module,
-        num_classes: int,
-        num_filters: int,
-        *,
-        in_channels: int | None = None,
-        normalization: str = "class_softmax",
-        mask_at: str = "auto",
-        channel_dim: int = 1,
-    ) -> None:
-        super().__init__(
-            features,
-            head,
-            num_classes,
-            num_filters,
-            in_channels=in_channels,
-            normalization=normalization,
-            mask_at=mask_at,
-            channel_dim=channel_dim,
-            learn_correspondence=False,
-        )
+    learns_correspondence = False
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
         """The logits alone; the other fields of ``PathwayOutput`` are None.

@@ -193,7 +193,7 @@ def channels_second(features: Tensor, channel_dim: int) -> Tensor:
     return features.movedim(channel_dim, 1)
 
 
-def _check_table(
+def check_table(
     name: str, table: Tensor, num_filters: int, features: Tensor, channel_dim: int
 ) -> None:
     checks.floating(name, table)
@@ -218,7 +218,7 @@ def bernoulli_mask(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``functional.bernoulli_mask``."""
     maps = channels_second(features, channel_dim)
-    _check_table("correspondence", correspondence, maps.shape[1], features, channel_dim)
+    check_table("correspondence", correspondence, maps.shape[1], features, channel_dim)
     if correspondence.shape[0] < 1:
         raise ValueError("correspondence: got no class, want at least one row")
     checks.floating("logits", logits)
@@ -243,7 +243,7 @@ def bernoulli_mask(
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int) -> Tensor:
     """See ``functional.class_gate``."""
     maps = channels_second(features, channel_dim)
-    _check_table("gate", gate, maps.shape[1], features, channel_dim)
+    check_table("gate", gate, maps.shape[1], features, channel_dim)
     checks.labels("labels", labels, maps.shape[0], gate.shape[0])
     checks.same_device("labels", labels, "features", features)
     rows = gate.to(reference.accumulate_dtype(features.dtype))
