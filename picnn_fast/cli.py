@@ -9,22 +9,28 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from picnn_fast._extras import extra
+from picnn_fast._extras import extra, install_command
 from picnn_fast._version import __version__
 from picnn_fast.training.config import (
     ConfigError,
+    DivergenceError,
     TrainConfig,
     option_type,
     options,
     read_yaml,
 )
 
-_INTERRUPTED = 130  # the shell's code for Ctrl-C
+# What a shell reports of a process ended by Ctrl-C and by SIGTERM.
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,29 +42,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        status: int = args.run(args)
+        with _terminable(args.command):
+            status: int = args.run(args)
         return status
     except _expected_errors() as error:
         print(f"picnn-fast {args.command}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
-        if isinstance(stop, SystemExit) and stop.code != 1:
+        if isinstance(stop, SystemExit) and stop.code not in (1, _TERMINATED):
             raise
-        if args.command in ("demo", "train"):
+        # One of several processes speaks for all.
+        if args.command in ("demo", "train") and os.environ.get("LOCAL_RANK", "0") == "0":
             print(
                 f"\npicnn-fast {args.command}: interrupted; the same command goes on from the"
                 " last complete epoch",
                 file=sys.stderr,
             )
-        return _INTERRUPTED
+        terminated = isinstance(stop, SystemExit) and stop.code == _TERMINATED
+        return _TERMINATED if terminated else _INTERRUPTED
+
+
+@contextmanager
+def _terminable(command: str) -> Iterator[None]:
+    """SIGTERM ends a training like Ctrl-C: at once, and tidily.
+
+    Lightning's own handler would wait for the next batch, and then end with status 0; it calls
+    the handler it finds.
+    """
+    if command not in ("demo", "train") or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says all a user needs, without a traceback."""
     from picnn_fast.training.run_folder import RunFolderError
 
-    return ConfigError, RunFolderError, FileNotFoundError, ImportError
+    return ConfigError, RunFolderError, DivergenceError, OSError, ImportError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,9 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train an ordinary network and a PICNN on handwritten digits, and compare them",
         description="Train an ordinary network (STD) and a PICNN on scikit-learn's handwritten"
-        " digits, and show accuracy through all filters (ACC1), through those of the predicted"
-        " class (ACC2), without those of the true class (ACC3), and the mutual information"
-        " score (MIS). An interrupted demo goes on when started again.",
+        " digits, and show accuracy through all filters (ACC1), through those drawn for a"
+        " pseudo-label, itself drawn from the softmax (ACC2), without those of the true class"
+        " (ACC3), and the mutual information score (MIS). An interrupted demo goes on"
+        " when started again.",
     )
     demo.add_argument(
         "--output", default="runs/demo", help=_default("folder of the results", "runs/demo")
@@ -202,7 +231,7 @@ def _print_table(metrics: dict[str, dict[str, float]], title: str) -> None:
     table.add_column("")
     for name, meaning in (
         ("ACC1", "all filters"),
-        ("ACC2", "filters of the\npredicted class"),
+        ("ACC2", "filters of the\ndrawn pseudo-label"),
         ("ACC3", "without those of\nthe true class"),
         ("MIS", "nats"),
     ):
@@ -214,25 +243,25 @@ def _print_table(metrics: dict[str, dict[str, float]], title: str) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from picnn_fast.training.demo import run_demo
+    from picnn_fast.training.demo import demo_folder, run_demo
 
-    existed = Path(args.output).exists() and not args.overwrite
+    folder = demo_folder(args.output, seed=args.seed, epochs=args.epochs)
+    complete = not args.overwrite and folder.complete()
     metrics = run_demo(args.output, seed=args.seed, epochs=args.epochs, overwrite=args.overwrite)
     _print_table(metrics, "Test split, 360 handwritten digits")
-    folder = Path(args.output)
     for name, meaning in (
         ("correspondence.png", "which filters belong to which class"),
         ("curves.png", "losses and accuracies over training"),
         ("gradcam.png", "what all, class and complementary filters see"),
         ("metrics.json", "the figures above"),
     ):
-        print(f"  {folder / name}: {meaning}")
-    if existed:
-        _say_complete(args)
+        print(f"  {Path(args.output) / name}: {meaning}")
+    if complete:
+        _say_complete()
     return 0
 
 
-def _say_complete(args: argparse.Namespace) -> None:
+def _say_complete() -> None:
     print("This run was complete already. Redo it with --overwrite.")
 
 
@@ -240,14 +269,16 @@ def _train(args: argparse.Namespace) -> int:
     values = read_yaml(args.config) if args.config else {}
     values |= {f.name: getattr(args, f.name) for f in options() if hasattr(args, f.name)}
     config = TrainConfig(**values)
-    from picnn_fast.training.run import train
+    from picnn_fast.training.run import train, train_folder
 
-    existed = Path(config.output).exists() and not args.overwrite
+    complete = not args.overwrite and train_folder(config).complete()
     metrics = train(config, overwrite=args.overwrite)
+    if not metrics:  # a process beside the first one
+        return 0
     _print_table({config.method: metrics}, f"Test split of {config.data}")
     print(f"  {config.output}: metrics.json, last.ckpt, csv/ and tensorboard/")
-    if existed:
-        _say_complete(args)
+    if complete:
+        _say_complete()
     return 0
 
 
@@ -304,7 +335,7 @@ def _doctor(args: argparse.Namespace) -> int:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            version = "not installed" + (f": pip install 'picnn_fast[{part}]'" if part else "")
+            version = "not installed" + (f": {install_command(part)}" if part else "")
         print(f"{package:<14}{version}")
 
     print("\ndevices")

@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -114,7 +116,15 @@ def test_bad_values_are_refused_by_name(capsys, tmp_path):
     assert (status, "holds no last.ckpt" in err) == (1, True)
     output = ("--output", tmp_path / "run")
     status, _, err = _main(capsys, "train", "--data", tmp_path / "birds", *output)
-    assert (status, "birds/train is missing; want" in err) == (1, True)
+    assert (status, "error: data: " in err, "birds/train is missing; want" in err) == (
+        2,
+        True,
+        True,
+    )
+    for command in ("demo", "train"):
+        status, _, err = _main(capsys, command, "--seed", 2**32, *output)
+        assert (status, "seed: got 4294967296, want" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
@@ -124,9 +134,11 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
     small = dataclasses.replace(demo.CONFIG, num_filters=10, batch_size=256)
     monkeypatch.setattr(demo, "CONFIG", small)
     output = tmp_path / "demo"
+    output.mkdir()
     arguments = ("demo", "--output", output, "--epochs", 1)
     status, out, err = _main(capsys, *arguments)
     assert status == 0, err
+    assert "complete already" not in out
     assert {p.name for p in output.iterdir()} == {
         "metrics.json",
         "run.json",
@@ -150,6 +162,8 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
     status, out, _ = _main(capsys, "evaluate", output, "--json", "--accelerator", "cpu")
     assert status == 0
     assert json.loads(out) == metrics
+    status, _, err = _main(capsys, "evaluate", output, "--seed", 2**32)
+    assert (status, "seed: got 4294967296, want" in err) == (2, True)
     status, out, _ = _main(capsys, "evaluate", output / "picnn" / "last.ckpt", "--seed", 3)
     assert (status, "PICNN" in out) == (0, True)
 
@@ -165,3 +179,38 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
     assert (status, "interrupted; the same command goes on" in err) == (130, True)
     assert not (tmp_path / "demo").exists()
     assert (tmp_path / ".demo.partial" / "run.json").exists()
+
+
+def test_divergence_is_told_in_a_line(capsys, monkeypatch, tmp_path):
+    from picnn_fast.training import run
+    from picnn_fast.training.config import DivergenceError
+
+    def diverge(*arguments, **options):
+        raise DivergenceError("train/loss is nan in epoch 1")
+
+    monkeypatch.setattr(run, "fit", diverge)
+    status, _, err = _main(capsys, "train", "--output", tmp_path / "run", "--accelerator", "cpu")
+    assert (status, err) == (1, "picnn-fast train: error: train/loss is nan in epoch 1\n")
+
+
+def test_sigterm_ends_with_its_status_and_says_how_to_go_on(tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "picnn_fast", "train", "--output", str(output)]
+    command += ["--epochs", "1000", "--num-filters", "10", "--accelerator", "cpu"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    checkpoint = tmp_path / ".run.partial" / "last.ckpt"
+    try:
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, "interrupted; the same command goes on" in err) == (143, True)
+    assert "Traceback" not in err
+    assert checkpoint.exists()
+    assert not output.exists()

@@ -97,6 +97,8 @@ class ImageFolderDataModule(SeededDataModule):
         return names
 
     def setup(self, stage: str | None = None) -> None:
+        if hasattr(self, "train_set"):  # large folders take long to list
+            return
         self.train_set = self._images("train", self.train_transform)
         self.test_set = self._images("test", self.test_transform)
 

@@ -48,7 +48,11 @@ class SeededDataModule(L.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled by (seed, epoch); each rank reads its own share."""
+        """Shuffled by (seed, epoch); each rank reads its own share.
+
+        A single image left over for the last batch is left out of the epoch: batch normalisation
+        cannot be trained on one value a channel.
+        """
         trainer = self.trainer
         # Also right for one process: unlike RandomSampler its order depends on no generator state.
         sampler: DistributedSampler[Any] = DistributedSampler(
@@ -62,6 +66,7 @@ class SeededDataModule(L.LightningDataModule):
         sampler.set_epoch(progress.processed if progress else 0)
         return DataLoader(
             self.train_set,
+            drop_last=len(sampler) > 1 and len(sampler) % self.batch_size == 1,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

@@ -14,12 +14,17 @@ class ConfigError(ValueError):
     """An option that cannot be used; the message names it, what it got and what it wants."""
 
 
+class DivergenceError(RuntimeError):
+    """Training diverged: the loss is no finite number; the message says what may help."""
+
+
 def _option(
     default: Any,
     help: str,
     *,
     choices: tuple[Any, ...] | None = None,
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     identity: bool = True,
 ) -> Any:
@@ -29,6 +34,7 @@ def _option(
             "help": help,
             "choices": choices,
             "least": least,
+            "most": most,
             "above": above,
             "identity": identity,
         },
@@ -91,12 +97,18 @@ class TrainConfig:
         least=0,
     )
     epochs: int = _option(30, "passes over the training images", least=1)
-    batch_size: int = _option(64, "images a step, on each device", least=1)
+    batch_size: int = _option(
+        64,
+        "images a step, on each device; a single image left over in an epoch is not trained on",
+        least=1,
+    )
     lr: float = _option(1e-3, "learning rate of the network", above=0)
     correspondence_lr: float = _option(0.1, "learning rate of the correspondence matrix", above=0)
     weight_decay: float = _option(0.01, "AdamW's, on the network alone", least=0)
     schedule: str = _option("cosine", "learning rates over the run", choices=("cosine", "constant"))
-    seed: int = _option(0, "of initial weights, order, augmentation and masks", least=0)
+    seed: int = _option(
+        0, "of initial weights, order, augmentation and masks", least=0, most=2**32 - 1
+    )
     precision: str = _option(
         "32-true", "of the arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true")
     )
@@ -149,6 +161,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
         )
     if limits["least"] is not None and not limits["least"] <= value < math.inf:
         raise ConfigError(f"{field.name}: got {value!r}, want {names[kind]} >= {limits['least']}")
+    if limits["most"] is not None and value > limits["most"]:
+        raise ConfigError(f"{field.name}: got {value!r}, want {names[kind]} <= {limits['most']}")
     if limits["above"] is not None and not limits["above"] < value < math.inf:
         raise ConfigError(f"{field.name}: got {value!r}, want {names[kind]} > {limits['above']}")
 
@@ -186,7 +200,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _from_yaml(field: dataclasses.Field[Any], value: Any) -> Any:
-    kind, _ = option_type(field)
+    kind, optional = option_type(field)
+    if optional and value == "none":
+        return None
     # YAML 1.1 reads 1e-3 as text: it wants 1.0e-3.
     if kind is float and isinstance(value, str):
         try:

@@ -15,6 +15,7 @@ from picnn_fast.training.run import (
     METRICS,
     Metrics,
     build_data,
+    check,
     fit,
     load_checkpoint,
     read_history,
@@ -58,12 +59,14 @@ def run_demo(
         a complete identical run are read back.
 
     Raises:
+        ConfigError: seed or epochs out of range.
         RunFolderError: the folder holds another run.
     """
     base = dataclasses.replace(CONFIG, seed=seed, epochs=epochs)
-    folder = RunFolder(output, "demo", {"seed": seed, "epochs": epochs})
+    folder = demo_folder(output, seed=seed, epochs=epochs)
     if not overwrite and folder.complete():
         return read_metrics(folder.path)
+    check(base)
     metrics: dict[str, Metrics] = {}
     with folder.writing(overwrite=overwrite) as work:
         for method, title in TITLES.items():
@@ -83,6 +86,11 @@ def run_demo(
         draw(work, work, seed)
         write_json(work / METRICS, metrics)
     return metrics
+
+
+def demo_folder(output: str | Path, *, seed: int, epochs: int) -> RunFolder:
+    """The folder of the demonstration with these options."""
+    return RunFolder(output, "demo", {"seed": seed, "epochs": epochs})
 
 
 def draw(run: Path, output: Path, seed: int) -> None:

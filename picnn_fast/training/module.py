@@ -11,6 +11,7 @@ from picnn_fast.data.loading import derive_seed
 from picnn_fast.functional import bernoulli_mask
 from picnn_fast.metrics import MutualInformationScore, PathwayAccuracy
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.training.config import DivergenceError
 
 with extra("train"):
     import lightning as L
@@ -127,7 +128,7 @@ class InterpretableModule(L.LightningModule):
 
     def _check_finite(self, loss: Tensor) -> None:
         if not loss.isfinite():
-            raise RuntimeError(
+            raise DivergenceError(
                 f"train/loss is {loss.item()} in epoch {self.current_epoch + 1}:"
                 f" training diverged; lower lr ({self.lr}) or correspondence_lr"
                 f" ({self.correspondence_lr}), or use precision 32-true"

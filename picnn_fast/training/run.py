@@ -21,14 +21,17 @@ from picnn_fast.data import DigitsDataModule, ImageFolderDataModule
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.training.config import ConfigError, TrainConfig
+from picnn_fast.training.config import ConfigError, TrainConfig, options
 from picnn_fast.training.module import InterpretableModule
 from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_json
 
 with extra("train"):
     import lightning as L
+    from lightning.fabric.accelerators.cuda import CUDAAccelerator
+    from lightning.fabric.accelerators.mps import MPSAccelerator
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -54,25 +57,73 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
 
     Returns:
         acc1, acc2, acc3 and mis on the test split; a complete identical run's are read back.
+        Empty in the processes that Lightning starts beside the first.
 
     Raises:
-        ConfigError: options that do not go together.
-        RunFolderError: the folder holds another run.
-        FileNotFoundError: the image folder is not laid out as expected.
+        ConfigError: options that do not go together, a device that is not there, or an image
+            folder that is not laid out as expected.
+        RunFolderError: the folder holds another run, or cannot be written.
+        DivergenceError: the loss is no finite number.
     """
     refuse_launchers()
-    folder = RunFolder(config.output, "train", config.identity())
+    folder = train_folder(config)
     if getattr(rank_zero_only, "rank", 0) != 0:
         # A process that Lightning started beside the first one, which looks after the folder.
-        fit(config, folder.work, progress=False)
-        sys.exit(0)
+        return fit(config, folder.work, progress=False)
     if not overwrite and folder.complete():
         metrics: Metrics = read_metrics(folder.path)[config.method]
         return metrics
+    check(config)
     with folder.writing(overwrite=overwrite) as work:
         metrics = fit(config, work, progress=progress)
         write_json(work / METRICS, {config.method: metrics})
     return metrics
+
+
+def train_folder(config: TrainConfig) -> RunFolder:
+    """The folder of the run with these options."""
+    return RunFolder(config.output, "train", config.identity())
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse, before anything is written, options that no training can start with.
+
+    Raises:
+        ConfigError: data, network or devices cannot be had.
+    """
+    check_accelerator(config.accelerator)
+    build_network(config, build_data(config))
+    try:
+        with _quiet():
+            L.Trainer(
+                accelerator=config.accelerator,
+                devices=config.devices,
+                strategy=config.strategy,
+                precision=config.precision,  # type: ignore[arg-type]
+                logger=False,
+                enable_checkpointing=False,
+            )
+    except (MisconfigurationException, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"accelerator {config.accelerator}, devices {config.devices}, strategy"
+            f" {config.strategy}, precision {config.precision}: {text}"
+        ) from error
+
+
+def check_accelerator(accelerator: str) -> None:
+    """
+    Raises:
+        ConfigError: there is no such device.
+    """
+    there = {
+        "gpu": CUDAAccelerator.is_available() or MPSAccelerator.is_available(),
+        "mps": MPSAccelerator.is_available(),
+    }
+    if not there.get(accelerator, True):
+        raise ConfigError(
+            f"accelerator: got {accelerator!r}, but torch finds none here; want cpu or auto"
+        )
 
 
 def read_metrics(folder: Path) -> dict[str, Metrics]:
@@ -143,7 +194,8 @@ def fit(config: TrainConfig, folder: Path, *, progress: bool) -> Metrics:
             torch.distributed.destroy_process_group()
         if trainer.global_rank != 0:
             return {}
-        return evaluate(network, data, seed=config.seed, accelerator=config.accelerator)
+        # Measured in float32, as from the checkpoint, also after training with 64-true.
+        return evaluate(network.float(), data, seed=config.seed, accelerator=config.accelerator)
 
 
 def evaluate(
@@ -163,7 +215,11 @@ def evaluate(
 
     Returns:
         acc1, acc2, acc3 in [0, 1], mis in nats.
+
+    Raises:
+        ConfigError: there is no such device.
     """
+    check_accelerator(accelerator)
     with _quiet():
         tester = L.Trainer(
             accelerator=accelerator,
@@ -179,10 +235,10 @@ def evaluate(
 
 
 def build_data(config: TrainConfig) -> SeededDataModule:
-    """The data module an option set asks for.
+    """The data module an option set asks for, set up.
 
     Raises:
-        ConfigError, FileNotFoundError: the data is not there, or does not suit the network.
+        ConfigError: the data is not there, or does not suit the network.
     """
     if config.data == "digits":
         if config.backbone != "small-resnet":
@@ -190,15 +246,17 @@ def build_data(config: TrainConfig) -> SeededDataModule:
                 f"backbone: got {config.backbone!r} with the digits, 8x8 grey images;"
                 " want small-resnet, or a folder of images as data"
             )
-        return DigitsDataModule(
+        digits = DigitsDataModule(
             config.batch_size,
             seed=config.seed,
             max_shift=int(config.augment),
             num_workers=config.num_workers or 0,
         )
+        digits.setup()
+        return digits
     workers = config.num_workers
     try:
-        return ImageFolderDataModule(
+        images = ImageFolderDataModule(
             config.data,
             config.batch_size,
             image_size=config.image_size,
@@ -206,8 +264,10 @@ def build_data(config: TrainConfig) -> SeededDataModule:
             augment=config.augment,
             num_workers=min(8, os.cpu_count() or 1) if workers is None else workers,
         )
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from error
+        images.setup()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data: {str(error).removeprefix('root: ')}") from error
+    return images
 
 
 def build_network(config: TrainConfig, data: SeededDataModule) -> InterpretableNetwork:
@@ -216,9 +276,9 @@ def build_network(config: TrainConfig, data: SeededDataModule) -> InterpretableN
 
 
 def _network(config: TrainConfig, num_classes: int, in_channels: int) -> InterpretableNetwork:
-    options: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     if config.method == "picnn":
-        options |= {
+        extras |= {
             "sampling": config.sampling,
             "interpretation_loss_on": config.interpretation_loss_on,
             "interpretation_weight": config.interpretation_weight,
@@ -233,7 +293,7 @@ def _network(config: TrainConfig, num_classes: int, in_channels: int) -> Interpr
             image_channels=in_channels,
             normalization=config.normalization,
             mask_at=config.mask_at,
-            **options,
+            **extras,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -328,7 +388,7 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig
 
     Raises:
         FileNotFoundError: no such file.
-        RunFolderError: not a checkpoint of picnn-fast.
+        RunFolderError: not a checkpoint of picnn-fast, or of another version's.
 
     Example:
         >>> from picnn_fast.training.run import load_checkpoint
@@ -342,6 +402,12 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig
         saved = content[_SAVED]
     except Exception as error:
         raise RunFolderError(f"checkpoint: {path} is not one of picnn-fast train") from error
+    unknown = saved["config"].keys() - {field.name for field in options()}
+    if unknown:
+        raise RunFolderError(
+            f"checkpoint: {path} is of another version of picnn-fast, with the options"
+            f" {', '.join(sorted(unknown))}, which this one does not know"
+        )
     config = TrainConfig(**saved["config"])
     network = _network(config, saved["num_classes"], saved["in_channels"])
     prefix = "network."
@@ -379,6 +445,8 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 def find_checkpoints(path: str | Path) -> list[Path]:
     """The checkpoints of a run: the file itself, ``path/last.ckpt``, or one per sub-folder.
 
+    Hidden folders, such as those of interrupted runs, do not count.
+
     Raises:
         FileNotFoundError: none.
     """
@@ -386,7 +454,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     direct = path / CHECKPOINT
-    found = [direct] if direct.is_file() else sorted(path.glob(f"*/{CHECKPOINT}"))
+    found = [direct] if direct.is_file() else sorted(path.glob(f"[!.]*/{CHECKPOINT}"))
     if not found:
         raise FileNotFoundError(
             f"run: {path} holds no {CHECKPOINT}; want a checkpoint, or the folder of a run"

@@ -67,6 +67,8 @@ class RunFolder:
     def __init__(self, path: str | Path, kind: str, config: dict[str, Any]) -> None:
         # Absolute, so that names such as "." and "runs/../x" have a name and a parent.
         self.path = Path(os.path.abspath(path))
+        if not self.path.name:
+            raise RunFolderError(f"output: got {str(path)!r}, want a folder that can be made")
         self.work = self.path.with_name(f".{self.path.name}.partial")
         self.kind = kind
         self.config = config
@@ -92,7 +94,8 @@ class RunFolder:
     def writing(self, *, overwrite: bool = False) -> Iterator[Path]:
         """The work folder, renamed to ``path`` when the block ends without an exception.
 
-        A work folder left behind by the same run is handed out again with what it holds.
+        A work folder left behind by the same run is handed out again with what it holds; one of
+        another run is emptied if that run had written no checkpoint (``*.ckpt``) yet.
 
         Args:
             overwrite: start anew, and replace what is at ``path`` once the new run is complete.
@@ -110,14 +113,26 @@ class RunFolder:
                 )
         elif self.complete():
             raise RunFolderError(f"output: {self.path} is complete; redo it with --overwrite")
-        self.work.mkdir(parents=True, exist_ok=True)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
         with self._locked():
             self._prepare(overwrite)
             yield self.work
             self._finish(overwrite)
 
     def _occupied(self) -> bool:
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        try:
+            return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"output: {self.path} cannot be used: {error.strerror} ({error.filename});"
+            " choose another folder with --output"
+        )
 
     def _record(self, folder: Path) -> dict[str, Any] | None:
         """What a run noted about itself, None where there is no such note."""
@@ -128,16 +143,18 @@ class RunFolder:
         known = isinstance(record, dict) and record.get("program") == "picnn_fast"
         return record if known else None
 
-    def _same(self, record: dict[str, Any], folder: Path) -> None:
+    def _differing(self, record: dict[str, Any]) -> list[str]:
         if record["kind"] != self.kind:
-            differing = [f"a {record['kind']} run, not a {self.kind} run"]
-        else:
-            keys = sorted(self.config.keys() | record["config"].keys())
-            differing = [
-                f"{key} {record['config'].get(key)!r}, now {self.config.get(key)!r}"
-                for key in keys
-                if record["config"].get(key) != self.config.get(key)
-            ]
+            return [f"a {record['kind']} run, not a {self.kind} run"]
+        keys = sorted(self.config.keys() | record["config"].keys())
+        return [
+            f"{key} {record['config'].get(key)!r}, now {self.config.get(key)!r}"
+            for key in keys
+            if record["config"].get(key) != self.config.get(key)
+        ]
+
+    def _same(self, record: dict[str, Any], folder: Path) -> None:
+        differing = self._differing(record)
         if differing:
             state = "an interrupted run" if folder == self.work else "a complete run"
             raise RunFolderError(
@@ -168,6 +185,10 @@ class RunFolder:
             if not begun_so or record["config"] != self.config:
                 self._clear()
                 record = None
+        # What broke off before the first checkpoint is nothing to keep.
+        if record is not None and self._differing(record) and not self._trained():
+            self._clear()
+            record = None
         if record is not None:
             self._same(record, self.work)
             return
@@ -186,6 +207,9 @@ class RunFolder:
                 "config": self.config,
             },
         )
+
+    def _trained(self) -> bool:
+        return any(self.work.rglob("*.ckpt"))
 
     def _clear(self) -> None:
         # The record goes first: without it nothing that is left is taken for a run.

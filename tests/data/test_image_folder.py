@@ -64,6 +64,14 @@ def test_workers_repeat_their_draws_with_seed_and_epoch(root):
     assert not torch.equal(reference, epoch(0, 2, 5))
 
 
+@pytest.mark.parametrize(("batch_size", "batches"), [(5, [5]), (4, [4, 2]), (1, [1] * 6)])
+def test_a_single_image_left_over_is_not_trained_on(root, batch_size, batches):
+    data = ImageFolderDataModule(root, batch_size, image_size=8, num_workers=0)
+    data.setup()
+    assert [len(labels) for _, labels in data.train_dataloader()] == batches
+    assert sum(len(labels) for _, labels in data.test_dataloader()) == 4
+
+
 def test_missing_folder_names_the_path_and_the_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train is missing; want .*/train/<class>/<image>"):
         ImageFolderDataModule(tmp_path)

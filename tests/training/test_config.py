@@ -17,6 +17,11 @@ def test_yaml_gives_options(tmp_path):
     assert config.num_filters is None
 
 
+def test_yaml_says_none_as_the_command_line_does(tmp_path):
+    values = read_yaml(_yaml(tmp_path, "num_filters: none\nnum_workers: none\n"))
+    assert values == {"num_filters": None, "num_workers": None}
+
+
 def test_empty_yaml_is_all_defaults(tmp_path):
     assert TrainConfig(**read_yaml(_yaml(tmp_path, ""))) == TrainConfig()
 
@@ -54,6 +59,7 @@ def test_missing_yaml_is_named(tmp_path):
         ({"method": "cnn"}, "method: got 'cnn', want one of picnn, std"),
         ({"augment": "yes"}, "augment: got 'yes', want true or false"),
         ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
+        ({"seed": 2**32}, "seed: got 4294967296, want an integer <= 4294967295"),
         ({"num_filters": "12"}, "num_filters: got '12', want an integer or none"),
     ],
 )

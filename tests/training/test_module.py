@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from picnn_fast.models import make_interpretable
+from picnn_fast.training.config import DivergenceError
 from picnn_fast.training.module import InterpretableModule, pathway_logits
 
 
@@ -93,7 +94,7 @@ def test_divergence_stops_with_advice():
     network = _network()
     with torch.no_grad():
         network.head[2].bias.fill_(float("inf"))
-    with pytest.raises(RuntimeError, match=r"train/loss is nan in epoch 1.*lower lr"):
+    with pytest.raises(DivergenceError, match=r"train/loss is nan in epoch 1.*lower lr"):
         _trainer(max_epochs=1).fit(InterpretableModule(network), _loader(), _loader())
 
 

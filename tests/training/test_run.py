@@ -208,6 +208,44 @@ def test_options_that_do_not_go_together_are_refused(config, options, message):
         train(dataclasses.replace(config, **options), progress=False)
 
 
+def test_a_run_that_cannot_start_writes_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.CUDAAccelerator, "is_available", lambda: False)
+    monkeypatch.setattr(run.MPSAccelerator, "is_available", lambda: False)
+    for accelerator in ("gpu", "mps"):
+        with pytest.raises(ConfigError, match=f"^accelerator: got '{accelerator}', but"):
+            train(dataclasses.replace(config, accelerator=accelerator), progress=False)
+    with pytest.raises(ConfigError, match=r"^data: .*birds/train is missing"):
+        train(dataclasses.replace(config, data=str(tmp_path / "birds")), progress=False)
+    (tmp_path / "images" / "test" / "dark").rename(tmp_path / "dark")
+    (tmp_path / "images" / "test" / "dark").mkdir()
+    with pytest.raises(ConfigError, match=r"^data: .*dark"):
+        train(config, progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_double_precision_is_evaluated_like_its_checkpoint(config):
+    config = dataclasses.replace(config, epochs=1, precision="64-true")
+    metrics = train(config, progress=False)
+    (path,) = find_checkpoints(config.output)
+    network, saved, _ = load_checkpoint(path)
+    assert next(network.parameters()).dtype is torch.float32
+    assert evaluate(network, run.build_data(saved), accelerator="cpu") == metrics
+
+
+def test_checkpoint_of_another_version_is_refused_with_its_options(config, tmp_path):
+    path = tmp_path / "new.ckpt"
+    torch.save({"picnn_fast": {"config": {**config.as_dict(), "colour": "red"}}}, path)
+    with pytest.raises(RunFolderError, match=r"another version .* colour"):
+        load_checkpoint(path)
+
+
+def test_hidden_folders_hold_no_results(tmp_path):
+    for name in (".std.partial", "std"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.ckpt").touch()
+    assert find_checkpoints(tmp_path) == [tmp_path / "std" / "last.ckpt"]
+
+
 def test_outside_launchers_are_refused(config, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -51,11 +51,27 @@ def test_interrupted_run_goes_on_with_what_it_had(tmp_path):
 
 
 def test_interrupted_run_with_other_options_is_refused_with_the_difference(tmp_path):
-    _fail(_folder(tmp_path, epochs=3))
+    _fail(_folder(tmp_path, epochs=3), "last.ckpt")
     other = _folder(tmp_path, epochs=5)
     with pytest.raises(RunFolderError, match=r"epochs 3, now 5.*--overwrite.*--output"):
         other.writing().__enter__()
-    assert (other.work / "half.txt").exists()
+    assert (other.work / "last.ckpt").exists()
+
+
+def test_what_broke_off_before_a_checkpoint_does_not_block_other_options(tmp_path):
+    _fail(_folder(tmp_path, epochs=3))
+    other = _folder(tmp_path, epochs=5)
+    assert _fail(other) == set()
+    _write(other)
+    assert other.complete()
+
+
+def test_folders_that_cannot_be_made_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"^output: .* cannot be used: Not a directory"):
+        RunFolder(tmp_path / "file" / "run", "train", {}).writing().__enter__()
+    with pytest.raises(RunFolderError, match=r"^output: got '/'"):
+        RunFolder("/", "train", {})
 
 
 def test_complete_run_with_other_options_is_refused_with_the_difference(tmp_path):
