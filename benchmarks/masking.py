@@ -153,6 +153,24 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
     }
 
 
+class DrawOnly(torch.autograd.Function):
+    """The draws, and autograd's own cost of three gradients: what no masking can go below."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(maps, logits, correspondence)
+        masked: Tensor = torch.ops.picnn_fast.bernoulli_mask(
+            maps[..., None], logits, correspondence, seed, 0
+        )[0]
+        return masked[..., 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(t) for t in ctx.saved_tensors), None
+
+
 def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     """Masking the pooled maps against masking the maps and pooling them again."""
     case = Case(shape, device)
@@ -169,11 +187,17 @@ def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         pooled.grad = case.logits.grad = case.correspondence.grad = None
         fused(pooled, case.logits, case.correspondence).backward(grad)
 
-    times = harness.interleaved({"maps": at_maps, "late": late}, rounds, device)
+    def floor() -> None:
+        pooled.grad = case.logits.grad = case.correspondence.grad = None
+        DrawOnly.apply(pooled, case.logits, case.correspondence, case.seed).backward(grad)
+
+    candidates = {"maps": at_maps, "late": late, "floor": floor}
+    times = harness.interleaved(candidates, rounds, device)
     return {
         "shape": describe(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "speedup": harness.ratio(times, "maps", "late"),
+        "speedup_of_floor": harness.ratio(times, "maps", "floor"),
     }
 
 
@@ -254,10 +278,12 @@ def report(results: dict[str, Any]) -> str:
             f"{entry['milliseconds']['maps']['median']:.2f} ms",
             f"{entry['milliseconds']['late']['median']:.2f} ms",
             f"{entry['speedup']:.1f}x",
+            f"{entry['speedup_of_floor']:.1f}x",
         ]
         for entry in results["late"]
     ]
-    parts.append(harness.table(["late masking", "masking the maps", "late", "speed-up"], rows))
+    header = ["late masking", "masking the maps", "late", "speed-up", "of the floor"]
+    parts.append(harness.table(header, rows))
     step = results["step"]
     parts.append(
         harness.table(
