@@ -71,6 +71,19 @@ void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_
   STD_TORCH_CHECK(same, name, ": shape disagrees with the other arguments");
 }
 
+// Contiguous class indices, every one of them in [0, classes).
+Tensor class_indices(const Tensor& labels, const char* name, int64_t batch, int64_t classes) {
+  check_shape(labels, name, {batch});
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, name, ": want int64");
+  const Tensor indices = torch::stable::contiguous(labels);
+  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(index[b] >= 0 && index[b] < classes, name, ": got ", index[b], ", want [0, ",
+                    classes, ")");
+  }
+  return indices;
+}
+
 // At least this many elements for each thread: below that, waking one costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
 
@@ -173,15 +186,9 @@ Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labe
   STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
                   "gate: want float32, float64 for float64 features");
   check_shape(gate, "gate", {gate.size(0), shape.filters});
-  check_shape(labels, "labels", {shape.batch});
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels: want int64");
   const Tensor rows = torch::stable::contiguous(gate);
-  const Tensor indices = torch::stable::contiguous(labels);
+  const Tensor indices = class_indices(labels, "labels", shape.batch, gate.size(0));
   const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    STD_TORCH_CHECK(index[b] >= 0 && index[b] < gate.size(0), "labels: got ", index[b],
-                    " want [0, ", gate.size(0), ")");
-  }
   Tensor masked = torch::stable::empty_like(features);
   const ScaleMaps arguments = scaling(features, rows, index, masked);
   const MaskingKernels& k = kernels();
@@ -233,8 +240,6 @@ std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask
   STD_TORCH_CHECK(classes >= 1, "correspondence: want at least one class");
   check_shape(grad_mask, "grad_mask", {batch, filters});
   check_shape(logits, "logits", {batch, classes});
-  check_shape(pseudo_label, "pseudo_label", {batch});
-  STD_TORCH_CHECK(pseudo_label.scalar_type() == ScalarType::Long, "pseudo_label: want int64");
   const bool wide = is_double(correspondence, "correspondence");
   STD_TORCH_CHECK(grad_mask.scalar_type() == correspondence.scalar_type() &&
                       logits.scalar_type() == correspondence.scalar_type(),
@@ -242,12 +247,8 @@ std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask
   const Tensor rows = torch::stable::contiguous(grad_mask);
   const Tensor scores = torch::stable::contiguous(logits);
   const Tensor table = torch::stable::contiguous(correspondence);
-  const Tensor labels = torch::stable::contiguous(pseudo_label);
+  const Tensor labels = class_indices(pseudo_label, "pseudo_label", batch, classes);
   const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
-  for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(label[b] >= 0 && label[b] < classes, "pseudo_label: got ", label[b],
-                    ", want [0, ", classes, ")");
-  }
   // Up to here the table stays in the second-level cache while every sample passes over it; beyond,
   // the library's matrix product cuts it into blocks.
   constexpr int64_t kTableElements = 1 << 16;

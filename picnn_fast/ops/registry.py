@@ -19,8 +19,8 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 library = torch.library.Library(NAMESPACE, "DEF")
 _references: dict[str, Callable[..., Any]] = {}
-_family: dict[str, str] = {}
-_has_triton_kernel: set[str] = set()
+# Operators with a Triton kernel, and the module that holds it.
+_triton_family: dict[str, str] = {}
 _triton_serves: set[str] = set()
 # The forced backend, what keeps it registered, and the operators it has kernels for.
 _override: tuple[str, torch.library.Library, frozenset[str]] | None = None
@@ -43,14 +43,13 @@ def define(
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     _references[name] = reference
-    _family[name] = family
     if triton:
-        _has_triton_kernel.add(name)
+        _triton_family[name] = family
 
 
 def operators() -> tuple[str, ...]:
     """Names of the operators defined so far."""
-    return tuple(_family)
+    return tuple(_references)
 
 
 extension: Any = None
@@ -146,15 +145,15 @@ def build_info() -> dict[str, Any]:
 def _triton_kernels() -> dict[str, Callable[..., Any]]:
     """Every operator's Triton kernel; the modules are imported when one is first called."""
 
-    def kernel(name: str) -> Callable[..., Any]:
+    def kernel(name: str, family: str) -> Callable[..., Any]:
         def call(first: torch.Tensor, *others: Any) -> Any:
-            module = importlib.import_module(f"{NAMESPACE}.triton_kernels.{_family[name]}")
+            module = importlib.import_module(f"{NAMESPACE}.triton_kernels.{family}")
             with torch.cuda.device_of(first):  # Triton launches on the current device
                 return getattr(module, name)(first, *others)
 
         return call
 
-    return {name: kernel(name) for name in _has_triton_kernel}
+    return {name: kernel(name, family) for name, family in _triton_family.items()}
 
 
 def register_triton_for_cuda() -> None:
