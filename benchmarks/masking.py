@@ -1,4 +1,4 @@
-"""Cost of the masking family: the fused operator, late masking, and a whole training step.
+"""Cost of the masking family: the fused operators, late masking, and a whole training step.
 
     python -m benchmarks.masking [--device cpu|cuda] [--smoke]
 
@@ -133,15 +133,50 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
         .item()
         for _ in range(5)
     )
-    # Backward reads two and writes one; forward writes one and reads the kept share. clone: 2.
-    passes = 4 + kept
+    # Backward reads two and writes one; forward writes one and reads the kept share.
+    return {"kept_share": kept, **against_the_limit(shape, case, times, 4 + kept)}
+
+
+def bench_gate(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """The class gate beside eager and compiled PyTorch, with gates that are all open a little."""
+    case = Case(shape, device)
+    labels = torch.arange(shape[0], device=device) % shape[4]
+
+    def gated(maps: Tensor, logits: Tensor, table: Tensor) -> Tensor:
+        return functional.class_gate(maps, table, labels)
+
+    def multiplied(maps: Tensor, logits: Tensor, table: Tensor) -> Tensor:
+        return maps * table[labels][:, :, None, None].to(maps.dtype)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(multiplied)
+    times = harness.interleaved(
+        {
+            "fused": lambda: case.step(gated),
+            "reference": lambda: case.step(gated),
+            "plain": lambda: case.step(multiplied),
+            "plain, compiled": lambda: case.step(compiled),
+            "clone": lambda: case.maps().clone(),
+        },
+        rounds,
+        device,
+        backends={"reference": "reference"},
+    )
+    # Forward reads one and writes one, backward reads two and writes one.
+    return against_the_limit(shape, case, times, 5)
+
+
+def against_the_limit(
+    shape: Shape, case: Case, times: dict[str, list[float]], passes: float
+) -> dict[str, Any]:
+    """The fused candidate over the others, and its share of ``passes`` over the maps at the
+    bandwidth of clone, which makes two."""
     shares = [
         clone * passes / 2 / ours
         for clone, ours in zip(times["clone"], times["fused"], strict=True)
     ]
     return {
         "shape": describe(shape),
-        "kept_share": kept,
         "bytes_needed": passes * case.maps().nbytes,
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "speedup": {
@@ -244,6 +279,10 @@ def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
     for shape in shapes:
         print(f"operator {describe(shape)}", flush=True)
         operators.append(bench_operator(shape, device, rounds))
+    gates = []
+    for shape in shapes:
+        print(f"class gate {describe(shape)}", flush=True)
+        gates.append(bench_gate(shape, device, rounds))
     late = []
     for shape in shapes[:2]:
         print(f"late masking {describe(shape)}", flush=True)
@@ -255,23 +294,30 @@ def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
         step = bench_step("resnet50", 128, 224, device, 50)
     else:
         step = bench_step("resnet18", 8, 224, device, 30)
-    return {"operators": operators, "late": late, "step": step}
+    return {"operators": operators, "gates": gates, "late": late, "step": step}
 
 
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown tables."""
-    names = list(results["operators"][0]["speedup"])
-    rows = [
-        [
-            entry["shape"],
-            f"{entry['milliseconds']['fused']['median']:.2f} ms",
-            *(f"{entry['speedup'][name]:.2f}x" for name in names),
-            f"{entry['share_of_limit']:.0%}",
+    parts = []
+    for title, part in (("bernoulli_mask", "operators"), ("class_gate", "gates")):
+        names = list(results[part][0]["speedup"])
+        rows = [
+            [
+                entry["shape"],
+                f"{entry['milliseconds']['fused']['median']:.2f} ms",
+                *(f"{entry['speedup'][name]:.2f}x" for name in names),
+                f"{entry['share_of_limit']:.0%}",
+            ]
+            for entry in results[part]
         ]
-        for entry in results["operators"]
-    ]
-    header = ["forward + backward", "fused", *(f"over {name}" for name in names), "of the limit"]
-    parts = [harness.table(header, rows)]
+        header = [
+            f"{title}, forward + backward",
+            "fused",
+            *(f"over {name}" for name in names),
+            "of the limit",
+        ]
+        parts.append(harness.table(header, rows))
     rows = [
         [
             entry["shape"],

@@ -15,7 +15,13 @@ def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     assert gpu.main(["--smoke"]) == 0
     printed = capfd.readouterr().out
-    for title in ("parity: exit 0", "forward + backward", "late masking", "training step"):
+    for title in (
+        "parity: exit 0",
+        "bernoulli_mask, forward",
+        "class_gate, forward",
+        "late masking",
+        "training step",
+    ):
         assert title in printed
     assert not list(tmp_path.iterdir())
 
