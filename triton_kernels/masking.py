@@ -5,6 +5,8 @@ integers and single float32 roundings, and multiply-adds are never fused in the 
 labels. Sums over positions run in a fixed order.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -199,6 +201,11 @@ def backward_kernel(
     tl.store(grad_mask + b * N + n, tl.sum(total, 1), mask=n < N)
 
 
+def _flat(maps: Tensor) -> Tensor:
+    """``[B, N, *spatial]`` as a view ``[B, N, S]``; the Python wrappers copy what has none."""
+    return maps.view(*maps.shape[:2], math.prod(maps.shape[2:]))
+
+
 def _tile(features: Tensor) -> tuple[int, int]:
     """Channels and positions of a tile, long along the axis that is contiguous in memory."""
     _, N, S = features.shape
@@ -214,8 +221,9 @@ def bernoulli_mask(
     features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pseudo-label, Bernoulli mask and masked maps; see ``reference.masking.bernoulli_mask``."""
-    B, N, S = features.shape
     masked = torch.empty_like(features)
+    features, flat = _flat(features), _flat(masked)
+    B, N, S = features.shape
     mask_dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     mask = features.new_empty((B, N), dtype=mask_dtype)
     label = logits.new_empty((B,), dtype=torch.int64)
@@ -230,8 +238,8 @@ def bernoulli_mask(
         channels, positions = _tile(features)
         grid = (B * triton.cdiv(N, channels) * max(triton.cdiv(S, positions), 1),)
         bernoulli_kernel[grid](
-            features, correspondence, label, seed, rank, masked, mask,
-            N, S, *features.stride(), *correspondence.stride(), *masked.stride(),
+            features, correspondence, label, seed, rank, flat, mask,
+            N, S, *features.stride(), *correspondence.stride(), *flat.stride(),
             CHANNELS=channels, POSITIONS=positions,
         )  # fmt: skip
     return masked, mask, label
@@ -239,14 +247,15 @@ def bernoulli_mask(
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     """Maps scaled by the gate row of each label; see ``reference.masking.class_gate``."""
-    B, N, S = features.shape
     masked = torch.empty_like(features)
+    features, flat = _flat(features), _flat(masked)
+    B, N, S = features.shape
     if features.numel() > 0:
         channels, positions = _tile(features)
         gate_kernel[(B * triton.cdiv(N, channels) * triton.cdiv(S, positions),)](
-            features, gate, labels, masked,
+            features, gate, labels, flat,
             gate.shape[0], N, S, *features.stride(), *gate.stride(), *labels.stride(),
-            *masked.stride(),
+            *flat.stride(),
             CHANNELS=channels, POSITIONS=positions,
         )  # fmt: skip
     return masked
@@ -254,15 +263,15 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
 
 def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``features * mask``; see ``reference.masking.masking_backward``."""
-    B, N, S = features.shape
     grad_features = torch.empty_like(features)
+    grad_masked, features, flat = _flat(grad_masked), _flat(features), _flat(grad_features)
+    B, N, S = features.shape
     grad_mask = mask.new_empty((B, N))
     if B * N > 0:
         channels, positions = _tile(features)
         backward_kernel[(B * triton.cdiv(N, channels),)](
-            grad_masked, features, mask, grad_features, grad_mask,
-            N, S, *grad_masked.stride(), *features.stride(), *mask.stride(),
-            *grad_features.stride(),
+            grad_masked, features, mask, flat, grad_mask,
+            N, S, *grad_masked.stride(), *features.stride(), *mask.stride(), *flat.stride(),
             CHANNELS=channels, POSITIONS=positions,
         )  # fmt: skip
     return grad_features, grad_mask

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/spatial.h"
 #include "capability.h"
 #include "masking_kernels.h"
 
@@ -57,11 +58,21 @@ bool is_double(const Tensor& t, const char* name) {
 }
 
 MapsShape maps_shape(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 3, name, ": want [batch, filters, positions]");
-  return {t.size(0), t.size(1), t.size(2)};
+  STD_TORCH_CHECK(t.dim() >= 2, name, ": want [batch, filters, *spatial]");
+  return {t.size(0), t.size(1), positions(t)};
 }
 
-Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+Strides strides(const Tensor& t, const char* name) {
+  return {t.stride(0), t.stride(1), position_stride(t, name)};
+}
+
+void check_like(const Tensor& t, const char* name, const Tensor& features) {
+  bool same = t.dim() == features.dim();
+  for (int64_t d = 0; same && d < t.dim(); ++d) {
+    same = t.size(d) == features.size(d);
+  }
+  STD_TORCH_CHECK(same, name, ": want the shape of features");
+}
 
 void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> want) {
   bool same = t.dim() == static_cast<int64_t>(want.size());
@@ -112,11 +123,11 @@ ScaleMaps scaling(const Tensor& features, const Tensor& mask, const int64_t* lab
   return {shape,
           units_of(shape),
           features.const_data_ptr(),
-          strides(features),
+          strides(features, "features"),
           mask.const_data_ptr(),
           labels,
           masked.mutable_data_ptr(),
-          strides(masked),
+          strides(masked, "masked"),
           exceeds_cache(masked)};
 }
 
@@ -202,7 +213,7 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
                                             const Tensor& mask) {
   const MapsShape shape = maps_shape(features, "features");
   const Storage type = storage(features, "features");
-  check_shape(grad_masked, "grad_masked", {shape.batch, shape.filters, shape.positions});
+  check_like(grad_masked, "grad_masked", features);
   check_shape(mask, "mask", {shape.batch, shape.filters});
   STD_TORCH_CHECK(grad_masked.scalar_type() == features.scalar_type(),
                   "grad_masked: want the dtype of features");
@@ -215,12 +226,12 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   const MaskingBackward arguments{shape,
                                   units_of(shape),
                                   grad_masked.const_data_ptr(),
-                                  strides(grad_masked),
+                                  strides(grad_masked, "grad_masked"),
                                   features.const_data_ptr(),
-                                  strides(features),
+                                  strides(features, "features"),
                                   rows.const_data_ptr(),
                                   grad_features.mutable_data_ptr(),
-                                  strides(grad_features),
+                                  strides(grad_features, "grad_features"),
                                   grad_mask.mutable_data_ptr(),
                                   exceeds_cache(grad_features)};
   const MaskingKernels& k = kernels();

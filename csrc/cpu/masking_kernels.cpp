@@ -98,9 +98,12 @@ void draw(const Draw& d, int64_t begin, int64_t end, int64_t* scratch) {
       random_24_bits_run(draws, count, first + static_cast<uint64_t>(begin_run), d.seed,
                          Stream::kFilter, d.rank);
       const P* __restrict__ run = p + begin_run * stride;
-      for (int64_t i = 0; i < count; ++i) {
-        mask[begin_run + i] = keeps_filter<P>(draws[i], run[i * stride]) ? A{1} : A{0};
-      }
+      const auto keep = [&](auto step) {  // a constant where rows are contiguous: vectorises
+        for (int64_t i = 0; i < count; ++i) {
+          mask[begin_run + i] = keeps_filter<P>(draws[i], run[i * step]) ? A{1} : A{0};
+        }
+      };
+      stride == 1 ? keep(std::integral_constant<int64_t, 1>{}) : keep(stride);
     }
   }
 }
@@ -155,23 +158,31 @@ PICNN_FAST_HD void prefetch_rows(const T* x, int64_t stride, int64_t positions, 
   }
 }
 
-// Rows [begin, end) of one sample, densely into `out`. Most rows are dropped: clear them all at
-// once, and do not even read them.
+// Rows [begin, end) of one sample, densely into `out`. Where many are dropped, as by a Bernoulli
+// mask, clear them all at once, and do not even read them.
 template <typename T, typename A, bool kBinary>
 PICNN_FAST_HD void scale_rows(const T* x, int64_t stride, T* __restrict__ out, int64_t positions,
                               const A* mask, int64_t begin, int64_t end) {
-  std::memset(static_cast<void*>(out), 0, (end - begin) * positions * sizeof(T));
+  int64_t dropped = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    dropped += mask[i] == A{0} ? 1 : 0;
+  }
+  const bool clear = 4 * dropped > end - begin;
+  if (clear) {
+    std::memset(static_cast<void*>(out), 0, (end - begin) * positions * sizeof(T));
+  }
   for (int64_t i = begin; i < end; ++i, out += positions) {
     const A m = mask[i];
     const T* __restrict__ row = x + i * stride;
     if (m == A{0}) {
-      continue;
-    }
-    if (kBinary || m == A{1}) {
+      if (!clear) {
+        std::memset(static_cast<void*>(out), 0, positions * sizeof(T));
+      }
+    } else if (kBinary || m == A{1}) {
       std::memcpy(static_cast<void*>(out), row, positions * sizeof(T));
     } else {
       for (int64_t p = 0; p < positions; ++p) {
-        out[p] = scaled(row[p], m);
+        out[p] = narrow<T>(static_cast<A>(widen(row[p]) * m));
       }
     }
   }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -12,7 +13,8 @@ namespace PICNN_FAST_NAMESPACE {
 
 // random_24_bits of `count` consecutive draws. Compilers vectorise the plain loop too, but spend
 // half of it moving 32-bit words in and out of the 64-bit lanes that products need: here words stay
-// in the low halves of such lanes, with whatever the products leave in the high ones.
+// in the low halves of such lanes, with whatever the products leave in the high ones. A round waits
+// for the one before, so a few vectors go side by side.
 inline void random_24_bits_run(uint32_t* out, int64_t count, uint64_t first, uint64_t seed,
                                Stream stream, uint32_t rank) {
   int64_t i = 0;
@@ -55,17 +57,36 @@ inline void random_24_bits_run(uint32_t* out, int64_t count, uint64_t first, uin
     key0[round] = set(static_cast<uint32_t>(seed) + round * kPhiloxWeyl0);
     key1[round] = set(static_cast<uint32_t>(seed >> 32) + round * kPhiloxWeyl1);
   }
-  for (; i + kWide <= count; i += kWide) {
-    Wide c0 = add(set(first + static_cast<uint64_t>(i)), lanes);
-    Wide c1 = high(c0), c2 = set(static_cast<uint32_t>(stream)), c3 = set(rank);
-    for (int round = 0; round < 10; ++round) {
-      const Wide p0 = multiply(c0, m0), p1 = multiply(c2, m1);
-      c0 = exclusive_or(high(p1), c1, key0[round]);
-      c1 = p1;
-      c2 = exclusive_or(high(p0), c3, key1[round]);
-      c3 = p0;
+  const auto draw = [&](auto side_by_side) {
+    constexpr int kVectors = decltype(side_by_side)::value;
+    Wide c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      c0[v] = add(set(first + static_cast<uint64_t>(i + v * kWide)), lanes);
+      c1[v] = high(c0[v]);
+      c2[v] = set(static_cast<uint32_t>(stream));
+      c3[v] = set(rank);
     }
-    store(out + i, c0);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Wide p0 = multiply(c0[v], m0), p1 = multiply(c2[v], m1);
+        c0[v] = exclusive_or(high(p1), c1[v], key0[round]);
+        c1[v] = p1;
+        c2[v] = exclusive_or(high(p0), c3[v], key1[round]);
+        c3[v] = p0;
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      store(out + i + v * kWide, c0[v]);
+    }
+    i += kVectors * kWide;
+  };
+  while (i + 4 * kWide <= count) {
+    draw(std::integral_constant<int, 4>{});
+  }
+  while (i + kWide <= count) {
+    draw(std::integral_constant<int, 1>{});
   }
 #endif
   for (; i < count; ++i) {

@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "../common/masking.h"
+#include "../common/spatial.h"
 #include "launch.h"
 
 namespace picnn_fast {
@@ -609,12 +610,12 @@ enum class Layout { kRuns, kChannelsLast, kStrided };
 template <typename... Tensors>
 Layout common_layout(const Tensors&... maps) {
   const auto runs = [](const Tensor& t) {
-    const int64_t N = t.size(1), S = t.size(2);
-    return (S == 1 || t.stride(2) == 1) && (N == 1 || t.stride(1) == S);
+    const int64_t N = t.size(1), S = positions(t);
+    return (S == 1 || position_stride(t, "maps") == 1) && (N == 1 || t.stride(1) == S);
   };
   const auto channels_last = [](const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1; };
   // A block of the run layout has elements, and counts them in 32 bits.
-  const bool fits = ((0 < maps.numel() && maps.size(2) < (int64_t{1} << 30)) && ...);
+  const bool fits = ((0 < maps.numel() && positions(maps) < (int64_t{1} << 30)) && ...);
   if (fits && (runs(maps) && ...)) return Layout::kRuns;
   if (((0 < maps.numel() && channels_last(maps)) && ...)) return Layout::kChannelsLast;
   return Layout::kStrided;
@@ -622,11 +623,12 @@ Layout common_layout(const Tensors&... maps) {
 
 template <typename T>
 Maps<const T> input_maps(const Tensor& t) {
-  return {static_cast<const T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+  return {static_cast<const T*>(t.data_ptr()), t.stride(0), t.stride(1),
+          position_stride(t, "maps")};
 }
 template <typename T>
 Maps<T> output_maps(const Tensor& t) {
-  return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+  return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), position_stride(t, "maps")};
 }
 
 Reals reals(const Tensor& t) {
@@ -664,7 +666,7 @@ template <typename Op, typename Factors>
 void scale(const Tensor& features, const Tensor& masked, const Factors& factors) {
   using Value = typename Op::Value;
   using Factor = typename Factors::Factor;
-  const int64_t B = features.size(0), N = features.size(1), S = features.size(2);
+  const int64_t B = features.size(0), N = features.size(1), S = positions(features);
   const Maps<const Value> in = input_maps<Value>(features);
   const Maps<Value> out = output_maps<Value>(masked);
   // 8 to 64 KB of maps a block: the larger, the less the label and the draws weigh.
@@ -700,7 +702,7 @@ template <typename T>
 void backward(const Tensor& grad_masked, const Tensor& features, const Tensor& mask,
               const Tensor& grad_features, const Tensor& grad_mask) {
   using A = Accumulate<T>;
-  const int64_t B = features.size(0), N = features.size(1), S = features.size(2);
+  const int64_t B = features.size(0), N = features.size(1), S = positions(features);
   if (B == 0 || N == 0) return;
   const Backward<T> p = {input_maps<T>(grad_masked),
                          input_maps<T>(features),
@@ -754,7 +756,7 @@ void check_device(const Tensor& t, const Tensor& features, const char* name) {
       "picnn_fast: ", name, " must be on the device of features");
 }
 void check_maps(const Tensor& maps, const char* name) {
-  STD_TORCH_CHECK(maps.dim() == 3, "picnn_fast: ", name, " must be [B, N, S]");
+  STD_TORCH_CHECK(maps.dim() >= 2, "picnn_fast: ", name, " must be [B, N, *spatial]");
 }
 void check_table(const Tensor& table, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == rows && table.size(1) == columns,
@@ -855,7 +857,9 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   check_maps(grad_masked, "grad_masked");
   check_device(grad_masked, features, "grad_masked");
   check_device(mask, features, "mask");
-  for (int axis = 0; axis < 3; ++axis)
+  STD_TORCH_CHECK(grad_masked.dim() == features.dim(),
+                  "picnn_fast: grad_masked must have the shape of features");
+  for (int64_t axis = 0; axis < features.dim(); ++axis)
     STD_TORCH_CHECK(grad_masked.size(axis) == features.size(axis),
                     "picnn_fast: grad_masked must have the shape of features");
   STD_TORCH_CHECK(grad_masked.scalar_type() == features.scalar_type(),

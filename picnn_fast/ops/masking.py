@@ -37,53 +37,17 @@ def _fake_masking_backward(
     return torch.empty_like(features), mask.new_empty(mask.shape)
 
 
-registry.define(
-    "masking",
-    "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed,"
-    " SymInt rank) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
-    reference=reference.bernoulli_mask,
-    fake=_fake_bernoulli_mask,
-)
-registry.define(
-    "masking",
-    "class_gate(Tensor features, Tensor gate, Tensor labels) -> Tensor",
-    reference=reference.class_gate,
-    fake=_fake_class_gate,
-)
-registry.define(
-    "masking",
-    "bernoulli_parameters_backward(Tensor grad_mask, Tensor logits, Tensor correspondence,"
-    " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
-    reference=reference.bernoulli_parameters_backward,
-    fake=_fake_parameters_backward,
-    triton=False,  # small matrix algebra: the library's product serves
-)
-registry.define(
-    "masking",
-    "masking_backward(Tensor grad_masked, Tensor features, Tensor mask)"
-    " -> (Tensor grad_features, Tensor grad_mask)",
-    reference=reference.masking_backward,
-    fake=_fake_masking_backward,
-)
-
-
-def _flat(maps: Tensor) -> Tensor:
-    """``[B, N, *spatial]`` as ``[B, N, S]``: a view wherever strides allow."""
-    return maps.unsqueeze(-1) if maps.ndim == 2 else maps.flatten(2)
-
-
-def _like(flat: Tensor, maps: Tensor) -> Tensor:
-    """A fresh ``[B, N, S]`` in the shape of ``maps``; no view, so in-place layers may follow."""
-    shaped: Tensor = torch.ops.aten._unsafe_view(flat, maps.shape)
-    return shaped
-
-
 def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the maps, in the shape of ``grad_masked``, and of the mask."""
-    grad_features, grad_mask = torch.ops.picnn_fast.masking_backward(
-        _flat(grad_masked), features, mask
+    """Gradients of the maps and of the mask."""
+    grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.masking_backward.default(
+        _readable(grad_masked), features, mask
     )
-    return _like(grad_features, grad_masked), grad_mask
+    return grads
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``, without the dispatch where that changes nothing."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 class BernoulliMask(torch.autograd.Function):
@@ -100,18 +64,14 @@ class BernoulliMask(torch.autograd.Function):
         seed: Tensor,
         rank: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = (_flat(features), logits, correspondence, seed, rank)
-        outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_mask(*inputs)
-        BernoulliMask.save(ctx, inputs, outputs)
-        return _like(outputs[0], features), *outputs[1:]
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        features, logits, correspondence, _, _ = inputs
-        _, mask, pseudo_label = output
+        with registry.below_autograd():
+            masked, mask, pseudo_label = torch.ops.picnn_fast.bernoulli_mask.default(
+                features, logits, correspondence, seed, rank
+            )
         ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pseudo_label)
+        return masked, mask, pseudo_label
 
     @staticmethod
     @once_differentiable
@@ -131,11 +91,12 @@ class BernoulliMask(torch.autograd.Function):
         grad_logits = grad_correspondence = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dtype = torch.promote_types(logits.dtype, correspondence.dtype)
-            grad_logits, grad_correspondence = torch.ops.picnn_fast.bernoulli_parameters_backward(
-                grad_z.to(dtype), logits.to(dtype), correspondence.to(dtype), pseudo_label
+            parameters_backward = torch.ops.picnn_fast.bernoulli_parameters_backward.default
+            grad_logits, grad_correspondence = parameters_backward(
+                _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
             )
-            grad_logits = grad_logits.to(logits.dtype)
-            grad_correspondence = grad_correspondence.to(correspondence.dtype)
+            grad_logits = _as(grad_logits, logits.dtype)
+            grad_correspondence = _as(grad_correspondence, correspondence.dtype)
         return grad_features, grad_logits, grad_correspondence, None, None
 
 
@@ -144,14 +105,10 @@ class ClassGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-        inputs = (_flat(features), gate, labels)
-        masked: Tensor = torch.ops.picnn_fast.class_gate(*inputs)
-        ClassGate.save(ctx, inputs, masked)
-        return _like(masked, features)
-
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(features, gate, labels)
+        with registry.below_autograd():
+            masked: Tensor = torch.ops.picnn_fast.class_gate.default(features, gate, labels)
+        return masked
 
     @staticmethod
     @once_differentiable
@@ -164,14 +121,54 @@ class ClassGate(torch.autograd.Function):
         return grad_features, grad_gate, None
 
 
-# The operators themselves are differentiable too, by the same code.
-for _name, _function in (("bernoulli_mask", BernoulliMask), ("class_gate", ClassGate)):
-    torch.library.register_autograd(
-        f"picnn_fast::{_name}",
-        _function.backward,
-        setup_context=_function.save,
-        lib=registry.library,
-    )
+registry.define(
+    "masking",
+    "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed,"
+    " SymInt rank) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
+    reference=reference.bernoulli_mask,
+    fake=_fake_bernoulli_mask,
+    autograd=BernoulliMask.apply,
+)
+registry.define(
+    "masking",
+    "class_gate(Tensor features, Tensor gate, Tensor labels) -> Tensor",
+    reference=reference.class_gate,
+    fake=_fake_class_gate,
+    autograd=ClassGate.apply,
+)
+registry.define(
+    "masking",
+    "bernoulli_parameters_backward(Tensor grad_mask, Tensor logits, Tensor correspondence,"
+    " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
+    reference=reference.bernoulli_parameters_backward,
+    fake=_fake_parameters_backward,
+    triton=False,  # small matrix algebra: the library's product serves
+)
+registry.define(
+    "masking",
+    "masking_backward(Tensor grad_masked, Tensor features, Tensor mask)"
+    " -> (Tensor grad_features, Tensor grad_mask)",
+    reference=reference.masking_backward,
+    fake=_fake_masking_backward,
+)
+
+
+def _readable(maps: Tensor) -> Tensor:
+    """``maps``, copied where its spatial axes do not lie in memory as one axis would."""
+    if (
+        maps.ndim <= 3
+        or maps.is_contiguous()
+        or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))
+    ):
+        return maps
+    expected = None
+    for size, stride in zip(reversed(maps.shape[2:]), reversed(maps.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return maps.contiguous()
+        expected = stride * size
+    return maps
 
 
 def channels_second(features: Tensor, channel_dim: int) -> Tensor:
@@ -232,12 +229,12 @@ def bernoulli_mask(
     rank = checks.rank(rank)
     seed = checks.seed(seed, features.device)
     checks.probabilities("correspondence", correspondence)
-    masked, mask, pseudo_label = BernoulliMask.apply(
-        maps, checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
+    masked, mask, pseudo_label = torch.ops.picnn_fast.bernoulli_mask.default(
+        _readable(maps), checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
     )
     if channel_dim != 1:
         masked = masked.movedim(1, channel_dim)
-    return masked, mask.to(features.dtype), pseudo_label
+    return masked, _as(mask, features.dtype), pseudo_label
 
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int) -> Tensor:
@@ -246,6 +243,8 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
     check_table("gate", gate, maps.shape[1], features, channel_dim)
     checks.labels("labels", labels, maps.shape[0], gate.shape[0])
     checks.same_device("labels", labels, "features", features)
-    rows = gate.to(reference.accumulate_dtype(features.dtype))
-    masked: Tensor = ClassGate.apply(maps, rows, labels.to(torch.int64))
+    rows = _as(gate, reference.accumulate_dtype(features.dtype))
+    masked: Tensor = torch.ops.picnn_fast.class_gate.default(
+        _readable(maps), rows, _as(labels, torch.int64)
+    )
     return masked if channel_dim == 1 else masked.movedim(1, channel_dim)

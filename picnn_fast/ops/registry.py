@@ -32,19 +32,27 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
     triton: bool = True,
 ) -> None:
     """Define ``picnn_fast::<schema>`` with its reference implementation and shape function.
 
-    ``triton``: whether the family's Triton module has a kernel for it.
+    ``autograd``: what a call does where gradients are recorded; it calls the operator again below
+    autograd (``below_autograd``). ``triton``: whether the family's Triton module has a kernel.
     """
     name = schema.split("(", 1)[0]
     library.define(schema)
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    if autograd is not None:
+        library.impl(name, autograd, "Autograd")
     _references[name] = reference
     if triton:
         _triton_family[name] = family
+
+
+# Inside an autograd.Function the dispatcher would come to the operator's autograd kernel again.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def operators() -> tuple[str, ...]:

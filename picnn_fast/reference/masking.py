@@ -119,9 +119,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    """``mask`` ``[B, N]`` with an axis of one for each spatial axis of ``x``."""
+    return mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
+
+
 def _scale_channels(x: Tensor, mask: Tensor) -> Tensor:
-    """``x[b, i, s] * mask[b, i]``, exactly 0 where the mask is 0, whatever ``x`` holds there."""
-    mask = mask.unsqueeze(-1)
+    """``x[b, i, …] * mask[b, i]``, exactly 0 where the mask is 0, whatever ``x`` holds there."""
+    mask = _beside(mask, x)
     scaled = torch.where(mask == 0, 0.0, x.to(mask.dtype) * mask)
     return torch.empty_like(x).copy_(scaled)
 
@@ -132,14 +137,14 @@ def bernoulli_mask(
     """Pseudo-label, Bernoulli mask and masked maps (PICNN eq. 4, 7, 10).
 
     Args:
-        features: ``[B, N, S]``, any strides.
+        features: ``[B, N, *spatial]``, any strides.
         logits: ``[B, K]`` float32 or float64.
         correspondence: ``[K, N]`` probabilities, float32 or float64.
         seed: int64, one element.
         rank: separates the draws of processes that share a seed.
 
     Returns:
-        masked ``[B, N, S]``, mask ``[B, N]`` (float32; float64 for float64 features) and
+        masked, like ``features``; mask ``[B, N]`` (float32; float64 for float64 features) and
         pseudo_label ``[B]`` int64.
     """
     pseudo_label = sample_pseudo_label(logits, seed, rank)
@@ -162,14 +167,14 @@ def straight_through(
     p = (one_hot + y1 - y1.detach()) @ correspondence
     keep = sample_filters(correspondence.detach()[pseudo_label], seed, rank)
     mask = (keep + p - p.detach()).to(accumulate_dtype(features.dtype))
-    return features * mask.unsqueeze(-1).to(features.dtype), mask, pseudo_label
+    return features * _beside(mask, features).to(features.dtype), mask, pseudo_label
 
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     """Maps scaled by the gate row of each label (CSG 3.1): ``features[b] * gate[labels[b]]``.
 
-    ``features`` is ``[B, N, S]``, ``gate`` ``[K, N]`` in the accumulate type, ``labels`` int64
-    ``[B]``.
+    ``features`` is ``[B, N, *spatial]``, ``gate`` ``[K, N]`` in the accumulate type, ``labels``
+    int64 ``[B]``.
     """
     return _scale_channels(features, gate[labels])
 
@@ -198,9 +203,10 @@ def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tup
     """Gradients of ``masked = features * mask`` in one read of both inputs.
 
     Returns:
-        grad_features ``[B, N, S]``, 0 where the mask is 0, laid out as ``features``; grad_mask
-        ``[B, N]``, the sum over positions of features * grad_masked, in the mask's type.
+        grad_features, 0 where the mask is 0, laid out as ``features``; grad_mask ``[B, N]``, the
+        sum over positions of features * grad_masked, in the mask's type.
     """
-    grad_mask = (features.to(mask.dtype) * grad_masked.to(mask.dtype)).sum(-1)
+    products = features.to(mask.dtype) * grad_masked.to(mask.dtype)
+    grad_mask = products.reshape(*mask.shape, math.prod(features.shape[2:])).sum(-1)
     grad_features = torch.empty_like(features).copy_(_scale_channels(grad_masked, mask))
     return grad_features, grad_mask

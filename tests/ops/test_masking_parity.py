@@ -1016,3 +1016,37 @@ def test_gpu_backends_are_tested_where_there_is_a_gpu():
     assert torch.cuda.is_available() == HAS_GPU
     if HAS_GPU:
         assert "triton-gpu" in REQUIRED
+
+
+@pytest.mark.parametrize("spatial", [(), (6,), (2, 3), (1, 6), (2, 1, 3)])
+def test_operators_take_any_number_of_spatial_axes(backend: Backend, spatial):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 5, *spatial, generator=generator).to(backend.device)
+    logits = torch.randn(3, 4, generator=generator).to(backend.device)
+    table = torch.rand(4, 5, generator=generator).to(backend.device)
+    seed = torch.tensor([7], device=backend.device)
+    labels = torch.tensor([3, 0, 3], device=backend.device)
+    flat = features.reshape(3, 5, math.prod(spatial))
+    ops = torch.ops.picnn_fast
+    masked, mask, _ = ops.bernoulli_mask(features, logits, table, seed, 0)
+    gated = ops.class_gate(features, table, labels)
+    grads = ops.masking_backward(features.cos(), features, mask)
+    assert masked.shape == gated.shape == grads[0].shape == features.shape
+    assert torch.equal(masked.view_as(flat), ops.bernoulli_mask(flat, logits, table, seed, 0)[0])
+    assert torch.equal(gated.view_as(flat), ops.class_gate(flat, table, labels))
+    expected = ops.masking_backward(flat.cos(), flat, mask)
+    assert torch.equal(grads[0].view_as(flat), expected[0])
+    assert torch.equal(grads[1], expected[1])
+
+
+def test_kernels_refuse_spatial_axes_that_are_not_one_in_memory(backend: Backend):
+    if backend.name.startswith("reference"):
+        pytest.skip("the reference reads any strides")
+    cropped = torch.randn(2, 3, 4, 4, device=backend.device)[..., :3]
+    table = torch.rand(5, 3, device=backend.device)
+    labels = torch.tensor([4, 0], device=backend.device)
+    with pytest.raises(RuntimeError, match=r"features: the strides|maps: the strides|view size"):
+        torch.ops.picnn_fast.class_gate(cropped, table, labels)
+    # The public function copies them.
+    got = class_gate(cropped, table, labels)
+    assert torch.equal(got, class_gate(cropped.contiguous(), table, labels))
