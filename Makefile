@@ -25,6 +25,8 @@ lint: $(VENV)/.built ## ruff, mypy, clang-format; compiler warnings are errors i
 
 bench: $(VENV)/.built ## measure, and write benchmarks/results
 	$(BIN)/python -m benchmarks.masking
+	$(BIN)/python -m benchmarks.mutual_information
+	$(BIN)/python -m benchmarks.bias
 
 gpu: ## with PYTHON's own packages (torch, pytest …): build, parity and benchmarks on a GPU
 	PICNN_FAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import picnn_fast
-from benchmarks import masking
+from benchmarks import masking, mutual_information
 
 LIMIT_SECONDS = 570
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     print(f"torch {torch.__version__} on {device}; {picnn_fast.build_info()}", flush=True)
     # First what cannot be had elsewhere; then parity, in the time that is left.
-    masking.main(["--device", device, *(["--smoke"] if options.smoke else [])])
+    for family in (masking, mutual_information):
+        family.main(["--device", device, *(["--smoke"] if options.smoke else [])])
     print(f"benchmarks: {time.monotonic() - started:.0f} s", flush=True)
     selection = ["-m", "gpu", "tests/ops"]
     if options.smoke:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import picnn_fast
 from benchmarks import harness
 from picnn_fast import functional
+from picnn_fast.ops import checks
 from picnn_fast.reference import masking as reference
 
 CPU_SHAPES = (
@@ -188,51 +189,74 @@ def against_the_limit(
     }
 
 
-class DrawOnly(torch.autograd.Function):
-    """The draws, and autograd's own cost of three gradients: what no masking can go below."""
+LATE_PARTS = ("autograd", "draws", "checks", "gradients")
+
+
+class Nothing(torch.autograd.Function):
+    """What autograd itself costs: one function of three inputs, and room for their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, maps: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
         ctx.save_for_backward(maps, logits, correspondence)
-        masked: Tensor = torch.ops.picnn_fast.bernoulli_mask(
-            maps[..., None], logits, correspondence, seed, 0
-        )[0]
-        return masked[..., 0]
+        return torch.empty_like(maps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(torch.empty_like(t) for t in ctx.saved_tensors), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 
 def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Masking the pooled maps against masking the maps and pooling them again."""
+    """Masking the pooled maps against masking the maps and pooling them again.
+
+    Beside them the parts that no masking of the pooled maps can do without, each alone: autograd's
+    own cost, the draws, the checks of values with the draw of a seed, the kernels of the gradients.
+    """
     case = Case(shape, device)
+    logits, table = case.logits, case.correspondence
     pooled = case.maps().mean((2, 3)).requires_grad_()
     grad = torch.randn_like(pooled)
 
+    def forget() -> None:
+        pooled.grad = logits.grad = table.grad = None
+
     def at_maps() -> None:
+        forget()
         maps, _ = next(case.sets)
-        maps.grad = case.logits.grad = case.correspondence.grad = None
-        masked = fused(maps, case.logits, case.correspondence)
+        maps.grad = None
+        masked = fused(maps, logits, table)
         nn.functional.adaptive_avg_pool2d(masked, 1).flatten(1).backward(grad)
 
     def late() -> None:
-        pooled.grad = case.logits.grad = case.correspondence.grad = None
-        fused(pooled, case.logits, case.correspondence).backward(grad)
+        forget()
+        fused(pooled, logits, table).backward(grad)
 
-    def floor() -> None:
-        pooled.grad = case.logits.grad = case.correspondence.grad = None
-        DrawOnly.apply(pooled, case.logits, case.correspondence, case.seed).backward(grad)
+    def autograd() -> None:
+        forget()
+        Nothing.apply(pooled, logits, table).backward(grad)
 
-    candidates = {"maps": at_maps, "late": late, "floor": floor}
-    times = harness.interleaved(candidates, rounds, device)
+    values = pooled.detach(), logits.detach(), table.detach()
+    operators = torch.ops.picnn_fast
+    _, mask, pseudo_label = operators.bernoulli_mask(*values, case.seed, 0)
+
+    def draws() -> None:
+        operators.bernoulli_mask(*values, case.seed, 0)
+
+    def validation() -> None:
+        checks.probabilities("correspondence", values[2])
+        checks.seed(None, device)
+
+    def gradients() -> None:
+        _, grad_mask = operators.masking_backward(grad, values[0], mask)
+        operators.bernoulli_parameters_backward(grad_mask, *values[1:], pseudo_label)
+
+    parts = dict(zip(LATE_PARTS, (autograd, draws, validation, gradients), strict=True))
+    times = harness.interleaved({"maps": at_maps, "late": late, **parts}, rounds, device)
+    times["parts"] = [sum(seconds) for seconds in zip(*(times[p] for p in parts), strict=True)]
     return {
         "shape": describe(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "speedup": harness.ratio(times, "maps", "late"),
-        "speedup_of_floor": harness.ratio(times, "maps", "floor"),
+        "speedup_of_parts": harness.ratio(times, "maps", "parts"),
     }
 
 
@@ -325,11 +349,19 @@ def report(results: dict[str, Any]) -> str:
             f"{entry['milliseconds']['maps']['median']:.2f} ms",
             f"{entry['milliseconds']['late']['median']:.2f} ms",
             f"{entry['speedup']:.1f}x",
-            f"{entry['speedup_of_floor']:.1f}x",
+            *(f"{entry['milliseconds'][part]['median']:.2f} ms" for part in LATE_PARTS),
+            f"{entry['speedup_of_parts']:.1f}x",
         ]
         for entry in results["late"]
     ]
-    header = ["late masking", "masking the maps", "late", "speed-up", "of the floor"]
+    header = [
+        "late masking",
+        "masking the maps",
+        "late",
+        "speed-up",
+        *(f"{part} alone" for part in LATE_PARTS),
+        "speed-up of the parts",
+    ]
     parts.append(harness.table(header, rows))
     step = results["step"]
     parts.append(

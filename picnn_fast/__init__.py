@@ -1,6 +1,6 @@
 """Interpretable convolutional networks: filters that stand for a class or for an object part."""
 
-from picnn_fast import functional
+from picnn_fast import functional, losses
 from picnn_fast._version import __version__
 from picnn_fast.models import PICNN, STD, make_interpretable
 from picnn_fast.ops.registry import available_backends, build_info, use_backend
@@ -12,6 +12,7 @@ __all__ = [
     "available_backends",
     "build_info",
     "functional",
+    "losses",
     "make_interpretable",
     "use_backend",
 ]

@@ -44,11 +44,7 @@ class PathwayAccuracy(Metric):
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes: got {type(num_classes).__name__}, want an int")
-        if num_classes < 1:
-            raise ValueError(f"num_classes: got {num_classes}, want an int >= 1")
-        self.num_classes = num_classes
+        self.num_classes = checks.integer("num_classes", num_classes, 1)
         self.add_state("correct", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 

@@ -70,28 +70,6 @@ def split_pooling(head: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return layers[:last], layers[last:]
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
-    return value
-
-
-def positive_int(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, want an int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, want an int >= 1")
-    return value
-
-
-def non_negative(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: got {type(value).__name__}, want a number")
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: got {value}, want a finite number >= 0")
-    return float(value)
-
-
 def _module(name: str, value: object) -> None:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.nn.Module")
@@ -157,17 +135,19 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         super().__init__()
         _module("features", features)
         _module("head", head)
-        self.num_classes = positive_int("num_classes", num_classes)
-        self.num_filters = positive_int("num_filters", num_filters)
-        self.normalization = one_of("normalization", normalization, ("class_softmax", "sigmoid"))
-        self.mask_at = one_of("mask_at", mask_at, ("auto", "maps", "late"))
+        self.num_classes = checks.integer("num_classes", num_classes, 1)
+        self.num_filters = checks.integer("num_filters", num_filters, 1)
+        self.normalization = checks.one_of(
+            "normalization", normalization, ("class_softmax", "sigmoid")
+        )
+        self.mask_at = checks.one_of("mask_at", mask_at, ("auto", "maps", "late"))
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
             raise TypeError(f"channel_dim: got {type(channel_dim).__name__}, want an int")
         if channel_dim == 0:
             raise ValueError("channel_dim: got 0, the batch axis; want the filter axis of the maps")
         self.channel_dim = channel_dim
         if in_channels is not None:
-            positive_int("in_channels", in_channels)
+            checks.integer("in_channels", in_channels, 1)
             if channel_dim != 1:
                 raise ValueError(
                     f"in_channels: got {in_channels} with channel_dim={channel_dim}, want None:"
@@ -306,8 +286,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             correspondence_lr: of W, >= 0; about 100 times ``lr``, else P stays flat for thousands
                 of steps. Ignored where W is not trained.
         """
-        lr = non_negative("lr", lr)
-        correspondence_lr = non_negative("correspondence_lr", correspondence_lr)
+        lr = checks.non_negative("lr", lr)
+        correspondence_lr = checks.non_negative("correspondence_lr", correspondence_lr)
         network = [p for p in self.parameters() if p is not self.correspondence_weight]
         groups: list[dict[str, Any]] = [{"params": network, "lr": lr, "name": "network"}]
         if isinstance(self.correspondence_weight, nn.Parameter):

@@ -10,9 +10,10 @@ from picnn_fast.models.backbones import (
     pooling_head,
     split_resnet,
 )
-from picnn_fast.models.base import InterpretableNetwork, positive_int
+from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
+from picnn_fast.ops import checks
 
 METHODS: dict[str, type[InterpretableNetwork]] = {"picnn": PICNN, "std": STD}
 FILTERS_PER_CLASS = 12.8  # PICNN, figure 5
@@ -67,7 +68,7 @@ def make_interpretable(
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, want one of {', '.join(map(repr, METHODS))}")
-    positive_int("num_classes", num_classes)
+    checks.integer("num_classes", num_classes, 1)
     known = inspect.signature(METHODS[method]).parameters
     for name in options:
         if name not in known:
@@ -98,7 +99,7 @@ def make_interpretable(
                 " the channels that the backbone yields; or None"
             )
         in_channels = channels
-        head = pooling_head(positive_int("num_filters", num_filters), num_classes)
+        head = pooling_head(checks.integer("num_filters", num_filters, 1), num_classes)
     elif isinstance(backbone, tuple | list) and len(backbone) == 2:
         features, head = backbone
         if insert_conv and in_channels is None:
@@ -138,7 +139,7 @@ def _named(name: str, image_channels: int | None, weights: Any) -> Backbone:
         raise ValueError(f"backbone: got {name!r}, want one of {', '.join(map(repr, BACKBONES))}")
     options: dict[str, Any] = {}
     if image_channels is not None:
-        options["image_channels"] = positive_int("image_channels", image_channels)
+        options["image_channels"] = checks.integer("image_channels", image_channels, 1)
     if weights is not None:
         if "weights" not in inspect.signature(BACKBONES[name]).parameters:
             raise ValueError(

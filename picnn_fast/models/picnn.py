@@ -6,13 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from picnn_fast.functional import bernoulli_mask, gumbel_mask
-from picnn_fast.models.base import (
-    InterpretableNetwork,
-    PathwayOutput,
-    cross_entropy,
-    non_negative,
-    one_of,
-)
+from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
 from picnn_fast.ops import checks
 
 
@@ -87,16 +81,18 @@ class PICNN(InterpretableNetwork):
             mask_at=mask_at,
             channel_dim=channel_dim,
         )
-        self.sampling = one_of("sampling", sampling, ("bernoulli", "gumbel"))
+        self.sampling = checks.one_of("sampling", sampling, ("bernoulli", "gumbel"))
         if sampling == "gumbel" and normalization != "class_softmax":
             raise ValueError(
                 f"normalization: got {normalization!r} with sampling='gumbel', want"
                 " 'class_softmax': Gumbel-softmax draws one class for each filter"
             )
-        self.interpretation_loss_on = one_of(
+        self.interpretation_loss_on = checks.one_of(
             "interpretation_loss_on", interpretation_loss_on, ("correct", "all")
         )
-        self.interpretation_weight = non_negative("interpretation_weight", interpretation_weight)
+        self.interpretation_weight = checks.non_negative(
+            "interpretation_weight", interpretation_weight
+        )
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
         """Both pathways, in training and in evaluation alike (``discriminator()`` runs one alone).

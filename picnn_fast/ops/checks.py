@@ -7,11 +7,49 @@ own kernel, without waiting for it. Like PyTorch's own ``bernoulli`` and ``nll_l
 check then surfaces as a device-side assert at the next synchronisation.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def integer(name: str, value: int, least: int, below: int | None = None) -> int:
+    """An int >= ``least``, and less than ``below`` where that is given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, want an int")
+    if value < least or (below is not None and value >= below):
+        limit = "" if below is None else f" and below {below}"
+        raise ValueError(f"{name}: got {value}, want an int >= {least}{limit}")
+    return value
+
+
+def non_negative(name: str, value: float) -> float:
+    _number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: got {value}, want a finite number >= 0")
+    return float(value)
+
+
+def positive(name: str, value: float) -> float:
+    _number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: got {value}, want a number > 0")
+    return float(value)
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
+    return value
 
 
 def tensor(name: str, value: object) -> None:
@@ -35,6 +73,68 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(
             f"{name}: got device {value.device}, want {other.device} like {other_name}"
         )
+
+
+def pooled(name: str, value: Tensor) -> None:
+    """Activations ``[samples, filters]`` of at least one filter."""
+    floating(name, value)
+    if value.ndim != 2 or value.shape[1] == 0:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, want [samples, filters], at least one"
+            " filter: maps averaged over their positions"
+        )
+
+
+# Options of mutual_information: the estimators they belong to, and their defaults.
+_OPTIONS: dict[str, tuple[tuple[str, ...], object]] = {
+    "random_state": (("knn",), 0),
+    "n_neighbors": (("knn",), 3),
+    "bins": (("histogram", "soft_histogram"), 64),
+    "bias_correction": (("histogram", "soft_histogram"), None),
+}
+
+
+def estimator(
+    value: str,
+    choices: tuple[str, ...],
+    *,
+    random_state: int | torch.Generator,
+    n_neighbors: int,
+    bins: int,
+    bias_correction: str | None,
+) -> None:
+    """An estimator of mutual information, with options that are its own, or left at the default."""
+    one_of("estimator", value, choices)
+    given = {
+        "random_state": random_state,
+        "n_neighbors": n_neighbors,
+        "bins": bins,
+        "bias_correction": bias_correction,
+    }
+    for name, (owners, default) in _OPTIONS.items():
+        if value not in owners and given[name] != default:
+            raise ValueError(
+                f"{name}: got {given[name]!r} with estimator={value!r}, want none: it is an option"
+                f" of {' and '.join(map(repr, owners))}"
+            )
+    if isinstance(random_state, bool) or not isinstance(random_state, int | torch.Generator):
+        raise TypeError(
+            f"random_state: got {type(random_state).__name__}, want an int or a torch.Generator"
+        )
+    if isinstance(random_state, int):
+        integer("random_state", random_state, 0, 2**32)
+    integer("n_neighbors", n_neighbors, 1)
+    integer("bins", bins, 2)
+    if bias_correction is not None:
+        one_of("bias_correction", bias_correction, ("miller_madow",))
+
+
+def holds(name: str, condition: Tensor, got: Callable[[], str], want: str) -> None:
+    """A condition on values, 0-dim bool; ``got`` is asked where it can be and does not hold."""
+    if torch.compiler.is_compiling() or condition.is_cuda or condition.is_meta:
+        torch._assert_async(condition, f"{name}: want {want}")
+    elif not condition:
+        raise ValueError(f"{name}: got {got()}, want {want}")
 
 
 def _within(name: str, value: Tensor, high: int, want: str) -> None:

@@ -109,6 +109,10 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     for title, history in histories.items():
         if not history:
             raise ValueError(f"histories[{title!r}]: got no epochs, want at least 1")
+    logged = [item for history in histories.values() for row in history for item in row.items()]
+    # Minus the mutual information is below 0.
+    below = any(key.startswith("train/") and value < 0 for key, value in logged)
+    loss_scale = "linear" if below else "log"
     figure = Figure(figsize=(5.2 * len(histories), 6.4), layout="constrained", dpi=_DPI)
     grid = figure.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
     for column, (title, history) in enumerate(histories.items()):
@@ -122,7 +126,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
         )
         for term, colour in zip(terms, ("#5b4b8a", "#e08e45", "#4a7c59", "#888888"), strict=False):
             _line(loss, history, term, term.removeprefix("train/").replace("_", " "), colour)
-        loss.set_yscale("log")
+        loss.set_yscale(loss_scale)
         loss.set_xlabel("epoch")
         for axis in (accuracy, loss):
             axis.grid(color="#dddddd", linewidth=0.6)

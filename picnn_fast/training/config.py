@@ -81,6 +81,9 @@ class TrainConfig:
         choices=("correct", "all"),
     )
     interpretation_weight: float = _option(2.0, "weight of the interpretation loss", least=0)
+    mutual_information_weight: float = _option(
+        0.0, "weight of the mutual information between filters and classes as a loss", least=0
+    )
     mask_at: str = _option(
         "auto", "where the mask is applied (picnn)", choices=("auto", "maps", "late")
     )

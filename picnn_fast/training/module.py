@@ -1,6 +1,8 @@
 """The Lightning module that trains and evaluates an interpretable network."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import derive_seed
 from picnn_fast.functional import bernoulli_mask
+from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.metrics import MutualInformationScore, PathwayAccuracy
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.ops import checks
 from picnn_fast.training.config import DivergenceError
 
 with extra("train"):
@@ -37,6 +41,8 @@ class InterpretableModule(L.LightningModule):
         weight_decay: AdamW's; the correspondence matrix has none.
         schedule: "cosine" lets both rates fall to 0 over the run, epoch by epoch;
             "constant" keeps them.
+        mutual_information_weight: of ``MutualInformationLoss`` on the pooled filter maps of each
+            batch (of each rank), logged as the term ``train/mutual_information``; 0 leaves it out.
         seed: of the masks drawn in training and in evaluation.
 
     Raises:
@@ -60,6 +66,7 @@ class InterpretableModule(L.LightningModule):
         correspondence_lr: float = 0.1,
         weight_decay: float = 0.01,
         schedule: str = "cosine",
+        mutual_information_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -75,6 +82,10 @@ class InterpretableModule(L.LightningModule):
         self.correspondence_lr = correspondence_lr
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.mutual_information_weight = checks.non_negative(
+            "mutual_information_weight", mutual_information_weight
+        )
+        self.mutual_information = MutualInformationLoss(network.num_classes)
         self.seed = seed
         self.accuracy = PathwayAccuracy(network.num_classes)
         self.mis = MutualInformationScore(network.num_classes)
@@ -107,8 +118,12 @@ class InterpretableModule(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        output = self.network(images, labels)
+        with self._pooled_maps() as pooled:
+            output = self.network(images, labels)
         terms = self.network.loss_terms(output, labels)
+        if pooled:
+            information = self.mutual_information(pooled[0], labels)
+            terms["mutual_information"] = self.mutual_information_weight * information
         loss = torch.stack(list(terms.values())).sum()
         if not loss.is_cuda:  # there the look would stall the GPU: once an epoch is enough
             self._check_finite(loss)
@@ -122,6 +137,23 @@ class InterpretableModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, **by_epoch)
         self.log_dict({f"train/{name}": term for name, term in terms.items()}, **by_epoch)
         return loss
+
+    @contextmanager
+    def _pooled_maps(self) -> Iterator[list[Tensor]]:
+        """Of the forward pass within: its pooled filter maps, where the loss has a use for them."""
+        pooled: list[Tensor] = []
+
+        def take(features: torch.nn.Module, images: Any, maps: Tensor) -> None:
+            pooled.append(pool(maps, self.network.channel_dim))
+
+        if self.mutual_information_weight == 0:
+            yield pooled
+            return
+        hook = self.network.features.register_forward_hook(take)
+        try:
+            yield pooled
+        finally:
+            hook.remove()
 
     def on_train_epoch_end(self) -> None:
         self._check_finite(self.trainer.callback_metrics["train/loss"])
@@ -154,8 +186,7 @@ class InterpretableModule(L.LightningModule):
         images, labels = batch
         maps = self.network.filter_maps(images)
         self._update_accuracy(maps, labels)
-        # Global average pooling, wherever the filter axis is.
-        self.mis.update(maps.movedim(self.network.channel_dim, 1).flatten(2).mean(-1), labels)
+        self.mis.update(pool(maps, self.network.channel_dim), labels)
 
     def on_test_epoch_end(self) -> None:
         values = {f"test/{name}": value for name, value in self.accuracy.compute().items()}
@@ -164,6 +195,11 @@ class InterpretableModule(L.LightningModule):
     def _update_accuracy(self, maps: Tensor, labels: Tensor) -> None:
         logits, masked, complement = pathway_logits(self.network, maps, labels)
         self.accuracy.update(logits, masked, complement, labels)
+
+
+def pool(maps: Tensor, channel_dim: int) -> Tensor:
+    """Global average pooling to ``[B, N]``, wherever the filter axis is."""
+    return maps.movedim(channel_dim, 1).flatten(2).mean(-1)
 
 
 def pathway_logits(

@@ -306,6 +306,7 @@ def _module(config: TrainConfig, network: InterpretableNetwork) -> Interpretable
         correspondence_lr=config.correspondence_lr,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
+        mutual_information_weight=config.mutual_information_weight,
         seed=config.seed,
     )
 

@@ -1,12 +1,14 @@
 """The benchmark scripts run from end to end where there is no GPU, and write nothing then."""
 
 import json
+import math
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import gpu, harness, masking
+from benchmarks import bias, gpu, harness, masking, mutual_information
 
 
 def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
@@ -21,9 +23,41 @@ def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
         "class_gate, forward",
         "late masking",
         "training step",
+        "mutual_information, knn",
+        "peak memory",
+        "histogram_update",
+        "soft_histogram, forward",
     ):
         assert title in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bias_script_runs_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    bias.main(["--smoke"])
+    assert "closed form" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    committed = json.loads((RESULTS / f"{bias.NAME}.json").read_text())
+    bias.draw(committed, tmp_path / "bias.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["bias.png"]
+
+
+def test_the_closed_form_agrees_with_known_values() -> None:
+    def normals(*means: float, deviation: float) -> tuple[torch.Tensor, torch.Tensor]:
+        centres = torch.tensor(means, dtype=torch.float64)
+        return centres, torch.full_like(centres, deviation)
+
+    # Two levels in Gaussian noise carry half a bit at sigma = 0.97869, the Shannon limit of
+    # codes of rate 1/2.
+    threshold = bias.closed_form(*normals(-1, 1, deviation=0.97869), "label")
+    assert threshold == pytest.approx(0.5 * math.log(2), abs=1e-5)
+    assert bias.closed_form(*normals(0, 0, 0, deviation=2), "label") == pytest.approx(0, abs=1e-12)
+    apart = normals(0, 100, 200, 300, deviation=1)
+    assert bias.closed_form(*apart, "label") == pytest.approx(math.log(4), abs=1e-9)
+    entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    assert bias.closed_form(*apart, "class") == pytest.approx(entropy, abs=1e-9)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -60,20 +94,28 @@ def test_results_name_the_command_and_the_machine(
     assert [path] == list(tmp_path.iterdir())
 
 
-README = (harness.RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+RESULTS = harness.RESULTS
+README = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_shows_the_committed_measurements() -> None:
-    paths = sorted(harness.RESULTS.glob("masking-*.json"))
+@pytest.mark.parametrize("family", [masking, mutual_information])
+def test_the_readme_shows_the_committed_measurements(family: ModuleType) -> None:
+    paths = sorted(RESULTS.glob(f"{family.__name__.rpartition('.')[2]}-*.json"))
     assert paths
     for path in paths:
         content = json.loads(path.read_text())
-        assert masking.report(content) in README
+        assert family.report(content) in README
         assert content["command"] in README
 
 
+def test_the_readme_shows_the_committed_bias() -> None:
+    content = json.loads((RESULTS / f"{bias.NAME}.json").read_text())
+    assert bias.report(content) in README
+    assert f"benchmarks/results/{bias.NAME}.png" in README
+
+
 def test_the_readme_shows_the_committed_demo() -> None:
-    metrics = json.loads((harness.RESULTS / "demo" / "metrics.json").read_text())
+    metrics = json.loads((RESULTS / "demo" / "metrics.json").read_text())
     rows = [
         [method.upper(), *(f"{values[name]:.3f}" for name in ("acc1", "acc2", "acc3", "mis"))]
         for method, values in metrics.items()

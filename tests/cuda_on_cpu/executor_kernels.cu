@@ -47,6 +47,7 @@ __global__ void atomics(int* counters) {
   atomicMax(&counters[1], static_cast<int>(threadIdx.x));
   atomicMin(&counters[2], -static_cast<int>(threadIdx.x));
   atomicCAS(&counters[3], 0, __ldg(&counters[0]));
+  atomicOr(&counters[4], 1 << (threadIdx.x % 8));
 }
 
 // Each thread hands its number to its neighbour through shared memory.

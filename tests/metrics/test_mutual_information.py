@@ -1,6 +1,8 @@
-"""MutualInformationScore against scikit-learn and against Ross's estimator written out."""
+"""MutualInformationScore against scikit-learn, in batches, over ranks, within its memory limit."""
 
 import math
+import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from scipy.special import digamma
 from sklearn.feature_selection import mutual_info_classif
 from torch import Tensor
 
-from picnn_fast.metrics import MutualInformationScore, mutual_information
+from picnn_fast.functional import mutual_information
+from picnn_fast.metrics import MutualInformationScore
 
 SAMPLES, FILTERS, CLASSES = 60, 5, 3
+ESTIMATORS = ("knn", "histogram")
 
 
 def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -23,11 +27,17 @@ def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return activations.relu().to(dtype), labels
 
 
-def filled(activations: Tensor, labels: Tensor, **options: int) -> MutualInformationScore:
+def filled(
+    activations: Tensor, labels: Tensor, size: int = 7, **options: Any
+) -> MutualInformationScore:
     metric = MutualInformationScore(CLASSES, **options)
-    for x, y in zip(activations.split(7), labels.split(7), strict=True):
+    for x, y in zip(activations.split(size), labels.split(size), strict=True):
         metric.update(x, y)
     return metric
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"n_neighbors": 5, "random_state": 7}])
@@ -49,9 +59,10 @@ def test_the_matrix_is_scikit_learns_and_the_score_its_mean_of_maxima(
             for c in range(CLASSES)
         ]
     )
-    np.testing.assert_array_equal(metric.matrix().numpy(), expected)
+    np.testing.assert_allclose(metric.matrix().numpy(), expected, rtol=0, atol=1e-9)
     best = [max(expected[c, i] for c in range(CLASSES)) for i in range(FILTERS)]
-    assert metric.compute().item() == pytest.approx(sum(best) / FILTERS, rel=1e-12)
+    assert metric.compute().item() == pytest.approx(sum(best) / FILTERS, rel=1e-9)
+    assert metric.compute().dtype == torch.float64
     assert metric.compute().item() > 0.05
 
 
@@ -78,74 +89,136 @@ def test_the_matrix_agrees_with_the_estimator_written_out() -> None:
             assert matrix[c, i].item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_filter_that_separates_a_class_tells_its_entropy() -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_filter_that_separates_a_class_tells_its_entropy(estimator: str) -> None:
     labels = torch.arange(3000) % CLASSES
     noise = torch.rand(3000, 2, generator=torch.Generator().manual_seed(0))
     activations = noise + 10 * (labels == 1)[:, None] * torch.tensor([1.0, 0.0])
-    matrix = filled(activations, labels).matrix()
+    matrix = filled(activations, labels, estimator=estimator).matrix()
     entropy = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
     assert matrix[1, 0].item() == pytest.approx(entropy, abs=0.02)
     assert matrix[:, 1].max() < 0.03
 
 
-def test_new_samples_renew_the_matrix() -> None:
+@pytest.mark.parametrize("correction", [None, "miller_madow"])
+@pytest.mark.parametrize("size", [1, 7, 60])
+def test_histograms_of_batches_of_any_size_are_that_of_all_samples(
+    size: int, correction: str | None
+) -> None:
     activations, labels = data()
-    metric = filled(activations[:30], labels[:30])
+    options: dict[str, Any] = {"estimator": "histogram", "bins": 8, "bias_correction": correction}
+    metric = filled(activations, labels, size, **options)
+    same(metric.matrix(), mutual_information(activations, labels, CLASSES, **options))
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
+    same(filled(activations[order], labels[order], size, **options).matrix(), metric.matrix())
+
+
+def test_histograms_keep_no_samples() -> None:
+    metric = MutualInformationScore(CLASSES, estimator="histogram", bins=8)
+    sizes = set()
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        activations = 10**seed * torch.randn(100, FILTERS, generator=generator)
+        metric.update(activations, torch.arange(100) % CLASSES)
+        sizes.add(sum(state.nbytes for state in metric.metric_state.values()))
+    assert sizes == {8 * FILTERS * (8 * CLASSES + 2)}
+    assert metric.table[: FILTERS * 8 * CLASSES].sum() == 500 * FILTERS
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_new_samples_renew_the_matrix(estimator: str) -> None:
+    activations, labels = data()
+    metric = filled(activations[:30], labels[:30], estimator=estimator)
     before = metric.matrix()
     metric.update(activations[30:], labels[30:])
-    torch.testing.assert_close(
-        metric.matrix(), filled(activations, labels).matrix(), rtol=0, atol=0
-    )
+    same(metric.matrix(), filled(activations, labels, estimator=estimator).matrix())
     assert (metric.matrix() != before).any()
     metric.reset()
-    metric.update(activations[:30], labels[:30])
-    torch.testing.assert_close(metric.matrix(), before, rtol=0, atol=0)
+    metric.update(activations[:30, :4], labels[:30])  # another number of filters, even
+    same(metric.matrix(), filled(activations[:30, :4], labels[:30], estimator=estimator).matrix())
 
 
-def test_a_class_without_samples_has_none() -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_calling_it_gives_the_score_of_the_batch_and_keeps_the_samples(estimator: str) -> None:
     activations, labels = data()
-    metric = MutualInformationScore(CLASSES + 1)
+    metric = MutualInformationScore(CLASSES, estimator=estimator)
+    for x, y in zip(activations.split(20), labels.split(20), strict=True):
+        same(metric(x, y), filled(x, y, estimator=estimator).compute())
+    same(metric.matrix(), filled(activations, labels, estimator=estimator).matrix())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_states_merge_save_and_pickle(estimator: str) -> None:
+    activations, labels = data()
+    expected = filled(activations, labels, estimator=estimator).matrix()
+    first = filled(activations[:30], labels[:30], estimator=estimator)
+    merged = filled(activations[30:], labels[30:], estimator=estimator)
+    merged.merge_state(first)  # puts the incoming samples first
+    same(merged.matrix(), expected)
+    none = MutualInformationScore(CLASSES, estimator=estimator)
+    merged.merge_state(none)
+    same(merged.matrix(), expected)
+    if estimator == "histogram":  # torchmetrics itself calls an empty list no update
+        none.merge_state(merged)
+        none._update_count = 1
+        same(none.matrix(), expected)
+    same(pickle.loads(pickle.dumps(merged)).matrix(), expected)
+
+    merged.persistent(True)
+    again = MutualInformationScore(CLASSES, estimator=estimator)
+    again.load_state_dict(merged.state_dict())
+    again._update_count = 1
+    same(again.matrix(), expected)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_class_without_samples_has_none(estimator: str) -> None:
+    activations, labels = data()
+    metric = MutualInformationScore(CLASSES + 1, estimator=estimator)
     metric.update(activations, labels)
     torch.testing.assert_close(metric.matrix()[CLASSES], torch.zeros(FILTERS).double())
 
 
-def test_states_of_ranks_are_joined_in_order() -> None:
+def test_activations_are_kept_without_graph_and_without_what_they_are_a_view_of() -> None:
+    maps = torch.rand(20, FILTERS, 9, 9, requires_grad=True)
+    metric = MutualInformationScore(CLASSES)
+    metric.update(maps[:, :, 0, 0], torch.arange(20) % CLASSES)
+    (kept,) = metric.activations
+    assert not kept.requires_grad
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
+def test_the_memory_limit_holds_before_the_samples_are_kept() -> None:
     activations, labels = data()
-    joined = MutualInformationScore(CLASSES)
-    halves = [filled(activations[:30], labels[:30]), filled(activations[30:], labels[30:])]
-    for name, reduce in joined._reductions.items():
-        setattr(joined, name, [reduce([reduce(getattr(half, name)) for half in halves])])
-    joined._update_count = 1
-    torch.testing.assert_close(
-        joined.matrix(), filled(activations, labels).matrix(), rtol=0, atol=0
+    metric = MutualInformationScore(CLASSES, memory_limit=100_000)
+    metric.update(activations, labels)
+    before = metric.matrix()
+    many, many_labels = activations.repeat(1000, 1), labels.repeat(1000)
+    message = r"^memory_limit: got 60060 samples of 5 filters, .* at most 100000; .*'histogram'"
+    with pytest.raises(ValueError, match=message):
+        metric.update(many, many_labels)
+    same(metric.matrix(), before)
+    assert sum(map(len, metric.activations)) == sum(map(len, metric.labels)) == SAMPLES
+    MutualInformationScore(CLASSES, estimator="histogram", memory_limit=1).update(
+        activations, labels
     )
 
 
-def test_activations_are_kept_without_their_graph() -> None:
-    activations, labels = data()
+def test_the_default_limit_takes_what_its_description_says() -> None:
     metric = MutualInformationScore(CLASSES)
-    metric.update(activations.requires_grad_(), labels)
-    assert not metric.activations[0].requires_grad
+    metric._check_memory(torch.empty(1, device="meta").expand(50_000, 6_000))
+    with pytest.raises(ValueError, match=r"^memory_limit: "):
+        metric._check_memory(torch.empty(1, device="meta").expand(50_000, 9_000))
 
 
-def test_long_work_shows_a_progress_bar_and_short_work_none(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then draws as on a terminal
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_bad_input_is_refused_and_changes_nothing(estimator: str) -> None:
     activations, labels = data()
-    expected = filled(activations, labels).matrix()
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(mutual_information, "_SECONDS_WITHOUT_BAR", 0.0)
-    torch.testing.assert_close(filled(activations, labels).matrix(), expected, rtol=0, atol=0)
-    shown = capsys.readouterr()
-    assert "mutual information" in shown.err
-    assert shown.out == ""
-
-
-def test_bad_input_is_refused() -> None:
-    activations, labels = data()
-    metric = MutualInformationScore(CLASSES)
+    metric = MutualInformationScore(CLASSES, estimator=estimator)
+    with pytest.raises(ValueError, match=r"^activations: got no sample"):
+        metric._mutual_information()
     metric.update(activations, labels)
+    before = metric.matrix()
     cases = [
         ((activations[:, :, None], labels), ValueError, "activations: got shape"),
         ((activations[:, :2], labels), ValueError, "activations: got 2 filters, want 5"),
@@ -154,23 +227,39 @@ def test_bad_input_is_refused() -> None:
         ((activations, labels + 1), ValueError, "labels: got values"),
         ((activations, labels.float()), TypeError, "labels: got dtype"),
     ]
-    for arguments, error, message in cases:
-        with pytest.raises(error, match=message):
+    broken = activations.clone()
+    broken[3, 2] = float("nan")
+    message = "activations: got NaN or infinity in column 2"
+    if estimator == "histogram":
+        cases.append(((broken, labels), ValueError, message))
+    for arguments, error, message_of_case in cases:
+        with pytest.raises(error, match=f"^{message_of_case}"):
             metric.update(*arguments)
-    assert sum(len(x) for x in metric.activations) == SAMPLES
+    same(metric.matrix(), before)
+    if estimator == "knn":
+        with pytest.raises(ValueError, match=message):
+            filled(broken, labels).compute()
+        with pytest.raises(ValueError, match=r"activations: got 2 samples, of different classes"):
+            filled(activations[:2], torch.tensor([0, 1])).compute()
 
-    with pytest.raises(ValueError, match="activations: got 2 samples, want at least 3"):
-        filled(activations[:2], labels[:2]).compute()
-    activations[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="activations: got values that are not finite"):
-        filled(activations, labels).compute()
-    for wrong, error in (
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
         ({"num_classes": 0}, ValueError),
         ({"num_classes": 2.0}, TypeError),
         ({"n_neighbors": 0}, ValueError),
         ({"random_state": -1}, ValueError),
         ({"random_state": 2**32}, ValueError),
         ({"random_state": None}, TypeError),
-    ):
-        with pytest.raises(error, match=f"{next(iter(wrong))}: got"):
-            MutualInformationScore(**({"num_classes": 3} | wrong))
+        ({"random_state": torch.Generator()}, TypeError),
+        ({"estimator": "soft_histogram"}, ValueError),
+        ({"bins": 32}, ValueError),
+        ({"bins": 1, "estimator": "histogram"}, ValueError),
+        ({"n_neighbors": 5, "estimator": "histogram"}, ValueError),
+        ({"memory_limit": 0}, ValueError),
+    ],
+)
+def test_bad_options_are_refused_by_name(wrong: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"^{next(iter(wrong))}: got"):
+        MutualInformationScore(**({"num_classes": 3} | wrong))

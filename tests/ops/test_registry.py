@@ -18,7 +18,11 @@ OPERATORS = {
     "bernoulli_mask",
     "bernoulli_parameters_backward",
     "class_gate",
+    "histogram_update",
+    "knn_mutual_information",
     "masking_backward",
+    "soft_histogram",
+    "soft_histogram_backward",
 }
 
 

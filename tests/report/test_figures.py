@@ -51,6 +51,14 @@ def test_curves_draw_every_run(tmp_path):
     assert counts[1] > 1.5 * counts[0] > 0
 
 
+def test_curves_show_terms_below_zero(tmp_path):
+    history = [{"epoch": e, "train/a": 1.0, "train/b": -0.1 * e - 0.1} for e in range(5)]
+    plot_curves({"one": history, "two": [{"epoch": 0, "train/a": 1.0}]}, tmp_path / "below.png")
+    orange = np.array([0xE0, 0x8E, 0x45]) / 255
+    drawn = np.abs(_pixels(tmp_path / "below.png") - orange).max(-1) < 0.02
+    assert np.ptp(drawn.nonzero()[0]) > 50  # from -0.1 to -0.5, beside the legend's line
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grad_cam_shows_where_the_heat_is(tmp_path, channels):
     generator = torch.Generator().manual_seed(0)

@@ -60,6 +60,10 @@ def test_missing_yaml_is_named(tmp_path):
         ({"augment": "yes"}, "augment: got 'yes', want true or false"),
         ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
         ({"seed": 2**32}, "seed: got 4294967296, want an integer <= 4294967295"),
+        (
+            {"mutual_information_weight": -1},
+            "mutual_information_weight: got -1, want a number >= 0",
+        ),
         ({"num_filters": "12"}, "num_filters: got '12', want an integer or none"),
     ],
 )

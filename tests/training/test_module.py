@@ -1,10 +1,16 @@
+import math
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from sklearn.feature_selection import mutual_info_classif
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from picnn_fast.models import make_interpretable
+from picnn_fast.data import DigitsDataModule
+from picnn_fast.losses import MutualInformationLoss
+from picnn_fast.models import STD, make_interpretable
 from picnn_fast.training.config import DivergenceError
 from picnn_fast.training.module import InterpretableModule, pathway_logits
 
@@ -121,8 +127,92 @@ def test_pathways_use_the_filters_their_names_say():
         ({"correspondence_lr": float("nan")}, "correspondence_lr"),
         ({"weight_decay": -1}, "weight_decay"),
         ({"schedule": "linear"}, "schedule"),
+        ({"mutual_information_weight": -1}, "mutual_information_weight"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=f"^{name}: got"):
         InterpretableModule(_network(), **options)
+
+
+def _fit_with_mutual_information(weight, network):
+    module = InterpretableModule(network, lr=0.02, mutual_information_weight=weight)
+    trainer = _trainer(max_epochs=1)
+    trainer.fit(module, _loader(), _loader())
+    return module, {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("method", ["std", "picnn"])
+def test_mutual_information_is_a_term_of_the_loss(method):
+    calls = []
+    network = _network(method)
+    network.features.register_forward_hook(lambda *arguments: calls.append(network.training))
+    _, logged = _fit_with_mutual_information(0.5, network)
+    terms = {k: v for k, v in logged.items() if k.startswith("train/") and k != "train/loss"}
+    assert -0.5 * math.log(3) < terms["train/mutual_information"] < 0
+    assert sum(terms.values()) == pytest.approx(logged["train/loss"], rel=1e-5)
+    assert calls.count(True) == 3  # once a batch: no second pass
+
+
+def test_without_weight_there_is_no_such_term_and_nothing_else_changes():
+    module, logged = _fit_with_mutual_information(0.0, _network())
+    assert "train/mutual_information" not in logged
+    plain = InterpretableModule(_network(), lr=0.02)
+    _trainer(max_epochs=1).fit(plain, _loader(), _loader())
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(value, module.network.state_dict()[name])
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_the_term_is_the_loss_of_the_pooled_maps(channel_dim):
+    network = _network("std")
+    if channel_dim == -1:
+        features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), Last())
+        head = nn.Sequential(nn.Flatten(), nn.Linear(24, 3))
+        network = STD(features, head, 3, 6, channel_dim=-1)
+    module = InterpretableModule(network, mutual_information_weight=0.5)
+    logged = {}
+    module.log = lambda *arguments, **options: None
+    module.log_dict = lambda values, **options: logged.update(values)
+    images, labels = next(iter(_loader()))
+    module.training_step((images, labels), 0)
+    maps = network.filter_maps(images).movedim(channel_dim, 1)
+    expected = 0.5 * MutualInformationLoss(3)(maps.flatten(2), labels)
+    torch.testing.assert_close(logged["train/mutual_information"], expected)
+    assert not network.features._forward_hooks
+
+
+class Last(nn.Module):
+    """Maps with the filters last, as a transformer's tokens have them."""
+
+    def forward(self, maps):
+        return maps.flatten(2).transpose(1, 2)
+
+
+def test_weight_on_mutual_information_raises_it_in_the_test_split():
+    scores = []
+    for weight in (0, 5):
+        torch.manual_seed(0)
+        features = nn.Sequential(nn.Conv2d(1, 8, 5, padding=2), nn.ReLU())
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        network = make_interpretable(
+            (features, head), "std", num_classes=10, num_filters=8, insert_conv=False
+        )
+        module = InterpretableModule(network, lr=0.01, mutual_information_weight=weight)
+        digits = DigitsDataModule(batch_size=128)
+        _trainer(max_epochs=2, limit_val_batches=0).fit(module, digits)
+        (tested,) = _trainer().test(module, digits, verbose=False)
+        scores.append(tested["test/mis"])
+    assert scores[1] > scores[0] + 0.01
+
+
+def test_mis_of_the_test_split_is_scikit_learns():
+    network = _network()
+    (tested,) = _trainer().test(InterpretableModule(network), _loader(), verbose=False)
+    images, labels = _loader().dataset.tensors
+    pooled = network.filter_maps(images).mean((2, 3)).detach().double().numpy()
+    rows = [
+        mutual_info_classif(pooled, labels == c, discrete_features=False, random_state=0)
+        for c in range(3)
+    ]
+    assert tested["test/mis"] == pytest.approx(np.stack(rows).max(0).mean(), abs=1e-9)

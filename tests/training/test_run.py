@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -85,6 +86,20 @@ def test_train_writes_a_complete_folder(config, tmp_path):
     assert [row["epoch"] for row in history] == [0, 1, 2]
     assert all({"train/loss", "val/acc1", "val/acc3"} <= row.keys() for row in history)
     assert [p.name for p in output.parent.iterdir()] == ["one"]
+
+
+def test_mutual_information_weight_reaches_the_loss(config, tmp_path):
+    terms = []
+    for weight in (0.0, 2.0):
+        folder = tmp_path / str(weight)
+        fit(
+            dataclasses.replace(config, epochs=1, mutual_information_weight=weight),
+            folder,
+            progress=False,
+        )
+        terms.append(read_history(folder)[0].get("train/mutual_information"))
+    assert terms[0] is None
+    assert -2 * math.log(2) < terms[1] < 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -21,8 +21,22 @@ POINTERS = {
     "mask": "masks", "grad_mask": "masks", "gate": "masks",
     "logits": "table", "correspondence": "table",
     "seed": "i64", "label": "i64", "labels": "i64",
+    "activations": "maps", "grad": "maps", "grad_counts": "masks",
+    "least": "masks", "most": "masks", "low": "masks", "width": "masks",
+    "finite": "i32", "scale": "fp64", "column": "i64", "shift": "i64", "first_cell": "i64",
+    "counts": "i64", "sums": "i64",
+    "values": "fp64", "column_labels": "i32", "grouped": "i32", "starts": "i32", "singles": "i32",
+    "place": "i32", "previous": "i32", "following": "i32",
+    "psi": "i64", "class_sums": "i64", "base_sum": "i64", "joint_sum": "i64",
 }  # fmt: skip
-SIZES = {"CHANNELS": 32, "POSITIONS": 64, "CLASS_BLOCK": 1024}
+# Compile-time constants, each with the values that make another kernel of it.
+SIZES = {
+    "CHANNELS": (32,), "POSITIONS": (64,), "CLASS_BLOCK": (1024,),
+    "ROWS": (16,), "FILTERS": (32,), "SLOTS": (0, 4096),
+    "BLOCK": (256,),
+}  # fmt: skip
+# Launched without fused multiply-adds: they would round otherwise than the reference.
+UNFUSED = {"pseudo_label_kernel", "samples_kernel", "few_others_kernel"}
 
 
 def sources(kernel):
@@ -36,18 +50,25 @@ def sources(kernel):
     tables = TABLES if "table" in kinds else TABLES[:1]
     variants = [(*types, "i32") for types in itertools.product(maps, tables)]
     variants += [(maps[0], tables[0], "i64"), (maps[0], tables[0], "constexpr")]
-    for (map_type, mask_type), table, size in variants:
-        types = {"maps": map_type, "masks": mask_type, "table": table, "i64": "i64"}
-        signature, constants = {}, {}
+    sizes = {name: SIZES[name] for name in names if name in SIZES}
+    yielded = []
+    for ((map_type, mask_type), table, size), values in itertools.product(
+        variants, itertools.product(*sizes.values())
+    ):
+        types = {"maps": map_type, "masks": mask_type, "table": table}
+        signature, constants = {}, dict(zip(sizes, values, strict=True))
         for name in names:
             if name in POINTERS:
-                signature[name] = "*" + types[POINTERS[name]]
-            elif name == "rank":  # never specialised
+                signature[name] = "*" + types.get(POINTERS[name], POINTERS[name])
+            elif kernel.params[names.index(name)].do_not_specialize:
                 signature[name] = "i64" if size == "i64" else "i32"
             else:
                 signature[name] = "constexpr" if name in SIZES else size
             if signature[name] == "constexpr":
-                constants[name] = SIZES.get(name, 1)
+                constants.setdefault(name, 1)
+        if (signature, constants) in yielded:
+            continue
+        yielded.append((signature, constants))
         yield ASTSource(fn=kernel, signature=signature, constexprs=constants)
 
 
@@ -60,8 +81,7 @@ def main(path):
         if not name.endswith("_kernel") or not isinstance(kernel, triton.JITFunction):
             continue
         for source in sources(kernel):
-            # As launched: see bernoulli_mask in the kernels' file.
-            options = {"enable_fp_fusion": name != "pseudo_label_kernel"}
+            options = {"enable_fp_fusion": name not in UNFUSED}
             compiled = triton.compile(source, target=HOPPER, options=options)
             fused = compiled.asm["ptx"].count("fma.")
             print(name, *source.signature.values(), f"{len(compiled.asm['cubin'])} bytes", fused)

@@ -1,0 +1,489 @@
+"""Cost of the mutual information estimators: nearest neighbours, histograms, soft histograms.
+
+    python -m benchmarks.mutual_information [--device cpu|cuda] [--smoke]
+
+The activations imitate global average pooling over a ReLU: the mean of a few positions, each the
+positive part of a normal number whose mean depends on filter and class, a little for every class
+and by two standard deviations for the one class a filter stands for. About a quarter are exactly 0.
+
+Nearest neighbours: "whole", the public function, all K rows; "operator", the estimate without
+preparing the activations (on a GPU the noise of "whole" is drawn there); "scikit-learn",
+``mutual_info_classif(..., n_jobs=2)`` on the CPU, one class a call on some of the filters, scaled
+to all pairs of class and filter. Peak memory is that of a process of its own.
+
+``histogram_update``: "steady", a state whose range no longer widens; "fresh", the state made anew
+with each call; "plain", ``torch.bincount`` with a range known beforehand. Reading the activations
+once at copy bandwidth is half of what ``clone()`` takes.
+
+``soft_histogram``, forward and backward: "reference", the reference backend; "einsum", triangular
+weights times one-hot labels; "scatter", ``index_add`` of the two weights of a sample.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import re
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from sklearn.feature_selection import mutual_info_classif
+from torch import Tensor
+
+from benchmarks import harness
+from picnn_fast import functional
+from picnn_fast.ops import histogram as histogram_ops
+from picnn_fast.reference import mutual_information as reference
+
+JOBS = 2
+N_NEIGHBORS = 3
+POSITIONS = 4
+BINS = 64
+Estimator = Literal["knn", "histogram"]
+
+
+class KnnShape(NamedTuple):
+    """One size for several numbers of classes, and how many filters scikit-learn is given."""
+
+    samples: int
+    filters: int
+    classes: tuple[int, ...]
+    sampled_filters: int
+    rounds: int
+
+
+class HistogramShape(NamedTuple):
+    samples: int
+    filters: int
+    classes: int
+    bins: int = BINS
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"[{self.samples}, {self.filters}] K={self.classes} {self.bins} bins {dtype}"
+
+
+KNN_SHAPES = (
+    KnnShape(10_000, 128, (10, 100), 64, 7),
+    KnnShape(50_000, 512, (10, 1000), 16, 3),
+)
+HISTOGRAM_SHAPES = (
+    HistogramShape(10_000, 128, 10),
+    HistogramShape(200_000, 128, 10),
+    HistogramShape(10_000, 128, 1000),
+    HistogramShape(200_000, 128, 1000),
+)
+CUDA_HISTOGRAM_SHAPES = (
+    HistogramShape(200_000, 128, 10),
+    HistogramShape(200_000, 2048, 10),
+    HistogramShape(200_000, 2048, 10, dtype=torch.bfloat16),
+    HistogramShape(200_000, 512, 1000),
+)
+# Batches of training.
+SOFT_SHAPES = (HistogramShape(128, 128, 10, 16), HistogramShape(1024, 512, 100, 16))
+CUDA_SOFT_SHAPES = (HistogramShape(1024, 512, 100, 16), HistogramShape(4096, 2048, 1000, 16))
+SMOKE_KNN_SHAPES = (KnnShape(60, 4, (2, 5), 2, 2),)
+SMOKE_HISTOGRAM_SHAPES = (HistogramShape(60, 4, 3, 8),)
+
+
+def pooled_maps(
+    samples: int, filters: int, classes: int, device: torch.device, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Activations ``[M, N]`` float32 as the module describes them, and balanced labels ``[M]``."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    means = 0.5 * normal(classes, filters) - 0.5
+    columns = torch.arange(filters, device=device)
+    means[columns % classes, columns] += 2
+    order = torch.randperm(samples, device=device, generator=generator)
+    labels = order % classes
+    activations = torch.empty(samples, filters, device=device)
+    # Little at a time: the peak of memory is measured in the process that makes them.
+    for chunk, rows in zip(labels.split(1024), activations.split(1024), strict=True):
+        maps = normal(POSITIONS, len(chunk), filters) + means[chunk]
+        rows.copy_(maps.relu_().mean(0))
+    return activations, labels
+
+
+def knn_candidates(shape: KnnShape, classes: int, device: torch.device) -> dict[str, Any]:
+    """What is timed for one number of classes, and the largest difference from scikit-learn."""
+    activations, labels = pooled_maps(shape.samples, shape.filters, classes, device)
+    values = torch.cat(list(reference.prepare(activations, 0))).to(device)
+    some = activations[:, : shape.sampled_filters].contiguous()
+    some_host, labels_host = some.cpu().double().numpy(), labels.cpu().numpy()
+    turn = itertools.cycle(range(classes))
+
+    def scikit_learn(label: int) -> Tensor:
+        return torch.from_numpy(
+            mutual_info_classif(
+                some_host,
+                labels_host == label,
+                discrete_features=False,
+                n_neighbors=N_NEIGHBORS,
+                random_state=0,
+                n_jobs=JOBS,
+            )
+        )
+
+    def whole() -> None:
+        noise = torch.Generator(device).manual_seed(0) if device.type == "cuda" else 0
+        functional.mutual_information(activations, labels, classes, random_state=noise).cpu()
+
+    def operator() -> None:
+        per_class, _ = torch.ops.picnn_fast.knn_mutual_information(
+            values, labels, classes, N_NEIGHBORS
+        )
+        per_class.cpu()
+
+    alike = functional.mutual_information(some, labels, classes)[0].cpu()
+    return {
+        "largest_difference": (alike - scikit_learn(0)).abs().max().item(),
+        "calls": {
+            "whole": whole,
+            "operator": operator,
+            "scikit-learn": lambda: scikit_learn(next(turn)),
+        },
+    }
+
+
+def bench_knn(shape: KnnShape, device: torch.device) -> list[dict[str, Any]]:
+    """The public function beside scikit-learn, all numbers of classes in turn."""
+    cases = {classes: knn_candidates(shape, classes, device) for classes in shape.classes}
+    calls = {
+        f"{name} {classes}": call
+        for classes, case in cases.items()
+        for name, call in case["calls"].items()
+    }
+    # Wall time on a GPU too: every call ends on the host.
+    times = harness.interleaved(calls, shape.rounds, torch.device("cpu"), warmup=1)
+    entries = []
+    for classes, case in cases.items():
+        scale = shape.filters * classes / shape.sampled_filters
+        scaled = [seconds * scale for seconds in times[f"scikit-learn {classes}"]]
+        whole = times[f"whole {classes}"]
+        entries.append(
+            {
+                "shape": [shape.samples, shape.filters],
+                "classes": classes,
+                "sampled_filters": shape.sampled_filters,
+                "milliseconds": {
+                    "whole": harness.summary(whole),
+                    "operator": harness.summary(times[f"operator {classes}"]),
+                    "scikit-learn, scaled": harness.summary(scaled),
+                },
+                "speedup": statistics.median(a / b for a, b in zip(scaled, whole, strict=True)),
+                "over_fewest_classes": harness.ratio(
+                    times, f"whole {classes}", f"whole {shape.classes[0]}"
+                ),
+                "largest_difference": case["largest_difference"],
+            }
+        )
+    return entries
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: "VmRSS", resident now; "VmHWM", the most there has been."""
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+def peak_memory(
+    estimator: Estimator, samples: int, filters: int, classes: int, device: torch.device
+) -> float:
+    """Peak memory of one call over the size of the activations, these included.
+
+    For a process of its own, in which nothing larger has run before.
+    """
+    few = pooled_maps(100, 2, 2, device)
+    functional.mutual_information(*few, 2, estimator=estimator)  # loads what is loaded once
+    activations, labels = pooled_maps(samples, filters, classes, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        before = resident("VmRSS")
+    functional.mutual_information(activations, labels, classes, estimator=estimator)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+    return (peak - before) / activations.nbytes + 1
+
+
+def bench_memory(shape: KnnShape, device: torch.device) -> list[dict[str, Any]]:
+    """Peak memory of both estimators with the most classes; on the CPU where Linux tells it."""
+    if device.type == "cpu" and not Path("/proc/self/status").exists():
+        return []
+    size = (shape.samples, shape.filters, shape.classes[-1])
+    spawn = multiprocessing.get_context("spawn")
+    entries = []
+    estimators: tuple[Estimator, ...] = ("knn", "histogram")
+    for estimator in estimators:
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            multiple = process.submit(peak_memory, estimator, *size, device).result()
+        entries.append(
+            {
+                "shape": list(size[:2]),
+                "classes": size[2],
+                "estimator": estimator,
+                "multiple_of_activations": multiple,
+            }
+        )
+    return entries
+
+
+# Together the activations of a case are larger than any cache they might be found in.
+BYTES_OF_ALL_SETS = 256 * 2**20
+MOST_SETS = 64
+
+
+class HistogramState:
+    """Counts and range of ``histogram_update``, empty."""
+
+    def __init__(self, shape: HistogramShape, device: torch.device) -> None:
+        self.counts = torch.zeros(
+            shape.filters, shape.bins, shape.classes, dtype=torch.int64, device=device
+        )
+        infinity = torch.full((shape.filters,), torch.inf, dtype=torch.float64, device=device)
+        self.minimum, self.maximum = infinity, -infinity
+
+    def update(self, activations: Tensor, labels: Tensor) -> None:
+        torch.ops.picnn_fast.histogram_update(
+            self.counts, self.minimum, self.maximum, activations, labels
+        )
+
+
+def bench_histogram(shape: HistogramShape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Streaming counts beside reading the activations once at copy bandwidth."""
+    one = shape.samples * shape.filters * shape.dtype.itemsize
+    drawn = [
+        pooled_maps(shape.samples, shape.filters, shape.classes, device, seed)
+        for seed in range(min(MOST_SETS, max(2, -(-BYTES_OF_ALL_SETS // one))))
+    ]
+    batches = itertools.cycle([(x.to(shape.dtype), labels) for x, labels in drawn])
+    state = HistogramState(shape, device)
+    for activations, labels in drawn:
+        state.update(activations.to(shape.dtype), labels)
+    low, high = state.minimum.to(shape.dtype), state.maximum.to(shape.dtype)
+    per_bin = (shape.bins / (high - low)).to(shape.dtype)
+    first = torch.arange(shape.filters, device=device) * shape.bins
+
+    def plain(activations: Tensor, labels: Tensor) -> None:
+        cells = ((activations - low) * per_bin).long().clamp_(0, shape.bins - 1)
+        index = (cells + first) * shape.classes + labels[:, None]
+        state.counts += torch.bincount(index.flatten(), minlength=state.counts.numel()).view_as(
+            state.counts
+        )
+
+    candidates = {
+        "steady": lambda: state.update(*next(batches)),
+        "fresh": lambda: HistogramState(shape, device).update(*next(batches)),
+        "plain": lambda: plain(*next(batches)),
+        "clone": lambda: next(batches)[0].clone(),
+    }
+    times = harness.interleaved(candidates, rounds, device)
+    over = {
+        name: statistics.median(
+            2 * ours / clone for ours, clone in zip(times[name], times["clone"], strict=True)
+        )
+        for name in ("steady", "fresh")
+    }
+    return {
+        "shape": str(shape),
+        "milliseconds": {name: harness.summary(values) for name, values in times.items()},
+        "over_reading_once": over,
+        "speedup": {"plain": harness.ratio(times, "plain", "steady")},
+    }
+
+
+def einsum(
+    activations: Tensor, labels: Tensor, low: Tensor, width: Tensor, bins: int, classes: int
+) -> Tensor:
+    """Soft counts as triangular weights [M, N, bins] times one-hot labels."""
+    t = ((activations - low) / width - 0.5).clamp(0, bins - 1)
+    centres = torch.arange(bins, device=t.device, dtype=t.dtype)
+    weights = (1 - (t[..., None] - centres).abs()).relu()
+    one_hot = torch.nn.functional.one_hot(labels, classes).to(t.dtype)
+    return torch.einsum("mnb,mk->nbk", weights, one_hot)
+
+
+def scatter(
+    activations: Tensor, labels: Tensor, low: Tensor, width: Tensor, bins: int, classes: int
+) -> Tensor:
+    """Soft counts as two additions a sample and filter."""
+    filters = activations.shape[1]
+    t = ((activations - low) / width - 0.5).clamp(0, bins - 1)
+    cell = t.detach().floor().clamp_max(bins - 2)
+    upper = t - cell
+    first = torch.arange(filters, device=t.device) * bins
+    index = (first + cell.long()) * classes + labels[:, None]
+    counts = t.new_zeros(filters * bins * classes)
+    counts = counts.index_add(0, index.flatten(), (1 - upper).flatten())
+    counts = counts.index_add(0, (index + classes).flatten(), upper.flatten())
+    return counts.view(filters, bins, classes)
+
+
+def bench_soft(shape: HistogramShape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Soft counts, forward and backward, beside two ways to write them in PyTorch."""
+    activations, labels = pooled_maps(shape.samples, shape.filters, shape.classes, device)
+    activations.requires_grad_()
+    low, high = activations.detach().aminmax(dim=0)
+    width = (high - low) / shape.bins
+    generator = torch.Generator(device).manual_seed(0)
+    grad = torch.randn(shape.filters, shape.bins, shape.classes, device=device, generator=generator)
+
+    def step(count: Callable[..., Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            activations.grad = None
+            counts = count(activations, labels, low, width, shape.bins, shape.classes)
+            counts.backward(grad)
+
+        return call
+
+    torch._dynamo.reset()
+    candidates = {
+        "fused": step(histogram_ops.soft_histogram),
+        "reference": step(histogram_ops.soft_histogram),
+        "einsum": step(einsum),
+        "einsum, compiled": step(torch.compile(einsum)),
+        "scatter": step(scatter),
+        "scatter, compiled": step(torch.compile(scatter)),
+    }
+    times = harness.interleaved(candidates, rounds, device, backends={"reference": "reference"})
+    return {
+        "shape": str(shape),
+        "milliseconds": {name: harness.summary(values) for name, values in times.items()},
+        "speedup": {name: harness.ratio(times, name, "fused") for name in times if name != "fused"},
+    }
+
+
+def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
+    """All measurements of both families."""
+    cuda = device.type == "cuda"
+    knn_shapes = SMOKE_KNN_SHAPES if smoke else KNN_SHAPES
+    histogram_shapes = (
+        SMOKE_HISTOGRAM_SHAPES if smoke else CUDA_HISTOGRAM_SHAPES if cuda else HISTOGRAM_SHAPES
+    )
+    soft_shapes = SMOKE_HISTOGRAM_SHAPES if smoke else CUDA_SOFT_SHAPES if cuda else SOFT_SHAPES
+    rounds = 3 if smoke else 30
+    print("peak memory", flush=True)
+    memory = bench_memory(knn_shapes[-1], device)
+    knn = []
+    for shape in knn_shapes:
+        print(f"knn [{shape.samples}, {shape.filters}] K={shape.classes}", flush=True)
+        knn += bench_knn(shape, device)
+    histogram = []
+    for size in histogram_shapes:
+        print(f"histogram_update {size}", flush=True)
+        histogram.append(bench_histogram(size, device, rounds))
+    soft = []
+    for size in soft_shapes:
+        print(f"soft_histogram {size}", flush=True)
+        soft.append(bench_soft(size, device, rounds))
+    return {"knn": knn, "memory": memory, "histogram": histogram, "soft": soft}
+
+
+def duration(milliseconds: float) -> str:
+    """Three digits with the unit that suits, e.g. "2.31 ms", "34.2 s", "11.9 min", "4.77 h"."""
+    if milliseconds < 1e3:
+        value, unit = milliseconds, "ms"
+    elif milliseconds < 100e3:
+        value, unit = milliseconds / 1e3, "s"
+    elif milliseconds < 3600e3:
+        value, unit = milliseconds / 60e3, "min"
+    else:
+        value, unit = milliseconds / 3600e3, "h"
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def report(results: dict[str, Any]) -> str:
+    """The results as Markdown tables."""
+    rows = [
+        [
+            f"{entry['shape']} K={entry['classes']}",
+            duration(entry["milliseconds"]["whole"]["median"]),
+            duration(entry["milliseconds"]["operator"]["median"]),
+            f"{entry['over_fewest_classes']:.2f}x",
+            duration(entry["milliseconds"]["scikit-learn, scaled"]["median"]),
+            f"{entry['speedup']:,.0f}x",
+            f"{entry['largest_difference']:.0e}",
+        ]
+        for entry in results["knn"]
+    ]
+    header = [
+        "mutual_information, knn",
+        "whole",
+        "operator",
+        "over fewest K",
+        "scikit-learn",
+        "speed-up",
+        "difference",
+    ]
+    parts = [harness.table(header, rows)]
+    if results["memory"]:
+        rows = [
+            [
+                f"{entry['shape']} K={entry['classes']} {entry['estimator']}",
+                f"{entry['multiple_of_activations']:.2f}x",
+            ]
+            for entry in results["memory"]
+        ]
+        parts.append(harness.table(["peak memory", "of the activations"], rows))
+    rows = [
+        [
+            entry["shape"],
+            duration(entry["milliseconds"]["steady"]["median"]),
+            duration(entry["milliseconds"]["fresh"]["median"]),
+            f"{entry['over_reading_once']['steady']:.2f}x",
+            f"{entry['over_reading_once']['fresh']:.2f}x",
+            f"{entry['speedup']['plain']:.1f}x",
+        ]
+        for entry in results["histogram"]
+    ]
+    header = [
+        "histogram_update",
+        "steady",
+        "fresh",
+        "steady of reading once",
+        "fresh of reading once",
+        "steady over plain",
+    ]
+    parts.append(harness.table(header, rows))
+    names = list(results["soft"][0]["speedup"])
+    rows = [
+        [
+            entry["shape"],
+            duration(entry["milliseconds"]["fused"]["median"]),
+            *(f"{entry['speedup'][name]:.1f}x" for name in names),
+        ]
+        for entry in results["soft"]
+    ]
+    header = ["soft_histogram, forward + backward", "fused", *(f"over {name}" for name in names)]
+    parts.append(harness.table(header, rows))
+    return "\n\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mutual_information", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, nothing written: does it run?"
+    )
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    results = run(device, smoke=options.smoke)
+    print(report(results))
+    if not options.smoke:
+        command = f"python -m benchmarks.mutual_information --device {options.device}"
+        print(f"\nwritten to {harness.write('mutual_information', device, command, results)}")
+
+
+if __name__ == "__main__":
+    main()

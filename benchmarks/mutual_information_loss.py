@@ -1,0 +1,92 @@
+"""Does mutual information as a term of the loss make filters tell more, and at what accuracy?
+
+    python -m benchmarks.mutual_information_loss [--smoke]
+
+PICNN on scikit-learn's digits with the settings of ``picnn-fast demo``, without the term and with
+it at several weights, three seeds each; a training takes about half a minute on 2 cores. Measured
+on the test split; MIS by nearest neighbours, which is not the estimate that training maximises.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from picnn_fast.training.demo import CONFIG
+from picnn_fast.training.run import fit
+
+NAME = "mutual-information-loss"
+WEIGHTS = (0.0, 0.1, 1.0)
+SEEDS = (0, 1, 2)
+FIGURES = ("acc1", "acc2", "acc3", "mis")
+
+
+def measure(weights: tuple[float, ...], seeds: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    """Test figures of every weight and seed."""
+    runs = []
+    for seed in seeds:
+        for weight in weights:
+            if sys.stderr.isatty():
+                print(f"\r  seed {seed}, weight {weight:g} ", end="", file=sys.stderr)
+            config = dataclasses.replace(
+                CONFIG, seed=seed, mutual_information_weight=weight, accelerator="cpu", **options
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                metrics = fit(config, Path(folder), progress=False)
+            runs.append({"weight": weight, "seed": seed, **metrics})
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    return {"runs": runs}
+
+
+def report(results: dict[str, Any]) -> str:
+    """Means over seeds as a Markdown table, MIS with its least and greatest."""
+    weights = sorted({run["weight"] for run in results["runs"]})
+    rows = []
+    for weight in weights:
+        runs = [run for run in results["runs"] if run["weight"] == weight]
+        means = {name: statistics.fmean(run[name] for run in runs) for name in FIGURES}
+        scores = [run["mis"] for run in runs]
+        rows.append(
+            [
+                f"{weight:g}" if weight else "0, the demo",
+                *(f"{means[name]:.3f}" for name in FIGURES),
+                f"{min(scores):.3f} to {max(scores):.3f}",
+            ]
+        )
+    return harness.table(["weight", "ACC1", "ACC2", "ACC3", "MIS", "MIS by seed"], rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mutual_information_loss", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--smoke", action="store_true", help="an epoch each, nothing written")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        print(report(measure((0.0, 1.0), (0,), epochs=1, num_filters=10)))
+        return
+    results = measure(WEIGHTS, SEEDS)
+    print(report(results))
+    content = {
+        "command": "python -m benchmarks.mutual_information_loss",
+        "machine": harness.machine(torch.device("cpu")),
+        **results,
+    }
+    path = harness.RESULTS / f"{NAME}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

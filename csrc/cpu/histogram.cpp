@@ -1,0 +1,403 @@
+// CPU operators of the histogram family: check, allocate, and cut the work for the thread pool.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../common/binning.h"
+#include "capability.h"
+#include "histogram_kernels.h"
+
+namespace picnn_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const HistogramKernels& kernels() {
+#ifdef __x86_64__
+  switch (cpu_capability()) {
+    case Capability::kAvx512:
+      return histogram_kernels_avx512;
+    case Capability::kAvx2:
+      return histogram_kernels_avx2;
+    case Capability::kDefault:
+      break;
+  }
+#endif
+  return histogram_kernels_default;
+}
+
+Storage storage(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "activations: want float32, float64, bfloat16 or float16");
+  }
+}
+
+void check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType type,
+           const char* want) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == type;
+  for (size_t d = 0; same && d < shape.size(); ++d) {
+    same = t.size(static_cast<int64_t>(d)) == shape.begin()[d];
+  }
+  STD_TORCH_CHECK(same, name, ": want ", want);
+}
+
+// `labels` must be contiguous, and outlive the result.
+Samples samples_of(const Tensor& activations, const Tensor& labels, int64_t classes) {
+  const int64_t count = activations.size(0);
+  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  for (int64_t m = 0; m < count; ++m) {
+    STD_TORCH_CHECK(label[m] >= 0 && label[m] < classes, "labels: got ", label[m], ", want [0, ",
+                    classes, ")");
+  }
+  return {count,
+          activations.size(1),
+          activations.const_data_ptr(),
+          activations.stride(0),
+          activations.stride(1),
+          label};
+}
+
+Tensor contiguous_labels(const Tensor& activations, const Tensor& labels) {
+  STD_TORCH_CHECK(activations.dim() == 2, "activations: want [samples, filters]");
+  check(labels, "labels", {activations.size(0)}, ScalarType::Long, "int64 [samples]");
+  return torch::stable::contiguous(labels);
+}
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// At least this many samples of one filter for each thread: below that, waking one costs more than
+// it saves.
+constexpr int64_t kGrainElements = 16384;
+
+template <typename F>
+void parallel(int64_t count, int64_t elements_each, const F& run) {
+  torch::stable::parallel_for(
+      0, count, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_each)), run);
+}
+
+bool has_samples(const FilterRange& range) { return range.minimum <= range.maximum; }
+
+Grid grid_of(const FilterRange& range, int64_t bins) {
+  return PICNN_FAST_NAMESPACE::grid_of(range.minimum, range.maximum, bins);
+}
+
+// The range so far of each filter.
+std::vector<FilterRange> ranges_of(const Tensor& minimum, const Tensor& maximum, int64_t bins) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const int64_t filters = minimum.numel();
+  const double* low = static_cast<const double*>(minimum.const_data_ptr());
+  const double* high = static_cast<const double*>(maximum.const_data_ptr());
+  std::vector<FilterRange> ranges(static_cast<size_t>(filter_blocks(filters) * kFilterBlock),
+                                  {infinity, -infinity, kSmallestExponent, 0, true});
+  for (int64_t n = 0; n < filters; ++n) {
+    const bool empty = low[n] == infinity && high[n] == -infinity;
+    STD_TORCH_CHECK(empty || (std::isfinite(low[n]) && std::isfinite(high[n]) && low[n] <= high[n]),
+                    "minimum, maximum: got [", low[n], ", ", high[n], "] for filter ", n,
+                    ", want a finite range, or [inf, -inf] for none");
+    ranges[n].minimum = low[n];
+    ranges[n].maximum = high[n];
+    if (!empty) {
+      const Grid grid = grid_of(ranges[n], bins);
+      ranges[n].exponent = grid.exponent;
+      ranges[n].first = grid.first;
+    }
+  }
+  return ranges;
+}
+
+// The first filter with a sample that is not finite, in any run; -1 where all are.
+int64_t first_not_finite(const FilterRange* ranges, int64_t runs, int64_t filters) {
+  const int64_t padded = filter_blocks(filters) * kFilterBlock;
+  for (int64_t n = 0; n < filters; ++n) {
+    for (int64_t run = 0; run < runs; ++run) {
+      if (!ranges[run * padded + n].finite) {
+        return n;
+      }
+    }
+  }
+  return -1;
+}
+
+// Ranges of all runs together, with their grid.
+std::vector<FilterRange> joined(const FilterRange* ranges, int64_t runs, int64_t filters,
+                                int64_t bins) {
+  const int64_t padded = filter_blocks(filters) * kFilterBlock;
+  std::vector<FilterRange> result(ranges, ranges + padded);
+  for (int64_t n = 0; n < filters; ++n) {
+    FilterRange& range = result[n];
+    for (int64_t run = 1; run < runs; ++run) {
+      const FilterRange& other = ranges[run * padded + n];
+      range.minimum = std::min(range.minimum, other.minimum);
+      range.maximum = std::max(range.maximum, other.maximum);
+    }
+    const Grid grid = grid_of(range, bins);
+    range.exponent = grid.exponent;
+    range.first = grid.first;
+  }
+  return result;
+}
+
+// Moves the counts [bins, classes] of one filter from one range's grid to that of a wider one.
+void move_counts(int64_t* counts, int64_t bins, int64_t classes, const FilterRange& from,
+                 const FilterRange& to) {
+  if (!has_samples(from) || (from.exponent == to.exponent && from.first == to.first)) {
+    return;
+  }
+  const Grid old = grid_of(from, bins);
+  std::vector<int64_t> moved(static_cast<size_t>(bins * classes));
+  for (int64_t bin = 0; bin <= old.last - old.first; ++bin) {
+    const int32_t cell = old.first + static_cast<int32_t>(bin);
+    const int64_t place = coarser_cell(cell, to.exponent - from.exponent) - to.first;
+    for (int64_t k = 0; k < classes; ++k) {
+      moved[place * classes + k] += counts[bin * classes + k];
+    }
+  }
+  std::copy(moved.begin(), moved.end(), counts);
+}
+
+// Tables have a row for each class, counts a column: crossing over, only so many rows at once stay
+// in the first-level cache, where they lie a power of two apart.
+template <typename F>
+void for_class_blocks(int64_t classes, const F& visit) {
+  constexpr int64_t kClasses = 8;
+  for (int64_t begin = 0; begin < classes; begin += kClasses) {
+    visit(begin, std::min(classes, begin + kClasses));
+  }
+}
+
+// Adds the table of one filter of one run.
+void add_table(int64_t* counts, const Histogram& h, const uint32_t* table, const FilterRange& from,
+               const FilterRange& to) {
+  const Grid grid = grid_of(from, h.bins);
+  const int shift = to.exponent - from.exponent;
+  const int64_t class_cells = kFilterBlock * h.cells;
+  for_class_blocks(h.classes, [&](int64_t begin, int64_t end) {
+    for (int32_t cell = grid.first; cell <= grid.last; ++cell) {
+      int64_t* bin = counts + (coarser_cell(cell, shift) - to.first) * h.classes;
+      const uint32_t* column = table + (cell & (h.cells - 1));
+      for (int64_t k = begin; k < end; ++k) {
+        bin[k] += column[k * class_cells];
+      }
+    }
+  });
+}
+
+Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tensor& maximum,
+                        const Tensor& activations, const Tensor& labels) {
+  STD_TORCH_CHECK(counts.dim() == 3 && counts.scalar_type() == ScalarType::Long,
+                  "counts: want int64 [filters, bins, classes]");
+  const Storage type = storage(activations);
+  const Tensor indices = contiguous_labels(activations, labels);
+  const int64_t filters = activations.size(1);
+  const int64_t bins = counts.size(1), classes = counts.size(2);
+  check(counts, "counts", {filters, bins, classes}, ScalarType::Long,
+        "one table for each filter of activations");
+  check(minimum, "minimum", {filters}, ScalarType::Double, "float64 [filters]");
+  check(maximum, "maximum", {filters}, ScalarType::Double, "float64 [filters]");
+  STD_TORCH_CHECK(counts.is_contiguous() && minimum.is_contiguous() && maximum.is_contiguous(),
+                  "counts, minimum, maximum: want contiguous tensors");
+  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, "counts: got ", bins, " bins, want 2 to 2**24");
+  const Samples samples = samples_of(activations, indices, classes);
+  Tensor column = torch::stable::new_empty(labels, {}, ScalarType::Long);
+  int64_t& first_bad = *static_cast<int64_t*>(column.mutable_data_ptr());
+  first_bad = -1;
+  if (samples.count == 0 || filters == 0) {
+    return column;
+  }
+
+  const int64_t blocks = filter_blocks(filters), padded = blocks * kFilterBlock;
+  int64_t cells = 2;
+  while (cells < bins) {
+    cells *= 2;
+  }
+  // Runs for every thread, each with tables of its own where it has many samples for each cell:
+  // clearing the tables and adding them up would cost more than a second read of the samples.
+  const int64_t table_cells = classes * cells;
+  constexpr int64_t kMostRows = int64_t{1} << 31;  // counted in 32 bits
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t least_rows = std::max<int64_t>(4096, 4 * table_cells);
+  const int64_t wanted =
+      std::max(ceil_divide(samples.count, kMostRows),
+               std::min(ceil_divide(threads, blocks), samples.count / least_rows));
+  const int64_t rows = ceil_divide(samples.count, std::max<int64_t>(1, wanted));
+  const int64_t runs = ceil_divide(samples.count, rows);
+
+  const std::vector<FilterRange> before = ranges_of(minimum, maximum, bins);
+  std::vector<FilterRange> ranges;
+  ranges.reserve(static_cast<size_t>(runs * padded));
+  for (int64_t run = 0; run < runs; ++run) {
+    ranges.insert(ranges.end(), before.begin(), before.end());
+  }
+  int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
+  Histogram h{samples, bins, classes, rows, ranges.data(), cells, nullptr, count};
+  const HistogramKernels& k = kernels();
+  const int64_t unit_elements = rows * kFilterBlock;
+  const bool use_tables = 4 * table_cells <= rows;
+  std::unique_ptr<uint32_t[]> tables;
+  if (use_tables) {
+    tables.reset(new uint32_t[static_cast<size_t>(runs * padded * table_cells)]);
+    h.tables = tables.get();
+    parallel(runs * blocks, unit_elements,
+             [&](int64_t begin, int64_t end) { k.count(h, type, begin, end); });
+  } else {
+    parallel(runs * blocks, unit_elements,
+             [&](int64_t begin, int64_t end) { k.range(h, type, begin, end); });
+  }
+
+  first_bad = first_not_finite(ranges.data(), runs, filters);
+  if (first_bad >= 0) {
+    return column;
+  }
+  std::vector<FilterRange> after = joined(ranges.data(), runs, filters, bins);
+  parallel(filters, bins * classes, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      int64_t* filter_counts = count + n * bins * classes;
+      move_counts(filter_counts, bins, classes, before[n], after[n]);
+      for (int64_t run = 0; use_tables && run < runs; ++run) {
+        const int64_t unit = run * blocks + n / kFilterBlock;
+        const uint32_t* table =
+            h.tables + unit * table_cells * kFilterBlock + n % kFilterBlock * cells;
+        add_table(filter_counts, h, table, ranges[run * padded + n], after[n]);
+      }
+    }
+  });
+  if (!use_tables) {
+    h.ranges = after.data();
+    parallel(blocks, samples.count * kFilterBlock,
+             [&](int64_t begin, int64_t end) { k.count_into(h, type, begin, end); });
+  }
+  double* low = static_cast<double*>(minimum.mutable_data_ptr());
+  double* high = static_cast<double*>(maximum.mutable_data_ptr());
+  for (int64_t n = 0; n < filters; ++n) {
+    low[n] = after[n].minimum;
+    high[n] = after[n].maximum;
+  }
+  return column;
+}
+
+ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_scale(const Tensor& low, const Tensor& width, const Tensor& activations) {
+  const ScalarType type = accumulate_type(activations);
+  for (const auto& [t, name] : {std::pair(&low, "low"), std::pair(&width, "width")}) {
+    check(*t, name, {activations.size(1)}, type,
+          "float32 [filters], float64 for float64 activations");
+  }
+}
+
+// Sums the tables of all runs, in order, into counts [filters, bins, classes].
+template <typename A>
+void sum_tables(const SoftHistogram& h, int64_t runs, int64_t filter, A* counts) {
+  const int64_t blocks = filter_blocks(h.samples.filters);
+  const int64_t class_cells = kFilterBlock * h.bins;
+  const A* table = static_cast<const A*>(h.tables) +
+                   filter / kFilterBlock * h.classes * class_cells + filter % kFilterBlock * h.bins;
+  for_class_blocks(h.classes, [&](int64_t begin, int64_t end) {
+    for (int64_t bin = 0; bin < h.bins; ++bin) {
+      for (int64_t k = begin; k < end; ++k) {
+        double sum = 0;
+        for (int64_t run = 0; run < runs; ++run) {
+          sum += table[(run * blocks * h.classes + k) * class_cells + bin];
+        }
+        counts[bin * h.classes + k] = static_cast<A>(sum);
+      }
+    }
+  });
+}
+
+Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Tensor& low,
+                      const Tensor& width, int64_t bins, int64_t classes) {
+  const Storage type = storage(activations);
+  const Tensor indices = contiguous_labels(activations, labels);
+  check_scale(low, width, activations);
+  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, "bins: got ", bins, ", want 2 to 2**24");
+  STD_TORCH_CHECK(classes >= 1, "num_classes: got ", classes, ", want at least 1");
+  const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
+  const Samples samples = samples_of(activations, indices, classes);
+  Tensor counts = torch::stable::new_empty(low, {samples.filters, bins, classes});
+  const int64_t blocks = filter_blocks(samples.filters);
+  // By shape alone, so that the order of the sums does not depend on the number of threads.
+  const int64_t rows = std::max<int64_t>(4096, classes * bins);
+  const int64_t runs = std::max<int64_t>(1, ceil_divide(samples.count, rows));
+  const bool wide = type == Storage::kDouble;
+  const std::unique_ptr<unsigned char[]> tables(new unsigned char[static_cast<size_t>(
+      runs * blocks * kFilterBlock * bins * classes * (wide ? sizeof(double) : sizeof(float)))]);
+  const SoftHistogram h{
+      samples, bins, classes, rows, lows.const_data_ptr(), widths.const_data_ptr(), tables.get()};
+  if (samples.count == 0) {
+    return torch::stable::zero_(counts);
+  }
+  const HistogramKernels& k = kernels();
+  parallel(runs * blocks, std::min(rows, samples.count) * kFilterBlock,
+           [&](int64_t begin, int64_t end) { k.soft(h, type, begin, end); });
+  void* out = counts.mutable_data_ptr();
+  parallel(samples.filters, runs * bins * classes, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t at = n * bins * classes;
+      wide ? sum_tables(h, runs, n, static_cast<double*>(out) + at)
+           : sum_tables(h, runs, n, static_cast<float*>(out) + at);
+    }
+  });
+  return counts;
+}
+
+Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activations,
+                               const Tensor& labels, const Tensor& low, const Tensor& width) {
+  const Storage type = storage(activations);
+  const Tensor indices = contiguous_labels(activations, labels);
+  check_scale(low, width, activations);
+  STD_TORCH_CHECK(grad_counts.dim() == 3, "grad_counts: want [filters, bins, classes]");
+  const int64_t bins = grad_counts.size(1), classes = grad_counts.size(2);
+  check(grad_counts, "grad_counts", {activations.size(1), bins, classes},
+        accumulate_type(activations), "[filters, bins, classes] in the dtype of low");
+  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, "grad_counts: got ", bins,
+                  " bins, want 2 to 2**24");
+  const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
+  const Tensor grads = torch::stable::contiguous(grad_counts);
+  const Samples samples = samples_of(activations, indices, classes);
+  Tensor grad = torch::stable::empty_like(activations);
+  constexpr int64_t kRows = 512;
+  const SoftHistogramBackward h{samples,
+                                bins,
+                                classes,
+                                kRows,
+                                lows.const_data_ptr(),
+                                widths.const_data_ptr(),
+                                grads.const_data_ptr(),
+                                grad.mutable_data_ptr(),
+                                grad.stride(0),
+                                grad.stride(1)};
+  const HistogramKernels& k = kernels();
+  parallel(ceil_divide(samples.count, kRows) * filter_blocks(samples.filters),
+           std::min(kRows, samples.count) * kFilterBlock,
+           [&](int64_t begin, int64_t end) { k.soft_backward(h, type, begin, end); });
+  return grad;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
+  m.impl("histogram_update", TORCH_BOX(&histogram_update));
+  m.impl("soft_histogram", TORCH_BOX(&soft_histogram));
+  m.impl("soft_histogram_backward", TORCH_BOX(&soft_histogram_backward));
+}
+
+}  // namespace picnn_fast

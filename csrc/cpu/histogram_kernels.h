@@ -1,0 +1,88 @@
+#pragma once
+
+#include <cstdint>
+
+#include "masking_kernels.h"  // Storage
+
+// The loops of the histogram family, compiled once for each instruction set
+// (histogram_kernels.cpp).
+namespace picnn_fast {
+
+// Filters are taken in blocks, so that the tables of a block stay in the fastest caches. Buffers
+// hold whole blocks; the last may be part empty.
+constexpr int64_t kFilterBlock = 16;
+
+inline int64_t filter_blocks(int64_t filters) {
+  return (filters + kFilterBlock - 1) / kFilterBlock;
+}
+
+// Activations [count, filters] of any strides; labels contiguous and in range.
+struct Samples {
+  int64_t count, filters;
+  const void* activations;
+  int64_t sample_stride, filter_stride;
+  const int64_t* labels;
+};
+
+// What is known of one filter: the range of its samples (+inf, -inf without any) and their grid.
+struct FilterRange {
+  double minimum, maximum;
+  int32_t exponent, first;
+  bool finite;
+};
+
+// Samples are cut into runs of `rows`. A unit is one block of filters of one run, so that any range
+// of units can go to any thread: unit = run * blocks + block.
+struct Histogram {
+  Samples samples;
+  int64_t bins, classes;
+  int64_t rows;         // less than 2^32
+  FilterRange* ranges;  // [units, kFilterBlock]; in: the range so far
+  // Cell c of a filter is counted at c modulo `cells`, a power of two and at least `bins`: a range
+  // that grows within its grid moves nothing.
+  int64_t cells;
+  uint32_t* tables;  // [units, classes, kFilterBlock, cells], uninitialised
+  int64_t* counts;   // [filters, bins, classes]
+};
+
+// Everything contiguous but the samples; all floats of the accumulation type.
+struct SoftHistogram {
+  Samples samples;
+  int64_t bins, classes;
+  int64_t rows;  // of a run
+  const void* low;
+  const void* width;
+  void* tables;  // [units, classes, kFilterBlock, bins], uninitialised
+};
+
+struct SoftHistogramBackward {
+  Samples samples;
+  int64_t bins, classes;
+  int64_t rows;
+  const void* low;
+  const void* width;
+  const void* grad_counts;  // [filters, bins, classes]
+  void* grad;               // like activations
+  int64_t grad_sample_stride, grad_filter_stride;
+};
+
+struct HistogramKernels {
+  // Ranges and tables of units [begin, end). A unit with a range that is not finite has no table.
+  void (*count)(const Histogram&, Storage, int64_t begin, int64_t end);
+  // Ranges alone.
+  void (*range)(const Histogram&, Storage, int64_t begin, int64_t end);
+  // Adds all samples of filter blocks [begin, end) to `counts`, on the grids of `ranges`
+  // [blocks, kFilterBlock], which hold them.
+  void (*count_into)(const Histogram&, Storage, int64_t begin, int64_t end);
+  // Units [begin, end).
+  void (*soft)(const SoftHistogram&, Storage, int64_t begin, int64_t end);
+  void (*soft_backward)(const SoftHistogramBackward&, Storage, int64_t begin, int64_t end);
+};
+
+extern const HistogramKernels histogram_kernels_default;
+#ifdef __x86_64__
+extern const HistogramKernels histogram_kernels_avx2;
+extern const HistogramKernels histogram_kernels_avx512;
+#endif
+
+}  // namespace picnn_fast

@@ -1,0 +1,476 @@
+// CPU operator of the nearest-neighbour estimate of mutual information.
+// picnn_fast/reference/mutual_information.py is the definition; what happens at one point is in
+// ../common/mutual_information.h.
+//
+// A thread works on whole filters, sorting each once and going through it twice:
+//   own   each point beside the values of its class, listed in order;
+//   rest  each point as one of the rest of every class, correcting the sums of the classes that
+//         hold neighbours of it.
+// So the time hardly depends on the number of classes, and the sums not at all on that of threads.
+#include "../common/mutual_information.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../common/digamma.h"
+
+namespace picnn_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// psi of the integers, the small ones from memory.
+class Digamma {
+ public:
+  explicit Digamma(int64_t largest) : table_(static_cast<size_t>(std::min(largest, kTable) + 1)) {
+    for (size_t n = 1; n < table_.size(); ++n) table_[n] = digamma(static_cast<int64_t>(n));
+  }
+  double operator()(int64_t n) const {
+    return n < static_cast<int64_t>(table_.size()) ? table_[static_cast<size_t>(n)] : digamma(n);
+  }
+
+ private:
+  static constexpr int64_t kTable = 1 << 14;
+  std::vector<double> table_;
+};
+
+// What all filters share.
+struct Problem {
+  int64_t samples, filters, classes, neighbors;
+  const double* values;  // [N, M], rows row_stride apart
+  int64_t row_stride;
+  std::vector<int32_t> labels;   // [M]
+  std::vector<int64_t> sizes;    // [K]
+  std::vector<int64_t> offsets;  // [K] where a class begins when samples are grouped by class
+  bool singletons;               // whether some class has one sample
+  Digamma psi;
+  double* per_class;  // [K, N]
+  double* joint;      // [N]
+};
+
+// Bits ordered as the doubles are: -0.0 below 0.0, NaN at either end.
+uint64_t sortable(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  constexpr uint64_t kSign = uint64_t{1} << 63;
+  return bits ^ ((bits & kSign) != 0 ? ~uint64_t{0} : kSign);
+}
+
+double from_sortable(uint64_t bits) {
+  constexpr uint64_t kSign = uint64_t{1} << 63;
+  bits ^= (bits & kSign) != 0 ? kSign : ~uint64_t{0};
+  double value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <typename T>
+std::unique_ptr<T[]> uninitialised(int64_t size) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
+}
+
+// A sum of m for the classes that a point's neighbours belong to, and where in the window they are.
+struct ClassState {
+  double rest = 0;          // correction of the sum of psi(m) over the rest
+  uint32_t in_window = 0;   // places of the class in the window
+  uint32_t last_place = 0;  // the last of them
+};
+
+// Of the points of a class, psi(m) summed, without singletons for the joint estimate; and how far.
+struct OwnSums {
+  double sum = 0, joint_sum = 0;
+  uint32_t rank = 0, begin = 0;  // the next point in its class, and where the last window began
+};
+
+class FilterEstimate {
+ public:
+  explicit FilterEstimate(const Problem& problem)
+      : p_(problem),
+        keys_{uninitialised<uint64_t>(p_.samples), uninitialised<uint64_t>(p_.samples)},
+        carried_{uninitialised<int32_t>(p_.samples), uninitialised<int32_t>(p_.samples)},
+        values_(uninitialised<double>(p_.samples)),
+        own_values_(uninitialised<double>(p_.samples)),
+        own_places_(uninitialised<uint32_t>(p_.samples)),
+        run_begin_(uninitialised<uint32_t>(p_.samples)),
+        run_end_(uninitialised<uint32_t>(p_.samples)),
+        singletons_before_(uninitialised<uint32_t>(p_.singletons ? p_.samples + 1 : 0)),
+        next_(static_cast<size_t>(p_.classes)),
+        own_(static_cast<size_t>(p_.classes)),
+        states_(static_cast<size_t>(p_.classes)) {}
+
+  void operator()(int64_t filter) {
+    sort(p_.values + filter * p_.row_stride);
+    double* per_class = p_.per_class + filter;
+    if (p_.samples > 0 && !(std::isfinite(values_[0]) && std::isfinite(values_[p_.samples - 1]))) {
+      constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+      for (int64_t c = 0; c < p_.classes; ++c) per_class[c * p_.filters] = kNan;
+      p_.joint[filter] = kNan;
+      return;
+    }
+    group();
+    p_.joint[filter] = sum_own();
+    sum_rest();
+    double empty = -1;  // the row of every class without a sample
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const bool is_empty = p_.sizes[c] == 0;
+      double& row = per_class[c * p_.filters];
+      row = is_empty && empty >= 0 ? empty : estimate(c);
+      if (is_empty) empty = row;
+    }
+  }
+
+ private:
+  // Sorts values, carrying labels, by 11 bits at a time from the lowest.
+  void sort(const double* row) {
+    constexpr int kBits = 11, kPasses = 6, kBuckets = 1 << kBits;
+    const int64_t samples = p_.samples;
+    auto digit = [](uint64_t key, int pass) {
+      return static_cast<size_t>(key >> (pass * kBits)) & (kBuckets - 1);
+    };
+    for (auto& counts : counts_) counts.fill(0);
+    for (int64_t i = 0; i < samples; ++i) {
+      const uint64_t key = sortable(row[i]);
+      keys_[0][i] = key;
+      for (int pass = 0; pass < kPasses; ++pass) ++counts_[pass][digit(key, pass)];
+    }
+    const int32_t* from_carried = p_.labels.data();
+    int from = 0;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      auto& counts = counts_[pass];
+      if (samples > 0 && counts[digit(keys_[from][0], pass)] == samples) continue;  // all alike
+      uint32_t before = 0;
+      for (uint32_t& count : counts) before += std::exchange(count, before);
+      const uint64_t* keys = keys_[from].get();
+      uint64_t* to_keys = keys_[1 - from].get();
+      int32_t* to_carried = carried_[1 - from].get();
+      for (int64_t i = 0; i < samples; ++i) {
+        const uint32_t to = counts[digit(keys[i], pass)]++;
+        to_keys[to] = keys[i];
+        to_carried[to] = from_carried[i];
+      }
+      from = 1 - from;
+      from_carried = to_carried;
+    }
+    labels_ = from_carried;
+    for (int64_t i = 0; i < samples; ++i) values_[i] = from_sortable(keys_[from][i]);
+  }
+
+  // The sorted samples as the device-independent routines want them, and grouped by class.
+  void group() {
+    const int64_t samples = p_.samples;
+    std::copy_n(p_.offsets.begin(), p_.classes, next_.begin());
+    uint32_t run = 0;
+    for (int64_t i = 0; i < samples; ++i) {
+      const int32_t c = labels_[i];
+      const int64_t to = next_[c]++;
+      own_values_[to] = values_[i];
+      own_places_[to] = static_cast<uint32_t>(i);
+      if (i > 0 && labels_[i - 1] != c) run = static_cast<uint32_t>(i);
+      run_begin_[i] = run;
+    }
+    run = static_cast<uint32_t>(samples);
+    for (int64_t i = samples; i-- > 0;) {
+      if (i + 1 < samples && labels_[i + 1] != labels_[i]) run = static_cast<uint32_t>(i + 1);
+      run_end_[i] = run;
+    }
+    if (p_.singletons) {
+      singletons_before_[0] = 0;
+      for (int64_t i = 0; i < samples; ++i) {
+        singletons_before_[i + 1] = singletons_before_[i] + (p_.sizes[labels_[i]] == 1);
+      }
+    }
+    sorted_ = {values_.get(), labels_, run_begin_.get(), run_end_.get(), samples};
+  }
+
+  // m of each point against its own class, summed as psi in own_; returns the joint estimate. In
+  // the order of the values, so that searches in them stay in the cache whatever the class.
+  double sum_own() {
+    std::fill(own_.begin(), own_.end(), OwnSums{});
+    for (int64_t i = 0; i < p_.samples; ++i) {
+      const int32_t c = labels_[i];
+      const int64_t n = p_.sizes[c];
+      if (n < 2) continue;
+      OwnSums& own = own_[c];
+      const double* values = &own_values_[p_.offsets[c]];
+      const uint32_t* places = &own_places_[p_.offsets[c]];
+      const int64_t j = own.rank++, k = std::min(p_.neighbors, n - 1);
+      Range range;
+      if (brute_force(n, p_.neighbors)) {
+        range = within(i, radius_below(brute_distance(values, n, j, k)));
+      } else {
+        own.begin = static_cast<uint32_t>(window_begin(values, n, j, k, own.begin));
+        range = within_window(values, places, n, j, k, own.begin);
+      }
+      const int64_t m = range.end - range.begin;
+      own.sum += p_.psi(m);
+      if (p_.singletons) {
+        own.joint_sum +=
+            p_.psi(m - (singletons_before_[range.end] - singletons_before_[range.begin]));
+      }
+    }
+    double total = 0;
+    int64_t kept = 0;
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const int64_t n = p_.sizes[c];
+      if (n < 2) continue;
+      const double joint_sum = p_.singletons ? own_[c].joint_sum : own_[c].sum;
+      // A rest of one sample is left out of the row of c, and is a singleton in the joint one too.
+      if (p_.samples - n == 1) own_[c].sum = joint_sum;
+      total += static_cast<double>(n) * (p_.psi(std::min(p_.neighbors, n - 1)) - p_.psi(n));
+      total -= joint_sum;
+      kept += n;
+    }
+    return floored(total, kept);
+  }
+
+  // base_ and the corrections to it: the sums of psi(m) over the rest of each class, for the
+  // classes whose rest is searched by order.
+  void sum_rest() {
+    const int64_t samples = p_.samples, k = p_.neighbors;
+    const double* x = values_.get();
+    std::fill(states_.begin(), states_.end(), ClassState{});
+    base_ = 0;
+    if (brute_force(samples, k)) return;
+    const double psi_whole_window = p_.psi(k + 1), psi_window = p_.psi(k);
+    const auto enter = [&](int64_t place) {
+      ClassState& state = states_[labels_[place]];
+      ++state.in_window;
+      state.last_place = static_cast<uint32_t>(place);
+    };
+    for (int64_t place = 0; place <= k; ++place) enter(place);
+    Range duplicates{0, 0};
+    for (int64_t i = 0, begin = 0; i < samples; ++i) {
+      const int64_t to = window_begin(x, samples, i, k, begin);
+      for (; begin < to; ++begin) {
+        --states_[labels_[begin]].in_window;
+        enter(begin + k + 1);
+      }
+      const int64_t end = begin + k + 1;
+      const double distance = window_distance(x, i, k, begin);
+      int64_t m;
+      if (distance > 0) {
+        int64_t first = begin, last = end - 1;
+        while (x[i] - x[first] >= distance) ++first;
+        while (x[last] - x[i] >= distance) --last;
+        m = last - first + 1;
+      } else {
+        if (i >= duplicates.end) duplicates = within(i, 0);
+        m = duplicates.end - duplicates.begin;
+      }
+      const double psi = p_.psi(m);
+      base_ += psi;
+      const int32_t y = labels_[i];
+      states_[y].rest -= psi;
+      // Enough duplicates that their radius stays 0 without a singleton among them.
+      const bool settled = distance == 0 && m > k + 1;
+      if (settled && p_.sizes[y] == 1) {
+        states_[y].rest += static_cast<double>(m - 1) * (p_.psi(m - 1) - psi);
+      }
+      // Mostly one neighbour leaves, and the nearest sample outside the window takes its place.
+      const double below = begin > 0 ? x[i] - x[begin - 1] : HUGE_VAL;
+      const double above = end < samples ? x[end] - x[i] : HUGE_VAL;
+      const bool separate = std::min(below, above) > distance;
+      const int32_t left = begin > 0 ? labels_[begin - 1] : -1;
+      const int32_t right = end < samples ? labels_[end] : -1;
+      for (int64_t place = begin; place < end; ++place) {
+        const int32_t c = labels_[place];
+        if (c == y) continue;
+        ClassState& state = states_[c];
+        const bool singleton = p_.singletons && p_.sizes[c] == 1;
+        if (separate && state.in_window == 1 && c != left && c != right) {
+          state.rest += (singleton ? psi_window : psi_whole_window) - psi;
+        } else if (state.last_place == place && !(singleton && settled)) {
+          const Range range = within_without_class(sorted_, i, k, begin, c, state.in_window);
+          const bool counted = singleton && range.begin <= place && place < range.end;
+          state.rest += p_.psi(range.end - range.begin - counted) - psi;
+        }
+      }
+    }
+  }
+
+  // The sum of psi(m) over a rest of at most 2k + 1 samples.
+  double sum_few(int64_t c) {
+    few_values_.clear();
+    few_places_.clear();
+    for (int64_t i = 0; i < p_.samples; ++i) {
+      if (labels_[i] == c) continue;
+      few_values_.push_back(values_[i]);
+      few_places_.push_back(i);
+    }
+    const int64_t n = static_cast<int64_t>(few_values_.size()), k = std::min(p_.neighbors, n - 1);
+    const int64_t left_out = p_.sizes[c] == 1 ? own_places_[p_.offsets[c]] : -1;
+    double sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const Range range = within(few_places_[static_cast<size_t>(j)],
+                                 radius_below(brute_distance(few_values_.data(), n, j, k)));
+      const bool counted = range.begin <= left_out && left_out < range.end;
+      sum += p_.psi(range.end - range.begin - counted);
+    }
+    return sum;
+  }
+
+  double estimate(int64_t c) {
+    double total = 0;
+    int64_t kept = 0;
+    const auto add = [&](int64_t n, double sum) {
+      total += static_cast<double>(n) * (p_.psi(std::min(p_.neighbors, n - 1)) - p_.psi(n)) - sum;
+      kept += n;
+    };
+    const int64_t own = p_.sizes[c], rest = p_.samples - own;
+    if (own > 1) add(own, own_[c].sum);
+    if (rest > 1) {
+      add(rest, brute_force(rest, p_.neighbors) ? sum_few(c) : base_ + states_[c].rest);
+    }
+    return floored(total, kept);
+  }
+
+  double floored(double total, int64_t kept) const {
+    if (kept == 0) return std::numeric_limits<double>::quiet_NaN();
+    return std::max(0.0, p_.psi(kept) + total / static_cast<double>(kept));
+  }
+
+  // As rounded_distance, in O(n) for every k with memory at hand.
+  double brute_distance(const double* values, int64_t n, int64_t j, int64_t k) {
+    squares_.resize(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+      squares_[static_cast<size_t>(i)] = rounded_square(values[j], values[i]);
+    }
+    // One of them is the value itself, exactly 0.
+    std::nth_element(squares_.begin(), squares_.begin() + k, squares_.end());
+    return rounded_root(squares_[static_cast<size_t>(k)]);
+  }
+
+  // The samples within a radius of place i.
+  Range within(int64_t i, double radius) const {
+    const double* x = values_.get();
+    return {first_within(x, 0, i, x[i], radius), end_within(x, i, p_.samples, x[i], radius)};
+  }
+
+  // The samples nearer than the k-th neighbour of j in its class. They end beside the window's ends
+  // or, where the k-th neighbour is at the other end, before the next sample of the class.
+  Range within_window(const double* values, const uint32_t* places, int64_t n, int64_t j, int64_t k,
+                      int64_t begin) const {
+    const double* x = values_.get();
+    const double centre = values[j], radius = radius_below(window_distance(values, j, k, begin));
+    const int64_t i = places[j], end = begin + k;
+    if (radius == 0) return within(i, 0);  // the class may have more duplicates
+    Range range;
+    int64_t inside = places[begin];
+    if (centre - values[begin] <= radius) {
+      const int64_t outside = begin > 0 ? static_cast<int64_t>(places[begin - 1]) : -1;
+      for (int64_t count = inside - outside - 1; count > 0; count /= 2) {
+        const int64_t half = (count + 1) / 2;
+        inside -= centre - x[inside - half] <= radius ? half : 0;
+      }
+      range.begin = inside;
+    } else if (centre - x[inside + 1] <= radius) {
+      range.begin = inside + 1;
+    } else {
+      range.begin = first_within(x, inside + 2, i, centre, radius);
+    }
+    inside = places[end];
+    if (values[end] - centre <= radius) {
+      const int64_t outside = end + 1 < n ? places[end + 1] : p_.samples;
+      for (int64_t count = outside - inside - 1; count > 0; count /= 2) {
+        const int64_t half = (count + 1) / 2;
+        inside += x[inside + half] - centre <= radius ? half : 0;
+      }
+      range.end = inside + 1;
+    } else if (x[inside - 1] - centre <= radius) {
+      range.end = inside;
+    } else {
+      range.end = end_within(x, i, inside - 1, centre, radius);
+    }
+    return range;
+  }
+
+  const Problem& p_;
+  std::array<std::array<uint32_t, 2048>, 6> counts_;
+  std::unique_ptr<uint64_t[]> keys_[2];
+  std::unique_ptr<int32_t[]> carried_[2];
+  const int32_t* labels_ = nullptr;  // sorted by value, as all that follow
+  std::unique_ptr<double[]> values_;
+  std::unique_ptr<double[]> own_values_;    // grouped by class
+  std::unique_ptr<uint32_t[]> own_places_;  // of own_values_ in values_
+  std::unique_ptr<uint32_t[]> run_begin_, run_end_;
+  std::unique_ptr<uint32_t[]> singletons_before_;
+  SortedFilter sorted_{};
+  std::vector<int64_t> next_;
+  std::vector<OwnSums> own_;        // [K]
+  std::vector<ClassState> states_;  // [K]
+  double base_ = 0;  // sum of psi(m) over all points, none of whose neighbours is left out
+  std::vector<double> squares_;
+  std::vector<double> few_values_;
+  std::vector<int64_t> few_places_;
+};
+
+std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Tensor& labels,
+                                                  int64_t num_classes, int64_t n_neighbors) {
+  STD_TORCH_CHECK(values.dim() == 2, "values: want [filters, samples]");
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Double, "values: want float64");
+  const int64_t filters = values.size(0), samples = values.size(1);
+  STD_TORCH_CHECK(samples < 2 || values.stride(1) == 1, "values: want contiguous rows");
+  STD_TORCH_CHECK(samples < std::numeric_limits<uint32_t>::max(), "values: got ", samples,
+                  " samples, want less than 2^32 - 1");
+  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == samples, "labels: want [samples]");
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels: want int64");
+  STD_TORCH_CHECK(num_classes >= 0 && num_classes <= std::numeric_limits<int32_t>::max(),
+                  "num_classes: got ", num_classes, ", want [0, 2^31)");
+  STD_TORCH_CHECK(n_neighbors >= 1, "n_neighbors: got ", n_neighbors, ", want at least 1");
+  const size_t classes = static_cast<size_t>(num_classes);
+  std::vector<int32_t> narrow(static_cast<size_t>(samples));
+  std::vector<int64_t> sizes(classes), offsets(classes);
+  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  for (int64_t i = 0, stride = labels.stride(0); i < samples; ++i) {
+    const int64_t c = label[i * stride];
+    STD_TORCH_CHECK(c >= 0 && c < num_classes, "labels: got ", c, ", want [0, ", num_classes, ")");
+    narrow[static_cast<size_t>(i)] = static_cast<int32_t>(c);
+    ++sizes[static_cast<size_t>(c)];
+  }
+  bool singletons = false;
+  int64_t offset = 0;
+  for (size_t c = 0; c < classes; ++c) {
+    offsets[c] = offset;
+    offset += sizes[c];
+    singletons |= sizes[c] == 1;
+  }
+  Tensor per_class = torch::stable::new_empty(values, {num_classes, filters});
+  Tensor joint = torch::stable::new_empty(values, {filters});
+  const Problem problem{samples,
+                        filters,
+                        num_classes,
+                        std::min(n_neighbors, samples),
+                        static_cast<const double*>(values.const_data_ptr()),
+                        values.stride(0),
+                        std::move(narrow),
+                        std::move(sizes),
+                        std::move(offsets),
+                        singletons,
+                        Digamma(samples),
+                        static_cast<double*>(per_class.mutable_data_ptr()),
+                        static_cast<double*>(joint.mutable_data_ptr())};
+  torch::stable::parallel_for(0, filters, 1, [&](int64_t begin, int64_t end) {
+    FilterEstimate estimate(problem);
+    for (int64_t filter = begin; filter < end; ++filter) estimate(filter);
+  });
+  return {per_class, joint};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
+  m.impl("knn_mutual_information", TORCH_BOX(&knn_mutual_information));
+}
+
+}  // namespace picnn_fast

@@ -1,0 +1,124 @@
+"""Losses that make filters tell more about classes; added to that of any network."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from picnn_fast import functional
+from picnn_fast.ops import checks
+
+__all__ = ["MutualInformationLoss"]
+
+
+class MutualInformationLoss(nn.Module):
+    """Minus the mutual information between filters and classes in a batch, in nats.
+
+    m[c, i] between filter i's pooled activation and 1[y = c] is estimated from a histogram with
+    linear binning, which is differentiable (``functional.mutual_information(...,
+    estimator="soft_histogram")``). With ``objective="class"`` the loss is minus the mean over
+    filters of the maximum over classes of m, which MIS measures; with ``"label"`` minus the mean
+    over filters of the mutual information with y itself.
+
+    Bin centres run from a filter's least to its greatest activation in the batch, which count as
+    constants in the backward pass; a filter that is constant in the batch has no gradient. The
+    estimate from a batch of B samples is too high by about (bins - 1)(classes - 1) / 2B nats (one
+    class against the rest: classes = 2), hence few bins.
+
+    Args:
+        num_classes: K.
+        bins: of the histogram, at least 2.
+        objective: "class" or "label".
+        temperature: None takes the maximum over classes; a number t > 0 the soft maximum
+            t · log(mean over c of exp(m[c, i] / t)), between the mean (t large) and the maximum
+            (t small), so that more classes than the best have a gradient. Of "class" alone.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or a temperature with ``objective="label"``.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.losses import MutualInformationLoss
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> activations = torch.tensor([[0.0], [0.4], [0.6], [1.0]], requires_grad=True)
+        >>> loss = MutualInformationLoss(num_classes=2, bins=2)
+        >>> loss(activations, labels).backward()
+        >>> activations.grad[1:3, 0].sign().tolist()  # descent moves the two classes apart
+        [1.0, -1.0]
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        bins: int = 16,
+        *,
+        objective: Literal["class", "label"] = "class",
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = checks.integer("num_classes", num_classes, 1)
+        self.bins = checks.integer("bins", bins, 2)
+        checks.one_of("objective", objective, ("class", "label"))
+        self.objective = objective
+        if temperature is not None:
+            checks.positive("temperature", temperature)
+            if objective == "label":
+                raise ValueError(
+                    f"temperature: got {temperature} with objective='label', want None:"
+                    " there is no maximum over classes to soften"
+                )
+        self.temperature = temperature
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            activations: ``[B, N]`` pooled, or maps ``[B, N, *spatial]``, which are averaged over
+                their positions; B >= 1, float32, float64, bfloat16 or float16.
+            labels: ``[B]`` integers in [0, K).
+
+        Returns:
+            A scalar <= 0, float32 (float64 for float64 activations), under autocast too. A filter
+            with NaN or infinity makes it NaN.
+
+        Raises:
+            TypeError: not tensors, or of the wrong dtype.
+            ValueError: of another shape, or labels out of range (on a GPU a device-side assert,
+                see ``functional.bernoulli_mask``).
+        """
+        checks.floating("activations", activations)
+        if activations.ndim < 2:
+            raise ValueError(
+                f"activations: got shape {tuple(activations.shape)}, want [samples, filters], or"
+                " maps [samples, filters, height, width]"
+            )
+        if activations.ndim > 2:
+            dtype = torch.promote_types(activations.dtype, torch.float32)
+            activations = activations.flatten(2).mean(-1, dtype=dtype)
+        information = functional.mutual_information(
+            activations,
+            labels,
+            self.num_classes,
+            estimator="soft_histogram",
+            bins=self.bins,
+            target=self.objective,
+        )
+        if self.objective == "class":
+            information = self._maximum(information)
+        return -information.mean()
+
+    def _maximum(self, information: Tensor) -> Tensor:
+        """Over classes: ``[K, N]`` to ``[N]``."""
+        if self.temperature is None:
+            return information.amax(0)
+        # The mean of exponentials, not their sum: never above the maximum.
+        scaled = information / self.temperature
+        return self.temperature * (scaled.logsumexp(0) - math.log(self.num_classes))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, bins={self.bins}, objective={self.objective!r},"
+            f" temperature={self.temperature}"
+        )

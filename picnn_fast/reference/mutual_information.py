@@ -1,0 +1,157 @@
+"""Mutual information between filters and classes by nearest neighbours (Ross 2014).
+
+As ``sklearn.feature_selection.mutual_info_classif`` estimates it, in nats. Shapes: M samples, N
+filters, K classes.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Elements that a step may hold beside the block it works on.
+_CHUNK = 2**20
+# Elements of a block that are too few to draw the noise twice for (64 MiB).
+_SMALL = 2**23
+
+
+def prepare(activations: Tensor, random_state: int) -> Iterator[Tensor]:
+    """Scikit-learn's preparation of the columns, bit for bit: scale, then break ties by noise.
+
+    Each filter is divided by its standard deviation (by 1 where that is below 10 eps) and gets
+    noise of 1e-10 * max(1, mean absolute value). The noise is drawn for the whole matrix, so it
+    depends on a filter's place in it.
+
+    Args:
+        activations: ``[M, N]``, any floating dtype, any strides; finite, M >= 1.
+        random_state: seed of the noise, an int in [0, 2**32).
+
+    Yields:
+        The filters in order as float64 ``[n, M]`` on the CPU, in blocks of n filters that take
+        about as much memory as the activations, or 64 MiB. Every block draws the noise again.
+    """
+    samples, filters = activations.shape
+    size = max(1, filters * activations.element_size() // 8, _SMALL // samples)
+    for start in range(0, filters, size):
+        columns = activations[:, start : start + size]
+        block = torch.empty((columns.shape[1], samples), dtype=torch.float64)
+        values = block.copy_(columns.T).numpy()
+        few = max(1, _CHUNK // samples)
+        weights = [_standardise(values[i : i + few].T) for i in range(0, len(values), few)]
+        noise_weight = 1e-10 * np.concatenate(weights)
+        state = np.random.RandomState(random_state)
+        rows = max(1, _CHUNK // filters)
+        for row in range(0, samples, rows):
+            noise = state.standard_normal((min(rows, samples - row), filters))
+            values[:, row : row + rows] += (noise_weight * noise[:, start : start + size]).T
+        yield block
+        del block, values  # before the next one is allocated
+
+
+def _standardise(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scale ``columns`` in place and return the noise each gets, in units of 1e-10.
+
+    ``columns`` is in Fortran order, on which the order of numpy's sums depends.
+    """
+    scale = np.nanstd(columns, axis=0)
+    scale[scale < 10 * np.finfo(np.float64).eps] = 1.0
+    columns /= scale
+    noise: NDArray[np.float64] = np.maximum(1, np.abs(columns).mean(axis=0))
+    return noise
+
+
+def knn_mutual_information(
+    values: Tensor, labels: Tensor, num_classes: int, n_neighbors: int
+) -> tuple[Tensor, Tensor]:
+    """Mutual information of every filter with every class, and with the label, in nats.
+
+    Args:
+        values: ``[N, M]`` float64, filters as ``prepare`` gives them.
+        labels: ``[M]`` int64 in [0, K).
+        num_classes: K.
+        n_neighbors: k >= 1.
+
+    Returns:
+        per_class ``[K, N]``, with 1[y = c], and joint ``[N]``, with y; float64, at least 0. NaN
+        where no label has two samples, and for filters with values that are not finite.
+    """
+    rows = [_ross(values, (labels == c).long(), n_neighbors) for c in range(num_classes)]
+    per_class = torch.stack(rows) if rows else values.new_empty((0, values.shape[0]))
+    return per_class, _ross(values, labels, n_neighbors)
+
+
+def _ross(values: Tensor, labels: Tensor, n_neighbors: int) -> Tensor:
+    """Ross 2014, eq. 2, ``[N]``: psi(M) + <psi(k)> - <psi(n)> - <psi(m)>, floored at 0.
+
+    A label's n samples look for k = min(n_neighbors, n - 1) neighbours among themselves; m counts
+    the samples of all labels nearer than the k-th. Labels with one sample are left out.
+    """
+    sizes = torch.bincount(labels)
+    samples = int(sizes[sizes > 1].sum())
+    if samples == 0:
+        return values.new_full((values.shape[0],), torch.nan)
+    everyone = values[:, sizes[labels] > 1].sort().values
+    total = torch.zeros_like(values[:, 0])
+    for label in (sizes > 1).nonzero().flatten():
+        own = values[:, labels == label].sort().values
+        size = own.shape[1]
+        k = min(n_neighbors, size - 1)
+        # Which search scikit-learn's NearestNeighbors chooses: they round differently.
+        distance = _rounded_distance(own, k) if k >= size // 2 else _distance(own, k)
+        m = _count_within(everyone, own, torch.nextafter(distance, torch.zeros_like(distance)))
+        constant = torch.tensor([k, size], dtype=torch.float64, device=values.device).digamma()
+        total += size * (constant[0] - constant[1]) - m.double().digamma().sum(1)
+    mutual_information = total / samples + total.new_tensor(samples).digamma()
+    return torch.where(values.isfinite().all(1), mutual_information.clamp_min(0), torch.nan)
+
+
+def _distance(own: Tensor, k: int) -> Tensor:
+    """Distance of each of the sorted values ``[N, n]`` to its k-th nearest other.
+
+    The k nearest and the value itself are neighbours in order: the best of k + 1 windows.
+    """
+    best = torch.full_like(own, torch.inf)
+    size = own.shape[1]
+    for below in range(k + 1):
+        inside = slice(below, size - k + below)  # values with k - below others above them
+        low, high = own[:, : size - k], own[:, k:]
+        farthest = torch.maximum(own[:, inside] - low, high - own[:, inside])
+        best[:, inside] = torch.minimum(best[:, inside], farthest)
+    return best
+
+
+def _rounded_distance(own: Tensor, k: int) -> Tensor:
+    """As ``_distance``, each distance rounded as sqrt(x^2 - 2xy + y^2): off by up to 1e-8 |x|.
+
+    Scikit-learn's brute-force search computes distances by a matrix product.
+    """
+    few = max(1, _CHUNK // own.shape[1] ** 2)
+    parts = []
+    for x in own.split(few):
+        norm = x * x
+        product = -2.0 * (x[:, :, None] * x[:, None, :])
+        squared = ((norm[:, :, None] + product) + norm[:, None, :]).clamp_min(0)
+        parts.append(squared.kthvalue(k + 1).values)  # one of them is the value itself, 0
+    # Numpy's root is rounded correctly; torch's on the CPU may be one float off.
+    return torch.from_numpy(np.sqrt(torch.cat(parts).cpu().numpy())).to(own.device)
+
+
+def _count_within(column: Tensor, x: Tensor, radius: Tensor) -> Tensor:
+    """How many of the sorted ``column[n]`` are within ``radius`` of each ``x[n]``, as rounded."""
+
+    size = column.shape[1]
+
+    def first_where(holds: Callable[[Tensor], Tensor]) -> Tensor:
+        """The first place whose value ``holds``, as all above it do; by bisection."""
+        low = torch.zeros_like(x, dtype=torch.int64)
+        high = torch.full_like(low, size)
+        for _ in range(size.bit_length()):
+            middle = (low + high) // 2
+            found = holds(column.gather(1, middle.clamp_max(size - 1)))
+            high = torch.where(found, middle, high)
+            low = torch.where(found, low, torch.minimum(middle + 1, high))
+        return low
+
+    return first_where(lambda y: y - x > radius) - first_where(lambda y: x - y <= radius)

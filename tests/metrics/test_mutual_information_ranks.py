@@ -1,0 +1,106 @@
+"""MutualInformationScore over two processes on gloo: the score of all their samples."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from picnn_fast.metrics import MutualInformationScore
+
+RANKS, CLASSES, FILTERS = 2, 3, 4
+ESTIMATORS = ("knn", "histogram")
+# Samples of each rank; the last leaves one of them without any.
+SHARES = {"even": (30, 30), "uneven": (7, 50), "one empty": (0, 40)}
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch without gloo",
+)
+
+
+def samples(share: str, rank: int) -> tuple[Tensor, Tensor]:
+    """What one rank sees: its own range of activations, so that the histograms' grids differ."""
+    generator = torch.Generator().manual_seed(rank)
+    count = SHARES[share][rank]
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    activations = torch.randn(count, FILTERS, generator=generator) + labels[:, None]
+    return (activations * 5**rank).relu().bfloat16(), labels
+
+
+def metric(estimator: Any) -> MutualInformationScore:
+    return MutualInformationScore(CLASSES, estimator=estimator)
+
+
+def work(rank: int, folder: Path) -> None:
+    """What one process does; it saves what the test compares."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=RANKS
+    )
+    results = {}
+    for estimator in ESTIMATORS:
+        for share in SHARES:
+            score = metric(estimator)
+            activations, labels = samples(share, rank)
+            for x, y in zip(activations.split(11), labels.split(11), strict=True):
+                if len(y):
+                    score.update(x, y)
+            score._update_count = max(1, score._update_count)  # no warning of an idle rank
+            results[estimator, share] = score.matrix()
+            # Synchronising leaves a rank with its own samples: it may go on.
+            assert sum(map(len, score.labels)) == len(labels) if estimator == "knn" else True
+            score.update(activations[:0], labels[:0])
+            results[estimator, share, "again"] = score.matrix()
+    torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Tensor]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    root = str(Path(__file__).parents[2])
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_ranks_together_score_all_samples(results, estimator, share):
+    joined = metric(estimator)
+    parts = [samples(share, rank) for rank in range(RANKS)]
+    joined.update(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    expected = joined.matrix()
+    assert expected.max() > 0.1
+    for result in results:
+        assert torch.equal(result[estimator, share], expected)
+        assert torch.equal(result[estimator, share, "again"], expected)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))

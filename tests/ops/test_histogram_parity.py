@@ -1,0 +1,588 @@
+"""Histogram family: every backend counts as the reference does, to the last sample and bit."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from picnn_fast.ops import histogram, registry
+from picnn_fast.reference import histogram as reference
+from tests.conftest import Backend
+from tests.reference.test_histogram import exact_counts, fresh
+
+OPS = torch.ops.picnn_fast
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+State = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    samples: int
+    filters: int
+    bins: int
+    classes: int
+
+
+SHAPES = {
+    "odd": Shape(67, 5, 4, 4),
+    "one_sample": Shape(1, 3, 5, 2),
+    "one_filter": Shape(33, 1, 4, 3),
+    "no_sample": Shape(0, 4, 4, 3),
+    "one_class": Shape(21, 7, 6, 1),
+    "two_bins": Shape(40, 3, 2, 3),
+    "filter_tails": Shape(19, 35, 7, 2),
+    "many_classes": Shape(23, 3, 16, 301),
+    "many_bins": Shape(30, 2, 1000, 2),
+}
+LAYOUTS = ("c_order", "f_order", "sliced", "expanded")
+# Every layout in every shape, and in every dtype at two shapes.
+CASES = [
+    *itertools.product(SHAPES, LAYOUTS, [torch.float32]),
+    *itertools.product(["odd", "filter_tails"], LAYOUTS, DTYPES[1:]),
+]
+
+
+def case_id(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def laid_out(x: Tensor, layout: str, device: torch.device) -> Tensor:
+    """``x`` on the device with the memory layout named; "expanded" repeats its first row."""
+    if layout == "f_order":
+        return x.to(device).T.contiguous().T
+    if layout == "sliced":
+        memory = torch.full((2 * x.shape[0] + 1, 3 * x.shape[1] + 2), math.nan, dtype=x.dtype)
+        memory[1::2, 2::3] = x
+        return memory.to(device)[1::2, 2::3]
+    if layout == "expanded" and len(x) > 0:
+        return x[:1].to(device).expand(x.shape)
+    return x.to(device)
+
+
+def normal(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Float64 activations of very different scales, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape.samples, shape.filters, generator=generator, dtype=torch.float64)
+    x = x * torch.exp2(torch.arange(shape.filters) % 7 - 3.0)
+    return x, torch.randint(0, shape.classes, (shape.samples,), generator=generator)
+
+
+def state_on(device: torch.device, state: State) -> State:
+    return tuple(t.to(device).clone() for t in state)
+
+
+def updated(state: State, x: Tensor, labels: Tensor) -> State:
+    """A copy of ``state`` with samples added by the backend in charge."""
+    state = tuple(t.clone() for t in state)
+    assert OPS.histogram_update(*state, x, labels).item() == -1
+    return state
+
+
+def reference_updated(state: State, x: Tensor, labels: Tensor) -> State:
+    state = tuple(t.cpu().clone() for t in state)
+    assert reference.histogram_update(*state, x.cpu(), labels.cpu()).item() == -1
+    return state
+
+
+def assert_same(got: State, expected: State) -> None:
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one.cpu(), two.cpu())
+
+
+# Counts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+def test_counts_equal_the_reference(backend: Backend, shape_name, layout, dtype):
+    shape = SHAPES[shape_name]
+    values, labels = normal(shape)
+    x = laid_out(values.to(dtype), layout, backend.device)
+    labels = labels.to(backend.device)
+    start = fresh(shape.filters, shape.bins, shape.classes)
+    first, second = x[: shape.samples // 2], x[shape.samples // 2 :] * 3
+    for part in (first, second):
+        expected = reference_updated(start, part, labels[: len(part)])
+        got = updated(state_on(backend.device, start), part, labels[: len(part)])
+        assert_same(got, expected)
+        assert got[0].dtype == torch.int64
+        start = expected
+    assert (start[0].sum((1, 2)) == shape.samples).all()
+
+
+def special_columns(dtype: torch.dtype) -> Tensor:
+    """Columns ``[12, N]`` at the edges of what a dtype holds."""
+    info = torch.finfo(dtype)
+    # The smallest positive number; what it rounds to in other arithmetic must not matter.
+    tiny = torch.tensor(info.smallest_normal, dtype=dtype) * info.eps
+    steps = torch.arange(12, dtype=torch.float64)
+    largest = torch.full((12,), info.max, dtype=torch.float64)
+    columns = [
+        torch.full((12,), 3.0),
+        torch.zeros(12),
+        torch.tensor([0.0, -0.0] * 6),
+        torch.full((12,), -1e4),
+        6e4 + steps * 32,
+        1e3 + steps * 2.0**-10,
+        tiny.double() * steps,
+        -tiny.double() * steps,
+        torch.where(steps < 6, -tiny.double() * steps, steps / 16 * largest),
+        torch.where(steps < 6, tiny.double() * (steps - 3), largest),
+        torch.where(steps % 2 == 0, largest, -largest),
+        largest * (steps / 6 - 1).clamp(-1, 1),
+        torch.where(steps == 0, -1.0, 2.0**-15 * steps),
+        steps - 6,
+        (steps - 6) * 0.999,
+    ]
+    return torch.stack([column.double() for column in columns], 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("bins", [2, 3, 7, 64])
+def test_counts_of_special_numbers_are_exact(backend: Backend, dtype, bins):
+    x = special_columns(dtype)
+    if backend.device.type == "cpu" and not backend.slow:
+        x = x.repeat(1, 2)
+    labels = torch.arange(12) % 3
+    state = state_on(backend.device, fresh(x.shape[1], bins, 3))
+    got = updated(state, x.to(backend.device), labels.to(backend.device))
+    expected = exact_counts(x.double().numpy(), labels.numpy(), bins, 3)
+    assert torch.equal(got[0].cpu(), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
+def test_values_widen_the_range_in_both_directions(backend: Backend, dtype):
+    """Sample by sample, each beyond what was seen: below, above, far off, and back at zero."""
+    rows = torch.tensor([[1.0, 0.0, 5.0], [1.5, -1.0, 5.0], [0.25, 2.0, -5.0], [-7.0, -40.0, 5.0]])
+    rows = torch.cat((rows, rows * 1000, rows * 1e-3, rows.flip(0) * 1e5)).to(dtype)
+    labels = torch.arange(len(rows)) % 2
+    state = state_on(backend.device, fresh(3, 16, 2))
+    for row, label in zip(rows.to(backend.device), labels.to(backend.device), strict=True):
+        state = updated(state, row[None], label[None])
+    expected = exact_counts(rows.double().numpy(), labels.numpy(), 16, 2)
+    assert torch.equal(state[0].cpu(), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "layout"),
+    [
+        *((3, dtype, "c_order") for dtype in DTYPES),
+        (3, torch.float32, "f_order"),
+        (600, torch.float32, "c_order"),
+    ],
+    ids=case_id,
+)
+def test_long_inputs_equal_the_reference(cpp: Backend, classes, dtype, layout):
+    """Several tiles, runs and threads, growing as they go; tables in scratch and in place."""
+    samples, filters = 9001, 37
+    generator = torch.Generator().manual_seed(0)
+    growth = torch.linspace(0, 9, samples).exp2()[:, None]
+    x = torch.randn(samples, filters, generator=generator) * growth
+    x[:, 1] = x[:, 1].sort().values
+    x[:, 2] = x[:, 2].sort(descending=True).values
+    x = laid_out(x.to(dtype), layout, cpp.device)
+    labels = torch.randint(0, classes, (samples,), generator=generator)
+    start = fresh(filters, 50, classes)
+    for part, y in zip(x.split(6000), labels.split(6000), strict=True):
+        expected = reference_updated(start, part, y)
+        assert_same(updated(start, part, y), expected)
+        start = expected
+
+
+def test_one_bin_counts_past_sixteen_bits(cpp: Backend):
+    samples = 200_001
+    x, labels = torch.ones(samples, 2), torch.zeros(samples, dtype=torch.int64)
+    state = updated(fresh(2, 4, 2), x, labels)
+    assert (state[0].amax((1, 2)) == samples).all()
+    assert (state[0].sum((1, 2)) == samples).all()
+
+
+def test_samples_times_classes_beyond_32_bits(cpp: Backend):
+    samples, classes = 2_200_000, 1000
+    assert samples * classes > 2**31
+    labels = torch.arange(samples) % classes
+    x = (labels[:, None] >= 500).float()
+    counts, _, _ = updated(fresh(1, 2, classes), x, labels)
+    assert (counts[0, 0, :500] == samples // classes).all()
+    assert (counts[0, 1, 500:] == samples // classes).all()
+    assert counts.sum() == samples
+
+
+def test_activations_further_apart_than_32_bits(cpp: Backend):
+    """Memory that is never touched costs nothing."""
+    memory = torch.empty(2**31 + 8, dtype=torch.bfloat16)
+    x = memory.as_strided((3, 2), (2**30, 7))
+    x.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    labels = torch.tensor([0, 1, 0])
+    assert_same(updated(fresh(2, 8, 2), x, labels), reference_updated(fresh(2, 8, 2), x, labels))
+
+
+@pytest.mark.parametrize("order", ["c_order", "f_order"])
+def test_counting_reads_activations_in_place(cpp: Backend, order):
+    x = laid_out(torch.randn(64, 32), order, cpp.device)
+    labels, state = torch.zeros(64, dtype=torch.int64), fresh(32, 4, 1)
+    low, width = torch.zeros(32), torch.ones(32)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        OPS.histogram_update(*state, x, labels)
+        counts = OPS.soft_histogram(x, labels, low, width, 4, 1)
+        OPS.soft_histogram_backward(counts, x, labels, low, width)
+    events = profile.events()
+    assert "picnn_fast::histogram_update" in [event.name for event in events]
+    assert not [
+        event.name
+        for event in events
+        if event.name in ("aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous")
+        and any(shape and math.prod(shape) >= x.numel() for shape in event.input_shapes)
+    ]
+
+
+# Chunks, orders and ranks -------------------------------------------------------------------------
+
+number = st.one_of(
+    st.floats(-100, 100, width=32),
+    st.floats(allow_nan=False, allow_infinity=False, width=32),
+    st.sampled_from([0.0, -0.0, 1.0, 1e6, 1e6 + 0.125, 1e-45, -1e-45]),
+)
+
+
+@st.composite
+def stream(draw) -> tuple[np.ndarray, np.ndarray, int, list[int], list[int]]:
+    """Samples, labels, bins, an order, and the sizes of the chunks."""
+    filters = draw(st.integers(1, 3))
+    rows = draw(st.lists(st.tuples(*[number] * filters, st.integers(0, 2)), max_size=25))
+    x = np.array([row[:filters] for row in rows], dtype=np.float32).reshape(-1, filters)
+    labels = np.array([row[filters] for row in rows], dtype=np.int64)
+    order = draw(st.permutations(range(len(rows))))
+    cuts = sorted(draw(st.lists(st.integers(0, len(rows)), max_size=4)))
+    sizes = np.diff([0, *cuts, len(rows)]).tolist()
+    return x, labels, draw(st.integers(2, 20)), order, sizes
+
+
+@given(stream())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_chunks_and_order_do_not_matter(cpp: Backend, case):
+    x, labels, bins, order, sizes = case
+    expected = torch.from_numpy(exact_counts(x, labels, bins, 3))
+    state = fresh(x.shape[1], bins, 3)
+    chunks = zip(
+        torch.from_numpy(x)[order].split(sizes),
+        torch.from_numpy(labels)[order].split(sizes),
+        strict=True,
+    )
+    for part, label in chunks:
+        state = updated(state, part, label)
+    assert torch.equal(state[0], expected)
+    assert (state[0].sum((1, 2)) == len(x)).all()
+
+
+def test_chunks_do_not_matter_on_any_backend(backend: Backend):
+    shape = Shape(60, 3, 6, 3)
+    values, labels = normal(shape)
+    values[40:] *= 100
+    x, labels = values.float().to(backend.device), labels.to(backend.device)
+    empty = state_on(backend.device, fresh(3, 6, 3))
+    whole = updated(empty, x, labels)
+    state, order = empty, torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    for rows in order.to(backend.device).split(23):
+        state = updated(state, x[rows], labels[rows])
+    assert_same(state, whole)
+
+
+def test_ranks_merge_by_widening(backend: Backend):
+    shape = Shape(40, 4, 10, 3)
+    values, labels = normal(shape)
+    values[20:] = values[20:] * 37 + 5
+    x, labels = values.float().to(backend.device), labels.to(backend.device)
+    empty = state_on(backend.device, fresh(4, 10, 3))
+    ranks = [updated(empty, x[part], labels[part]) for part in (slice(20), slice(20, 40))]
+    ranks.append(empty)  # one that saw nothing
+    minimum = torch.stack([rank[1] for rank in ranks]).amin(0)
+    maximum = torch.stack([rank[2] for rank in ranks]).amax(0)
+    counts = sum(reference.widen(*rank, minimum, maximum) for rank in ranks)
+    assert_same((counts, minimum, maximum), updated(empty, x, labels))
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("classes", [2, 500])
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_the_first_column_that_is_not_finite_is_named(backend: Backend, bad, classes, dtype):
+    shape = Shape(30, 20, 4, classes)
+    values, labels = normal(shape)
+    start = state_on(backend.device, reference_updated(fresh(20, 4, classes), values, labels))
+    values[29, 17] = bad
+    values[3, 18] = math.nan
+    state = tuple(t.clone() for t in start)
+    column = OPS.histogram_update(
+        *state, values.to(dtype).to(backend.device), labels.to(backend.device)
+    )
+    assert (column.shape, column.dtype, column.item()) == ((), torch.int64, 17)
+    if backend.name.startswith(("reference", "cpp")):
+        assert_same(state, start)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_update_refuses_and_writes_nothing(name: str):
+    if name not in registry.available_backends():
+        pytest.skip(f"{name} is not available")
+    with registry.use_backend(name):
+        state = fresh(3, 4, 2)
+        histogram.update(*state, torch.randn(8, 3), torch.arange(8, dtype=torch.int32) % 2)
+        before = tuple(t.clone() for t in state)
+        x = torch.zeros(4, 3)
+        x[2, 1] = math.inf
+        labels = torch.tensor([0, 1, 1, 0])
+        with pytest.raises(ValueError, match="activations: got NaN or infinity in column 1"):
+            histogram.update(*state, x, labels)
+        with pytest.raises(ValueError, match="labels: got values in"):
+            histogram.update(*state, x * 0, labels + 1)
+        with pytest.raises(ValueError, match="activations: got 2 filters, want 3"):
+            histogram.update(*state, x[:, :2], labels)
+        with pytest.raises(TypeError, match=r"counts: got dtype torch\.int32"):
+            histogram.update(state[0].int(), *state[1:], x, labels)
+        with pytest.raises(ValueError, match="counts: got shape"):
+            histogram.update(state[0][:, :1], *state[1:], x, labels)
+        with pytest.raises(ValueError, match="counts: got strides"):
+            histogram.update(state[0].mT.contiguous().mT, *state[1:], x, labels)
+        with pytest.raises(TypeError, match=r"minimum: got dtype torch\.float32"):
+            histogram.update(state[0], state[1].float(), state[2], x, labels)
+        with pytest.raises(ValueError, match="maximum: got shape"):
+            histogram.update(*state[:2], state[2][:2], x, labels)
+        assert_same(state, before)
+
+
+def test_compiled_kernel_refuses_what_would_leave_memory(cpp: Backend):
+    x, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    for wrong in (torch.tensor([0, 0, 2, 0]), torch.tensor([0, -1, 0, 0])):
+        with pytest.raises(RuntimeError, match="labels: got"):
+            OPS.histogram_update(*fresh(3, 4, 2), x, wrong)
+        with pytest.raises(RuntimeError, match="labels: got"):
+            OPS.soft_histogram(x, wrong, torch.zeros(3), torch.ones(3), 4, 2)
+    for low, high in ((math.nan, 1.0), (-math.inf, 1.0), (1.0, 0.0), (math.inf, 1.0)):
+        counts, minimum, maximum = fresh(3, 4, 2)
+        minimum[1], maximum[1] = low, high
+        with pytest.raises(RuntimeError, match="minimum, maximum: got"):
+            OPS.histogram_update(counts, minimum, maximum, x, labels)
+    counts, minimum, maximum = fresh(3, 4, 2)
+    with pytest.raises(RuntimeError, match="counts: want"):
+        OPS.histogram_update(counts[:2], minimum, maximum, x, labels)
+    with pytest.raises(RuntimeError, match="want 2 to"):
+        OPS.histogram_update(counts[:, :1].contiguous(), minimum, maximum, x, labels)
+
+
+# Soft counts --------------------------------------------------------------------------------------
+
+
+def soft_inputs(
+    shape: Shape, layout: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Activations, labels, low and width: some samples beyond the range, some at bin centres."""
+    values, labels = normal(shape)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    spread = torch.exp2(torch.arange(shape.filters) % 7 - 3.0)
+    low = (-1.7 * spread).to(wide)
+    width = (3.1 * spread / shape.bins).to(wide)
+    values[::5] = low + (0.5 + torch.arange(len(values[::5]))[:, None] % shape.bins) * width
+    x = laid_out(values.to(dtype), layout, device)
+    return x, labels.to(device), low.to(device), width.to(device)
+
+
+@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+def test_soft_counts_and_gradient_equal_the_reference(backend: Backend, shape_name, layout, dtype):
+    shape = SHAPES[shape_name]
+    x, labels, low, width = soft_inputs(shape, layout, dtype, backend.device)
+    counts = OPS.soft_histogram(x, labels, low, width, shape.bins, shape.classes)
+    assert counts.dtype == low.dtype
+    assert counts.shape == (shape.filters, shape.bins, shape.classes)
+    on_cpu = [t.cpu() for t in (x, labels, low, width)]
+    expected = reference.soft_histogram(*on_cpu, shape.bins, shape.classes)
+    bound = (shape.samples + 8) * torch.finfo(low.dtype).eps
+    torch.testing.assert_close(counts.cpu(), expected, rtol=bound, atol=bound)
+    total = torch.full((shape.filters,), float(shape.samples), dtype=low.dtype)
+    torch.testing.assert_close(counts.sum((1, 2)).cpu(), total, rtol=bound, atol=0)
+
+    generator = torch.Generator().manual_seed(1)
+    grad_counts = torch.randn(counts.shape, generator=generator, dtype=low.dtype)
+    grad = OPS.soft_histogram_backward(grad_counts.to(backend.device), x, labels, low, width)
+    assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+    assert grad.stride() == torch.empty_like(x).stride()
+    expected = reference.soft_histogram_backward(grad_counts, *on_cpu)
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(grad.cpu(), expected, rtol=rounding, atol=0)
+
+
+def test_soft_counts_are_the_definition_in_double_precision(backend: Backend):
+    shape = Shape(45, 4, 6, 3)
+    x, labels, low, width = soft_inputs(shape, "c_order", torch.float64, backend.device)
+    x = (x + 0.01 * width).requires_grad_()  # off the centres, where the slope has a step
+    counts = histogram.soft_histogram(x, labels, low, width, 6, 3)
+    # Weight max(0, 1 - |t - j|) for bin j of a position clamped to the outer centres.
+    t = ((x - low) / width - 0.5).clamp(0, 5)
+    weights = (1 - (t[..., None] - torch.arange(6, device=x.device)).abs()).clamp_min(0)
+    one_hot = torch.nn.functional.one_hot(labels, 3).double()
+    definition = torch.einsum("mnb,mk->nbk", weights, one_hot)
+    torch.testing.assert_close(counts, definition, rtol=0, atol=1e-12)
+    grad = torch.randn(4, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    grad = grad.to(backend.device)
+    (got,) = torch.autograd.grad(counts, x, grad)
+    (expected,) = torch.autograd.grad(definition, x, grad)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_soft_gradcheck(backend: Backend):
+    shape = Shape(7, 3, 4, 2)
+    x, labels, low, width = soft_inputs(shape, "c_order", torch.float64, backend.device)
+    x = (x + 0.01 * width).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda a: histogram.soft_histogram(a, labels, low, width, 4, 2),
+        x,
+        fast_mode=backend.slow,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_values_not_finite_stay_in_their_filter(backend: Backend, dtype):
+    shape = Shape(9, 3, 5, 2)
+    x, labels, low, width = soft_inputs(shape, "c_order", dtype, backend.device)
+    clean = OPS.soft_histogram(x, labels, low, width, 5, 2)
+    x[4, 1], x[2, 2], x[3, 2] = math.nan, math.inf, -math.inf
+    counts = OPS.soft_histogram(x, labels, low, width, 5, 2)
+    assert torch.equal(counts[0], clean[0])
+    assert counts[1].isnan().any()
+    assert counts[2].isfinite().all()
+    torch.testing.assert_close(counts[2].sum().item(), 9.0)
+    grad = OPS.soft_histogram_backward(torch.ones_like(clean), x, labels, low, width)
+    assert grad.isnan().nonzero().tolist() == [[4, 1]]
+    assert (grad[2, 2], grad[3, 2]) == (0, 0)
+
+
+def test_only_the_activations_have_a_gradient(backend: Backend):
+    x, labels, low, width = soft_inputs(SHAPES["odd"], "c_order", torch.float32, backend.device)
+    for leaf in (x, low, width):
+        leaf.requires_grad_()
+    counts = histogram.soft_histogram(x, labels, low, width, 4, 4)
+    (grad,) = torch.autograd.grad(counts.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    assert low.grad is None
+    direct = OPS.soft_histogram(x, labels, low, width, 4, 4)
+    (expected,) = torch.autograd.grad(direct.square().sum(), x)
+    assert torch.equal(grad, expected)
+    frozen = histogram.soft_histogram(x.detach(), labels, low, width, 4, 4)
+    assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=case_id)
+@pytest.mark.parametrize("filters", [1, 40])
+def test_the_number_of_threads_changes_no_bit(cpp: Backend, threads, dtype, filters):
+    shape = Shape(20_000, filters, 16, 4)
+    x, labels, low, width = soft_inputs(shape, "c_order", dtype, cpp.device)
+    grad = torch.randn(filters, 16, 4, dtype=low.dtype)
+
+    def run() -> list[Tensor]:
+        return [
+            *updated(fresh(filters, 16, 4), x, labels),
+            OPS.soft_histogram(x, labels, low, width, 16, 4),
+            OPS.soft_histogram_backward(grad, x, labels, low, width),
+        ]
+
+    threads(1)
+    alone = run()
+    for count in (2, 5):
+        threads(count)
+        for one, two in zip(run(), alone, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_long_soft_sums_stay_accurate(cpp: Backend):
+    shape = Shape(60_001, 3, 8, 2)
+    x, labels, low, width = soft_inputs(shape, "c_order", torch.float32, cpp.device)
+    counts = OPS.soft_histogram(x, labels, low, width, 8, 2)
+    expected = reference.soft_histogram(x.double(), labels, low.double(), width.double(), 8, 2)
+    torch.testing.assert_close(counts.double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_soft_arguments_are_checked():
+    x, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    low, width = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="bins: got 1"):
+        histogram.soft_histogram(x, labels, low, width, 1, 2)
+    with pytest.raises(ValueError, match="num_classes: got 0"):
+        histogram.soft_histogram(x, labels, low, width, 4, 0)
+    with pytest.raises(ValueError, match="width: got shape"):
+        histogram.soft_histogram(x, labels, low, width[:2], 4, 2)
+    with pytest.raises(ValueError, match="activations: got shape"):
+        histogram.soft_histogram(x[0], labels, low, width, 4, 2)
+    with pytest.raises(ValueError, match="labels: got"):
+        histogram.soft_histogram(x, labels + 2, low, width, 4, 2)
+    with pytest.raises(TypeError, match="activations: got dtype"):
+        histogram.soft_histogram(x.int(), labels, low, width, 4, 2)
+
+
+# opcheck and torch.compile ------------------------------------------------------------------------
+
+OPCHECKS = {
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+}
+
+
+@pytest.mark.parametrize("layout", ["c_order", "f_order", "sliced"])
+@pytest.mark.parametrize(
+    "operator", ["histogram_update", "soft_histogram", "soft_histogram_backward"]
+)
+def test_opcheck(backend: Backend, operator, layout):
+    shape = Shape(6, 3, 4, 2)
+    x, labels, low, width = soft_inputs(shape, layout, torch.float32, backend.device)
+    arguments = {
+        "histogram_update": (*state_on(backend.device, fresh(3, 4, 2)), x, labels),
+        "soft_histogram": (x.detach().requires_grad_(), labels, low, width, 4, 2),
+        "soft_histogram_backward": (
+            torch.ones(3, 4, 2, device=backend.device),
+            x,
+            labels,
+            low,
+            width,
+        ),
+    }
+    results = torch.library.opcheck(getattr(OPS, operator).default, arguments[operator])
+    assert set(results) == OPCHECKS
+
+
+def test_soft_histogram_compiles_into_one_graph(backend: Backend):
+    torch._dynamo.reset()
+    x, labels, low, width = soft_inputs(SHAPES["odd"], "c_order", torch.float32, backend.device)
+    x.requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        counts = histogram.soft_histogram(x * 2, labels, low, width, 4, 4)
+        return -reference.plug_in(counts, "label").sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(x), loss(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+    torch._dynamo.reset()
+
+
+def test_update_compiles_into_one_graph(backend: Backend):
+    torch._dynamo.reset()
+    values, labels = normal(SHAPES["odd"])
+    x, labels = values.float().to(backend.device), labels.to(backend.device)
+    eager, traced = (state_on(backend.device, fresh(5, 4, 4)) for _ in range(2))
+    histogram.update(*eager, x, labels)
+    torch.compile(histogram.update, fullgraph=True, backend="aot_eager")(*traced, x, labels)
+    assert_same(traced, eager)
+    torch._dynamo.reset()

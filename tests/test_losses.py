@@ -1,0 +1,180 @@
+"""MutualInformationLoss: its value, its gradient, and the corners of a batch."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import picnn_fast
+from picnn_fast.functional import mutual_information
+from picnn_fast.losses import MutualInformationLoss
+
+
+def batch(samples: int = 40, filters: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(samples) % classes
+    activations = torch.randn(samples, filters, generator=generator)
+    return activations + labels[:, None] * torch.rand(filters, generator=generator), labels
+
+
+def test_the_loss_is_minus_the_information_of_the_best_class_or_of_the_label() -> None:
+    activations, labels = batch()
+    options: dict[str, Any] = {"estimator": "soft_histogram", "bins": 8}
+    per_class = mutual_information(activations, labels, 3, **options)
+    loss = MutualInformationLoss(3, bins=8)(activations, labels)
+    torch.testing.assert_close(loss, -per_class.amax(0).mean())
+    joint = mutual_information(activations, labels, 3, target="label", **options)
+    loss = MutualInformationLoss(3, bins=8, objective="label")(activations, labels)
+    torch.testing.assert_close(loss, -joint.mean())
+
+
+def test_a_temperature_leads_from_the_mean_over_classes_to_the_maximum() -> None:
+    activations, labels = batch()
+    per_class = mutual_information(activations, labels, 3, estimator="soft_histogram", bins=16)
+
+    def loss(temperature: float) -> float:
+        return MutualInformationLoss(3, temperature=temperature)(activations, labels).item()
+
+    assert loss(1e-5) == pytest.approx(-per_class.amax(0).mean().item(), abs=1e-4)
+    assert loss(1e3) == pytest.approx(-per_class.mean().item(), abs=1e-4)
+    assert loss(1e-5) < loss(0.05) < loss(1e3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"objective": "label"}, {"temperature": 0.05}], ids=["max", "label", "soft"]
+)
+def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:
+    activations, labels = batch(samples=20, filters=3)
+    activations = activations.double()
+    # The range is a constant of the backward pass: samples that set it stay where they are.
+    ends = torch.stack([activations.amin(0) - 1, activations.amax(0) + 1])
+    labels = torch.cat([labels, torch.tensor([0, 1])])
+    loss = MutualInformationLoss(3, bins=5, **options)
+
+    def of_inner(inner: Tensor) -> Tensor:
+        return loss(torch.cat([inner, ends]), labels)
+
+    assert torch.autograd.gradcheck(of_inner, activations.requires_grad_())
+
+
+@pytest.mark.parametrize("objective", ["class", "label"])
+def test_descent_makes_filters_tell_the_classes(objective: Any) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(60, 4), torch.arange(60) % 3
+    layer = torch.nn.Linear(4, 6)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
+    loss = MutualInformationLoss(3, bins=8, objective=objective)
+    values = []
+    for _ in range(80):
+        value = loss(layer(images), labels)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < 1.2 * values[0] < 0
+
+
+def test_maps_are_averaged_over_their_positions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(8) % 2
+    loss = MutualInformationLoss(2)
+    for shape in ((8, 3, 5, 4), (8, 3, 7)):
+        maps = torch.randn(shape, generator=generator, requires_grad=True)
+        value = loss(maps, labels)
+        torch.testing.assert_close(value, loss(maps.flatten(2).mean(-1), labels))
+        value.backward()
+        assert maps.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_and_autocast_are_counted_in_single_precision(dtype: torch.dtype) -> None:
+    activations, labels = batch()
+    half = activations.to(dtype).requires_grad_()
+    loss = MutualInformationLoss(3)
+    value = loss(half, labels)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(half.float(), labels))
+    value.backward()
+    assert half.grad.dtype == dtype
+    assert half.grad.isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(activations, labels)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, loss(activations, labels))
+    maps = torch.full((4, 1, 100, 100), 300.0, dtype=torch.float16)  # their sums overflow
+    assert loss(maps, torch.arange(4) % 2).isfinite()
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "label"}, {"temperature": 0.1}])
+@pytest.mark.parametrize("case", ["one sample", "a class missing", "one class", "constant filter"])
+def test_corner_cases_of_a_batch_have_finite_gradients(case: str, options: dict[str, Any]) -> None:
+    activations, labels = batch()
+    classes = 3
+    if case == "one sample":
+        activations, labels = activations[:1], labels[:1]
+    elif case == "a class missing":
+        classes = 5
+    elif case == "one class":
+        labels = torch.zeros_like(labels)
+    else:
+        activations[:, 2] = -7.3
+    activations.requires_grad_()
+    loss = MutualInformationLoss(classes, **options)(activations, labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert activations.grad.isfinite().all()
+    if case in ("one sample", "one class"):
+        assert loss.abs() < 1e-6
+    if case == "one sample":
+        assert (activations.grad == 0).all()
+    if case == "constant filter":
+        assert (activations.grad[:, 2] == 0).all()
+        assert (activations.grad[:, 1] != 0).any()
+
+
+def test_nan_makes_the_loss_nan_and_not_an_error() -> None:
+    activations, labels = batch()
+    activations[3, 1] = math.nan
+    assert MutualInformationLoss(3)(activations, labels).isnan()
+
+
+def test_it_compiles_whole() -> None:
+    activations, labels = batch()
+    loss = MutualInformationLoss(3, temperature=0.1)
+    expected = torch.autograd.grad(loss(activations.requires_grad_(), labels), activations)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(activations, labels), activations)
+    torch.testing.assert_close(got, expected)
+
+
+def test_bad_arguments_are_refused_by_name() -> None:
+    wrong: list[tuple[dict[str, Any], type[Exception]]] = [
+        ({"num_classes": 0}, ValueError),
+        ({"bins": 1}, ValueError),
+        ({"bins": 8.0}, TypeError),
+        ({"objective": "filter"}, ValueError),
+        ({"temperature": 0}, ValueError),
+        ({"temperature": "low"}, TypeError),
+    ]
+    for options, error in wrong:
+        with pytest.raises(error, match=f"^{next(iter(options))}: got"):
+            MutualInformationLoss(**({"num_classes": 3} | options))
+    with pytest.raises(ValueError, match=r"^temperature: got 0.1 with objective='label'"):
+        MutualInformationLoss(3, objective="label", temperature=0.1)
+    activations, labels = batch()
+    loss = MutualInformationLoss(3)
+    with pytest.raises(ValueError, match=r"^activations: got shape \(40,\)"):
+        loss(activations[:, 0], labels)
+    with pytest.raises(TypeError, match=r"^activations: got dtype"):
+        loss(activations.long(), labels)
+    with pytest.raises(ValueError, match=r"^labels: got values"):
+        loss(activations, labels + 1)
+    with pytest.raises(ValueError, match=r"^activations: got no sample"):
+        loss(activations[:0], labels[:0])
+
+
+def test_it_is_found_beside_the_models_and_shows_its_options() -> None:
+    loss = picnn_fast.losses.MutualInformationLoss(3, bins=8, temperature=0.1)
+    assert "num_classes=3, bins=8, objective='class', temperature=0.1" in repr(loss)

@@ -1,0 +1,88 @@
+"""Triton kernels of the histogram family, beyond the parity suite in tests/ops."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from picnn_fast.reference import histogram as reference
+from tests.conftest import HAS_GPU
+from tests.reference.test_histogram import fresh
+
+pytest.importorskip("triton")
+triton_histogram = pytest.importorskip("picnn_fast.triton_kernels.histogram")
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_every_kernel_compiles_for_hopper_in_every_dtype() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).with_name("compile_for_gpu.py"),
+            ROOT / "triton_kernels" / "histogram.py",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    kernels = {"range_kernel", "count_kernel", "soft_kernel", "soft_backward_kernel"}
+    assert {line[0] for line in compiled} == kernels
+    for name in kernels:
+        types = {
+            line[2 if name == "soft_backward_kernel" else 1] for line in compiled if line[0] == name
+        }
+        assert types == {"*fp32", "*fp64", "*bf16", "*fp16"}, name
+
+
+@pytest.mark.parametrize("programs", [1, 6])
+@pytest.mark.parametrize("slots", [0, 64, 4096])
+@pytest.mark.parametrize("order", ["c_order", "f_order"])
+def test_tiles_and_tables_do_not_matter(
+    programs: int, slots: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of several tiles; counts in the program's own table and in place."""
+    monkeypatch.setattr(triton_histogram, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_histogram, "SLOTS", slots)
+    monkeypatch.setattr(triton_histogram, "TILE", 64)
+    device = "cuda" if HAS_GPU else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 5, generator=generator).to(device)
+    x = x.T.contiguous().T if order == "f_order" else x
+    labels = torch.randint(0, 3, (150,), generator=generator).to(device)
+    expected, got = ([t.to(device) for t in fresh(5, 6, 3)] for _ in range(2))
+    for scale in (1, 100):
+        assert reference.histogram_update(*expected, x * scale, labels).item() == -1
+        assert triton_histogram.histogram_update(*got, x * scale, labels).item() == -1
+        for one, two in zip(got, expected, strict=True):
+            assert torch.equal(one, two)
+
+    low, width = torch.linspace(-2, -1, 5, device=device), torch.full((5,), 0.6, device=device)
+    counts = triton_histogram.soft_histogram(x, labels, low, width, 6, 3)
+    torch.testing.assert_close(
+        counts, reference.soft_histogram(x, labels, low, width, 6, 3), rtol=1e-5, atol=1e-5
+    )
+    grad = triton_histogram.soft_histogram_backward(counts, x, labels, low, width)
+    wanted = reference.soft_histogram_backward(counts, x, labels, low, width)
+    torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=0)
+
+
+def test_nothing_is_written_when_a_value_is_not_finite() -> None:
+    device = "cuda" if HAS_GPU else "cpu"
+    state = [t.to(device) for t in fresh(4, 6, 2)]
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(20, device=device) % 2
+    triton_histogram.histogram_update(*state, x, labels)
+    before = [t.clone() for t in state]
+    x[3, 2] = -torch.inf
+    x[7, 3] = torch.nan
+    assert triton_histogram.histogram_update(*state, 10 * x, labels).item() == 2
+    for one, two in zip(state, before, strict=True):
+        assert torch.equal(one, two)

@@ -1,0 +1,271 @@
+"""Triton kernels of the histogram family. ``picnn_fast.reference.histogram`` is the definition.
+
+Hard counts take two passes, the range and then the counts on its grid; what is small in between
+([N] and the tables themselves) is plain PyTorch, without a host sync. Soft counts are sums of
+integers, weights times a power of two, so that they do not depend on the order of the additions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from picnn_fast.reference import histogram as reference
+from picnn_fast.triton_kernels.masking import _narrow, _widen
+
+TILE = 2048  # elements of a tile of [samples, filters]
+PROGRAMS = 1024  # about what keeps a large device busy
+SLOTS = 4096  # counters of a table that a program keeps for itself
+POISON = tl.constexpr(-(2**63))  # the sign bit: a soft count with a NaN in it
+
+
+@triton.jit
+def _place(N, rows, ROWS: tl.constexpr, FILTERS: tl.constexpr):
+    """A program's filters, their offsets, the samples of its first tile and their number."""
+    tiles = tl.cdiv(N, FILTERS)
+    n = (tl.program_id(0) % tiles).to(tl.int64) * FILTERS + tl.arange(0, FILTERS)
+    split = tl.program_id(0) // tiles
+    m = split.to(tl.int64) * rows + tl.arange(0, ROWS)
+    return n, m, split
+
+
+@triton.jit
+def _labels(labels, m, M, stride, classes):
+    label = tl.load(labels + m * stride, mask=m < M, other=0)
+    # Live with TRITON_DEBUG=1. Without it a label that no check caught still counts in the table.
+    tl.device_assert((label >= 0) & (label < classes), "labels out of range")
+    return tl.minimum(tl.maximum(label, 0), classes - 1)
+
+
+@triton.jit
+def range_kernel(
+    activations, least, most, finite, M, N, x_m, x_n, rows,
+    ROWS: tl.constexpr, FILTERS: tl.constexpr,
+):  # fmt: skip
+    """Range of the finite values of a split of the samples, and whether all are: [splits, N]."""
+    n, first, split = _place(N, rows, ROWS, FILTERS)
+    dtype = least.dtype.element_ty
+    low = tl.full((ROWS, FILTERS), float("inf"), dtype)
+    high = tl.full((ROWS, FILTERS), -float("inf"), dtype)
+    strange = tl.zeros((ROWS, FILTERS), tl.int32)
+    for start in range(0, rows, ROWS):
+        m = first + start
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        x = _widen(
+            tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0),
+            dtype,
+        )
+        usual = tl.abs(x) < float("inf")  # NaN: no
+        low = tl.minimum(low, tl.where(inside & usual, x, float("inf")))
+        high = tl.maximum(high, tl.where(inside & usual, x, -float("inf")))
+        strange |= (usual == 0).to(tl.int32)
+    at = split.to(tl.int64) * N + n
+    tl.store(least + at, tl.min(low, 0), mask=n < N)
+    tl.store(most + at, tl.max(high, 0), mask=n < N)
+    tl.store(finite + at, 1 - tl.max(strange, 0), mask=n < N)
+
+
+@triton.jit
+def count_kernel(
+    activations, labels, column, scale, shift, first_cell, counts,
+    M, N, bins, classes, x_m, x_n, l_m, rows,
+    ROWS: tl.constexpr, FILTERS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Count a split of the samples, in a table of SLOTS > 0 of the program's own or in place."""
+    if tl.load(column) >= 0:
+        return
+    n, first, _ = _place(N, rows, ROWS, FILTERS)
+    scales = tl.load(scale + n, mask=n < N, other=1.0)[None, :]
+    shifts = tl.load(shift + n, mask=n < N, other=0)[None, :]
+    first_cells = tl.load(first_cell + n, mask=n < N, other=0)[None, :]
+    row = tl.arange(0, FILTERS).to(tl.int64)[None, :] * bins
+    table = counts + tl.min(n, 0) * bins * classes
+    if SLOTS > 0:
+        own = tl.zeros((SLOTS,), tl.int32)
+    for start in range(0, rows, ROWS):
+        m = first + start
+        label = _labels(labels, m, M, l_m, classes)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
+        x = _widen(x, tl.float64).to(tl.float64)
+        scaled = tl.floor(x * scales)
+        # A product may underflow to -0, but what is negative lies in a negative cell.
+        cell = tl.where((x < 0) & (scaled == 0), -1.0, scaled).to(tl.int64) >> shifts
+        slot = (row + cell - first_cells) * classes + label[:, None]
+        if SLOTS > 0:
+            flat = tl.reshape(slot, (ROWS * FILTERS,)).to(tl.int32)
+            own += tl.histogram(flat, SLOTS, mask=tl.reshape(inside, (ROWS * FILTERS,)))
+        else:
+            one = tl.full((ROWS, FILTERS), 1, tl.int64)
+            tl.atomic_add(table + slot, one, mask=inside, sem="relaxed")
+    if SLOTS > 0:
+        slots = tl.arange(0, SLOTS)
+        tl.atomic_add(table + slots, own.to(tl.int64), mask=own > 0, sem="relaxed")
+
+
+@triton.jit
+def _soft_position(x, low, width):
+    """Position among the bin centres, every operation rounded to nearest."""
+    if x.dtype == tl.float64:
+        return (x - low) / width - 0.5
+    else:
+        return tl.div_rn(x - low, width) - 0.5
+
+
+@triton.jit
+def soft_kernel(
+    activations, labels, low, width, sums,
+    M, N, bins, classes, x_m, x_n, l_m, low_n, width_n, fraction_bits, rows,
+    ROWS: tl.constexpr, FILTERS: tl.constexpr,
+):  # fmt: skip
+    """Add the weights of a split of the samples, in units of 2**-fraction_bits."""
+    n, first, _ = _place(N, rows, ROWS, FILTERS)
+    lows = tl.load(low + n * low_n, mask=n < N, other=0.0)[None, :]
+    widths = tl.load(width + n * width_n, mask=n < N, other=1.0)[None, :]
+    one = tl.full((ROWS, FILTERS), 1, tl.int64) << fraction_bits
+    last = bins - 1
+    for start in range(0, rows, ROWS):
+        m = first + start
+        label = _labels(labels, m, M, l_m, classes)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
+        t = _soft_position(_widen(x, lows.dtype), lows, widths)
+        nan = t != t
+        t = tl.where(t > 0, t, 0.0)  # NaN too
+        t = tl.where(t < last, t, last.to(t.dtype))
+        below = tl.minimum(t.to(tl.int64), last - 1)
+        upper = tl.floor((t - below.to(t.dtype)) * one.to(t.dtype) + 0.5).to(tl.int64)
+        at = sums + (n[None, :] * bins + below) * classes + label[:, None]
+        tl.atomic_add(at, one - upper, mask=inside & (upper < one), sem="relaxed")
+        tl.atomic_add(at + classes, upper, mask=inside & (upper > 0), sem="relaxed")
+        poison = tl.full((ROWS, FILTERS), POISON, tl.int64)
+        tl.atomic_or(at, poison, mask=inside & nan, sem="relaxed")
+        tl.atomic_or(at + classes, poison, mask=inside & nan, sem="relaxed")
+
+
+@triton.jit
+def soft_backward_kernel(
+    grad_counts, activations, labels, low, width, grad,
+    M, N, bins, classes, g_n, g_b, g_k, x_m, x_n, l_m, low_n, width_n, y_m, y_n,
+    rows, ROWS: tl.constexpr, FILTERS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a split of the samples."""
+    n, first, _ = _place(N, rows, ROWS, FILTERS)
+    lows = tl.load(low + n * low_n, mask=n < N, other=0.0)[None, :]
+    widths = tl.load(width + n * width_n, mask=n < N, other=1.0)[None, :]
+    for start in range(0, rows, ROWS):
+        m = first + start
+        label = _labels(labels, m, M, l_m, classes)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
+        t = _soft_position(_widen(x, lows.dtype), lows, widths)
+        sloped = (t >= 0) & (t < bins - 1)
+        below = tl.where(sloped, t, 0.0).to(tl.int64)
+        at = grad_counts + n[None, :] * g_n + below * g_b + label[:, None] * g_k
+        lower = tl.load(at, mask=inside & sloped, other=0.0)
+        upper = tl.load(at + g_b, mask=inside & sloped, other=0.0)
+        result = tl.where(sloped, (upper - lower) / widths, tl.where(t == t, 0.0, t))
+        tl.store(grad + m[:, None] * y_m + n[None, :] * y_n, _narrow(result, x.dtype), mask=inside)
+
+
+def _tiling(activations: Tensor, most_filters: int = TILE) -> tuple[int, int, int, int]:
+    """Programs, samples of each, and samples and filters of a tile, long where memory runs."""
+    M, N = activations.shape
+    filters = min(triton.next_power_of_2(N), most_filters)
+    if activations.stride(1) <= activations.stride(0):
+        filters = min(filters, 32)
+        rows = min(triton.next_power_of_2(M), TILE // filters)
+    else:
+        rows = min(triton.next_power_of_2(M), TILE // min(filters, 4))
+        filters = min(filters, TILE // rows)
+    tiles = triton.cdiv(N, filters)
+    each = triton.cdiv(triton.cdiv(M, max(PROGRAMS // tiles, 1)), rows) * rows
+    return tiles * triton.cdiv(M, each), each, rows, filters
+
+
+def histogram_update(
+    counts: Tensor, minimum: Tensor, maximum: Tensor, activations: Tensor, labels: Tensor
+) -> Tensor:
+    """Add samples to histograms, in place; see ``reference.histogram.histogram_update``."""
+    M, N = activations.shape
+    _, bins, classes = counts.shape
+    if activations.numel() == 0:
+        return torch.full((), -1, dtype=torch.int64, device=counts.device)
+    programs, each, rows, filters = _tiling(activations)
+    splits = triton.cdiv(M, each)
+    wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
+    least, most = (activations.new_empty((splits, N), dtype=wide) for _ in range(2))
+    finite = labels.new_empty((splits, N), dtype=torch.int32)
+    range_kernel[(programs,)](
+        activations, least, most, finite, M, N, *activations.stride(), each,
+        ROWS=rows, FILTERS=filters,
+    )  # fmt: skip
+    bad = finite.amin(0) == 0
+    column = torch.where(bad.any(), bad.long().argmax(), -1)
+    good = column < 0
+    # Of a column without a finite value the range is empty; then nothing is counted or kept.
+    new_minimum = torch.where(good, torch.minimum(minimum, least.amin(0).double()), 0)
+    new_maximum = torch.where(good, torch.maximum(maximum, most.amax(0).double()), 0)
+    new_counts = reference.widen(counts, minimum, maximum, new_minimum, new_maximum)
+    exponent, first_cell = reference.grid(new_minimum, new_maximum, bins)
+    # By way of the smallest exponent, whose power of two is a normal number.
+    smallest = reference._smallest_exponent(new_minimum, new_maximum)
+    scale, shift = reference._power_of_two(-smallest), exponent - smallest
+
+    slots = triton.next_power_of_2(bins * classes)
+    own = slots <= SLOTS
+    programs, each, rows, filters = _tiling(activations, SLOTS // slots if own else TILE)
+    count_kernel[(programs,)](
+        activations, labels, column, scale, shift, first_cell, new_counts,
+        M, N, bins, classes, *activations.stride(), *labels.stride(), each,
+        ROWS=rows, FILTERS=filters,
+        # As many as a histogram needs: one for each thread of a warp.
+        SLOTS=max(filters * slots, 32) if own else 0,
+    )  # fmt: skip
+    counts.copy_(torch.where(good, new_counts, counts))
+    minimum.copy_(torch.where(good, new_minimum, minimum))
+    maximum.copy_(torch.where(good, new_maximum, maximum))
+    return column
+
+
+def soft_histogram(
+    activations: Tensor,
+    labels: Tensor,
+    low: Tensor,
+    width: Tensor,
+    bins: int,
+    num_classes: int,
+) -> Tensor:
+    """Linear binning; see ``reference.histogram.soft_histogram``."""
+    M, N = activations.shape
+    sums = labels.new_zeros((N, bins, num_classes))
+    # The finest unit, of those the weights can tell apart, of which M cannot reach the sign bit.
+    fraction_bits = min(52 if low.dtype == torch.float64 else 24, 62 - M.bit_length())
+    if activations.numel() > 0:
+        programs, each, rows, filters = _tiling(activations)
+        soft_kernel[(programs,)](
+            activations, labels, low, width, sums,
+            M, N, bins, num_classes, *activations.stride(), *labels.stride(), *low.stride(),
+            *width.stride(), fraction_bits, each,
+            ROWS=rows, FILTERS=filters,
+        )  # fmt: skip
+    counts = sums.double() * 2.0**-fraction_bits
+    return torch.where(sums < 0, torch.nan, counts).to(low.dtype)
+
+
+def soft_histogram_backward(
+    grad_counts: Tensor, activations: Tensor, labels: Tensor, low: Tensor, width: Tensor
+) -> Tensor:
+    """Gradient in the activations; see ``reference.histogram.soft_histogram_backward``."""
+    M, N = activations.shape
+    _, bins, classes = grad_counts.shape
+    grad = torch.empty_like(activations)
+    if activations.numel() > 0:
+        programs, each, rows, filters = _tiling(activations)
+        soft_backward_kernel[(programs,)](
+            grad_counts, activations, labels, low, width, grad,
+            M, N, bins, classes, *grad_counts.stride(), *activations.stride(), *labels.stride(),
+            *low.stride(), *width.stride(), *grad.stride(), each,
+            ROWS=rows, FILTERS=filters,
+        )  # fmt: skip
+    return grad
