@@ -2,7 +2,9 @@
 // PICNN_FAST_KERNELS. Only headers whose functions live in that namespace may be included.
 #include "histogram_kernels.h"
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "../common/binning.h"
@@ -27,12 +29,14 @@ constexpr int64_t kBlock = picnn_fast::kFilterBlock;
 constexpr int64_t kTileRows = 512;
 // Rows whose places are worked out before the tables are touched. The places go through memory:
 // moving the lanes of a vector to scalar registers one by one takes longer.
-constexpr int64_t kStepRows = 8;
+constexpr int64_t kStepRows = 32;
 
 template <typename A>
 struct Tile {
-  const A* rows;   // kBlock filters side by side
-  int64_t stride;  // of rows
+  const A* rows;        // kBlock filters side by side
+  int64_t stride;       // of rows
+  const char* next;     // the same rows of the tile that comes next
+  int64_t next_stride;  // in bytes
 };
 
 // Rows [row, row + count) of one block of filters. Read where they lie if they lie side by side in
@@ -44,7 +48,7 @@ Tile<A> open_tile(const Samples& s, int64_t row, int64_t count, int64_t filter, 
   const int64_t filters = s.filters - filter < kBlock ? s.filters - filter : kBlock;
   if constexpr (std::is_same_v<T, A>) {
     if (s.filter_stride == 1 && filters == kBlock) {
-      return {x, s.sample_stride};
+      return {x, s.sample_stride, nullptr, 0};
     }
   }
   if (filters < kBlock) {
@@ -70,7 +74,7 @@ Tile<A> open_tile(const Samples& s, int64_t row, int64_t count, int64_t filter, 
       }
     }
   }
-  return {buffer, kBlock};
+  return {buffer, kBlock, nullptr, 0};
 }
 
 // Calls visit(unit, first row, count, tile) for every tile of units [begin, end). For rows that
@@ -91,8 +95,15 @@ void for_tiles(const Samples& s, int64_t rows, int64_t block_bytes, int64_t begi
     for (int64_t row = run * rows; row < last; row += kTileRows) {
       const int64_t count = last - row < kTileRows ? last - row : kTileRows;
       for (int64_t unit = begin; unit < stop; ++unit) {
-        visit(unit, row, count,
-              open_tile<T, A>(s, row, count, (unit - run * blocks) * kBlock, buffer));
+        Tile<A> tile = open_tile<T, A>(s, row, count, (unit - run * blocks) * kBlock, buffer);
+        const bool turn = unit + 1 == stop;  // back to the first block, further down
+        const int64_t next_row = !turn ? row : row + kTileRows < last ? row + kTileRows : row;
+        const int64_t next_filter = ((turn ? begin : unit + 1) - run * blocks) * kBlock;
+        tile.next = reinterpret_cast<const char*>(static_cast<const T*>(s.activations) +
+                                                  next_row * s.sample_stride +
+                                                  next_filter * s.filter_stride);
+        tile.next_stride = s.sample_stride * static_cast<int64_t>(sizeof(T));
+        visit(unit, row, count, tile);
       }
     }
     begin = stop;
@@ -154,6 +165,28 @@ struct BlockScale {
   alignas(64) A width[kBlock];
 };
 
+// The range of each filter in the samples' own type, not a float wider; what lies outside, NaN and
+// infinity among it, widens the range.
+template <typename A>
+struct BlockBounds {
+  alignas(64) A low[kBlock];
+  alignas(64) A high[kBlock];
+};
+
+template <typename A>
+void set_bounds(BlockBounds<A>& bounds, int64_t f, const FilterRange* range) {
+  constexpr A infinity = std::numeric_limits<A>::infinity();
+  A low = -infinity, high = infinity;  // beyond the last filter, where every sample is 0
+  if (range != nullptr) {
+    low = static_cast<A>(range->minimum);
+    high = static_cast<A>(range->maximum);
+    low = static_cast<double>(low) < range->minimum ? std::nextafter(low, infinity) : low;
+    high = static_cast<double>(high) > range->maximum ? std::nextafter(high, -infinity) : high;
+  }
+  bounds.low[f] = low;
+  bounds.high[f] = high;
+}
+
 template <typename A>
 void set_scale(BlockScale<A>& scale, int64_t f, int exponent) {
   const CellScale<A> one = cell_scale<A>(exponent);
@@ -161,10 +194,38 @@ void set_scale(BlockScale<A>& scale, int64_t f, int exponent) {
   scale.width[f] = one.width;
 }
 
+// Widens the ranges of a block by rows of a tile, and moves what was counted to the new grids.
+// False where a value is not finite.
+template <typename A>
+bool widen_tables(const Histogram& h, const Tile<A>& tile, int64_t count, int64_t filters,
+                  bool fresh, FilterRange* ranges, uint32_t* table) {
+  FilterRange before[kBlock];
+  std::memcpy(before, ranges, filters * sizeof(FilterRange));
+  if (!widen_ranges(tile, count, filters, ranges)) {
+    return false;
+  }
+  for (int64_t f = 0; f < filters; ++f) {
+    FilterRange& range = ranges[f];
+    if (range.minimum != before[f].minimum || range.maximum != before[f].maximum) {
+      range.exponent = grid_of(range.minimum, range.maximum, h.bins).exponent;
+      if (!fresh && range.exponent != before[f].exponent) {
+        coarsen(table + f * h.cells, h, grid_before(before[f]),
+                range.exponent - before[f].exponent);
+      }
+    }
+  }
+  return true;
+}
+
 template <typename T, typename A>
 void count(const Histogram& h, int64_t begin, int64_t end) {
   const int64_t blocks = picnn_fast::filter_blocks(h.samples.filters);
   const int64_t class_cells = kBlock * h.cells;
+  const uint32_t modulo = static_cast<uint32_t>(h.cells - 1);
+  alignas(64) uint32_t place[kBlock];
+  for (int64_t f = 0; f < kBlock; ++f) {
+    place[f] = static_cast<uint32_t>(f * h.cells);
+  }
   for_tiles<T, A>(
       h.samples, h.rows, h.classes * class_cells * int64_t{sizeof(uint32_t)}, begin, end,
       [&](int64_t unit, int64_t row, int64_t count, const Tile<A>& tile) {
@@ -177,51 +238,58 @@ void count(const Histogram& h, int64_t begin, int64_t end) {
         if (fresh) {
           std::memset(table, 0, h.classes * class_cells * sizeof(uint32_t));
         }
-        FilterRange before[kBlock];
-        std::memcpy(before, ranges, filters * sizeof(FilterRange));
-        if (!widen_ranges(tile, count, filters, ranges)) {
-          return;
+        for (int64_t f = 0; f < filters; ++f) {
+          if (!ranges[f].finite) {
+            return;
+          }
         }
         BlockScale<A> scale;
-        for (int64_t f = 0; f < kBlock; ++f) {
-          if (f >= filters) {
-            set_scale(scale, f, 0);
-            continue;
+        BlockBounds<A> bounds;
+        const auto prepare = [&] {
+          for (int64_t f = 0; f < kBlock; ++f) {
+            set_scale(scale, f, f < filters ? ranges[f].exponent : 0);
+            set_bounds(bounds, f, f < filters ? ranges + f : nullptr);
           }
-          FilterRange& range = ranges[f];
-          if (range.minimum != before[f].minimum || range.maximum != before[f].maximum) {
-            range.exponent = grid_of(range.minimum, range.maximum, h.bins).exponent;
-            if (!fresh && range.exponent != before[f].exponent) {
-              coarsen(table + f * h.cells, h, grid_before(before[f]),
-                      range.exponent - before[f].exponent);
-            }
-          }
-          set_scale(scale, f, range.exponent);
-        }
-        const uint32_t modulo = static_cast<uint32_t>(h.cells - 1);
-        alignas(64) uint32_t place[kBlock];
-        for (int64_t f = 0; f < kBlock; ++f) {
-          place[f] = static_cast<uint32_t>(f * h.cells);
-        }
+        };
+        prepare();
         const int64_t* labels = h.samples.labels + row;
         alignas(64) uint32_t at[kStepRows * kBlock];
-        for (int64_t from = 0; from < count; from += kStepRows) {
+        for (int64_t from = 0; from < count;) {
           const int64_t to = count < from + kStepRows ? count : from + kStepRows;
+          alignas(64) uint32_t outside[kBlock] = {};
           for (int64_t r = from; r < to; ++r) {
             const A* __restrict__ x = tile.rows + r * tile.stride;
             uint32_t* __restrict__ out = at + (r - from) * kBlock;
+            PICNN_FAST_FOR_BLOCK(f) {
+              outside[f] |= !((x[f] >= bounds.low[f]) & (x[f] <= bounds.high[f]));
+            }
             PICNN_FAST_FOR_BLOCK(f) {
               const int32_t cell = cell_of(x[f], CellScale<A>{scale.inverse[f], scale.width[f]});
               out[f] = (static_cast<uint32_t>(cell) & modulo) | place[f];
             }
           }
+          uint32_t any = 0;
+          for (int64_t f = 0; f < kBlock; ++f) {
+            any |= outside[f];
+          }
+          if (any != 0) {  // seldom: once the range is known, a sample in M widens it
+            Tile<A> rest = tile;
+            rest.rows += from * tile.stride;
+            if (!widen_tables(h, rest, count - from, filters, fresh && from == 0, ranges, table)) {
+              return;
+            }
+            prepare();
+            continue;
+          }
           for (int64_t r = from; r < to; ++r) {
+            __builtin_prefetch(tile.next + r * tile.next_stride);
             uint32_t* __restrict__ class_table = table + labels[r] * class_cells;
             const uint32_t* __restrict__ in = at + (r - from) * kBlock;
             for (int64_t f = 0; f < kBlock; ++f) {
               ++class_table[in[f]];
             }
           }
+          from = to;
         }
       });
 }
