@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from picnn_fast.reference import histogram as reference
-from picnn_fast.triton_kernels.masking import _narrow, _widen
+from picnn_fast.triton_kernels.conversions import narrow, widen
 
 TILE = 2048  # elements of a tile of [samples, filters]
 PROGRAMS = 1024  # about what keeps a large device busy
@@ -51,7 +51,7 @@ def range_kernel(
     for start in range(0, rows, ROWS):
         m = first + start
         inside = (m < M)[:, None] & (n < N)[None, :]
-        x = _widen(
+        x = widen(
             tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0),
             dtype,
         )
@@ -87,7 +87,7 @@ def count_kernel(
         label = _labels(labels, m, M, l_m, classes)
         inside = (m < M)[:, None] & (n < N)[None, :]
         x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
-        x = _widen(x, tl.float64).to(tl.float64)
+        x = widen(x, tl.float64).to(tl.float64)
         scaled = tl.floor(x * scales)
         # A product may underflow to -0, but what is negative lies in a negative cell.
         cell = tl.where((x < 0) & (scaled == 0), -1.0, scaled).to(tl.int64) >> shifts
@@ -129,7 +129,7 @@ def soft_kernel(
         label = _labels(labels, m, M, l_m, classes)
         inside = (m < M)[:, None] & (n < N)[None, :]
         x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
-        t = _soft_position(_widen(x, lows.dtype), lows, widths)
+        t = _soft_position(widen(x, lows.dtype), lows, widths)
         nan = t != t
         t = tl.where(t > 0, t, 0.0)  # NaN too
         t = tl.where(t < last, t, last.to(t.dtype))
@@ -158,14 +158,14 @@ def soft_backward_kernel(
         label = _labels(labels, m, M, l_m, classes)
         inside = (m < M)[:, None] & (n < N)[None, :]
         x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
-        t = _soft_position(_widen(x, lows.dtype), lows, widths)
+        t = _soft_position(widen(x, lows.dtype), lows, widths)
         sloped = (t >= 0) & (t < bins - 1)
         below = tl.where(sloped, t, 0.0).to(tl.int64)
         at = grad_counts + n[None, :] * g_n + below * g_b + label[:, None] * g_k
         lower = tl.load(at, mask=inside & sloped, other=0.0)
         upper = tl.load(at + g_b, mask=inside & sloped, other=0.0)
         result = tl.where(sloped, (upper - lower) / widths, tl.where(t == t, 0.0, t))
-        tl.store(grad + m[:, None] * y_m + n[None, :] * y_n, _narrow(result, x.dtype), mask=inside)
+        tl.store(grad + m[:, None] * y_m + n[None, :] * y_n, narrow(result, x.dtype), mask=inside)
 
 
 def _tiling(activations: Tensor, most_filters: int = TILE) -> tuple[int, int, int, int]:
@@ -209,8 +209,8 @@ def histogram_update(
     new_counts = reference.widen(counts, minimum, maximum, new_minimum, new_maximum)
     exponent, first_cell = reference.grid(new_minimum, new_maximum, bins)
     # By way of the smallest exponent, whose power of two is a normal number.
-    smallest = reference._smallest_exponent(new_minimum, new_maximum)
-    scale, shift = reference._power_of_two(-smallest), exponent - smallest
+    smallest = reference.smallest_exponent(new_minimum, new_maximum)
+    scale, shift = reference.power_of_two(-smallest), exponent - smallest
 
     slots = triton.next_power_of_2(bins * classes)
     own = slots <= SLOTS

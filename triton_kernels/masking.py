@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from picnn_fast.triton_kernels.conversions import narrow, widen
+
 CLASS_BLOCK = 1024
 TILE = 2048  # elements of a tile of [channels, positions]
 
@@ -84,27 +86,6 @@ def pseudo_label_kernel(
     tl.store(label + b, tl.minimum(passed, classes - 1))
 
 
-# bfloat16 by its bits: the interpreter's own conversion drops the lower half instead of rounding,
-# and loses subnormal numbers.
-@triton.jit
-def _widen(x, dtype: tl.constexpr):
-    if x.dtype == tl.bfloat16:
-        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
-        return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
 @triton.jit
 def _place(N, S, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
     """A program's sample, its channels, its positions and their number among its siblings."""
@@ -127,10 +108,10 @@ def _scale(x, y, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s):
     value = tl.load(
         x + b * x_b + n[:, None] * x_n + s[None, :] * x_s, mask=inside & needed, other=0.0
     )
-    scaled = tl.where(needed, _widen(value, factor.dtype) * factor[:, None], 0.0)
+    scaled = tl.where(needed, widen(value, factor.dtype) * factor[:, None], 0.0)
     tl.store(
         y + b * y_b + n[:, None] * y_n + s[None, :] * y_s,
-        _narrow(scaled, value.dtype),
+        narrow(scaled, value.dtype),
         mask=inside,
     )
 
@@ -190,12 +171,12 @@ def backward_kernel(
         x = tl.load(
             features + b * x_b + n[:, None] * x_n + s[None, :] * x_s, mask=inside, other=0.0
         )
-        wide = _widen(grad, factor.dtype)
-        total += _widen(x, factor.dtype) * wide
+        wide = widen(grad, factor.dtype)
+        total += widen(x, factor.dtype) * wide
         scaled = tl.where((factor != 0)[:, None], wide * factor[:, None], 0.0)
         tl.store(
             grad_features + b * y_b + n[:, None] * y_n + s[None, :] * y_s,
-            _narrow(scaled, grad.dtype),
+            narrow(scaled, grad.dtype),
             mask=inside,
         )
     tl.store(grad_mask + b * N + n, tl.sum(total, 1), mask=n < N)

@@ -12,6 +12,7 @@
 #include "../common/binning.h"
 #include "capability.h"
 #include "histogram_kernels.h"
+#include "tensors.h"
 
 namespace picnn_fast {
 namespace {
@@ -19,71 +20,30 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const HistogramKernels& kernels() {
-#ifdef __x86_64__
-  switch (cpu_capability()) {
-    case Capability::kAvx512:
-      return histogram_kernels_avx512;
-    case Capability::kAvx2:
-      return histogram_kernels_avx2;
-    case Capability::kDefault:
-      break;
-  }
-#endif
-  return histogram_kernels_default;
+const HistogramKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(histogram_kernels); }
+
+void check_type(const Tensor& t, const char* name, ScalarType type, const char* want) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, ": want ", want);
 }
 
-Storage storage(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "activations: want float32, float64, bfloat16 or float16");
-  }
+void check_bins(const char* name, int64_t bins) {
+  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, name, ": got ", bins, " bins, want 2 to 2**24");
 }
 
-void check(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType type,
-           const char* want) {
-  bool same = t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == type;
-  for (size_t d = 0; same && d < shape.size(); ++d) {
-    same = t.size(static_cast<int64_t>(d)) == shape.begin()[d];
-  }
-  STD_TORCH_CHECK(same, name, ": want ", want);
-}
-
-// `labels` must be contiguous, and outlive the result.
-Samples samples_of(const Tensor& activations, const Tensor& labels, int64_t classes) {
-  const int64_t count = activations.size(0);
-  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
-  for (int64_t m = 0; m < count; ++m) {
-    STD_TORCH_CHECK(label[m] >= 0 && label[m] < classes, "labels: got ", label[m], ", want [0, ",
-                    classes, ")");
-  }
-  return {count,
-          activations.size(1),
-          activations.const_data_ptr(),
-          activations.stride(0),
-          activations.stride(1),
-          label};
-}
-
-Tensor contiguous_labels(const Tensor& activations, const Tensor& labels) {
+// One class index for each of the samples.
+Tensor indices_of(const Tensor& activations, const Tensor& labels, int64_t classes) {
   STD_TORCH_CHECK(activations.dim() == 2, "activations: want [samples, filters]");
-  check(labels, "labels", {activations.size(0)}, ScalarType::Long, "int64 [samples]");
-  return torch::stable::contiguous(labels);
+  return class_indices(labels, "labels", activations.size(0), classes);
+}
+
+// `indices` must outlive the result.
+Samples samples_of(const Tensor& activations, const Tensor& indices) {
+  return {activations.size(0),          activations.size(1),
+          activations.const_data_ptr(), activations.stride(0),
+          activations.stride(1),        static_cast<const int64_t*>(indices.const_data_ptr())};
 }
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// At least this many samples of one filter for each thread: below that, waking one costs more than
-// it saves.
-constexpr int64_t kGrainElements = 16384;
 
 template <typename F>
 void parallel(int64_t count, int64_t elements_each, const F& run) {
@@ -202,18 +162,19 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
                         const Tensor& activations, const Tensor& labels) {
   STD_TORCH_CHECK(counts.dim() == 3 && counts.scalar_type() == ScalarType::Long,
                   "counts: want int64 [filters, bins, classes]");
-  const Storage type = storage(activations);
-  const Tensor indices = contiguous_labels(activations, labels);
-  const int64_t filters = activations.size(1);
+  const Storage type = storage(activations, "activations");
   const int64_t bins = counts.size(1), classes = counts.size(2);
-  check(counts, "counts", {filters, bins, classes}, ScalarType::Long,
-        "one table for each filter of activations");
-  check(minimum, "minimum", {filters}, ScalarType::Double, "float64 [filters]");
-  check(maximum, "maximum", {filters}, ScalarType::Double, "float64 [filters]");
+  const Tensor indices = indices_of(activations, labels, classes);
+  const int64_t filters = activations.size(1);
+  check_shape(counts, "counts", {filters, bins, classes});
+  check_bins("counts", bins);
+  for (const auto& [t, name] : {std::pair(&minimum, "minimum"), std::pair(&maximum, "maximum")}) {
+    check_shape(*t, name, {filters});
+    check_type(*t, name, ScalarType::Double, "float64");
+  }
   STD_TORCH_CHECK(counts.is_contiguous() && minimum.is_contiguous() && maximum.is_contiguous(),
                   "counts, minimum, maximum: want contiguous tensors");
-  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, "counts: got ", bins, " bins, want 2 to 2**24");
-  const Samples samples = samples_of(activations, indices, classes);
+  const Samples samples = samples_of(activations, indices);
   Tensor column = torch::stable::new_empty(labels, {}, ScalarType::Long);
   int64_t& first_bad = *static_cast<int64_t*>(column.mutable_data_ptr());
   first_bad = -1;
@@ -291,15 +252,10 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   return column;
 }
 
-ScalarType accumulate_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_scale(const Tensor& low, const Tensor& width, const Tensor& activations) {
-  const ScalarType type = accumulate_type(activations);
   for (const auto& [t, name] : {std::pair(&low, "low"), std::pair(&width, "width")}) {
-    check(*t, name, {activations.size(1)}, type,
-          "float32 [filters], float64 for float64 activations");
+    check_shape(*t, name, {activations.size(1)});
+    check_type(*t, name, accumulate_type(activations), "float32, float64 for float64 activations");
   }
 }
 
@@ -325,13 +281,13 @@ void sum_tables(const SoftHistogram& h, int64_t runs, int64_t filter, A* counts)
 
 Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Tensor& low,
                       const Tensor& width, int64_t bins, int64_t classes) {
-  const Storage type = storage(activations);
-  const Tensor indices = contiguous_labels(activations, labels);
-  check_scale(low, width, activations);
-  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, "bins: got ", bins, ", want 2 to 2**24");
+  const Storage type = storage(activations, "activations");
+  check_bins("bins", bins);
   STD_TORCH_CHECK(classes >= 1, "num_classes: got ", classes, ", want at least 1");
+  const Tensor indices = indices_of(activations, labels, classes);
+  check_scale(low, width, activations);
   const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
-  const Samples samples = samples_of(activations, indices, classes);
+  const Samples samples = samples_of(activations, indices);
   Tensor counts = torch::stable::new_empty(low, {samples.filters, bins, classes});
   const int64_t blocks = filter_blocks(samples.filters);
   // By shape alone, so that the order of the sums does not depend on the number of threads.
@@ -361,18 +317,17 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
 
 Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activations,
                                const Tensor& labels, const Tensor& low, const Tensor& width) {
-  const Storage type = storage(activations);
-  const Tensor indices = contiguous_labels(activations, labels);
-  check_scale(low, width, activations);
+  const Storage type = storage(activations, "activations");
   STD_TORCH_CHECK(grad_counts.dim() == 3, "grad_counts: want [filters, bins, classes]");
   const int64_t bins = grad_counts.size(1), classes = grad_counts.size(2);
-  check(grad_counts, "grad_counts", {activations.size(1), bins, classes},
-        accumulate_type(activations), "[filters, bins, classes] in the dtype of low");
-  STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, "grad_counts: got ", bins,
-                  " bins, want 2 to 2**24");
+  const Tensor indices = indices_of(activations, labels, classes);
+  check_scale(low, width, activations);
+  check_shape(grad_counts, "grad_counts", {activations.size(1), bins, classes});
+  check_type(grad_counts, "grad_counts", accumulate_type(activations), "the dtype of low");
+  check_bins("grad_counts", bins);
   const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
   const Tensor grads = torch::stable::contiguous(grad_counts);
-  const Samples samples = samples_of(activations, indices, classes);
+  const Samples samples = samples_of(activations, indices);
   Tensor grad = torch::stable::empty_like(activations);
   constexpr int64_t kRows = 512;
   const SoftHistogramBackward h{samples,

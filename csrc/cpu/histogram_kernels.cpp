@@ -485,21 +485,6 @@ void soft_backward(const SoftHistogramBackward& h, int64_t begin, int64_t end) {
       });
 }
 
-// Calls run with the storage type and its accumulation type.
-template <typename Run>
-void with_storage(Storage storage, const Run& run) {
-  switch (storage) {
-    case Storage::kFloat:
-      return run(float{}, float{});
-    case Storage::kDouble:
-      return run(double{}, double{});
-    case Storage::kHalf:
-      return run(Half{}, float{});
-    case Storage::kBFloat16:
-      return run(BFloat16{}, float{});
-  }
-}
-
 void count_any(const Histogram& h, Storage storage, int64_t begin, int64_t end) {
   with_storage(storage, [&](auto t, auto a) { count<decltype(t), decltype(a)>(h, begin, end); });
 }

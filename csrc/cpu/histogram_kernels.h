@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "masking_kernels.h"  // Storage
+#include "storage.h"
 
 // The loops of the histogram family, compiled once for each instruction set
 // (histogram_kernels.cpp).

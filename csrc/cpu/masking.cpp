@@ -11,6 +11,7 @@
 #include "../common/spatial.h"
 #include "capability.h"
 #include "masking_kernels.h"
+#include "tensors.h"
 
 namespace picnn_fast {
 namespace {
@@ -18,38 +19,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const MaskingKernels& kernels() {
-#ifdef __x86_64__
-  switch (cpu_capability()) {
-    case Capability::kAvx512:
-      return masking_kernels_avx512;
-    case Capability::kAvx2:
-      return masking_kernels_avx2;
-    case Capability::kDefault:
-      break;
-  }
-#endif
-  return masking_kernels_default;
-}
-
-Storage storage(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": want float32, float64, bfloat16 or float16");
-  }
-}
-
-ScalarType accumulate_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
+const MaskingKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(masking_kernels); }
 
 bool is_double(const Tensor& t, const char* name) {
   const bool wide = t.scalar_type() == ScalarType::Double;
@@ -73,30 +43,6 @@ void check_like(const Tensor& t, const char* name, const Tensor& features) {
   }
   STD_TORCH_CHECK(same, name, ": want the shape of features");
 }
-
-void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> want) {
-  bool same = t.dim() == static_cast<int64_t>(want.size());
-  for (size_t d = 0; same && d < want.size(); ++d) {
-    same = t.size(static_cast<int64_t>(d)) == want.begin()[d];
-  }
-  STD_TORCH_CHECK(same, name, ": shape disagrees with the other arguments");
-}
-
-// Contiguous class indices, every one of them in [0, classes).
-Tensor class_indices(const Tensor& labels, const char* name, int64_t batch, int64_t classes) {
-  check_shape(labels, name, {batch});
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, name, ": want int64");
-  const Tensor indices = torch::stable::contiguous(labels);
-  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
-  for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(index[b] >= 0 && index[b] < classes, name, ": got ", index[b], ", want [0, ",
-                    classes, ")");
-  }
-  return indices;
-}
-
-// At least this many elements for each thread: below that, waking one costs more than it saves.
-constexpr int64_t kGrainElements = 16384;
 
 template <typename F>
 void parallel_units(const MapsShape& shape, const Units& units, const F& run) {

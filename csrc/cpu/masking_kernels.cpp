@@ -481,36 +481,16 @@ void draw_any(const Draw& d, bool double_logits, bool double_correspondence, boo
   }
 }
 
-template <bool kBinary>
-void scale_storage(const ScaleMaps& s, Storage storage, int64_t begin, int64_t end) {
-  switch (storage) {
-    case Storage::kFloat:
-      return scale<float, float, kBinary>(s, begin, end);
-    case Storage::kDouble:
-      return scale<double, double, kBinary>(s, begin, end);
-    case Storage::kHalf:
-      return scale<Half, float, kBinary>(s, begin, end);
-    case Storage::kBFloat16:
-      return scale<BFloat16, float, kBinary>(s, begin, end);
-  }
-}
-
 void scale_any(const ScaleMaps& s, Storage storage, bool binary, int64_t begin, int64_t end) {
-  binary ? scale_storage<true>(s, storage, begin, end)
-         : scale_storage<false>(s, storage, begin, end);
+  with_storage(storage, [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    binary ? scale<T, A, true>(s, begin, end) : scale<T, A, false>(s, begin, end);
+  });
 }
 
 void backward_any(const MaskingBackward& s, Storage storage, int64_t begin, int64_t end) {
-  switch (storage) {
-    case Storage::kFloat:
-      return backward<float>(s, begin, end);
-    case Storage::kDouble:
-      return backward<double>(s, begin, end);
-    case Storage::kHalf:
-      return backward<Half>(s, begin, end);
-    case Storage::kBFloat16:
-      return backward<BFloat16>(s, begin, end);
-  }
+  with_storage(storage, [&](auto t, auto) { backward<decltype(t)>(s, begin, end); });
 }
 
 }  // namespace

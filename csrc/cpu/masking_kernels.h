@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "storage.h"
+
 // The loops of the masking family, compiled once for each instruction set (masking_kernels.cpp).
 namespace picnn_fast {
 
@@ -82,8 +84,6 @@ struct ParametersBackward {
   void* grad_logits;           // [B, K]
   void* grad_correspondence;   // [K, N]
 };
-
-enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
 struct MaskingKernels {
   // Samples [begin, end). scratch holds `classes` integers.

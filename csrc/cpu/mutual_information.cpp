@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "../common/digamma.h"
+#include "tensors.h"
 
 namespace picnn_fast {
 namespace {
@@ -420,21 +421,20 @@ std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Te
   STD_TORCH_CHECK(values.dim() == 2, "values: want [filters, samples]");
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Double, "values: want float64");
   const int64_t filters = values.size(0), samples = values.size(1);
-  STD_TORCH_CHECK(samples < 2 || values.stride(1) == 1, "values: want contiguous rows");
+  STD_TORCH_CHECK(filters == 0 || samples < 2 || values.stride(1) == 1,
+                  "values: want contiguous rows");
   STD_TORCH_CHECK(samples < std::numeric_limits<uint32_t>::max(), "values: got ", samples,
                   " samples, want less than 2^32 - 1");
-  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == samples, "labels: want [samples]");
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels: want int64");
   STD_TORCH_CHECK(num_classes >= 0 && num_classes <= std::numeric_limits<int32_t>::max(),
                   "num_classes: got ", num_classes, ", want [0, 2^31)");
   STD_TORCH_CHECK(n_neighbors >= 1, "n_neighbors: got ", n_neighbors, ", want at least 1");
+  const Tensor indices = class_indices(labels, "labels", samples, num_classes);
   const size_t classes = static_cast<size_t>(num_classes);
   std::vector<int32_t> narrow(static_cast<size_t>(samples));
   std::vector<int64_t> sizes(classes), offsets(classes);
-  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
-  for (int64_t i = 0, stride = labels.stride(0); i < samples; ++i) {
-    const int64_t c = label[i * stride];
-    STD_TORCH_CHECK(c >= 0 && c < num_classes, "labels: got ", c, ", want [0, ", num_classes, ")");
+  const int64_t* label = static_cast<const int64_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t c = label[i];
     narrow[static_cast<size_t>(i)] = static_cast<int32_t>(c);
     ++sizes[static_cast<size_t>(c)];
   }

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../common/macros.h"
+#include "storage.h"
 
 // Storage types and their conversions, in branch-free integer arithmetic that compilers vectorise.
 namespace PICNN_FAST_NAMESPACE {
@@ -45,6 +46,21 @@ PICNN_FAST_HD float widen(Half x) {
       static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
   bits = magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : bits;
   return bit_cast<float>(bits | (x.bits & 0x8000u) << 16);
+}
+
+// Calls run with a value of the storage type and one of its accumulation type.
+template <typename Run>
+void with_storage(picnn_fast::Storage storage, const Run& run) {
+  switch (storage) {
+    case picnn_fast::Storage::kFloat:
+      return run(float{}, float{});
+    case picnn_fast::Storage::kDouble:
+      return run(double{}, double{});
+    case picnn_fast::Storage::kHalf:
+      return run(Half{}, float{});
+    case picnn_fast::Storage::kBFloat16:
+      return run(BFloat16{}, float{});
+  }
 }
 
 // Round to nearest, ties to even.

@@ -85,6 +85,9 @@ def pooled(name: str, value: Tensor) -> None:
         )
 
 
+# Of a histogram: soft counts place a sample in single precision, which tells no more apart.
+MOST_BINS = 2**24
+
 # Options of mutual_information: the estimators they belong to, and their defaults.
 _OPTIONS: dict[str, tuple[tuple[str, ...], object]] = {
     "random_state": (("knn",), 0),
@@ -124,7 +127,7 @@ def estimator(
     if isinstance(random_state, int):
         integer("random_state", random_state, 0, 2**32)
     integer("n_neighbors", n_neighbors, 1)
-    integer("bins", bins, 2)
+    integer("bins", bins, 2, MOST_BINS + 1)
     if bias_correction is not None:
         one_of("bias_correction", bias_correction, ("miller_madow",))
 

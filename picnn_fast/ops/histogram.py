@@ -108,7 +108,8 @@ def update(
     """Add samples to class-conditional histograms in place, widening their range without loss.
 
     Args:
-        counts: ``[N, bins, K]`` int64, contiguous, bins >= 2; zeros before the first sample.
+        counts: ``[N, bins, K]`` int64, contiguous, bins in [2, 2**24]; zeros before the first
+            sample.
         minimum, maximum: ``[N]`` float64, the range so far; +inf, -inf before the first sample.
         activations: ``[M, N]`` of any floating dtype and any strides.
         labels: ``[M]`` integers in [0, K).
@@ -132,10 +133,10 @@ def update(
     checks.tensor("counts", counts)
     if counts.dtype != torch.int64:
         raise TypeError(f"counts: got dtype {counts.dtype}, want torch.int64")
-    if counts.ndim != 3 or counts.shape[1] < 2 or counts.shape[2] < 1:
+    if counts.ndim != 3 or not 2 <= counts.shape[1] <= checks.MOST_BINS or counts.shape[2] < 1:
         raise ValueError(
-            f"counts: got shape {tuple(counts.shape)}, want [filters, bins, classes] with at least"
-            " 2 bins and a class"
+            f"counts: got shape {tuple(counts.shape)}, want [filters, bins, classes] with 2 to"
+            f" {checks.MOST_BINS} bins and at least a class"
         )
     if not counts.is_contiguous():
         raise ValueError(f"counts: got strides {counts.stride()}, want a contiguous tensor")
@@ -183,7 +184,7 @@ def soft_histogram(
         labels: ``[M]`` integers in [0, num_classes).
         low: ``[N]``, the lower edge of the first bin. A constant, as ``width`` is.
         width: ``[N]``, of the bins, positive.
-        bins: at least 2.
+        bins: 2 to 2**24.
         num_classes: K, at least 1.
 
     Returns:
@@ -202,7 +203,7 @@ def soft_histogram(
         >>> counts.flatten().tolist()  # a quarter of the way between the centres 0.5 and 1.5
         [0.75, 0.25, 0.0]
     """
-    checks.integer("bins", bins, 2)
+    checks.integer("bins", bins, 2, checks.MOST_BINS + 1)
     checks.integer("num_classes", num_classes, 1)
     _check_samples(activations, labels, num_classes)
     dtype = torch.float64 if activations.dtype == torch.float64 else torch.float32

@@ -21,12 +21,12 @@ SMALLEST_EXPONENT = -100
 CELL_BITS = 20
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """2**exponent in float64, exactly; exponent int64 in [-1022, 1023]."""
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
-def _smallest_exponent(minimum: Tensor, maximum: Tensor) -> Tensor:
+def smallest_exponent(minimum: Tensor, maximum: Tensor) -> Tensor:
     """The exponent below which no grid over [minimum, maximum] goes; int64."""
     magnitude = torch.maximum(minimum.abs(), maximum.abs())
     # The exponent bits; 0 and subnormal numbers come out below the smallest exponent of all.
@@ -36,7 +36,7 @@ def _smallest_exponent(minimum: Tensor, maximum: Tensor) -> Tensor:
 
 def _cells(x: Tensor, exponent: Tensor) -> Tensor:
     """floor(x * 2**-exponent), int64. x float64."""
-    scaled = x * _power_of_two(-exponent)
+    scaled = x * power_of_two(-exponent)
     # A product may underflow to -0, but what is negative lies in a negative cell.
     return torch.where((x < 0) & (scaled == 0), -1.0, scaled.floor()).long()
 
@@ -59,7 +59,7 @@ def grid(minimum: Tensor, maximum: Tensor, bins: int) -> tuple[Tensor, Tensor]:
         >>> [t.item() for t in grid(low, high, bins=4)]  # 4 bins of width 1 from -1
         [0, -1]
     """
-    least = _smallest_exponent(minimum, maximum)
+    least = smallest_exponent(minimum, maximum)
     first, last = _cells(minimum, least), _cells(maximum, least)
     # floor(x * 2**-(e + s)) = floor(x * 2**-e) >> s, and |cells| <= 2**21.
     shifts = torch.arange(CELL_BITS + 3, device=minimum.device)
@@ -72,7 +72,7 @@ def _bins_of(x: Tensor, minimum: Tensor, maximum: Tensor, bins: int) -> Tensor:
     """Bin of each x ``[M, N]`` (float64) on the grid of its filter, int64."""
     exponent, first = grid(minimum, maximum, bins)
     # By way of the smallest exponent, whose power of two is a normal number.
-    least = _smallest_exponent(minimum, maximum)
+    least = smallest_exponent(minimum, maximum)
     return (_cells(x, least) >> (exponent - least)) - first
 
 

@@ -352,6 +352,9 @@ def test_update_refuses_and_writes_nothing(name: str):
             histogram.update(state[0].int(), *state[1:], x, labels)
         with pytest.raises(ValueError, match="counts: got shape"):
             histogram.update(state[0][:, :1], *state[1:], x, labels)
+        many = torch.empty((3, 2**24 + 1, 1), dtype=torch.int64, device="meta")
+        with pytest.raises(ValueError, match="counts: got shape"):
+            histogram.update(many, *state[1:], x, labels)
         with pytest.raises(ValueError, match="counts: got strides"):
             histogram.update(state[0].mT.contiguous().mT, *state[1:], x, labels)
         with pytest.raises(TypeError, match=r"minimum: got dtype torch\.float32"):
@@ -374,7 +377,7 @@ def test_compiled_kernel_refuses_what_would_leave_memory(cpp: Backend):
         with pytest.raises(RuntimeError, match="minimum, maximum: got"):
             OPS.histogram_update(counts, minimum, maximum, x, labels)
     counts, minimum, maximum = fresh(3, 4, 2)
-    with pytest.raises(RuntimeError, match="counts: want"):
+    with pytest.raises(RuntimeError, match=r"counts: got shape \[2, 4, 2\], want \[3, 4, 2\]"):
         OPS.histogram_update(counts[:2], minimum, maximum, x, labels)
     with pytest.raises(RuntimeError, match="want 2 to"):
         OPS.histogram_update(counts[:, :1].contiguous(), minimum, maximum, x, labels)
@@ -517,6 +520,8 @@ def test_soft_arguments_are_checked():
     low, width = torch.zeros(3), torch.ones(3)
     with pytest.raises(ValueError, match="bins: got 1"):
         histogram.soft_histogram(x, labels, low, width, 1, 2)
+    with pytest.raises(ValueError, match="bins: got 16777217"):
+        histogram.soft_histogram(x, labels, low, width, 2**24 + 1, 2)
     with pytest.raises(ValueError, match="num_classes: got 0"):
         histogram.soft_histogram(x, labels, low, width, 4, 0)
     with pytest.raises(ValueError, match="width: got shape"):

@@ -6,6 +6,7 @@ ties, which its public function breaks by noise; the public function where colum
 
 import functools
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "row_strided": lambda: (row_strided(), random_labels(40, 3), 3, 3),
     "no_filters": lambda: (normal(0, 20), random_labels(20, 3), 3, 3),
+    "no_filters_strided": lambda: (normal(20, 3).T[:0], random_labels(20, 3), 3, 3),
     "no_samples": lambda: (normal(2, 0), random_labels(0, 3), 3, 3),
 }
 
@@ -311,6 +313,32 @@ def test_samples_times_classes_beyond_32_bits(cpp: Backend):
     assert expected.max() > 0
 
 
+def test_no_column_takes_quadratic_time(cpp: Backend):
+    """Ties, runs of a class and classes of a sample each: not far from what random columns take."""
+    samples = 200_000
+    values, labels = normal(1, samples), random_labels(samples, 10)
+    places = torch.arange(samples)
+
+    def seconds(values: Tensor, labels: Tensor, n_neighbors: int = 3) -> float:
+        start = time.perf_counter()
+        estimate(values, labels, int(labels.max()) + 1, n_neighbors)
+        return time.perf_counter() - start
+
+    usual = min(seconds(values, labels) for _ in range(3))
+    by_class = values.sort().values, labels.sort().values
+    for column in (
+        by_class,
+        (*by_class, 100),
+        (0 * values, labels),
+        (0 * values, labels.sort().values),
+        (0 * values, places),
+        (values, places // 2),
+        (values.relu(), labels),
+        ((places // 4).double()[None], torch.where(places % 4 == 0, 1 + places // 4, 0)),
+    ):
+        assert seconds(*column) < 50 * usual  # all pairs would take thousands of times as long
+
+
 def test_results_do_not_depend_on_the_number_of_threads(cpp: Backend, threads):
     values, labels = normal(7, 500).mul(5).round(), random_labels(500, 6)
     threads(1)
@@ -327,7 +355,7 @@ def test_malformed_arguments_are_refused_by_name(cpp: Backend):
         ((values, labels - 1, 3, 3), r"labels: got -1, want \[0, 3\)"),
         ((values, labels, 2, 3), r"labels: got 2, want \[0, 2\)"),
         ((values, labels.int(), 3, 3), "labels: want int64"),
-        ((values, labels[:19], 3, 3), r"labels: want \[samples\]"),
+        ((values, labels[:19], 3, 3), r"labels: got shape \[19\], want \[20\]"),
         ((values.float(), labels, 3, 3), "values: want float64"),
         ((values[0], labels, 3, 3), r"values: want \[filters, samples\]"),
         ((values.T.contiguous().T, labels, 3, 3), "values: want contiguous rows"),

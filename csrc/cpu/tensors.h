@@ -1,0 +1,79 @@
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "storage.h"
+
+// What the CPU operators ask of their arguments.
+namespace picnn_fast {
+
+// At least this many elements for each thread: below that, waking one costs more than it saves.
+constexpr int64_t kGrainElements = 16384;
+
+inline Storage storage(const torch::stable::Tensor& t, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": want float32, float64, bfloat16 or float16");
+  }
+}
+
+// The type that sums of a tensor's elements are kept in.
+inline torch::headeronly::ScalarType accumulate_type(const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_shape(const torch::stable::Tensor& t, const char* name,
+                        std::initializer_list<int64_t> want) {
+  bool same = t.dim() == static_cast<int64_t>(want.size());
+  for (size_t d = 0; same && d < want.size(); ++d) {
+    same = t.size(static_cast<int64_t>(d)) == want.begin()[d];
+  }
+  if (same) {
+    return;
+  }
+  std::ostringstream message;
+  message << name << ": got shape [";
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    message << (d == 0 ? "" : ", ") << t.size(d);
+  }
+  message << "], want [";
+  for (size_t d = 0; d < want.size(); ++d) {
+    message << (d == 0 ? "" : ", ") << want.begin()[d];
+  }
+  STD_TORCH_CHECK(false, message.str(), "]");
+}
+
+// Contiguous class indices, every one of them in [0, classes).
+inline torch::stable::Tensor class_indices(const torch::stable::Tensor& labels, const char* name,
+                                           int64_t count, int64_t classes) {
+  check_shape(labels, name, {count});
+  STD_TORCH_CHECK(labels.scalar_type() == torch::headeronly::ScalarType::Long, name,
+                  ": want int64");
+  const torch::stable::Tensor indices = torch::stable::contiguous(labels);
+  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(index[i] >= 0 && index[i] < classes, name, ": got ", index[i], ", want [0, ",
+                    classes, ")");
+  }
+  return indices;
+}
+
+}  // namespace picnn_fast
