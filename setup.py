@@ -127,6 +127,9 @@ class NinjaBuild(build_ext):
         shared = [
             "-std=c++17",
             "-O3",
+        ]
+        # Not for the bindings: some releases of torch bring a pybind11 of their own.
+        torch_flags = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             flag("-isystem ", torch_root / "include"),
         ]
@@ -172,7 +175,7 @@ class NinjaBuild(build_ext):
         capabilities = X86_CAPABILITIES if x86 else {"default": []}
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             if not source.stem.endswith("_kernels"):
-                objects.append((f"cpu_{source.stem}.o", "cxx", source, []))
+                objects.append((f"cpu_{source.stem}.o", "cxx", source, torch_flags))
                 continue
             for capability, flags in capabilities.items():
                 names = [
@@ -184,7 +187,7 @@ class NinjaBuild(build_ext):
         link = [flag("-L", torch_root / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if nvcc:
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                objects.append((f"cuda_{source.stem}.o", "nvcc", source, []))
+                objects.append((f"cuda_{source.stem}.o", "nvcc", source, torch_flags))
             toolkit = Path(nvcc).resolve().parent.parent
             folders = [toolkit / "lib64", toolkit / "targets/x86_64-linux/lib", toolkit / "lib"]
             link += [flag("-L", folder) for folder in folders if folder.is_dir()]

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/spatial.h"
+#include "../common/stable.h"
 #include "capability.h"
 #include "masking_kernels.h"
 #include "tensors.h"

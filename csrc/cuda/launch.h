@@ -4,14 +4,14 @@
 // lines that differ where the tests run the same file on the CPU (PICNN_FAST_CUDA_ON_CPU, defined
 // by tests/cuda_on_cpu/cuda_on_cpu.h, which takes the place of the CUDA runtime).
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <limits>
+
+#include "../common/stable.h"
 
 #ifndef PICNN_FAST_CUDA_ON_CPU
 
