@@ -199,7 +199,7 @@ def mutual_information(
         activations: ``[M, N]``, M samples of N filters, maps averaged over their positions;
             float32, float64, bfloat16 or float16, any strides.
         labels: ``[M]`` integers in [0, K).
-        num_classes: K.
+        num_classes: K, below 2**31.
         estimator: see above.
         random_state: of "knn", which breaks ties by noise of about 1e-10. An int in [0, 2**32)
             seeds scikit-learn's noise, drawn on the host; the noise of a filter depends on its
@@ -207,7 +207,7 @@ def mutual_information(
             there, without any work on the host: as good, but other noise.
         n_neighbors: of "knn", at least 1: the neighbour that a radius reaches to. A class with
             no more samples takes its farthest.
-        bins: of the histograms, at least 2.
+        bins: of the histograms, 2 to 2**24.
         bias_correction: of the histograms: None, or "miller_madow", which may leave less than 0.
         target: "class", or "label" for the mutual information with y itself, up to log K.
 
@@ -231,7 +231,8 @@ def mutual_information(
         together.
 
         Takes less than twice the memory of the activations (as float32) beside them, by blocks of
-        filters, and some 16 MB ("knn": 80 MB); "soft_histogram" more.
+        filters, and some 80 MB; "histogram" at least 100 bytes for each bin and class;
+        "soft_histogram" more.
 
     Source:
         Liang et al., "Training Interpretable CNNs by Differentiating Class-Specific Filters",
@@ -258,7 +259,7 @@ def mutual_information(
         bias_correction=bias_correction,
     )
     checks.one_of("target", target, ("class", "label"))
-    checks.integer("num_classes", num_classes, 1)
+    checks.integer("num_classes", num_classes, 1, 2**31)
     checks.pooled("activations", activations)
     checks.labels("labels", labels, len(activations), num_classes)
     checks.same_device("labels", labels, "activations", activations)
@@ -344,6 +345,7 @@ def _knn(
         prepared = _prepare_with(activations, random_state)
     else:
         prepared = _knn_reference.prepare(activations, random_state)
+    n_neighbors = min(n_neighbors, samples)  # an int of any size
     parts = []
     for values in prepared:
         per_class, joint = torch.ops.picnn_fast.knn_mutual_information(

@@ -1,6 +1,5 @@
 """Losses that make filters tell more about classes; added to that of any network."""
 
-import math
 from typing import Literal
 
 import torch
@@ -27,8 +26,8 @@ class MutualInformationLoss(nn.Module):
     class against the rest: classes = 2), hence few bins.
 
     Args:
-        num_classes: K.
-        bins: of the histogram, at least 2.
+        num_classes: K, below 2**31.
+        bins: of the histogram, 2 to 2**24.
         objective: "class" or "label".
         temperature: None takes the maximum over classes; a number t > 0 the soft maximum
             t · log(mean over c of exp(m[c, i] / t)), between the mean (t large) and the maximum
@@ -58,8 +57,8 @@ class MutualInformationLoss(nn.Module):
         temperature: float | None = None,
     ) -> None:
         super().__init__()
-        self.num_classes = checks.integer("num_classes", num_classes, 1)
-        self.bins = checks.integer("bins", bins, 2)
+        self.num_classes = checks.integer("num_classes", num_classes, 1, 2**31)
+        self.bins = checks.integer("bins", bins, 2, checks.MOST_BINS + 1)
         checks.one_of("objective", objective, ("class", "label"))
         self.objective = objective
         if temperature is not None:
@@ -76,7 +75,7 @@ class MutualInformationLoss(nn.Module):
 
         Args:
             activations: ``[B, N]`` pooled, or maps ``[B, N, *spatial]``, which are averaged over
-                their positions; B >= 1, float32, float64, bfloat16 or float16.
+                their positions, at least one; B >= 1, float32, float64, bfloat16 or float16.
             labels: ``[B]`` integers in [0, K).
 
         Returns:
@@ -95,6 +94,11 @@ class MutualInformationLoss(nn.Module):
                 " maps [samples, filters, height, width]"
             )
         if activations.ndim > 2:
+            if 0 in activations.shape[2:]:
+                raise ValueError(
+                    f"activations: got shape {tuple(activations.shape)}, want maps of at least one"
+                    " position"
+                )
             dtype = torch.promote_types(activations.dtype, torch.float32)
             activations = activations.flatten(2).mean(-1, dtype=dtype)
         information = functional.mutual_information(
@@ -113,9 +117,11 @@ class MutualInformationLoss(nn.Module):
         """Over classes: ``[K, N]`` to ``[N]``."""
         if self.temperature is None:
             return information.amax(0)
-        # The mean of exponentials, not their sum: never above the maximum.
-        scaled = information / self.temperature
-        return self.temperature * (scaled.logsumexp(0) - math.log(self.num_classes))
+        # The mean of exponentials, not their sum: never above the maximum. Taken from there, where
+        # neither a small temperature overflows nor a large one cancels.
+        best = information.detach().amax(0)
+        below = ((information - best) / self.temperature).expm1().mean(0)
+        return best + self.temperature * below.log1p()
 
     def extra_repr(self) -> str:
         return (

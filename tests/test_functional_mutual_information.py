@@ -65,6 +65,13 @@ def test_knn_takes_any_strides_and_any_integers(layout: str) -> None:
     close(mutual_information(activations, labels, 3), expected)
 
 
+def test_knn_takes_any_number_of_neighbours() -> None:
+    activations, labels = sample()
+    expected = scikit_learn(activations, labels, 3, n_neighbors=60)
+    for n_neighbors in (60, 2**31, 2**80):
+        close(mutual_information(activations, labels, 3, n_neighbors=n_neighbors), expected)
+
+
 def corner(name: str) -> tuple[Tensor, Tensor, int]:
     """Activations, labels and number of classes of a named corner case."""
     activations, labels = sample()
@@ -259,6 +266,7 @@ def test_a_gpu_gives_what_the_cpu_gives(estimator: str) -> None:
         ({"labels": torch.arange(60)}, ValueError, r"labels: got values in \[0, 59\]"),
         ({"labels": -torch.ones(60).long()}, ValueError, "labels: got values"),
         ({"num_classes": 0}, ValueError, "num_classes: got 0"),
+        ({"num_classes": 2**31}, ValueError, "num_classes: got 2147483648"),
         ({"num_classes": 2.0}, TypeError, "num_classes: got float"),
         ({"estimator": "kde"}, ValueError, "estimator: got 'kde'"),
         ({"target": "filter"}, ValueError, "target: got 'filter'"),

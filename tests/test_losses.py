@@ -40,6 +40,8 @@ def test_a_temperature_leads_from_the_mean_over_classes_to_the_maximum() -> None
     assert loss(1e-5) == pytest.approx(-per_class.amax(0).mean().item(), abs=1e-4)
     assert loss(1e3) == pytest.approx(-per_class.mean().item(), abs=1e-4)
     assert loss(1e-5) < loss(0.05) < loss(1e3)
+    assert loss(1e-38) == pytest.approx(-per_class.amax(0).mean().item(), abs=1e-6)
+    assert loss(1e8) == pytest.approx(-per_class.mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,9 @@ def test_it_compiles_whole() -> None:
 def test_bad_arguments_are_refused_by_name() -> None:
     wrong: list[tuple[dict[str, Any], type[Exception]]] = [
         ({"num_classes": 0}, ValueError),
+        ({"num_classes": 2**31}, ValueError),
         ({"bins": 1}, ValueError),
+        ({"bins": 2**24 + 1}, ValueError),
         ({"bins": 8.0}, TypeError),
         ({"objective": "filter"}, ValueError),
         ({"temperature": 0}, ValueError),
@@ -167,6 +171,8 @@ def test_bad_arguments_are_refused_by_name() -> None:
     loss = MutualInformationLoss(3)
     with pytest.raises(ValueError, match=r"^activations: got shape \(40,\)"):
         loss(activations[:, 0], labels)
+    with pytest.raises(ValueError, match=r"^activations: got shape \(40, 6, 0, 7\)"):
+        loss(torch.ones(40, 6, 0, 7), labels)
     with pytest.raises(TypeError, match=r"^activations: got dtype"):
         loss(activations.long(), labels)
     with pytest.raises(ValueError, match=r"^labels: got values"):

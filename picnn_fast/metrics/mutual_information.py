@@ -1,11 +1,12 @@
 """Mutual information between filters and classes, and its score MIS."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -14,10 +15,11 @@ from picnn_fast import functional
 from picnn_fast.ops import checks, histogram
 from picnn_fast.reference.histogram import plug_in, widen
 
-# What compute() takes: the samples as they came, joined, and prepared for the estimate, a block of
-# filters at a time; and bytes a sample for each thread.
-_COPIES = 3
+# What compute() takes: the samples as they came, joined, and in double precision a block of filters
+# at a time, of as many bytes again or this many; and bytes a sample for each thread.
+_BLOCK = 2**26
 _SCRATCH = 128
+_MEMORY_LIMIT = 2**32
 
 
 class MutualInformationScore(Metric):
@@ -35,18 +37,19 @@ class MutualInformationScore(Metric):
     - ``estimator="histogram"`` keeps counts, ``8 · N · bins · K`` bytes however many samples there
       are. Order, batches and ranks make no difference. Too high by about bins / 2M.
 
-    Over ranks the score is that of all their samples.
+    Over ranks the score is that of all their samples. They are kept in their own dtype, whatever
+    dtype the metric is cast to.
 
     Args:
-        num_classes: K.
+        num_classes: K, below 2**31.
         n_neighbors: of "knn": neighbours a point is compared with; 3 in the papers.
         random_state: of "knn": seed of the noise.
         estimator: "knn" or "histogram".
-        bins: of "histogram", at least 2.
+        bins: of "histogram", 2 to 2**24.
         bias_correction: of "histogram": None or "miller_madow".
         memory_limit: of "knn", in bytes: ``update`` refuses samples with which ``compute`` would
-            need more on this process, those of other ranks included. 4 GiB are enough for some
-            50,000 samples of 6,000 filters in float32.
+            need more on this process, those of other ranks included; some 30 MB are not counted.
+            4 GiB are enough for some 50,000 samples of 6,000 filters in float32.
         **kwargs: of ``torchmetrics.Metric``.
 
     Raises:
@@ -87,11 +90,11 @@ class MutualInformationScore(Metric):
         estimator: Literal["knn", "histogram"] = "knn",
         bins: int = 64,
         bias_correction: Literal["miller_madow"] | None = None,
-        memory_limit: int = 2**32,
+        memory_limit: int = _MEMORY_LIMIT,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_classes = checks.integer("num_classes", num_classes, 1)
+        self.num_classes = checks.integer("num_classes", num_classes, 1, 2**31)
         # A generator would give another matrix each time.
         checks.integer("random_state", random_state, 0, 2**32)
         checks.estimator(
@@ -108,6 +111,11 @@ class MutualInformationScore(Metric):
         self.bins = bins
         self.bias_correction = bias_correction
         self.memory_limit = checks.integer("memory_limit", memory_limit, 1)
+        if estimator != "knn" and memory_limit != _MEMORY_LIMIT:
+            raise ValueError(
+                f"memory_limit: got {memory_limit} with estimator={estimator!r}, want none: it is"
+                " an option of 'knn'"
+            )
         self._matrix: Tensor | None = None
         if estimator == "knn":
             self.add_state("activations", [], dist_reduce_fx="cat")
@@ -131,24 +139,33 @@ class MutualInformationScore(Metric):
                 limit ("knn"); NaN or infinity ("histogram"; on a GPU a device-side assert). The
                 metric is then as it was before.
         """
-        checks.pooled("activations", activations)
-        filters = self._filters()
-        if filters and activations.shape[1] != filters:
-            raise ValueError(
-                f"activations: got {activations.shape[1]} filters, want {filters} as in the"
-                " batches before"
-            )
-        checks.labels("labels", labels, len(activations), self.num_classes)
+        self._check(activations, labels)
         activations = activations.detach().to(self.device)
         labels = labels.to(self.device, torch.int64)
         if self.estimator == "histogram":
             self._count(activations, labels)
             return
-        self._check_memory(activations)
         if activations.untyped_storage().nbytes() > 2 * activations.nbytes:
             activations = activations.clone()  # a view would keep all that it is a view of
         self.activations.append(activations)
         self.labels.append(labels)
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        """Add a batch as ``update`` does, and return the score of this batch alone.
+
+        Raises:
+            TypeError, ValueError: as ``update`` and ``compute`` do. The metric is then as it was
+                before.
+        """
+        # What follows takes the samples so far out of the metric while it scores the batch.
+        self._check(activations, labels)
+        before = {k: list(v) if isinstance(v, list) else v for k, v in self.__dict__.items()}
+        try:
+            score: Tensor = super().forward(activations, labels)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        return score
 
     def compute(self) -> Tensor:
         """MIS in nats: a scalar on the metric's device, float64; float32 on MPS.
@@ -171,10 +188,14 @@ class MutualInformationScore(Metric):
         return self._matrix
 
     def _mutual_information(self) -> Tensor:
-        if not self._filters():
+        if self.estimator == "histogram":
+            counts, minimum, maximum = _parts(self.table, self.bins, self.num_classes)
+            some = bool((minimum <= maximum).any())  # a batch of no sample leaves a table too
+        else:
+            some = self._filters() > 0
+        if not some:
             raise ValueError("activations: got no sample, want at least one")
         if self.estimator == "histogram":
-            counts, _, _ = _parts(self.table, self.bins, self.num_classes)
             few = max(1, 2**20 // (self.bins * self.num_classes))
             return torch.cat(
                 [plug_in(block, "class", self.bias_correction) for block in counts.split(few)], 1
@@ -205,6 +226,19 @@ class MutualInformationScore(Metric):
         histogram.update(*_parts(table, self.bins, self.num_classes), activations, labels)
         self.table = table
 
+    def _check(self, activations: Tensor, labels: Tensor) -> None:
+        """Refuse a batch, but for values of its activations."""
+        checks.pooled("activations", activations)
+        filters = self._filters()
+        if filters and activations.shape[1] != filters:
+            raise ValueError(
+                f"activations: got {activations.shape[1]} filters, want {filters} as in the"
+                " batches before"
+            )
+        checks.labels("labels", labels, len(activations), self.num_classes)
+        if self.estimator == "knn":
+            self._check_memory(activations)
+
     def _check_memory(self, activations: Tensor) -> None:
         """Refuse a batch with which ``compute`` would need more than the limit."""
         samples = len(activations) + sum(map(len, self.labels))
@@ -212,7 +246,9 @@ class MutualInformationScore(Metric):
         ranks = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size(self.process_group)
-        needed = ranks * (_COPIES * stored + _SCRATCH * torch.get_num_threads() * samples)
+        samples, stored = ranks * samples, ranks * stored
+        block = min(8 * samples * activations.shape[1], max(stored, _BLOCK))
+        needed = 2 * stored + block + _SCRATCH * torch.get_num_threads() * samples
         if needed > self.memory_limit:
             raise ValueError(
                 f"memory_limit: got {samples} samples of {activations.shape[1]} filters, for which"
@@ -225,20 +261,41 @@ class MutualInformationScore(Metric):
         dist_sync_fn: Callable[..., Any] = gather_all_tensors,
         process_group: Any = None,
     ) -> None:
-        # A rank without samples does not know the shape and dtype of what it is to gather.
-        kept = self.activations if self.estimator == "knn" else []
-        dtype = checks.FLOATING.index(kept[0].dtype) if len(kept) else -1
-        facts = torch.tensor([self._filters(), dtype], device=self.device)
+        # Ranks gather tensors of one shape and dtype, which one without samples does not know.
+        own = self._filters()
+        if self.estimator == "knn" and own:
+            self.activations = [dim_zero_cat(self.activations)]
+            self.labels = [dim_zero_cat(self.labels)]
+        held = [x.dtype for x in self.activations] if self.estimator == "knn" else []
+        facts = [own, *(dtype in held for dtype in checks.FLOATING)]
         group = process_group or self.process_group
-        filters, dtype = torch.stack(dist_sync_fn(facts, group=group)).amax(0).tolist()
-        if filters and not self._filters():
-            if self.estimator == "histogram":
-                self.table = _empty(filters, self.bins, self.num_classes, self.device)
+        ranks = dist_sync_fn(torch.tensor(facts, device=self.device), group=group)
+        table = torch.stack(ranks)
+        widths = sorted(set(table[:, 0].tolist()) - {0})
+        if len(widths) > 1:
+            raise ValueError(
+                f"activations: got {' and '.join(map(str, widths))} filters on different ranks,"
+                " want as many on each"
+            )
+        if widths and self.estimator == "knn":
+            used = table[:, 1:].amax(0).tolist()
+            dtypes = [dtype for dtype, some in zip(checks.FLOATING, used, strict=True) if some]
+            common = functools.reduce(torch.promote_types, dtypes)
+            if own:
+                self.activations = [self.activations[0].to(common)]
             else:
-                none = torch.empty(0, filters, dtype=checks.FLOATING[dtype], device=self.device)
-                self.activations = [none]
+                self.activations = [torch.empty(0, *widths, dtype=common, device=self.device)]
                 self.labels = [torch.empty(0, dtype=torch.int64, device=self.device)]
+        elif widths and not own:
+            self.table = _empty(widths[0], self.bins, self.num_classes, self.device)
         super()._sync_dist(dist_sync_fn, process_group)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        def keeping_dtype(state: Tensor) -> Tensor:
+            moved = fn(state)
+            return moved if moved.dtype == state.dtype else state.to(moved.device)
+
+        return super()._apply(keeping_dtype, exclude_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         # Tables merge where both have samples.

@@ -198,8 +198,12 @@ class InterpretableModule(L.LightningModule):
 
 
 def pool(maps: Tensor, channel_dim: int) -> Tensor:
-    """Global average pooling to ``[B, N]``, wherever the filter axis is."""
-    return maps.movedim(channel_dim, 1).flatten(2).mean(-1)
+    """Global average pooling to ``[B, N]``, wherever the filter axis is.
+
+    In float32 at least: means rounded to a half type would tie.
+    """
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    return maps.movedim(channel_dim, 1).flatten(2).mean(-1, dtype=dtype)
 
 
 def pathway_logits(

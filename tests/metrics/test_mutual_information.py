@@ -188,7 +188,10 @@ def test_activations_are_kept_without_graph_and_without_what_they_are_a_view_of(
     assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
-def test_the_memory_limit_holds_before_the_samples_are_kept() -> None:
+def test_the_memory_limit_holds_before_the_samples_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     activations, labels = data()
     metric = MutualInformationScore(CLASSES, memory_limit=100_000)
     metric.update(activations, labels)
@@ -199,9 +202,12 @@ def test_the_memory_limit_holds_before_the_samples_are_kept() -> None:
         metric.update(many, many_labels)
     same(metric.matrix(), before)
     assert sum(map(len, metric.activations)) == sum(map(len, metric.labels)) == SAMPLES
-    MutualInformationScore(CLASSES, estimator="histogram", memory_limit=1).update(
-        activations, labels
-    )
+    with pytest.raises(ValueError, match=message):  # calling the metric sets samples aside
+        metric(many, many_labels)
+    for _ in range(7):  # 12,480 bytes each time
+        metric(activations, labels)
+    with pytest.raises(ValueError, match=r"^memory_limit: got 540 samples"):
+        metric(activations, labels)
 
 
 def test_the_default_limit_takes_what_its_description_says() -> None:
@@ -209,6 +215,56 @@ def test_the_default_limit_takes_what_its_description_says() -> None:
     metric._check_memory(torch.empty(1, device="meta").expand(50_000, 6_000))
     with pytest.raises(ValueError, match=r"^memory_limit: "):
         metric._check_memory(torch.empty(1, device="meta").expand(50_000, 9_000))
+
+
+def test_the_limit_counts_a_block_of_double_precision() -> None:
+    # 24 MB, kept and joined, and a block of 64 MiB.
+    activations = torch.empty(1, device="meta", dtype=torch.float16).expand(30_000, 400)
+    MutualInformationScore(CLASSES, memory_limit=150_000_000)._check_memory(activations)
+    with pytest.raises(ValueError, match=r"^memory_limit: "):
+        MutualInformationScore(CLASSES, memory_limit=110_000_000)._check_memory(activations)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_samples_keep_their_dtype_whatever_the_metric_is_cast_to(estimator: str) -> None:
+    activations, labels = data()
+    expected = filled(activations, labels, estimator=estimator).matrix()
+    for cast in (
+        lambda metric: metric.set_dtype(torch.float16),
+        lambda metric: metric.to(torch.bfloat16),
+        lambda metric: torch.nn.ModuleList([metric]).half()[0],
+    ):
+        metric = cast(filled(activations[:30], labels[:30], estimator=estimator))
+        metric.update(activations[30:], labels[30:])
+        same(metric.matrix(), expected)
+        metric.reset()
+        metric.update(activations, labels)
+        same(metric.matrix(), expected)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_call_that_is_refused_loses_no_samples(estimator: str) -> None:
+    activations, labels = data()
+    metric = filled(activations[:30], labels[:30], estimator=estimator)
+    with pytest.raises(ValueError, match=r"^activations: got 2 filters, want 5"):
+        metric(activations[:, :2], labels)
+    with pytest.raises(ValueError, match=r"^activations: got no sample"):
+        metric(activations[:0], labels[:0])
+    if estimator == "knn":
+        with pytest.raises(ValueError, match=r"^activations: got 1 sample"):
+            metric(activations[:1], labels[:1])
+    metric(activations[30:], labels[30:])
+    same(metric.matrix(), filled(activations, labels, estimator=estimator).matrix())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_batches_of_no_sample_are_no_samples(estimator: str) -> None:
+    activations, labels = data()
+    metric = filled(activations[:0], labels[:0], estimator=estimator)
+    with pytest.raises(ValueError, match=r"^activations: got no sample"):
+        metric.compute()
+    metric.update(activations, labels)
+    same(metric.matrix(), filled(activations, labels, estimator=estimator).matrix())
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -258,6 +314,8 @@ def test_bad_input_is_refused_and_changes_nothing(estimator: str) -> None:
         ({"bins": 1, "estimator": "histogram"}, ValueError),
         ({"n_neighbors": 5, "estimator": "histogram"}, ValueError),
         ({"memory_limit": 0}, ValueError),
+        ({"memory_limit": 1, "estimator": "histogram"}, ValueError),
+        ({"num_classes": 2**31}, ValueError),
     ],
 )
 def test_bad_options_are_refused_by_name(wrong: dict[str, Any], error: type[Exception]) -> None:

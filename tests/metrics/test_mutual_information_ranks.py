@@ -14,8 +14,8 @@ from picnn_fast.metrics import MutualInformationScore
 
 RANKS, CLASSES, FILTERS = 2, 3, 4
 ESTIMATORS = ("knn", "histogram")
-# Samples of each rank; the last leaves one of them without any.
-SHARES = {"even": (30, 30), "uneven": (7, 50), "one empty": (0, 40)}
+# Samples of each rank; one may have none, or another dtype.
+SHARES = {"even": (30, 30), "uneven": (7, 50), "one empty": (0, 40), "mixed": (20, 30)}
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -29,7 +29,8 @@ def samples(share: str, rank: int) -> tuple[Tensor, Tensor]:
     count = SHARES[share][rank]
     labels = torch.randint(CLASSES, (count,), generator=generator)
     activations = torch.randn(count, FILTERS, generator=generator) + labels[:, None]
-    return (activations * 5**rank).relu().bfloat16(), labels
+    dtype = torch.float16 if share == "mixed" and rank else torch.bfloat16
+    return (activations * 5**rank).relu().to(dtype), labels
 
 
 def metric(estimator: Any) -> MutualInformationScore:
@@ -55,6 +56,10 @@ def work(rank: int, folder: Path) -> None:
             assert sum(map(len, score.labels)) == len(labels) if estimator == "knn" else True
             score.update(activations[:0], labels[:0])
             results[estimator, share, "again"] = score.matrix()
+        score = metric(estimator)
+        score.update(torch.ones(5, FILTERS + rank), torch.arange(5) % CLASSES)
+        with pytest.raises(ValueError, match=r"^activations: got 4 and 5 filters on different"):
+            score.compute()
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

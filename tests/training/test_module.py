@@ -12,7 +12,7 @@ from picnn_fast.data import DigitsDataModule
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models import STD, make_interpretable
 from picnn_fast.training.config import DivergenceError
-from picnn_fast.training.module import InterpretableModule, pathway_logits
+from picnn_fast.training.module import InterpretableModule, pathway_logits, pool
 
 
 def _network(method="picnn"):
@@ -180,6 +180,13 @@ def test_the_term_is_the_loss_of_the_pooled_maps(channel_dim):
     expected = 0.5 * MutualInformationLoss(3)(maps.flatten(2), labels)
     torch.testing.assert_close(logged["train/mutual_information"], expected)
     assert not network.features._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_a_half_type_are_averaged_in_single_precision(dtype):
+    maps = torch.rand(4, 5, 7, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(pool(maps, 1), maps.float().mean((2, 3)))
+    torch.testing.assert_close(pool(maps.movedim(1, -1), -1), maps.float().mean((2, 3)))
 
 
 class Last(nn.Module):
