@@ -11,7 +11,6 @@ Writes ``benchmarks/results/mutual-information-bias.json`` and draws the ``.png`
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -264,12 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = measure((100, TABLE_SAMPLES), 2) if options.smoke else measure(SAMPLES, REPEATS)
     print(report(results))
     if not options.smoke:
-        harness.RESULTS.mkdir(parents=True, exist_ok=True)
-        path = harness.RESULTS / f"{NAME}.json"
-        temporary = path.with_suffix(".tmp")
-        content = {"command": "python -m benchmarks.bias", **results}
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
+        path = harness.write_json(NAME, {"command": "python -m benchmarks.bias", **results})
         draw(results, path.with_suffix(".png"))
         print(f"\nwritten to {path} and {path.with_suffix('.png').name}")
 

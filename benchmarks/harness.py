@@ -135,9 +135,14 @@ def machine_name(device: torch.device) -> str:
 
 def write(family: str, device: torch.device, command: str, results: dict[str, Any]) -> Path:
     """``results/<family>-<machine>.json``, replaced in one step."""
-    path = RESULTS / f"{family}-{machine_name(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": command, "machine": machine(device), **results}
+    return write_json(f"{family}-{machine_name(device)}", content)
+
+
+def write_json(name: str, content: dict[str, Any]) -> Path:
+    """``results/<name>.json``, replaced in one step."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)

@@ -9,7 +9,6 @@ on the test split; MIS by nearest neighbours, which is not the estimate that tra
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -80,12 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": harness.machine(torch.device("cpu")),
         **results,
     }
-    path = harness.RESULTS / f"{NAME}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
-    print(f"\nwritten to {path}")
+    print(f"\nwritten to {harness.write_json(NAME, content)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """MutualInformationScore over two processes on gloo: the score of all their samples."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast.metrics import MutualInformationScore
+from tests.ranks import run_ranks
 
 RANKS, CLASSES, FILTERS = 2, 3, 4
 ESTIMATORS = ("knn", "histogram")
@@ -67,31 +66,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Tensor]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 @pytest.mark.parametrize("share", SHARES)

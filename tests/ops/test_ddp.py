@@ -1,8 +1,6 @@
 """Two processes on gloo: ranks draw apart, and gradients are those of the joined batch."""
 
 import gc
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast.functional import bernoulli_mask, class_gate
+from tests.ranks import run_ranks
 
 RANKS, BATCH, FILTERS, CLASSES = 2, 6, 16, 4
 
@@ -83,31 +82,7 @@ def work(rank: int, folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("ddp")
-    root = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(__file__, tmp_path_factory.mktemp("ddp"), RANKS)
 
 
 def test_ranks_seeded_alike_draw_different_masks_and_labels(results):
