@@ -4,6 +4,7 @@ All figures are ratios of medians taken side by side: round by round every candi
 so that whatever else the machine does falls on all of them alike.
 """
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -147,6 +148,28 @@ def write_json(name: str, content: dict[str, Any]) -> Path:
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
     return path
+
+
+def command_line(
+    family: str,
+    description: str,
+    run: Callable[..., dict[str, Any]],
+    report: Callable[[dict[str, Any]], str],
+    arguments: list[str] | None,
+) -> None:
+    """``python -m benchmarks.<family>``: ``run(device, smoke=…)``, its report, its results file."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{family}", description=description)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, nothing written: does it run?"
+    )
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    results = run(device, smoke=options.smoke)
+    print(report(results))
+    if not options.smoke:
+        command = f"python -m benchmarks.{family} --device {options.device}"
+        print(f"\nwritten to {write(family, device, command, results)}")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

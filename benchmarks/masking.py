@@ -11,7 +11,6 @@ in the same run. Forward: write the masked maps, read those that are kept. Backw
 and the gradient, write the gradient of the maps.
 """
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Callable
@@ -381,20 +380,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.masking", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, nothing written: does it run?"
-    )
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    results = run(device, smoke=options.smoke)
-    print(report(results))
-    if not options.smoke:
-        command = f"python -m benchmarks.masking --device {options.device}"
-        print(f"\nwritten to {harness.write('masking', device, command, results)}")
+    harness.command_line("masking", __doc__.splitlines()[0], run, report, arguments)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ once at copy bandwidth is half of what ``clone()`` takes.
 weights times one-hot labels; "scatter", ``index_add`` of the two weights of a sample.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import re
@@ -469,20 +468,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mutual_information", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, nothing written: does it run?"
-    )
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    results = run(device, smoke=options.smoke)
-    print(report(results))
-    if not options.smoke:
-        command = f"python -m benchmarks.mutual_information --device {options.device}"
-        print(f"\nwritten to {harness.write('mutual_information', device, command, results)}")
+    harness.command_line("mutual_information", __doc__.splitlines()[0], run, report, arguments)
 
 
 if __name__ == "__main__":
