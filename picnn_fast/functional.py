@@ -7,17 +7,24 @@ import torch
 from torch import Tensor
 
 from picnn_fast.ops import checks
+from picnn_fast.ops import filter_loss as _filter_loss
 from picnn_fast.ops import histogram as _histogram
 from picnn_fast.ops import masking as _masking
+from picnn_fast.ops import templates as _templates
+from picnn_fast.ops.filter_loss import FilterLossState
+from picnn_fast.ops.templates import PartTemplate
 from picnn_fast.reference import histogram as _histogram_reference
 from picnn_fast.reference import mutual_information as _knn_reference
 
 __all__ = [
+    "FilterLossState",
     "bernoulli_mask",
     "class_gate",
+    "filter_loss",
     "gumbel_mask",
     "mutual_information",
     "mutual_information_score",
+    "template_mask",
 ]
 
 
@@ -414,3 +421,108 @@ def _soft_histogram(
     width = torch.where(width == 0, 1, width)
     counts = _histogram.SoftHistogram.apply(activations, labels, low, width, bins, num_classes)
     return _histogram_reference.plug_in(counts, target, bias_correction)
+
+
+def template_mask(
+    x: Tensor, template: PartTemplate, *, scale: float | Literal["tau"] = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Keep of each map what lies around its peak: the mask layer of Interpretable CNNs.
+
+    With mu the peak of a map, its first maximum in row-major order, the map is multiplied by
+    scale·max(T_mu / tau, 0). The mask counts as a constant in the backward pass.
+
+    Args:
+        x: maps ``[B, N, h, w]`` float32, float64, bfloat16 or float16, usually after a ReLU;
+            sides of 1 to 32768. Contiguous and channels_last maps are read in place and keep their
+            layout.
+        template: its tau does not matter unless ``scale="tau"``.
+        scale: what the peak is multiplied by: 1 as in the published code; "tau" is the paper's
+            text, max(T_mu, 0) with tau left in.
+
+    Returns:
+        masked, like ``x``; peak ``[B, N]`` int64, row · w + column. A map of zeros stays one. NaN
+        counts as the maximum and, like infinity, makes NaN where the mask is 0.
+
+    Raises:
+        TypeError: unsupported dtype, a template that is no ``PartTemplate``.
+        ValueError: no maps ``[B, N, h, w]``, maps without a position, a template's table too small
+            for them, a scale that is no number > 0.
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, section 3.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast import PartTemplate
+        >>> from picnn_fast.functional import template_mask
+        >>> x = torch.tensor([[[[1.0, 2.0, 1.0, 2.0]]]])
+        >>> masked, peak = template_mask(x, PartTemplate("l1", beta=2.0))
+        >>> peak.item(), masked.flatten().tolist()
+        (1, [0.5, 2.0, 0.5, 0.0])
+    """
+    return _templates.template_mask(x, template, scale=scale)
+
+
+def filter_loss(
+    x: Tensor,
+    template: PartTemplate,
+    *,
+    estimator: Literal["batch", "running", "target"] = "batch",
+    labels: Tensor | None = None,
+    filter_category: Tensor | None = None,
+    state: FilterLossState | None = None,
+) -> Tensor:
+    """The filter loss of Interpretable CNNs: minus the mutual information of maps and templates.
+
+    Loss = -MI(X; T) for each filter, in nats, with p(x|T) = exp(s) / Z_T, s = sum_ij x_ij·T_ij, and
+    as templates T_mu for each of the h·w positions and T⁻, which is -tau everywhere, all equally
+    likely. It is least where each map fits one template alone.
+
+    - "batch": X is the batch. Loss and gradient are exact, gradcheck agrees.
+    - "running": Z_T and p(x) are running estimates in ``state``, renewed by this batch first, and
+      constants in the backward pass. The gradient is that of eq. 4, first line, with the sign that
+      minus MI has; it is not the derivative of the value returned.
+    - "target": likewise, by the one template each map is assigned to (eq. 4, second line): the one
+      at its peak where the image is of the filter's category, T⁻ where it is not.
+
+    Args:
+        x: maps ``[B, N, h, w]`` float32, float64, bfloat16 or float16, usually after a ReLU.
+            Contiguous and channels_last maps are read in place.
+        template: see ``PartTemplate``.
+        estimator: of the loss and its gradient.
+        labels: ``[B]`` integers, the images' categories; of "target". None, with
+            ``filter_category`` None: every image is of every filter's category.
+        filter_category: ``[N]`` integers, each filter's category; of "target".
+        state: of "running" and "target", which want one: ``FilterLossState.empty(N, h, w)``.
+            Renewed in place.
+
+    Returns:
+        ``[N]``, float64 for float64 maps, else float32. 0 for an empty batch; NaN for a filter with
+        a value that is not finite.
+
+    Raises:
+        TypeError: unsupported dtype; a template or state that is none.
+        ValueError: no maps ``[B, N, h, w]``, maps without a position, shapes or devices that
+            disagree, an option of another estimator.
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, eq. 1-4.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast import PartTemplate
+        >>> from picnn_fast.functional import filter_loss
+        >>> peaks = 500 * torch.eye(16).view(16, 1, 4, 4)  # each map has its own
+        >>> blurred = peaks.mean(0).expand_as(peaks)
+        >>> template = PartTemplate("l2")
+        >>> bool(filter_loss(peaks, template) < filter_loss(blurred, template))
+        True
+    """
+    return _filter_loss.filter_loss(
+        x,
+        template,
+        estimator=estimator,
+        labels=labels,
+        filter_category=filter_category,
+        state=state,
+    )

@@ -1,8 +1,22 @@
 """Operators: schema, shape function, autograd.Function and argument checks, one file a family."""
 
-from picnn_fast.ops import histogram, masking, mutual_information, registry
+from picnn_fast.ops import (
+    filter_loss,
+    histogram,
+    masking,
+    mutual_information,
+    registry,
+    templates,
+)
 
 registry.load_extension()
 registry.register_triton_for_cuda()
 
-__all__ = ["histogram", "masking", "mutual_information", "registry"]
+__all__ = [
+    "filter_loss",
+    "histogram",
+    "masking",
+    "mutual_information",
+    "registry",
+    "templates",
+]

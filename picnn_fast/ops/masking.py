@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from picnn_fast.ops import checks, registry
+from picnn_fast.ops.layout import readable
 from picnn_fast.reference import masking as reference
 
 
@@ -40,7 +41,7 @@ def _fake_masking_backward(
 def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the maps and of the mask."""
     grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.masking_backward.default(
-        _readable(grad_masked), features, mask
+        readable(grad_masked), features, mask
     )
     return grads
 
@@ -153,24 +154,6 @@ registry.define(
 )
 
 
-def _readable(maps: Tensor) -> Tensor:
-    """``maps``, copied where its spatial axes do not lie in memory as one axis would."""
-    if (
-        maps.ndim <= 3
-        or maps.is_contiguous()
-        or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))
-    ):
-        return maps
-    expected = None
-    for size, stride in zip(reversed(maps.shape[2:]), reversed(maps.stride()[2:]), strict=True):
-        if size == 1:
-            continue
-        if expected is not None and stride != expected:
-            return maps.contiguous()
-        expected = stride * size
-    return maps
-
-
 def channels_second(features: Tensor, channel_dim: int) -> Tensor:
     """A view ``[B, N, *spatial]``, after checking both arguments."""
     checks.floating("features", features)
@@ -230,7 +213,7 @@ def bernoulli_mask(
     seed = checks.seed(seed, features.device)
     checks.probabilities("correspondence", correspondence)
     masked, mask, pseudo_label = torch.ops.picnn_fast.bernoulli_mask.default(
-        _readable(maps), checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
+        readable(maps), checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
     )
     if channel_dim != 1:
         masked = masked.movedim(1, channel_dim)
@@ -245,6 +228,6 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
     checks.same_device("labels", labels, "features", features)
     rows = _as(gate, reference.accumulate_dtype(features.dtype))
     masked: Tensor = torch.ops.picnn_fast.class_gate.default(
-        _readable(maps), rows, _as(labels, torch.int64)
+        readable(maps), rows, _as(labels, torch.int64)
     )
     return masked if channel_dim == 1 else masked.movedim(1, channel_dim)

@@ -1,0 +1,22 @@
+"""How the operators want feature maps to lie in memory."""
+
+import torch
+from torch import Tensor
+
+
+def readable(maps: Tensor) -> Tensor:
+    """``maps``, copied where its spatial axes do not lie in memory as one axis would."""
+    if (
+        maps.ndim <= 3
+        or maps.is_contiguous()
+        or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))
+    ):
+        return maps
+    expected = None
+    for size, stride in zip(reversed(maps.shape[2:]), reversed(maps.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return maps.contiguous()
+        expected = stride * size
+    return maps

@@ -1,0 +1,258 @@
+"""Operators of the template family: part templates and the mask layer of Interpretable CNNs."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from picnn_fast.ops import checks, registry
+from picnn_fast.ops.layout import readable
+from picnn_fast.reference import templates as reference
+from picnn_fast.reference.masking import accumulate_dtype
+
+# Squared distances fit an int32.
+MOST_SIDE = 2**15
+# How the operators' schemas take a template; ``PartTemplate.arguments`` yields it.
+ARGUMENTS = "Tensor? table, int profile, int norm, float slope, SymInt limit"
+
+Arguments = tuple[Tensor | None, int, int, float, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PartTemplate:
+    """The shape of an object part on a feature map: what T_mu is at a distance d from its peak mu.
+
+    On maps ``[h, w]`` with n = max(h, w), d the distance in map positions:
+
+    - "gradient": T_mu = tau·max(1 - beta·d / n, -1);
+    - "uniform": T_mu = tau where beta·d / n < gamma, else -tau;
+    - a function: T_mu = tau·profile(d), of a tensor of distances, returning a tensor alike;
+    - a tensor ``[2H - 1, 2W - 1]``: T_mu / tau at each offset from mu, the middle entry at mu;
+      serves maps of up to H x W.
+
+    Args:
+        norm: "l1" or "l2": the distance. Without effect on a tensor.
+        profile: "gradient", "uniform", a function of the distance, or a tensor of offsets.
+        beta: None takes 4 for "gradient", 2 for "uniform"; of these two alone.
+        gamma: None takes 2; of "uniform" alone.
+        tau: None takes 0.5 / n².
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an argument out of range, or of another profile.
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, section 3 (l1,
+        gradient); the other three of the part template study, section 4.2.
+
+    Example:
+        >>> from picnn_fast import PartTemplate
+        >>> PartTemplate("l1", "uniform", beta=4.0).table(2, 3)
+        tensor([[-1., -1.,  1., -1., -1.],
+                [-1.,  1.,  1.,  1., -1.],
+                [-1., -1.,  1., -1., -1.]])
+    """
+
+    norm: Literal["l1", "l2"] = "l1"
+    profile: Literal["gradient", "uniform"] | Callable[[Tensor], Tensor] | Tensor = "gradient"
+    beta: float | None = None
+    gamma: float | None = None
+    tau: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of("norm", self.norm, ("l1", "l2"))
+        if isinstance(self.profile, Tensor):
+            checks.floating("profile", self.profile)
+            sides = self.profile.shape
+            if len(sides) != 2 or not all(side % 2 for side in sides):
+                raise ValueError(
+                    f"profile: got a tensor of shape {tuple(sides)}, want [2H - 1, 2W - 1]:"
+                    " two odd sides, the peak in the middle"
+                )
+        elif isinstance(self.profile, str):
+            checks.one_of("profile", self.profile, ("gradient", "uniform"))
+        elif not callable(self.profile):
+            raise TypeError(
+                f"profile: got {type(self.profile).__name__}, want 'gradient', 'uniform', a"
+                " function of the distance or a tensor of offsets"
+            )
+        owners = {"beta": ("gradient", "uniform"), "gamma": ("uniform",)}
+        for name, profiles in owners.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(self.profile, str) or self.profile not in profiles:
+                raise ValueError(
+                    f"{name}: got {value!r}, want None: it is an option of"
+                    f" {' and '.join(map(repr, profiles))} profiles"
+                )
+            checks.positive(name, value)
+        if self.tau is not None:
+            checks.positive("tau", self.tau)
+
+    def tau_for(self, height: int, width: int) -> float:
+        """tau on maps of that size."""
+        return 0.5 / max(height, width) ** 2 if self.tau is None else self.tau
+
+    def arguments(self, height: int, width: int, like: Tensor) -> Arguments:
+        """What the operators take for maps of that size: ``ARGUMENTS``.
+
+        Raises:
+            ValueError: maps without a position or too large, or a table too small for them or not
+                finite.
+        """
+        for name, side in (("h", height), ("w", width)):
+            if not 1 <= side <= MOST_SIDE:
+                raise ValueError(f"x: got maps with {name} = {side}, want 1 to {MOST_SIDE}")
+        norm = 1 if self.norm == "l1" else 2
+        n = max(height, width)
+        if self.profile == "gradient":
+            slope = (4.0 if self.beta is None else self.beta) / n
+            return None, reference.GRADIENT, norm, slope, 0
+        if self.profile == "uniform":
+            gamma = 2.0 if self.gamma is None else self.gamma
+            radius = gamma * n / (2.0 if self.beta is None else self.beta)
+            # Beyond every distance there is: the same as none.
+            limit = math.ceil(min(radius**norm, 2.0**31 - 1))
+            return None, reference.UNIFORM, norm, 0.0, limit
+        return self._custom(height, width, like), reference.TABLE, norm, 0.0, 0
+
+    def _custom(self, height: int, width: int, like: Tensor) -> Tensor:
+        dtype = accumulate_dtype(like.dtype)
+        if isinstance(self.profile, Tensor):
+            top, left = (
+                (size - 2 * side + 1) // 2
+                for size, side in zip(self.profile.shape, (height, width), strict=True)
+            )
+            if min(top, left) < 0:
+                raise ValueError(
+                    f"template: got a table of shape {tuple(self.profile.shape)}, want at least"
+                    f" {(2 * height - 1, 2 * width - 1)} for maps {height} x {width}"
+                )
+            table = self.profile[top : top + 2 * height - 1, left : left + 2 * width - 1]
+        else:
+            assert callable(self.profile)
+            rows = torch.arange(1 - height, height, device=like.device)[:, None]
+            columns = torch.arange(1 - width, width, device=like.device)
+            if self.norm == "l1":
+                distance = (rows.abs() + columns.abs()).to(torch.float64)
+            else:
+                distance = (rows * rows + columns * columns).to(torch.float64).sqrt()
+            table = self.profile(distance)
+            if not isinstance(table, Tensor) or table.shape != distance.shape:
+                got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+                raise ValueError(
+                    f"profile: got {got} from the function, want a tensor of the shape of its"
+                    f" distances, {tuple(distance.shape)}"
+                )
+        table = table.detach().to(like.device, dtype).contiguous()
+        checks.holds(
+            "profile", table.isfinite().all(), lambda: "values that are not finite", "finite values"
+        )
+        return table
+
+    def table(self, height: int, width: int) -> Tensor:
+        """T_mu / tau at each offset from mu, ``[2 height - 1, 2 width - 1]`` float32.
+
+        Raises:
+            ValueError: see ``functional.template_mask``.
+        """
+        like = torch.empty(0)
+        arguments = self.arguments(height, width, like)
+        return reference.offset_table(*arguments, height, width, like.dtype, like.device)
+
+
+class TemplateMask(torch.autograd.Function):
+    """The mask is a constant in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *template: Any) -> tuple[Tensor, Tensor]:
+        with registry.below_autograd():
+            masked, peak = torch.ops.picnn_fast.template_mask.default(x, *template)
+        table, *ctx.template = template
+        ctx.save_for_backward(peak, table)
+        ctx.mark_non_differentiable(peak)
+        ctx.set_materialize_grads(False)
+        return masked, peak
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_masked: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (1 + len(ctx.template))
+        if grad_masked is None:
+            return None, *nothing
+        peak, table = ctx.saved_tensors
+        backward = torch.ops.picnn_fast.template_mask_backward.default
+        return backward(readable(grad_masked), peak, table, *ctx.template), *nothing
+
+
+def _fake_template_mask(
+    x: Tensor,
+    table: Tensor | None,
+    profile: int,
+    norm: int,
+    slope: float,
+    limit: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
+def _fake_template_mask_backward(
+    grad_masked: Tensor,
+    peak: Tensor,
+    table: Tensor | None,
+    profile: int,
+    norm: int,
+    slope: float,
+    limit: int,
+    scale: float,
+) -> Tensor:
+    return torch.empty_like(grad_masked)
+
+
+registry.define(
+    "templates",
+    f"template_mask(Tensor x, {ARGUMENTS}, float scale) -> (Tensor masked, Tensor peak)",
+    reference=reference.template_mask,
+    fake=_fake_template_mask,
+    autograd=TemplateMask.apply,
+)
+registry.define(
+    "templates",
+    f"template_mask_backward(Tensor grad_masked, Tensor peak, {ARGUMENTS}, float scale) -> Tensor",
+    reference=reference.template_mask_backward,
+    fake=_fake_template_mask_backward,
+)
+
+
+def check_maps(x: Tensor) -> None:
+    """Maps ``[B, N, h, w]``; ``PartTemplate.arguments`` asks for at least one position."""
+    checks.floating("x", x)
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want maps [B, N, h, w]")
+
+
+def check_template(template: object) -> PartTemplate:
+    if not isinstance(template, PartTemplate):
+        raise TypeError(f"template: got {type(template).__name__}, want a PartTemplate")
+    return template
+
+
+def template_mask(
+    x: Tensor, template: PartTemplate, *, scale: float | Literal["tau"]
+) -> tuple[Tensor, Tensor]:
+    """See ``functional.template_mask``."""
+    check_maps(x)
+    height, width = x.shape[2:]
+    arguments = check_template(template).arguments(height, width, x)
+    if isinstance(scale, str):
+        checks.one_of("scale", scale, ("tau",))
+        scale = template.tau_for(height, width)
+    scale = checks.positive("scale", scale)
+    masked, peak = torch.ops.picnn_fast.template_mask.default(readable(x), *arguments, scale)
+    return masked, peak
