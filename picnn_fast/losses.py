@@ -1,14 +1,16 @@
-"""Losses that make filters tell more about classes; added to that of any network."""
+"""Losses that make filters stand for classes or parts; added to that of any network."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from picnn_fast import functional
 from picnn_fast.ops import checks
+from picnn_fast.ops.filter_loss import ESTIMATORS
+from picnn_fast.ops.templates import PartTemplate, check_template
 
-__all__ = ["MutualInformationLoss"]
+__all__ = ["FilterLoss", "MutualInformationLoss"]
 
 
 class MutualInformationLoss(nn.Module):
@@ -128,3 +130,91 @@ class MutualInformationLoss(nn.Module):
             f"num_classes={self.num_classes}, bins={self.bins}, objective={self.objective!r},"
             f" temperature={self.temperature}"
         )
+
+
+class FilterLoss(nn.Module):
+    """The filter loss of Interpretable CNNs with what its estimators remember.
+
+    See ``functional.filter_loss``. The running estimates are buffers, saved with the model, made
+    for the size of the first maps; evaluation mode uses them without renewing them.
+
+    Args:
+        template: see ``PartTemplate``.
+        num_filters: N.
+        estimator: "batch", "running" or "target".
+        momentum: share of a new batch in the running estimates, in (0, 1].
+
+    Raises:
+        TypeError, ValueError: options of the wrong kind or out of range.
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, eq. 1-4.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast import PartTemplate
+        >>> from picnn_fast.losses import FilterLoss
+        >>> loss = FilterLoss(PartTemplate("l2"), num_filters=8, estimator="running")
+        >>> loss(torch.rand(2, 8, 7, 7)).shape, loss.log_mean.shape
+        (torch.Size([8]), torch.Size([8, 50]))
+    """
+
+    log_mean: Tensor
+    log_ratio: Tensor
+
+    def __init__(
+        self,
+        template: PartTemplate,
+        num_filters: int,
+        *,
+        estimator: Literal["batch", "running", "target"] = "batch",
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.template = check_template(template)
+        self.num_filters = checks.integer("num_filters", num_filters, 1)
+        self.estimator = checks.one_of("estimator", estimator, ESTIMATORS)
+        self.momentum = momentum
+        empty = functional.FilterLossState.empty(num_filters, 1, 1, momentum=momentum)
+        # No template yet: the size of the maps is not known.
+        self.register_buffer("log_mean", empty.log_mean[:, :0])
+        self.register_buffer("log_ratio", empty.log_ratio)
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, filter_category: Tensor | None = None
+    ) -> Tensor:
+        """Loss of each filter, ``[N]``; arguments as for ``functional.filter_loss``."""
+        state = None
+        if self.estimator != "batch":
+            state = self._state(x)
+        return functional.filter_loss(
+            x,
+            self.template,
+            estimator=self.estimator,  # type: ignore[arg-type]
+            labels=labels,
+            filter_category=filter_category,
+            state=state,
+        )
+
+    def _state(self, x: Tensor) -> functional.FilterLossState:
+        if self.log_mean.shape[1] == 0 and x.ndim == 4 and x.shape[2:].numel() > 0:
+            first = functional.FilterLossState.empty(
+                self.num_filters,
+                *x.shape[2:],
+                dtype=torch.promote_types(x.dtype, torch.float32),
+                device=x.device,
+            )
+            self.log_mean, self.log_ratio = first.log_mean, first.log_ratio
+        log_mean, log_ratio = self.log_mean, self.log_ratio
+        if not self.training:
+            log_mean, log_ratio = log_mean.clone(), log_ratio.clone()
+        return functional.FilterLossState(log_mean, log_ratio, self.momentum)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        saved = state_dict.get(f"{prefix}log_mean")
+        if saved is not None and saved.ndim == 2:
+            self.log_mean = self.log_mean.new_empty(len(self.log_mean), saved.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def extra_repr(self) -> str:
+        return f"{self.template}, num_filters={self.num_filters}, estimator={self.estimator!r}"

@@ -3,15 +3,18 @@
 from picnn_fast.models.backbones import BACKBONES
 from picnn_fast.models.base import InterpretableNetwork, PathwayOutput
 from picnn_fast.models.factory import METHODS, make_interpretable
+from picnn_fast.models.icnn import ICNN, TemplateMask
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
 
 __all__ = [
     "BACKBONES",
+    "ICNN",
     "METHODS",
     "PICNN",
     "STD",
     "InterpretableNetwork",
     "PathwayOutput",
+    "TemplateMask",
     "make_interpretable",
 ]

@@ -38,12 +38,17 @@ class PathwayOutput(NamedTuple):
         masked_logits: ``[B, K]`` of the interpretation pathway, None where the method has none.
         mask: ``[B, N]`` that masked the filters, None where the method has none.
         pseudo_label: ``[B]`` int64 drawn from softmax(logits), None where the method draws none.
+        maps: of the target layer, as ``filter_maps`` yields them.
+        activations: maps of the layers that have a filter loss, before their mask layer, one after
+            the other; empty where the method has none.
     """
 
     logits: Tensor
     masked_logits: Tensor | None = None
     mask: Tensor | None = None
     pseudo_label: Tensor | None = None
+    maps: Tensor | None = None
+    activations: tuple[Tensor, ...] = ()
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
@@ -101,7 +106,9 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         features, head: the two parts; ``head(features(images))`` are the logits.
         num_classes, num_filters: K and N.
         correspondence_weight: W ``[K, N]``, uniform in [0, 1) at the start, as in the published
-            code.
+            code; None where the method assigns filters otherwise.
+        epoch: of the training, from 1; the training loop sets it, for methods whose loss has a
+            schedule.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -117,8 +124,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         While ``masks_late``, hooks on ``head`` itself do not run, hooks on its layers do.
     """
 
-    # Whether W is a parameter or a buffer.
-    learns_correspondence = True
+    epoch = 1
+    correspondence_weight: Tensor | None
 
     def __init__(
         self,
@@ -164,11 +171,11 @@ class InterpretableNetwork(nn.Module, abc.ABC):
                 f" channel_dim={channel_dim}, want a head that is an nn.Sequential starting with"
                 " average or max pooling, and channel_dim=1; or mask_at='auto'"
             )
-        weight = torch.rand(num_classes, num_filters)
-        if self.learns_correspondence:
-            self.correspondence_weight = nn.Parameter(weight)
-        else:
-            self.register_buffer("correspondence_weight", weight)
+        self._make_correspondence()
+
+    def _make_correspondence(self) -> None:
+        """Make W."""
+        self.correspondence_weight = nn.Parameter(torch.rand(self.num_classes, self.num_filters))
 
     @abc.abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
@@ -199,6 +206,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     @property
     def correspondence(self) -> Tensor:
         """P ``[K, N]``: the probability that a filter belongs to a class; float32 or wider."""
+        assert self.correspondence_weight is not None
         weight = checks.accumulable(self.correspondence_weight)
         return weight.softmax(0) if self.normalization == "class_softmax" else weight.sigmoid()
 

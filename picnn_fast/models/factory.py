@@ -7,15 +7,17 @@ from picnn_fast.models.backbones import (
     BACKBONES,
     Backbone,
     is_torchvision_resnet,
-    pooling_head,
+    is_torchvision_vgg,
     split_resnet,
+    split_vgg,
 )
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
 from picnn_fast.ops import checks
 
-METHODS: dict[str, type[InterpretableNetwork]] = {"picnn": PICNN, "std": STD}
+METHODS: dict[str, type[InterpretableNetwork]] = {"picnn": PICNN, "icnn": ICNN, "std": STD}
 FILTERS_PER_CLASS = 12.8  # PICNN, figure 5
 
 
@@ -35,24 +37,27 @@ def make_interpretable(
 
     Args:
         backbone: one of
-            - a name: "small-resnet", "resnet18" or "resnet50";
-            - a torchvision ``ResNet``: its layers up to ``layer4`` are used in place, not copied;
-              the classifier ``fc`` is replaced by a new one;
+            - a name: "small-resnet", "small-cnn", "resnet18", "resnet50", "alexnet", "vgg16",
+              "vgg-m" or "vgg-s";
+            - a torchvision ``ResNet``, ``VGG`` or ``AlexNet``: its layers up to the last
+              convolution's ReLU are used in place, not copied; the classifier is a new one;
             - a pair ``(features, head)`` of modules: images to maps, maps to logits.
-        method: "picnn" or "std".
+        method: "picnn", "icnn" or "std".
         num_classes: K.
-        num_filters: N of the target layer. None: ``round(12.8 * num_classes)`` where a convolution
-            is inserted, else what the backbone yields (a pair without insertion must give it).
+        num_filters: N of the target layer. None: what the backbone yields for "icnn" and where no
+            convolution is inserted (a pair without insertion must give it), else
+            ``round(12.8 * num_classes)``.
         insert_conv: True puts a new 3x3 convolution to ``num_filters`` channels and a ReLU after
-            the features, as in the published code; False takes the features' own last maps.
+            the features, as in the published code of both papers; False takes the features' own
+            last maps.
         in_channels: channels that the features of a *pair* yield, wanted where a convolution is
             inserted; known for the other backbones.
         image_channels: of the images, for a *name*; None takes 1 for "small-resnet", else 3.
-        weights: trained weights for the names "resnet18" and "resnet50", as torchvision takes them.
-        **options: passed to the method's class (``PICNN``, ``STD``).
+        weights: trained weights for the names that torchvision has them for, as it takes them.
+        **options: passed to the method's class (``PICNN``, ``ICNN``, ``STD``).
 
     Returns:
-        A ``PICNN`` or ``STD`` model, on the device of a given backbone's features.
+        A ``PICNN``, ``ICNN`` or ``STD`` model, on the device of a given backbone's features.
 
     Raises:
         TypeError: a backbone that is none of these; options that the method does not know.
@@ -81,25 +86,29 @@ def make_interpretable(
                 raise ValueError(
                     f"{name}: got {value!r} with a backbone that is already built, want None"
                 )
-    if isinstance(backbone, str) or is_torchvision_resnet(backbone):
+    built = is_torchvision_resnet(backbone) or is_torchvision_vgg(backbone)
+    if isinstance(backbone, str) or built:
         if in_channels is not None:
             raise ValueError(
                 f"in_channels: got {in_channels}, want None: it is known for this backbone"
                 " (the channels of the images are image_channels)"
             )
         if isinstance(backbone, str):
-            features, channels = _named(backbone, image_channels, weights)
+            parts = _named(backbone, image_channels, weights)
         else:
-            features, channels = split_resnet(backbone)
+            parts = (split_resnet if is_torchvision_resnet(backbone) else split_vgg)(backbone)
+        features, channels = parts.features, parts.channels
         if num_filters is None:
-            num_filters = round(FILTERS_PER_CLASS * num_classes) if insert_conv else channels
+            num_filters = channels
+            if insert_conv and method != "icnn":
+                num_filters = round(FILTERS_PER_CLASS * num_classes)
         elif not insert_conv and num_filters != channels:
             raise ValueError(
                 f"num_filters: got {num_filters} with insert_conv=False, want {channels},"
                 " the channels that the backbone yields; or None"
             )
         in_channels = channels
-        head = pooling_head(checks.integer("num_filters", num_filters, 1), num_classes)
+        head: Any = parts.head(checks.integer("num_filters", num_filters, 1), num_classes)
     elif isinstance(backbone, tuple | list) and len(backbone) == 2:
         features, head = backbone
         if insert_conv and in_channels is None:
@@ -116,10 +125,12 @@ def make_interpretable(
                     " features yield"
                 )
             num_filters = round(FILTERS_PER_CLASS * num_classes)
+            if method == "icnn" and in_channels is not None:
+                num_filters = in_channels
     else:
         raise TypeError(
             f"backbone: got {type(backbone).__name__}, want a name"
-            f" ({', '.join(map(repr, BACKBONES))}), a torchvision ResNet, or a pair"
+            f" ({', '.join(map(repr, BACKBONES))}), a torchvision ResNet, VGG or AlexNet, or a pair"
             " (features, head) of modules"
         )
     model = METHODS[method](

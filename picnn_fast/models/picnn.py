@@ -102,15 +102,17 @@ class PICNN(InterpretableNetwork):
             labels: not used; the pseudo-label keeps the label from leaking (paper, figure 4).
 
         Returns:
-            All fields of ``PathwayOutput``. ``mask`` carries the gradient to P and to the logits.
+            All fields of ``PathwayOutput`` but ``activations``. ``mask`` carries the gradient to P
+            and to the logits.
         """
-        shared, layers = self._shared_maps(self.filter_maps(images))
+        maps = self.filter_maps(images)
+        shared, layers = self._shared_maps(maps)
         logits = self._classify(layers, shared, keep=True)
         sample = bernoulli_mask if self.sampling == "bernoulli" else gumbel_mask
         masked, mask, pseudo_label = sample(
             shared, logits, self.correspondence, channel_dim=self.channel_dim
         )
-        return PathwayOutput(logits, self._classify(layers, masked), mask, pseudo_label)
+        return PathwayOutput(logits, self._classify(layers, masked), mask, pseudo_label, maps)
 
     def loss_terms(self, output: PathwayOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination`` (eq. 1) and ``interpretation`` (eq. 2, times λ); they sum to eq. 3.
@@ -123,7 +125,11 @@ class PICNN(InterpretableNetwork):
             TypeError: labels that are not integers.
             ValueError: labels of another shape or out of range, or an output of another model.
         """
-        logits, masked_logits, _, pseudo_label = output
+        logits, masked_logits, pseudo_label = (
+            output.logits,
+            output.masked_logits,
+            output.pseudo_label,
+        )
         if masked_logits is None or pseudo_label is None:
             raise ValueError(
                 "output: got no masked_logits or pseudo_label, want the output of PICNN's forward"

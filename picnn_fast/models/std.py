@@ -1,5 +1,6 @@
 """STD: the ordinary network that interpretable ones are compared with."""
 
+import torch
 from torch import Tensor
 
 from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
@@ -36,16 +37,20 @@ class STD(InterpretableNetwork):
         torch.Size([2, 4])
     """
 
-    learns_correspondence = False
+    def _make_correspondence(self) -> None:
+        """Make W, a buffer."""
+        weight = torch.rand(self.num_classes, self.num_filters)
+        self.register_buffer("correspondence_weight", weight)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
-        """The logits alone; the other fields of ``PathwayOutput`` are None.
+        """The logits and the maps; the other fields of ``PathwayOutput`` are empty.
 
         Args:
             images: ``[B, C, H, W]``, whatever ``features`` take.
             labels: not used.
         """
-        return PathwayOutput(self.head_logits(self.filter_maps(images)))
+        maps = self.filter_maps(images)
+        return PathwayOutput(self.head_logits(maps), maps=maps)
 
     def loss_terms(self, output: PathwayOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination`` alone: the mean cross entropy of the logits.

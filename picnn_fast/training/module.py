@@ -1,8 +1,6 @@
 """The Lightning module that trains and evaluates an interpretable network."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,14 +113,15 @@ class InterpretableModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(derive_seed(self.seed, _TRAIN, self.current_epoch, self.global_rank))
+        self.network.epoch = self.current_epoch + 1
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        with self._pooled_maps() as pooled:
-            output = self.network(images, labels)
+        output = self.network(images, labels)
         terms = self.network.loss_terms(output, labels)
-        if pooled:
-            information = self.mutual_information(pooled[0], labels)
+        if self.mutual_information_weight > 0:
+            pooled = pool(output.maps, self.network.channel_dim)
+            information = self.mutual_information(pooled, labels)
             terms["mutual_information"] = self.mutual_information_weight * information
         loss = torch.stack(list(terms.values())).sum()
         if not loss.is_cuda:  # there the look would stall the GPU: once an epoch is enough
@@ -137,23 +136,6 @@ class InterpretableModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, **by_epoch)
         self.log_dict({f"train/{name}": term for name, term in terms.items()}, **by_epoch)
         return loss
-
-    @contextmanager
-    def _pooled_maps(self) -> Iterator[list[Tensor]]:
-        """Of the forward pass within: its pooled filter maps, where the loss has a use for them."""
-        pooled: list[Tensor] = []
-
-        def take(features: torch.nn.Module, images: Any, maps: Tensor) -> None:
-            pooled.append(pool(maps, self.network.channel_dim))
-
-        if self.mutual_information_weight == 0:
-            yield pooled
-            return
-        hook = self.network.features.register_forward_hook(take)
-        try:
-            yield pooled
-        finally:
-            hook.remove()
 
     def on_train_epoch_end(self) -> None:
         self._check_finite(self.trainer.callback_metrics["train/loss"])

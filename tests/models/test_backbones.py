@@ -30,7 +30,7 @@ def test_backbones_yield_the_channels_they_say_after_a_relu(
     name: str, shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
-    features, channels = BACKBONES[name](image_channels=shape[1])
+    features, channels, _ = BACKBONES[name](image_channels=shape[1])
     with torch.no_grad():
         maps = features(torch.randn(shape))
     assert maps.shape[:2] == (2, channels)
@@ -39,7 +39,7 @@ def test_backbones_yield_the_channels_they_say_after_a_relu(
 
 
 def test_the_small_resnet_has_five_3x3_convolutions() -> None:
-    features, _ = BACKBONES["small-resnet"]()
+    features = BACKBONES["small-resnet"]().features
     convs = [m for m in features.modules() if isinstance(m, nn.Conv2d)]
     assert sum(conv.kernel_size == (3, 3) for conv in convs) == 5
 
@@ -47,7 +47,7 @@ def test_the_small_resnet_has_five_3x3_convolutions() -> None:
 def test_a_split_resnet_shares_its_layers_and_yields_the_same_maps() -> None:
     torch.manual_seed(0)
     network = torchvision.models.resnet18().eval()
-    features, channels = split_resnet(network)
+    features, channels, _ = split_resnet(network)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         pooled = features(images).mean((2, 3))

@@ -21,10 +21,12 @@ def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_forward_gives_the_logits_alone() -> None:
+def test_forward_gives_logits_and_maps_alone() -> None:
     output = build(STD)(images())
     assert output.logits.shape == (4, 3)
-    assert output[1:] == (None, None, None)
+    assert output.maps.shape[:2] == (4, 6)
+    assert output[1:4] == (None, None, None)
+    assert output.activations == ()
 
 
 def test_the_loss_is_the_cross_entropy() -> None:

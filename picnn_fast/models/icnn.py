@@ -1,0 +1,283 @@
+"""ICNN: Interpretable CNN, whose top filters are pushed to stand for one object part each."""
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from picnn_fast import functional
+from picnn_fast.losses import FilterLoss
+from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
+from picnn_fast.ops import checks
+from picnn_fast.ops.templates import PartTemplate, check_template
+
+TASKS = ("softmax", "logistic", "single")
+
+
+class TemplateMask(nn.Module):
+    """The mask layer: keeps of each map what lies around its peak (``functional.template_mask``).
+
+    Args:
+        template: see ``PartTemplate``.
+        scale: what the peak is multiplied by, or "tau".
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast import PartTemplate
+        >>> from picnn_fast.models import TemplateMask
+        >>> layer = TemplateMask(PartTemplate("l2"))
+        >>> layer(torch.rand(2, 8, 14, 14)).shape
+        torch.Size([2, 8, 14, 14])
+    """
+
+    # A position of the output shows the same pixels as the one of the input.
+    elementwise = True
+
+    def __init__(self, template: PartTemplate, *, scale: float | Literal["tau"] = 1.0) -> None:
+        super().__init__()
+        self.template = check_template(template)
+        self.scale = scale
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """``[B, N, h, w]`` to the same shape."""
+        return functional.template_mask(maps, self.template, scale=self.scale)[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.template}, scale={self.scale!r}"
+
+
+class FilterCategories(nn.Module):
+    """Each filter's category, the class whose images activate it most, learnt as training goes.
+
+    Keeps running class means of sum_ij x_ij, an exponential average over the batches in which the
+    class occurs, of each rank; DistributedDataParallel hands rank 0's to all.
+
+    Args:
+        num_classes: K.
+        num_filters: N.
+        momentum: share of a new batch, in (0, 1].
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, section 3.
+    """
+
+    means: Tensor
+    seen: Tensor
+
+    def __init__(self, num_classes: int, num_filters: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("means", torch.zeros(num_classes, num_filters))
+        self.register_buffer("seen", torch.zeros(num_classes, 1, dtype=torch.bool))
+
+    @torch.no_grad()
+    def update(self, maps: Tensor, labels: Tensor) -> None:
+        """Take in maps ``[B, N, h, w]`` and their labels ``[B]``."""
+        labels = labels.to(torch.int64)
+        sums = maps.detach().sum((2, 3), dtype=self.means.dtype)
+        total = torch.zeros_like(self.means).index_add_(0, labels, sums)
+        ones = torch.ones_like(labels, dtype=total.dtype)[:, None]
+        count = torch.zeros_like(total[:, :1]).index_add_(0, labels, ones)
+        present = count > 0
+        new = total / count.clamp_min(1)
+        mixed = torch.where(self.seen, self.means.lerp(new, self.momentum), new)
+        self.means.copy_(torch.where(present, mixed, self.means))
+        self.seen.logical_or_(present)
+
+    def forward(self) -> Tensor:
+        """``[N]`` int64; the first class before any batch."""
+        return self.means.argmax(0)
+
+
+class ICNN(InterpretableNetwork):
+    """An Interpretable CNN: mask layers and filter losses on the top convolutions.
+
+    ``features`` end with the activation of the top convolution, which becomes interpretable: a mask
+    layer follows it. Above it comes, where ``in_channels`` is given, a second 3x3 convolution
+    (padding 1) with ReLU and a mask layer of its own, then ``head``. Both layers have a filter
+    loss, taken of their maps before the mask.
+
+    Loss = discrimination + sum over layers and filters of lambda·Loss_f. With t the epoch
+    (``self.epoch``, which the training loop sets) and x the filter's maps, lambda =
+    ``filter_loss_weight``/t · mean_b max_ij x, renewed with every batch.
+
+    The correspondence matrix is that of the filters' categories: P[c, i] = 1 where c is the
+    category of filter i, else 0. ``class_mask`` keeps a class's own filters, so ACC2 and ACC3 are
+    measured as for the other methods.
+
+    Args:
+        features: images to the maps of the top convolution after its activation.
+        head: masked maps to logits ``[B, K]``.
+        num_classes: K.
+        num_filters: N of the last interpretable layer; what ``features`` yield where none is
+            inserted.
+        in_channels: channels that ``features`` yield: inserts the second convolution, from as many
+            to ``num_filters`` (the paper: the same number). None inserts nothing.
+        template: of the mask layers and filter losses; None is the paper's, ``PartTemplate()``.
+        estimator: "batch", "running" or "target", see ``functional.filter_loss``. "target" uses
+            the categories.
+        task: "softmax": cross entropy over the classes; "logistic": the sum of K independent
+            logistic losses; "single": one category against the rest, label 1 for its images and
+            0 for the others, logistic loss of the difference of two logits (K = 2); every filter
+            is of category 1.
+        filter_loss_weight: of lambda, >= 0.
+        momentum: of the running estimates of filter loss and categories.
+        mask_scale: what a mask layer multiplies the peak by: 1, or "tau" for the paper's text.
+
+    Raises:
+        TypeError, ValueError: see ``InterpretableNetwork``; options out of range.
+
+    Note:
+        In ``forward``, hooks on ``features`` itself do not run, hooks on its layers do.
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, sections 3 and 5.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from picnn_fast.models import ICNN
+        >>> features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        >>> model = ICNN(features, head, num_classes=4, num_filters=8, in_channels=8)
+        >>> images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
+        >>> output = model(images)
+        >>> model.loss(output, labels).backward()
+        >>> [tuple(maps.shape) for maps in output.activations]
+        [(2, 8, 14, 14), (2, 8, 14, 14)]
+        >>> model.filter_category.shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Module,
+        num_classes: int,
+        num_filters: int,
+        *,
+        in_channels: int | None = None,
+        template: PartTemplate | None = None,
+        estimator: Literal["batch", "running", "target"] = "batch",
+        task: Literal["softmax", "logistic", "single"] = "softmax",
+        filter_loss_weight: float = 1.0,
+        momentum: float = 0.1,
+        mask_scale: float | Literal["tau"] = 1.0,
+    ) -> None:
+        super().__init__(features, head, num_classes, num_filters)
+        template = PartTemplate() if template is None else check_template(template)
+        self.task = checks.one_of("task", task, TASKS)
+        if task == "single" and num_classes != 2:
+            raise ValueError(
+                f"num_classes: got {num_classes} with task='single', want 2: the rest and the"
+                " category"
+            )
+        self.filter_loss_weight = checks.non_negative("filter_loss_weight", filter_loss_weight)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(top=features)
+        layers["top_mask"] = TemplateMask(template, scale=mask_scale)
+        widths = [num_filters]
+        if in_channels is not None:
+            widths = [checks.integer("in_channels", in_channels, 1), num_filters]
+            layers["conv"] = nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1)
+            layers["relu"] = nn.ReLU()
+            layers["mask"] = TemplateMask(template, scale=mask_scale)
+        self.features = nn.Sequential(layers)
+        self.filter_losses = nn.ModuleList(
+            FilterLoss(template, width, estimator=estimator, momentum=momentum) for width in widths
+        )
+        self.categories = nn.ModuleList(
+            FilterCategories(num_classes, width, momentum) for width in widths
+        )
+
+    def _make_correspondence(self) -> None:
+        """There is no W: the categories say which filter belongs to which class."""
+        self.correspondence_weight = None
+
+    @property
+    def correspondence(self) -> Tensor:
+        """P ``[K, N]`` float32: 1 for a filter's category, else 0."""
+        classes = torch.arange(self.num_classes, device=self.filter_category.device)
+        return (classes[:, None] == self.filter_category).float()
+
+    @property
+    def filter_category(self) -> Tensor:
+        """The category of each filter of the last interpretable layer, ``[N]`` int64."""
+        return self._category(len(self.categories) - 1)
+
+    def _category(self, layer: int) -> Tensor:
+        category: Tensor = self._categories(layer)()
+        return torch.ones_like(category) if self.task == "single" else category
+
+    def _categories(self, layer: int) -> FilterCategories:
+        categories = self.categories[layer]
+        assert isinstance(categories, FilterCategories)
+        return categories
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
+        """Logits, maps and activations; the other fields of ``PathwayOutput`` are None.
+
+        Args:
+            images: ``[B, C, H, W]``, whatever ``features`` take.
+            labels: not used.
+        """
+        maps, activations = images, []
+        for layer in self.features.children():
+            if isinstance(layer, TemplateMask):
+                activations.append(maps)
+            maps = layer(maps)
+        logits = self.head_logits(maps)
+        return PathwayOutput(logits, maps=maps, activations=tuple(activations))
+
+    def loss_terms(self, output: PathwayOutput, labels: Tensor) -> dict[str, Tensor]:
+        """``discrimination``, and ``filter_loss``: the weighted sum over both layers.
+
+        In training mode the categories and running estimates take in the batch.
+
+        Args:
+            output: of ``forward``.
+            labels: ``[B]`` integers in [0, K).
+
+        Raises:
+            TypeError: labels that are not integers.
+            ValueError: labels of another shape or out of range, or an output of another model.
+        """
+        checks.labels("labels", labels, len(output.logits), self.num_classes)
+        if len(output.activations) != len(self.filter_losses):
+            raise ValueError(
+                f"output: got {len(output.activations)} layers of activations, want"
+                f" {len(self.filter_losses)}: the output of this model's forward"
+            )
+        terms = []
+        for layer, maps in enumerate(output.activations):
+            if self.training:
+                self._categories(layer).update(maps, labels)
+            filter_loss = self.filter_losses[layer]
+            if filter_loss.estimator == "target":
+                loss = filter_loss(maps, labels, self._category(layer))
+            else:
+                loss = filter_loss(maps)
+            peaks = maps.detach().amax((2, 3)).to(loss.dtype)
+            terms.append((peaks.sum(0) / max(len(maps), 1) * loss).sum())
+        weight = self.filter_loss_weight / self.epoch
+        return {
+            "discrimination": self._discrimination(output.logits, labels),
+            "filter_loss": weight * torch.stack(terms).sum(),
+        }
+
+    def _discrimination(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.task != "logistic":  # of two logits, cross entropy is the logistic loss
+            return cross_entropy(logits, labels).mean()
+        logits = checks.accumulable(logits)
+        own = nn.functional.one_hot(labels.to(torch.int64), self.num_classes).to(logits.dtype)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, own, reduction="none")
+        return each.sum(1).mean()
+
+    def extra_repr(self) -> str:
+        options: dict[str, Any] = {
+            "num_classes": self.num_classes,
+            "num_filters": self.num_filters,
+            "task": self.task,
+            "filter_loss_weight": self.filter_loss_weight,
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
