@@ -132,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a trained network on a test split",
-        description="Measure ACC1, ACC2, ACC3 and MIS of trained networks on the test split.",
+        description="Measure ACC1, ACC2, ACC3 and MIS of trained networks on the test split; of"
+        " data with part annotations also location instability and part interpretability.",
     )
     evaluate.add_argument(
         "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt file"
@@ -236,9 +237,17 @@ def _print_table(metrics: dict[str, dict[str, float]], title: str) -> None:
         ("MIS", "nats"),
     ):
         table.add_column(f"{name}\n{meaning}", justify="right")
+    keys = ["acc1", "acc2", "acc3", "mis"]
+    for key, heading in (
+        ("location_instability", "location\ninstability"),
+        ("part_interpretability", "part inter-\npretability"),
+    ):
+        if any(key in values for values in metrics.values()):
+            keys.append(key)
+            table.add_column(heading, justify="right")
     for name, values in metrics.items():
-        figures = (f"{values[key]:.3f}" for key in ("acc1", "acc2", "acc3", "mis"))
-        table.add_row(name.upper() if name in ("std", "picnn") else name, *figures)
+        figures = (f"{values[key]:.3f}" for key in keys)
+        table.add_row(name.upper() if name in ("std", "picnn", "icnn") else name, *figures)
     Console().print(table)
 
 

@@ -7,14 +7,11 @@ from typing import Any
 import torch
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, SeededDataModule, colours
 
 with extra("train"):
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageFolderDataModule(SeededDataModule):
@@ -60,10 +57,8 @@ class ImageFolderDataModule(SeededDataModule):
         super().__init__(batch_size, num_workers, seed)
         if image_size < 1:
             raise ValueError(f"image_size: got {image_size}, want pixels >= 1")
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3:
-                raise ValueError(f"{name}: got {len(values)} values, want 3, one a colour")
-        if min(std) <= 0:
+        colours("mean", mean)
+        if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
         self.root = Path(root)
         self.image_size = image_size

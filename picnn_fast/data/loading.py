@@ -1,5 +1,6 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,16 @@ from picnn_fast._extras import extra
 with extra("train"):
     import lightning as L
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def colours(name: str, values: Sequence[float]) -> Sequence[float]:
+    """Three numbers, one a colour."""
+    if len(values) != 3:
+        raise ValueError(f"{name}: got {len(values)} values, want 3, one a colour")
+    return values
 
 
 def derive_seed(*parts: int) -> int:
@@ -33,6 +44,8 @@ class SeededDataModule(L.LightningDataModule):
     class_names: list[str]
     train_set: Dataset[Any]
     test_set: Dataset[Any]
+    # Of the class told from all others, or None: labels are class indices.
+    category: int | None = None
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -46,6 +59,27 @@ class SeededDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+
+    def single_out(self, name: str) -> None:
+        """From now on tell one class, label 1, from all others, label 0 (ICNN's single category).
+
+        Raises:
+            ValueError: there is no class of that name, or one is singled out already.
+        """
+        if self.category is not None or name not in self.class_names:
+            raise ValueError(
+                f"category: got {name!r}, want one of {', '.join(map(repr, self.class_names))}"
+                + ("" if self.category is None else ", once")
+            )
+        self.category = self.class_names.index(name)
+        self.class_names = [f"not {name}", name]
+        self.num_classes = 2
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.category is None:
+            return batch
+        images, labels = batch
+        return images, (labels == self.category).to(labels.dtype)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled by (seed, epoch); each rank reads its own share.

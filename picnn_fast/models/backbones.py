@@ -168,7 +168,7 @@ def split_vgg(network: Any) -> Backbone:
     The head is its last pooling and a new classifier like its own.
     """
     *layers, pool = network.features
-    channels = max(layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d))
+    channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
     side = network.avgpool.output_size
     positions = side**2 if isinstance(side, int) else side[0] * side[1]
 

@@ -10,7 +10,7 @@ from picnn_fast import functional
 from picnn_fast.losses import FilterLoss
 from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
 from picnn_fast.ops import checks
-from picnn_fast.ops.templates import PartTemplate, check_template
+from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
 
 TASKS = ("softmax", "logistic", "single")
 
@@ -21,6 +21,9 @@ class TemplateMask(nn.Module):
     Args:
         template: see ``PartTemplate``.
         scale: what the peak is multiplied by, or "tau".
+
+    Raises:
+        TypeError, ValueError: a template that is none, a scale that is no number > 0.
 
     Example:
         >>> import torch
@@ -37,7 +40,7 @@ class TemplateMask(nn.Module):
     def __init__(self, template: PartTemplate, *, scale: float | Literal["tau"] = 1.0) -> None:
         super().__init__()
         self.template = check_template(template)
-        self.scale = scale
+        self.scale = check_scale(scale)
 
     def forward(self, maps: Tensor) -> Tensor:
         """``[B, N, h, w]`` to the same shape."""

@@ -243,6 +243,13 @@ def check_template(template: object) -> PartTemplate:
     return template
 
 
+def check_scale(scale: float | Literal["tau"]) -> float | Literal["tau"]:
+    if isinstance(scale, str):
+        checks.one_of("scale", scale, ("tau",))
+        return scale
+    return checks.positive("scale", scale)
+
+
 def template_mask(
     x: Tensor, template: PartTemplate, *, scale: float | Literal["tau"]
 ) -> tuple[Tensor, Tensor]:
@@ -250,9 +257,7 @@ def template_mask(
     check_maps(x)
     height, width = x.shape[2:]
     arguments = check_template(template).arguments(height, width, x)
-    if isinstance(scale, str):
-        checks.one_of("scale", scale, ("tau",))
+    if check_scale(scale) == "tau":
         scale = template.tau_for(height, width)
-    scale = checks.positive("scale", scale)
     masked, peak = torch.ops.picnn_fast.template_mask.default(readable(x), *arguments, scale)
     return masked, peak

@@ -57,14 +57,28 @@ class TrainConfig:
     output: str = _option(
         "runs/train", "folder the finished run appears in; must not hold another", identity=False
     )
-    method: str = _option("picnn", "how filters are made interpretable", choices=("picnn", "std"))
+    method: str = _option(
+        "picnn", "how filters are made interpretable", choices=("picnn", "icnn", "std")
+    )
     backbone: str = _option(
         "small-resnet",
-        "network; small-resnet is for images of 8 to 32 pixels",
-        choices=("small-resnet", "resnet18", "resnet50"),
+        "network; small-resnet is for images of 8 to 32 pixels, small-cnn of 64 to 128",
+        choices=(
+            "small-resnet",
+            "small-cnn",
+            "resnet18",
+            "resnet50",
+            "alexnet",
+            "vgg16",
+            "vgg-m",
+            "vgg-s",
+        ),
     )
     num_filters: int | None = _option(
-        None, "filters of the target layer; none: 12.8 times the number of classes", least=1
+        None,
+        "filters of the target layer; none: as many as the backbone yields (icnn), 12.8 times the"
+        " number of classes (else)",
+        least=1,
     )
     insert_conv: bool = _option(True, "put a new 3x3 convolution of num_filters after the backbone")
     sampling: str = _option(
@@ -81,6 +95,23 @@ class TrainConfig:
         choices=("correct", "all"),
     )
     interpretation_weight: float = _option(2.0, "weight of the interpretation loss", least=0)
+    template: str = _option(
+        "l1",
+        "part template of mask layers and filter losses (icnn)",
+        choices=("l1", "l2", "uniform-l1", "uniform-l2"),
+    )
+    estimator: str = _option(
+        "batch", "of the filter loss's gradient (icnn)", choices=("batch", "running", "target")
+    )
+    filter_loss_weight: float = _option(1.0, "weight of the filter losses (icnn)", least=0)
+    task: str = _option(
+        "softmax",
+        "loss over all classes, of each class alone, or of one category against the rest (icnn)",
+        choices=("softmax", "logistic", "single"),
+    )
+    category: str | None = _option(
+        None, "class that is told from all others, which then count as one (task single)"
+    )
     mutual_information_weight: float = _option(
         0.0, "weight of the mutual information between filters and classes as a loss", least=0
     )
@@ -88,11 +119,17 @@ class TrainConfig:
         "auto", "where the mask is applied (picnn)", choices=("auto", "maps", "late")
     )
     data: str = _option(
-        "digits", "digits, or a folder with train/<class>/<image> and test/<class>/<image>"
+        "digits",
+        "digits; part-animals: drawn animals; voc-part:FOLDER, cub:FOLDER or animal-part:FOLDER:"
+        " annotated photographs; or a folder with train/<class>/<image> and test/<class>/<image>",
     )
-    image_size: int = _option(224, "side of the square images of a folder, pixels", least=1)
+    image_size: int | None = _option(
+        None, "side of the square images, pixels; none: 128 for part-animals, else 224", least=16
+    )
     augment: bool = _option(
-        True, "random crops and flips of a folder's images, shifts by up to 1 pixel of digits"
+        True,
+        "random crops and flips of a folder's images, flips of annotated ones, shifts by up to 1"
+        " pixel of digits",
     )
     num_workers: int | None = _option(
         None,

@@ -17,10 +17,23 @@ from typing import Any
 import torch
 
 from picnn_fast._extras import extra
-from picnn_fast.data import DigitsDataModule, ImageFolderDataModule
+from picnn_fast.data import (
+    CUB200,
+    AnimalPart,
+    DigitsDataModule,
+    ImageFolderDataModule,
+    PartAnimals,
+    PartDataModule,
+    PartDataset,
+    PartSample,
+    VOCPart,
+)
 from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.receptive_field import receptive_field
+from picnn_fast.ops.templates import PartTemplate
 from picnn_fast.training.config import ConfigError, TrainConfig, options
 from picnn_fast.training.module import InterpretableModule
 from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_json
@@ -41,6 +54,10 @@ CHECKPOINT = "last.ckpt"
 METRICS = "metrics.json"
 _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 
+# Data with part annotations that has to be fetched, and how many animals are drawn.
+ANNOTATED: dict[str, Any] = {"voc-part": VOCPart, "cub": CUB200, "animal-part": AnimalPart}
+TRAIN_ANIMALS, TEST_ANIMALS = 2000, 600
+
 Metrics = dict[str, float]
 
 
@@ -56,7 +73,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
         progress: show progress.
 
     Returns:
-        acc1, acc2, acc3 and mis on the test split; a complete identical run's are read back.
+        As ``evaluate``; a complete identical run's are read back.
         Empty in the processes that Lightning starts beside the first.
 
     Raises:
@@ -153,7 +170,7 @@ def fit(config: TrainConfig, folder: Path, *, progress: bool) -> Metrics:
     counts twice.
 
     Returns:
-        acc1, acc2, acc3 and mis; empty on ranks other than 0.
+        As ``evaluate``; empty on ranks other than 0.
     """
     with _quiet():
         data = build_data(config)
@@ -207,14 +224,17 @@ def evaluate(
 ) -> Metrics:
     """ACC1, ACC2, ACC3 and MIS of a network on the test split, on one device.
 
+    Of data with part annotations (``PartDataModule``) also the metrics of part semantics.
+
     Args:
-        network: PICNN or STD.
+        network: PICNN, ICNN or STD.
         data: data module.
         seed: of the masks and pseudo-labels that are drawn.
         accelerator: device type.
 
     Returns:
-        acc1, acc2, acc3 in [0, 1], mis in nats.
+        acc1, acc2, acc3 in [0, 1], mis in nats; location_instability in image diagonals and
+        part_interpretability in [0, 1].
 
     Raises:
         ConfigError: there is no such device.
@@ -231,7 +251,46 @@ def evaluate(
         )
         module = InterpretableModule(network, seed=seed)
         (values,) = tester.test(module, data, verbose=False)
-    return {name: float(values[f"test/{name}"]) for name in ("acc1", "acc2", "acc3", "mis")}
+    metrics = {name: float(values[f"test/{name}"]) for name in ("acc1", "acc2", "acc3", "mis")}
+    if isinstance(data, PartDataModule):
+        metrics |= evaluate_parts(network, data, device=tester.strategy.root_device)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_parts(
+    network: InterpretableNetwork, data: PartDataModule, *, device: torch.device | str = "cpu"
+) -> Metrics:
+    """Location instability and part interpretability of the target layer on the test split.
+
+    Where one category was singled out, of its images alone, as in the paper's tables 1 and 3.
+
+    Returns:
+        location_instability and part_interpretability, where the data has landmarks and masks.
+    """
+    network = network.to(device).eval()
+    samples = data.part_sets["test"]
+    seen = receptive_field(network.features, samples.image_size)
+    classes = 1 if data.category is not None else data.num_classes
+    parts = {
+        "landmarks": (LocationInstability, len(samples.landmark_names)),
+        "part_masks": (PartInterpretability, len(samples.part_names)),
+    }
+    metrics = {
+        field: metric(network.num_filters, count, seen, num_classes=classes).to(device)
+        for field, (metric, count) in parts.items()
+        if count > 0
+    }
+    for batch in data.part_loader("test"):
+        if data.category is not None:
+            shown = batch.label == data.category
+            batch = PartSample(*(values[shown] for values in batch))
+        labels = (batch.label if data.category is None else batch.label * 0).to(device)
+        maps = network.filter_maps(data.normalise(batch.image.to(device)))
+        for field, metric in metrics.items():
+            metric.update(maps, getattr(batch, field).to(device), labels)
+    names = {"landmarks": "location_instability", "part_masks": "part_interpretability"}
+    return {names[field]: float(metric.compute()) for field, metric in metrics.items()}
 
 
 def build_data(config: TrainConfig) -> SeededDataModule:
@@ -253,20 +312,57 @@ def build_data(config: TrainConfig) -> SeededDataModule:
             num_workers=config.num_workers or 0,
         )
         digits.setup()
-        return digits
-    workers = config.num_workers
-    try:
-        images = ImageFolderDataModule(
-            config.data,
-            config.batch_size,
-            image_size=config.image_size,
-            seed=config.seed,
-            augment=config.augment,
-            num_workers=min(8, os.cpu_count() or 1) if workers is None else workers,
+        data: SeededDataModule = digits
+    else:
+        try:
+            data = _images(config)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"data: {str(error).removeprefix('root: ')}") from error
+    if (config.category is None) == (config.task == "single"):
+        raise ConfigError(
+            f"category: got {config.category!r} with task {config.task}, want a class with task"
+            " single, and none without"
         )
-        images.setup()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data: {str(error).removeprefix('root: ')}") from error
+    if config.category is not None:
+        try:
+            data.single_out(config.category)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return data
+
+
+def _images(config: TrainConfig) -> SeededDataModule:
+    workers = config.num_workers
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    kind, _, folder = config.data.partition(":")
+    if config.data == "part-animals" or (kind in ANNOTATED and folder):
+        if config.data == "part-animals":
+            size = config.image_size or 128
+            train_set: PartDataset = PartAnimals("train", TRAIN_ANIMALS, image_size=size)
+            test_set: PartDataset = PartAnimals("test", TEST_ANIMALS, image_size=size)
+            workers = 0  # in memory
+        else:
+            size = config.image_size or 224
+            train_set = ANNOTATED[kind](folder, "train", image_size=size)
+            test_set = ANNOTATED[kind](folder, "test", image_size=size)
+        return PartDataModule(
+            train_set,
+            test_set,
+            config.batch_size,
+            seed=config.seed,
+            num_workers=workers,
+            flip=config.augment,
+        )
+    images = ImageFolderDataModule(
+        config.data,
+        config.batch_size,
+        image_size=config.image_size or 224,
+        seed=config.seed,
+        augment=config.augment,
+        num_workers=workers,
+    )
+    images.setup()
     return images
 
 
@@ -276,7 +372,19 @@ def build_network(config: TrainConfig, data: SeededDataModule) -> InterpretableN
 
 
 def _network(config: TrainConfig, num_classes: int, in_channels: int) -> InterpretableNetwork:
-    extras: dict[str, Any] = {}
+    extras: dict[str, Any]
+    if config.method == "icnn":
+        profile, _, norm = config.template.rpartition("-")
+        extras = {
+            "template": PartTemplate(norm, profile or "gradient"),  # type: ignore[arg-type]
+            "estimator": config.estimator,
+            "task": config.task,
+            "filter_loss_weight": config.filter_loss_weight,
+        }
+    else:
+        if config.task == "logistic":
+            raise ConfigError(f"task: got logistic with method {config.method}, want softmax")
+        extras = {"normalization": config.normalization, "mask_at": config.mask_at}
     if config.method == "picnn":
         extras |= {
             "sampling": config.sampling,
@@ -291,8 +399,6 @@ def _network(config: TrainConfig, num_classes: int, in_channels: int) -> Interpr
             num_filters=config.num_filters,
             insert_conv=config.insert_conv,
             image_channels=in_channels,
-            normalization=config.normalization,
-            mask_at=config.mask_at,
             **extras,
         )
     except ValueError as error:

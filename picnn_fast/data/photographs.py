@@ -1,0 +1,149 @@
+"""What the readers of photographed objects share: crops by bounding box, files read with care."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from picnn_fast._extras import extra
+from picnn_fast.data.parts import PartDataset
+from picnn_fast.ops import checks
+
+with extra("train"):
+    from PIL import Image
+    from scipy.io import loadmat
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+# Where a data set has no split of its own, as in the code of the papers' authors.
+_TRAIN_SHARE = 0.9
+
+
+class Photograph(NamedTuple):
+    """An object in an image file; its box is x0, y0, x1, y1, edges of pixels of the file."""
+
+    path: Path
+    label: int
+    box: tuple[float, float, float, float]
+
+    @property
+    def area(self) -> float:
+        x0, y0, x1, y1 = self.box
+        return (x1 - x0) * (y1 - y0)
+
+
+class PhotographedParts(PartDataset):
+    """Objects cut out by their bounding boxes, each stretched to a square.
+
+    Args:
+        objects: what to show.
+        image_size: side of the square, pixels.
+        download: what to get where a file is missing or damaged.
+    """
+
+    def __init__(self, objects: Sequence[Photograph], image_size: int, download: str) -> None:
+        self.image_size = image_size
+        self._objects = list(objects)
+        self._download = download
+        for path in {found.path for found in objects}:
+            need(path, download)
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    def label(self, index: int) -> int:
+        return self._objects[index].label
+
+    def image(self, index: int) -> Tensor:
+        return self.cut(index)[0]
+
+    def cut(self, index: int) -> tuple[Tensor, Tensor]:
+        """The image, and its box ``[4]`` as far as it lies within the file."""
+        found = self._objects[index]
+        with reading(found.path, "an image", self._download), Image.open(found.path) as file:
+            x0, y0, x1, y1 = found.box
+            box = (max(x0, 0), max(y0, 0), min(x1, file.width), min(y1, file.height))
+            if box[0] >= box[2] or box[1] >= box[3]:
+                raise ValueError(f"the box {found.box} lies outside of its {file.size} pixels")
+            square = (self.image_size, self.image_size)
+            image = file.convert("RGB").resize(square, Image.Resampling.BILINEAR, box)
+        return pil_to_tensor(image).float() / 255, torch.tensor(box, dtype=torch.float32)
+
+    def stretched(self, masks: Tensor, box: Tensor) -> Tensor:
+        """Masks of a file ``[n, H, W]`` as its crop shows them, ``[n, S, S]``: nearest pixels."""
+        steps = (torch.arange(self.image_size) + 0.5) / self.image_size
+        columns = (box[0] + steps * (box[2] - box[0])).long()
+        rows = (box[1] + steps * (box[3] - box[1])).long()
+        return masks[:, rows[:, None], columns]
+
+    def within(self, points: Tensor, box: Tensor) -> Tensor:
+        """Points of a file ``[n, 2]`` as places of its crop, NaN for those outside of it."""
+        inside = ((points >= box[:2]) & (points <= box[2:])).all(1, keepdim=True)
+        places = (points - box[:2]) * (self.image_size / (box[2:] - box[:2]))
+        return places.where(inside, torch.nan)
+
+    def filled(self) -> Tensor:
+        """The mask ``[S, S]`` of an object of which only the box is known."""
+        return torch.ones(self.image_size, self.image_size, dtype=torch.bool)
+
+    def whole(self) -> Tensor:
+        """The box ``[4]`` of the object: it is what was cut out."""
+        return torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32)
+
+
+def checked(split: str, image_size: int) -> None:
+    """The options that all readers share."""
+    checks.one_of("split", split, ("train", "test"))
+    checks.integer("image_size", image_size, 1)
+
+
+def chosen(name: str, values: Sequence[str], choices: Sequence[str]) -> list[str]:
+    """Different names out of those there are, in the order asked for."""
+    if isinstance(values, str):
+        raise TypeError(f"{name}: got the str {values!r}, want a list of str")
+    for value in values:
+        checks.one_of(name, value, tuple(choices))
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name}: got {list(values)}, want one name or more, none twice")
+    return list(values)
+
+
+def need(path: Path, download: str) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; want {download}")
+
+
+def some(objects: Sequence[Photograph], split: str, where: Path) -> None:
+    """At least one object."""
+    if not objects:
+        raise ValueError(f"split: got {split!r}, of which {where} holds no object that counts")
+
+
+@contextmanager
+def reading(path: Path, kind: str, download: str) -> Iterator[None]:
+    """An error of a parser becomes a ValueError that names the file."""
+    need(path, download)
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as {kind} ({error}); it may be damaged, want {download}"
+        ) from error
+
+
+def load_struct(path: Path, name: str) -> Any:
+    """A variable of a MATLAB file of version 5 to 7; fields of structures are attributes."""
+    return loadmat(path, squeeze_me=True, struct_as_record=False)[name]
+
+
+def share(count: int, split: str, seed: int) -> list[int]:
+    """Nine tenths of ``count`` drawn by the seed to train on, the others to test on; in order."""
+    order = np.random.default_rng(seed).permutation(count)
+    train = round(_TRAIN_SHARE * count)
+    part = order[:train] if split == "train" else order[train:]
+    return sorted(part.tolist())

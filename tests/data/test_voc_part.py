@@ -1,0 +1,290 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from picnn_fast.data import PartDataModule, VOCPart
+
+WIDTH, HEIGHT = 100, 80
+
+
+def _block(x0, y0, x1, y1):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[y0:y1, x0:x1] = 1
+    return mask
+
+
+def _structs(rows, fields):
+    """A MATLAB structure array ``1 x n``."""
+    array = np.zeros((1, len(rows)), [(field, object) for field in fields])
+    for place, row in enumerate(rows):
+        array[0, place] = tuple(row)
+    return array
+
+
+def _annotate(root, name, objects):
+    """``Annotations_Part/<name>.mat`` as published, and a photograph that shows the masks."""
+    rows = []
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    for category, index, mask, parts in objects:
+        structs = _structs(parts.items(), ["part_name", "mask"]) if parts else np.zeros((0, 0))
+        rows.append((category, index, mask, structs))
+        pixels[mask > 0] = 255
+    fields = ["class", "class_ind", "mask", "parts"]
+    anno = _structs([(name, _structs(rows, fields))], ["imname", "objects"])
+    folder = root / "Annotations_Part"
+    folder.mkdir(parents=True, exist_ok=True)
+    savemat(folder / f"{name}.mat", {"anno": anno}, do_compression=True)
+    photographs = root / "VOCdevkit" / "VOC2010" / "JPEGImages"
+    photographs.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(photographs / f"{name}.jpg", quality=95)
+
+
+def _list(root, category, split, **shown):
+    folder = root / "VOCdevkit" / "VOC2010" / "ImageSets" / "Main"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{name[1:]} {value:2}\n" for name, value in shown.items()]
+    (folder / f"{category}_{split}.txt").write_text("".join(lines))
+
+
+CAT = {
+    "head": _block(10, 10, 30, 30),
+    "leye": _block(12, 12, 14, 14),
+    "lear": _block(10, 5, 14, 10),  # above the head
+    "neck": _block(30, 20, 36, 30),
+    "torso": _block(36, 20, 66, 40),
+    "lfleg": _block(36, 40, 42, 60),
+    "lfpa": _block(36, 60, 42, 65),
+    "rbleg": _block(60, 40, 66, 65),
+    "tail": _block(66, 20, 70, 40),
+}
+BIRD = {
+    "head": _block(20, 10, 30, 20),
+    "beak": _block(30, 12, 36, 16),
+    "torso": _block(20, 20, 60, 50),
+    "lwing": _block(24, 24, 50, 44),
+    "lleg": _block(40, 50, 44, 70),
+    "lfoot": _block(40, 70, 50, 74),
+    "tail": _block(60, 30, 80, 40),
+}
+HORSE = {
+    "muzzle": _block(5, 5, 15, 15),
+    "torso": _block(15, 15, 75, 45),
+    "lfuleg": _block(15, 45, 22, 60),
+    "lfho": _block(15, 60, 22, 64),
+    "tail": _block(75, 15, 80, 45),
+}
+
+
+def _union(parts):
+    return np.maximum.reduce(list(parts.values()))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two training images and one test image; a person, and a cat too small to count."""
+    person = ("person", 15, _block(80, 0, 95, 60), {"head": _block(80, 0, 90, 10)})
+    small = ("cat", 8, _block(85, 60, 99, 75), {"head": _block(85, 60, 99, 75)})
+    _annotate(tmp_path, "2008_000001", [person, ("cat", 8, _union(CAT), CAT)])
+    _annotate(tmp_path, "2008_000002", [("bird", 3, _union(BIRD), BIRD), small])
+    _annotate(tmp_path, "2008_000003", [("horse", 13, _union(HORSE), HORSE)])
+    _annotate(tmp_path, "2008_000004", [person])
+    for category in ("cow", "dog", "sheep"):
+        _list(tmp_path, category, "train", _2008_000001=-1, _2008_000002=-1)
+        _list(tmp_path, category, "val", _2008_000003=-1)
+    _list(tmp_path, "cat", "train", _2008_000001=1, _2008_000002=0)
+    _list(tmp_path, "cat", "val", _2008_000003=-1)
+    _list(tmp_path, "bird", "train", _2008_000001=-1, _2008_000002=1)
+    _list(tmp_path, "bird", "val", _2008_000003=-1)
+    _list(tmp_path, "horse", "train", _2008_000001=-1, _2008_000002=-1)
+    _list(tmp_path, "horse", "val", _2008_000003=1)
+    return tmp_path
+
+
+def _masks(data, sample):
+    return dict(zip(data.part_names, sample.part_masks, strict=True))
+
+
+def test_a_cat_is_cut_out_and_its_parts_are_merged(root):
+    # The box of the cat is 60 x 60 pixels, so at 60 nothing is stretched.
+    data = VOCPart(root, "train", image_size=60)
+    assert data.part_names == ["head", "torso", "legs", "front legs", "back legs", "tail"]
+    assert data.landmark_names == ["head", "neck", "torso"]
+    assert [data.classes[data.label(i)] for i in range(len(data))] == ["cat", "bird"]
+    sample = data[0]
+    merged = {
+        "head": ["head", "leye", "lear"],
+        "torso": ["torso", "neck"],
+        "front legs": ["lfleg", "lfpa"],
+        "back legs": ["rbleg"],
+        "tail": ["tail"],
+        "legs": [],
+    }
+    for part, mask in _masks(data, sample).items():
+        want = sum((CAT[name] for name in merged[part]), np.zeros((HEIGHT, WIDTH)))[5:65, 10:70]
+        assert np.array_equal(mask.numpy(), want > 0), part
+    assert np.array_equal(sample.object_mask.numpy(), _union(CAT)[5:65, 10:70] > 0)
+    # Middles of the annotated boxes: of the head alone, without the ear.
+    assert sample.landmarks.tolist() == [[10, 15], [23, 20], [41, 25]]
+    assert sample.box.tolist() == [0, 0, 60, 60]
+    # The photograph is white where the cat is.
+    inside = sample.image.mean(0) > 0.5
+    assert (inside == sample.object_mask).float().mean() > 0.98
+
+
+def test_a_crop_is_stretched_to_a_square_and_its_annotations_with_it(root):
+    data = VOCPart(root, "train", image_size=30, categories=["bird"])
+    assert data.part_names == ["head", "torso", "legs", "tail"]
+    sample = data[0]
+    # The box is 20..80 x 10..74: 60 x 64 pixels.
+    head = sample.landmarks[0]
+    torch.testing.assert_close(head, torch.tensor([5 * 30 / 60, 5 * 30 / 64]))
+    assert sample.landmarks[1].isnan().all()  # no neck
+    masks = _masks(data, sample)
+    rows, columns = masks["torso"].nonzero().T
+    assert [columns.min(), columns.max() + 1] == [0, 20]
+    assert (rows.min() - 10 * 30 / 64).abs() <= 1
+    assert (rows.max() + 1 - 40 * 30 / 64).abs() <= 1
+    assert masks["head"].any(0).nonzero().max() + 1 == 8  # to the tip of the beak
+    assert masks["legs"].any()
+    assert masks["tail"].any()
+
+
+def test_a_horse_has_no_tail_among_its_parts_and_no_head_means_no_landmark(root):
+    data = VOCPart(root, "test", image_size=32)
+    assert len(data) == 1
+    masks = _masks(data, data[0])
+    assert masks["head"].any()  # the muzzle
+    assert masks["front legs"].any()
+    assert not masks["tail"].any()
+    assert data[0].landmarks[0].isnan().all()
+    assert data[0].landmarks[2].isfinite().all()
+
+
+def test_an_animal_may_have_no_annotated_part(root):
+    _annotate(root, "2008_000003", [("horse", 13, _union(HORSE), {})])
+    sample = VOCPart(root, "test", image_size=32)[0]
+    assert not sample.part_masks.any()
+    assert sample.landmarks.isnan().all()
+    assert sample.object_mask.any()
+
+
+def test_small_objects_count_when_asked_for(root):
+    data = VOCPart(root, "train", min_area=100, categories=["cat"], image_size=8)
+    assert len(data) == 2
+    assert data[1].object_mask.all()
+
+
+def test_labels_follow_the_order_of_the_categories(root):
+    data = VOCPart(root, "train", categories=["cat", "bird"], image_size=8)
+    assert data.classes == ["cat", "bird"]
+    assert [data.label(i) for i in range(2)] == [0, 1]
+
+
+def test_without_the_lists_the_split_is_drawn_by_the_seed(tmp_path):
+    for place in range(20):
+        _annotate(tmp_path, f"2008_{place:06}", [("cat", 8, _union(CAT), CAT)])
+
+    def names(split, seed):
+        data = VOCPart(tmp_path, split, seed=seed, image_size=8)
+        return {found.path.stem for found in data._objects}
+
+    train, test = names("train", 0), names("test", 0)
+    assert (len(train), len(test)) == (18, 2)
+    assert train.isdisjoint(test)
+    assert names("train", 0) == train
+    assert names("train", 1) != train
+
+
+def test_a_module_trains_on_it(root):
+    train, test = (VOCPart(root, split, image_size=16) for split in ("train", "test"))
+    data = PartDataModule(train, test, batch_size=2)
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (2, 3, 16, 16)
+    assert sorted(labels.tolist()) == [0, 1]
+    assert next(iter(data.part_loader("train"))).part_masks.shape == (2, 6, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "Annotations_Part",
+        "Annotations_Part/2008_000001.mat",
+        "VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg",
+        "VOCdevkit/VOC2010/ImageSets/Main/dog_train.txt",
+    ],
+)
+def test_a_missing_file_is_named_with_what_to_get(root, lost):
+    (root / lost).rename(root / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=rf"{lost} is missing; want .*PASCAL-Part"):
+        VOCPart(root)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "kind"),
+    [
+        ("Annotations_Part/2008_000001.mat", "an annotation of parts"),
+        ("VOCdevkit/VOC2010/ImageSets/Main/cat_train.txt", "lines of an image"),
+    ],
+)
+def test_a_damaged_file_is_named(root, damaged, kind):
+    (root / damaged).write_bytes((root / damaged).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{damaged} cannot be read as {kind}"):
+        VOCPart(root)
+
+
+def test_a_damaged_photograph_is_named(root):
+    data = VOCPart(root, image_size=8)
+    path = data._objects[0].path
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read as an image"):
+        data.image(0)
+
+
+def test_a_photograph_of_another_size_than_the_masks_is_refused(root):
+    data = VOCPart(root, image_size=8)
+    Image.new("RGB", (30, 30)).save(data._objects[0].path)
+    with pytest.raises(ValueError, match="is smaller than the masks of"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("objects", "problem"),
+    [
+        ([("cat", 8, _block(0, 0, 60, 60), {"fin": _block(0, 0, 9, 9)})], "has the part 'fin'"),
+        ([("cat", 8, _block(0, 0, 60, 60), {"head": np.ones((3, 3))})], "different sizes"),
+        ([("cat", 8, np.ones(()), {})], "a mask of shape"),
+    ],
+)
+def test_annotations_of_another_kind_are_refused(root, objects, problem):
+    rows = [(c, i, m, _structs(p.items(), ["part_name", "mask"])) for c, i, m, p in objects]
+    anno = _structs(
+        [("x", _structs(rows, ["class", "class_ind", "mask", "parts"]))], ["imname", "objects"]
+    )
+    savemat(root / "Annotations_Part" / "2008_000001.mat", {"anno": anno})
+    with pytest.raises(ValueError, match=problem):
+        VOCPart(root)
+
+
+def test_a_split_without_an_animal_is_refused(root):
+    with pytest.raises(ValueError, match=r"^split: got 'test', of which .* holds no object"):
+        VOCPart(root, "test", categories=["cat"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "name"),
+    [
+        ({"split": "val"}, ValueError, "split"),
+        ({"image_size": 0}, ValueError, "image_size"),
+        ({"min_area": -1}, ValueError, "min_area"),
+        ({"seed": None}, TypeError, "seed"),
+        ({"categories": ["cat", "fox"]}, ValueError, "categories"),
+        ({"categories": ["cat", "cat"]}, ValueError, "categories"),
+        ({"categories": []}, ValueError, "categories"),
+        ({"categories": "cat"}, TypeError, "categories"),
+    ],
+)
+def test_bad_options_are_refused_by_name(root, options, error, name):
+    with pytest.raises(error, match=f"^{name}: got"):
+        VOCPart(root, **options)

@@ -1,0 +1,261 @@
+"""ICNN: its layers, its loss term by term, its categories, and what it keeps in a checkpoint."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from picnn_fast import PartTemplate, functional
+from picnn_fast.losses import FilterLoss
+from picnn_fast.models import ICNN, TemplateMask, make_interpretable
+from picnn_fast.models.icnn import FilterCategories
+
+LABELS = torch.tensor([0, 2, 1, 2])
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def build(insert: bool = True, classes: int = 3, **options) -> ICNN:
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+    head = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 36, classes))
+    return ICNN(features, head, classes, 6, in_channels=6 if insert else None, **options)
+
+
+def test_two_layers_are_masked_and_both_have_a_filter_loss():
+    model = build()
+    output = model(images())
+    kinds = [type(layer).__name__ for layer in model.features.children()]
+    assert kinds == ["Sequential", "TemplateMask", "Conv2d", "ReLU", "TemplateMask"]
+    top, second = output.activations
+    torch.testing.assert_close(top, model.features[0](images()))
+    masked = functional.template_mask(top, PartTemplate())[0]
+    torch.testing.assert_close(second, model.features[2](masked).relu())
+    torch.testing.assert_close(output.maps, functional.template_mask(second, PartTemplate())[0])
+    torch.testing.assert_close(output.maps, model.filter_maps(images()))
+    torch.testing.assert_close(output.logits, model.head(output.maps))
+    torch.testing.assert_close(output.logits, model.discriminator()(images()))
+
+
+def test_without_an_inserted_convolution_the_top_layer_alone_is_interpretable():
+    model = build(insert=False)
+    output = model(images())
+    assert len(output.activations) == len(model.filter_losses) == 1
+    torch.testing.assert_close(
+        output.maps, functional.template_mask(output.activations[0], PartTemplate())[0]
+    )
+
+
+@pytest.mark.parametrize("epoch", [1, 4])
+def test_lambda_is_the_mean_peak_over_the_epoch(epoch):
+    model = build(filter_loss_weight=3.0)
+    model.epoch = epoch
+    output = model(images())
+    terms = model.loss_terms(output, LABELS)
+    expected = 0.0
+    for maps in output.activations:
+        for f in range(6):
+            peak = sum(maps[b, f].max().item() for b in range(4)) / 4
+            loss = functional.filter_loss(maps[:, f : f + 1], PartTemplate()).item()
+            expected += 3.0 / epoch * peak * loss
+    assert terms["filter_loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert list(terms) == ["discrimination", "filter_loss"]
+    torch.testing.assert_close(model.loss(output, LABELS), sum(terms.values()))
+
+
+def test_the_weight_is_a_constant_of_the_gradient():
+    model = build()
+    output = model(images())
+    maps = output.activations[1]
+    (got,) = torch.autograd.grad(model.loss_terms(output, LABELS)["filter_loss"], maps)
+    own = maps.detach().requires_grad_()
+    weights = own.detach().amax((2, 3)).mean(0)
+    (functional.filter_loss(own, PartTemplate()) * weights).sum().backward()
+    torch.testing.assert_close(got, own.grad)
+
+
+@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+def test_every_estimator_gives_every_layer_a_gradient(estimator):
+    model = build(estimator=estimator)
+    model.loss_terms(model(images()), LABELS)["filter_loss"].backward()
+    for name in ("top.0", "conv"):
+        gradient = model.features.get_submodule(name).weight.grad
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 0
+
+
+def test_target_assigns_by_the_categories():
+    model = build(estimator="target")
+    output = model(images())
+    (loss,) = (model.loss_terms(output, LABELS)["filter_loss"],)
+    expected = 0.0
+    for maps, categories in zip(output.activations, model.categories, strict=True):
+        state = functional.FilterLossState.empty(6, 12, 12)
+        each = functional.filter_loss(
+            maps,
+            PartTemplate(),
+            estimator="target",
+            labels=LABELS,
+            filter_category=categories(),
+            state=state,
+        )
+        expected += (each * maps.amax((2, 3)).mean(0)).sum()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_losses_of_the_three_tasks():
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [1.0, 1.0, -4.0], [0.0, 0.0, 2.0]])
+    output = build()(images())._replace(logits=logits)
+    softmax = build(task="softmax").loss_terms(output, LABELS)["discrimination"]
+    torch.testing.assert_close(softmax, nn.functional.cross_entropy(logits, LABELS))
+    logistic = build(task="logistic").loss_terms(output, LABELS)["discrimination"]
+    expected = sum(
+        math.log1p(math.exp(-z if label == c else z))
+        for row, label in zip(logits.tolist(), LABELS.tolist(), strict=True)
+        for c, z in enumerate(row)
+    )
+    assert logistic.item() == pytest.approx(expected / 4, rel=1e-5)
+    single = build(task="single", classes=2)
+    labels = torch.tensor([0, 1, 1, 0])
+    term = single.loss_terms(output._replace(logits=logits[:, :2]), labels)["discrimination"]
+    y = (logits[:, 1] - logits[:, 0]) * (2 * labels - 1)
+    torch.testing.assert_close(term, torch.log1p(torch.exp(-y)).mean())
+    assert single.filter_category.tolist() == [1] * 6
+
+
+def test_categories_are_the_classes_with_the_largest_mean_activation():
+    categories = FilterCategories(3, 2, momentum=0.5)
+    maps = torch.zeros(4, 2, 2, 2)
+    maps[0, 0], maps[1, 1], maps[3, 1] = 1.0, 3.0, 1.0
+    categories.update(maps, LABELS)  # classes 0, 2, 1, 2
+    torch.testing.assert_close(categories.means, torch.tensor([[4.0, 0], [0, 0], [0, 8.0]]))
+    assert categories().tolist() == [0, 2]
+    categories.update(torch.full((1, 2, 2, 2), 5.0), torch.tensor([1]))
+    # Class 1 moves half of the way to 20, classes that do not occur stay.
+    torch.testing.assert_close(categories.means, torch.tensor([[4.0, 0], [10, 10], [0, 8.0]]))
+    assert categories().tolist() == [1, 1]
+
+
+def test_the_first_batch_of_a_class_counts_in_full():
+    categories = FilterCategories(2, 1, momentum=0.1)
+    for label, value in ((0, 2.0), (1, 3.0)):
+        categories.update(torch.full((1, 1, 1, 1), value), torch.tensor([label]))
+    torch.testing.assert_close(categories.means, torch.tensor([[2.0], [3.0]]))
+
+
+def test_class_masks_keep_the_filters_of_the_class():
+    model = build()
+    model.loss_terms(model(images()), LABELS)
+    mask = model.class_mask(LABELS)
+    torch.testing.assert_close(mask, (model.filter_category == LABELS[:, None]).float())
+    torch.testing.assert_close(model.correspondence.sum(0), torch.ones(6))
+    assert "correspondence_weight" not in model.state_dict()
+    (group,) = model.parameter_groups(1e-3, 0.1)
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_evaluation_mode_changes_nothing_that_is_remembered():
+    model = build(estimator="running")
+    model.loss_terms(model(images()), LABELS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval()
+    model.loss_terms(model(images() + 1), LABELS)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_a_checkpoint_carries_the_running_estimates(estimator):
+    model = build(estimator=estimator)
+    model.loss_terms(model(images()), LABELS)
+    other = build(estimator=estimator)
+    other.load_state_dict(model.state_dict())
+    assert other.filter_losses[0].log_mean.shape == (6, 145)
+    losses = [m.loss(m(images() + 1), LABELS) for m in (model, other)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+def test_maps_of_another_size_than_remembered_are_refused():
+    loss = FilterLoss(PartTemplate(), 6, estimator="running")
+    loss(torch.rand(2, 6, 4, 4))
+    with pytest.raises(ValueError, match=r"state: got log_mean of shape \(6, 17\), want \(6, 26\)"):
+        loss(torch.rand(2, 6, 5, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_under_autocast_is_finite(dtype):
+    model = build(estimator="batch")
+    with torch.autocast("cpu", dtype):
+        output = model(images())
+        loss = model.loss(output, LABELS)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_model_compiles_into_one_graph():
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()).logits, model(images()).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "shape"),
+    [
+        ("small-cnn", 64, (96, 8, 8)),
+        ("alexnet", 64, (256, 3, 3)),
+        ("vgg16", 32, (512, 2, 2)),
+        ("vgg-m", 224, (512, 13, 13)),
+        ("vgg-s", 224, (512, 18, 18)),
+    ],
+)
+def test_networks_of_the_papers_take_a_second_convolution_as_wide(name, pixels, shape):
+    model = make_interpretable(name, "icnn", num_classes=5).eval()
+    with torch.no_grad():
+        output = model(torch.rand(1, 3, pixels, pixels))
+    assert output.maps.shape == (1, *shape)
+    assert [tuple(maps.shape) for maps in output.activations] == [(1, *shape)] * 2
+    assert output.logits.shape == (1, 5)
+
+
+def test_trained_convolutions_of_a_given_vgg_are_used_and_its_classifier_is_new():
+    torchvision = pytest.importorskip("torchvision")
+    network = torchvision.models.vgg11(num_classes=7)
+    model = make_interpretable(network, "icnn", num_classes=4)
+    assert model.features.top[0] is network.features[0]
+    linear = [layer for layer in model.head if isinstance(layer, nn.Linear)]
+    old = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]
+    sizes = [(512 * 49, 4096), (4096, 4096), (4096, 4)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == sizes
+    assert all(layer not in old for layer in linear)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"estimator": "exact"}, ValueError, "estimator: got 'exact'"),
+        ({"task": "regression"}, ValueError, "task: got 'regression'"),
+        ({"task": "single"}, ValueError, "num_classes: got 3 with task='single', want 2"),
+        ({"filter_loss_weight": -1.0}, ValueError, "filter_loss_weight: got -1.0"),
+        ({"momentum": 0.0}, ValueError, "momentum: got 0.0"),
+        ({"template": "l1"}, TypeError, "template: got str"),
+        ({"mask_scale": 0.0}, ValueError, "scale: got 0.0"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, error, message):
+    with pytest.raises(error, match=message):
+        build(**options)
+
+
+def test_an_output_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="output: got 1 layers of activations, want 2"):
+        build().loss_terms(build(insert=False)(images()), LABELS)
+
+
+def test_the_mask_layer_takes_the_papers_scale():
+    maps = torch.rand(1, 2, 4, 4)
+    by_tau = TemplateMask(PartTemplate(), scale="tau")(maps)
+    torch.testing.assert_close(by_tau, TemplateMask(PartTemplate())(maps) * 0.5 / 16)
