@@ -141,16 +141,20 @@ void for_class_blocks(int64_t classes, const F& visit) {
   }
 }
 
-// Adds the table of one filter of one run.
-void add_table(int64_t* counts, const Histogram& h, const uint32_t* table, const FilterRange& from,
-               const FilterRange& to) {
+// Adds the table of filter n of one run.
+template <typename C>
+void add_table(int64_t* counts, const Histogram& h, int64_t run, int64_t n, const FilterRange& to) {
+  const int64_t unit = run * filter_blocks(h.samples.filters) + n / kFilterBlock;
+  const FilterRange& from = h.ranges[unit * kFilterBlock + n % kFilterBlock];
+  const C* table = static_cast<const C*>(h.tables) +
+                   (unit * h.classes * kFilterBlock + n % kFilterBlock) * h.cells;
   const Grid grid = grid_of(from, h.bins);
   const int shift = to.exponent - from.exponent;
   const int64_t class_cells = kFilterBlock * h.cells;
   for_class_blocks(h.classes, [&](int64_t begin, int64_t end) {
     for (int32_t cell = grid.first; cell <= grid.last; ++cell) {
       int64_t* bin = counts + (coarser_cell(cell, shift) - to.first) * h.classes;
-      const uint32_t* column = table + (cell & (h.cells - 1));
+      const C* column = table + (cell & (h.cells - 1));
       for (int64_t k = begin; k < end; ++k) {
         bin[k] += column[k * class_cells];
       }
@@ -190,11 +194,12 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   // Runs for every thread, each with tables of its own where it has many samples for each cell:
   // clearing the tables and adding them up would cost more than a second read of the samples.
   const int64_t table_cells = classes * cells;
-  constexpr int64_t kMostRows = int64_t{1} << 31;  // counted in 32 bits
+  // Even cut in halves, runs must have rows enough for tables.
+  const int64_t most_rows = 8 * table_cells <= kShortRows ? kShortRows : int64_t{1} << 31;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t least_rows = std::max<int64_t>(4096, 4 * table_cells);
   const int64_t wanted =
-      std::max(ceil_divide(samples.count, kMostRows),
+      std::max(ceil_divide(samples.count, most_rows),
                std::min(ceil_divide(threads, blocks), samples.count / least_rows));
   const int64_t rows = ceil_divide(samples.count, std::max<int64_t>(1, wanted));
   const int64_t runs = ceil_divide(samples.count, rows);
@@ -210,9 +215,11 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   const HistogramKernels& k = kernels();
   const int64_t unit_elements = rows * kFilterBlock;
   const bool use_tables = 4 * table_cells <= rows;
-  std::unique_ptr<uint32_t[]> tables;
+  const bool short_counts = rows <= kShortRows;
+  std::unique_ptr<unsigned char[]> tables;
   if (use_tables) {
-    tables.reset(new uint32_t[static_cast<size_t>(runs * padded * table_cells)]);
+    tables.reset(new unsigned char[static_cast<size_t>(
+        runs * padded * table_cells * (short_counts ? sizeof(uint16_t) : sizeof(uint32_t)))]);
     h.tables = tables.get();
     parallel(runs * blocks, unit_elements,
              [&](int64_t begin, int64_t end) { k.count(h, type, begin, end); });
@@ -231,10 +238,8 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
       int64_t* filter_counts = count + n * bins * classes;
       move_counts(filter_counts, bins, classes, before[n], after[n]);
       for (int64_t run = 0; use_tables && run < runs; ++run) {
-        const int64_t unit = run * blocks + n / kFilterBlock;
-        const uint32_t* table =
-            h.tables + unit * table_cells * kFilterBlock + n % kFilterBlock * cells;
-        add_table(filter_counts, h, table, ranges[run * padded + n], after[n]);
+        short_counts ? add_table<uint16_t>(filter_counts, h, run, n, after[n])
+                     : add_table<uint32_t>(filter_counts, h, run, n, after[n]);
       }
     }
   });

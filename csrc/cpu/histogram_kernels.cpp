@@ -145,16 +145,17 @@ Grid grid_before(const FilterRange& range) {
 }
 
 // Moves the counts of one filter to a grid that is `shift` exponents coarser.
-void coarsen(uint32_t* table, const Histogram& h, const Grid& from, int shift) {
-  uint32_t* merged = new uint32_t[h.cells];
+template <typename C>
+void coarsen(C* table, const Histogram& h, const Grid& from, int shift) {
+  C* merged = new C[h.cells];
   const int64_t modulo = h.cells - 1;
   for (int64_t k = 0; k < h.classes; ++k) {
-    uint32_t* row = table + k * kBlock * h.cells;
-    std::memset(merged, 0, h.cells * sizeof(uint32_t));
+    C* row = table + k * kBlock * h.cells;
+    std::memset(merged, 0, h.cells * sizeof(C));
     for (int32_t cell = from.first; cell <= from.last; ++cell) {
       merged[coarser_cell(cell, shift) & modulo] += row[cell & modulo];
     }
-    std::memcpy(row, merged, h.cells * sizeof(uint32_t));
+    std::memcpy(row, merged, h.cells * sizeof(C));
   }
   delete[] merged;
 }
@@ -187,6 +188,18 @@ void set_bounds(BlockBounds<A>& bounds, int64_t f, const FilterRange* range) {
   bounds.high[f] = high;
 }
 
+// floor(x * inverse), which is the cell of x where no product underflows.
+template <typename A>
+int32_t floor_cell(A x, A inverse) {
+  const A scaled = x * inverse;
+#if defined(__x86_64__) && !defined(__SSE4_1__)  // no instruction for it, and no vectors then
+  const int32_t truncated = static_cast<int32_t>(scaled);
+  return truncated - (static_cast<A>(truncated) > scaled ? 1 : 0);
+#else
+  return static_cast<int32_t>(std::floor(scaled));
+#endif
+}
+
 template <typename A>
 void set_scale(BlockScale<A>& scale, int64_t f, int exponent) {
   const CellScale<A> one = cell_scale<A>(exponent);
@@ -196,9 +209,9 @@ void set_scale(BlockScale<A>& scale, int64_t f, int exponent) {
 
 // Widens the ranges of a block by rows of a tile, and moves what was counted to the new grids.
 // False where a value is not finite.
-template <typename A>
+template <typename A, typename C>
 bool widen_tables(const Histogram& h, const Tile<A>& tile, int64_t count, int64_t filters,
-                  bool fresh, FilterRange* ranges, uint32_t* table) {
+                  bool fresh, FilterRange* ranges, C* table) {
   FilterRange before[kBlock];
   std::memcpy(before, ranges, filters * sizeof(FilterRange));
   if (!widen_ranges(tile, count, filters, ranges)) {
@@ -217,7 +230,8 @@ bool widen_tables(const Histogram& h, const Tile<A>& tile, int64_t count, int64_
   return true;
 }
 
-template <typename T, typename A>
+// C is the type of the counters.
+template <typename T, typename A, typename C>
 void count(const Histogram& h, int64_t begin, int64_t end) {
   const int64_t blocks = picnn_fast::filter_blocks(h.samples.filters);
   const int64_t class_cells = kBlock * h.cells;
@@ -227,16 +241,16 @@ void count(const Histogram& h, int64_t begin, int64_t end) {
     place[f] = static_cast<uint32_t>(f * h.cells);
   }
   for_tiles<T, A>(
-      h.samples, h.rows, h.classes * class_cells * int64_t{sizeof(uint32_t)}, begin, end,
+      h.samples, h.rows, h.classes * class_cells * int64_t{sizeof(C)}, begin, end,
       [&](int64_t unit, int64_t row, int64_t count, const Tile<A>& tile) {
         const int64_t first_filter = unit % blocks * kBlock;
         const int64_t left = h.samples.filters - first_filter;
         const int64_t filters = left < kBlock ? left : kBlock;
         FilterRange* ranges = h.ranges + unit * kBlock;
-        uint32_t* table = h.tables + unit * h.classes * class_cells;
+        C* table = static_cast<C*>(h.tables) + unit * h.classes * class_cells;
         const bool fresh = row % h.rows == 0;
         if (fresh) {
-          std::memset(table, 0, h.classes * class_cells * sizeof(uint32_t));
+          std::memset(table, 0, h.classes * class_cells * sizeof(C));
         }
         for (int64_t f = 0; f < filters; ++f) {
           if (!ranges[f].finite) {
@@ -245,34 +259,47 @@ void count(const Histogram& h, int64_t begin, int64_t end) {
         }
         BlockScale<A> scale;
         BlockBounds<A> bounds;
+        bool underflow = false;  // of a product below 0, whose floor would be wrong
         const auto prepare = [&] {
+          underflow = false;
           for (int64_t f = 0; f < kBlock; ++f) {
-            set_scale(scale, f, f < filters ? ranges[f].exponent : 0);
-            set_bounds(bounds, f, f < filters ? ranges + f : nullptr);
+            const FilterRange* range = f < filters ? ranges + f : nullptr;
+            set_scale(scale, f, range != nullptr ? range->exponent : 0);
+            set_bounds(bounds, f, range);
+            underflow |= range != nullptr && range->exponent > 0 && range->minimum < 0;
           }
         };
         prepare();
         const int64_t* labels = h.samples.labels + row;
         alignas(64) uint32_t at[kStepRows * kBlock];
-        for (int64_t from = 0; from < count;) {
-          const int64_t to = count < from + kStepRows ? count : from + kStepRows;
-          alignas(64) uint32_t outside[kBlock] = {};
+        alignas(64) int32_t inside[kBlock];
+        const auto locate = [&](int64_t from, int64_t to, const auto& cell) {
+          std::memset(inside, 0xff, sizeof(inside));
           for (int64_t r = from; r < to; ++r) {
             const A* __restrict__ x = tile.rows + r * tile.stride;
             uint32_t* __restrict__ out = at + (r - from) * kBlock;
             PICNN_FAST_FOR_BLOCK(f) {
-              outside[f] |= !((x[f] >= bounds.low[f]) & (x[f] <= bounds.high[f]));
+              inside[f] = (x[f] >= bounds.low[f]) & (x[f] <= bounds.high[f]) ? inside[f] : 0;
             }
             PICNN_FAST_FOR_BLOCK(f) {
-              const int32_t cell = cell_of(x[f], CellScale<A>{scale.inverse[f], scale.width[f]});
-              out[f] = (static_cast<uint32_t>(cell) & modulo) | place[f];
+              out[f] = (static_cast<uint32_t>(cell(x[f], f)) & modulo) | place[f];
             }
           }
-          uint32_t any = 0;
-          for (int64_t f = 0; f < kBlock; ++f) {
-            any |= outside[f];
+        };
+        for (int64_t from = 0; from < count;) {
+          const int64_t to = count < from + kStepRows ? count : from + kStepRows;
+          if (underflow) {
+            locate(from, to, [&](A x, int64_t f) {
+              return cell_of(x, CellScale<A>{scale.inverse[f], scale.width[f]});
+            });
+          } else {
+            locate(from, to, [&](A x, int64_t f) { return floor_cell(x, scale.inverse[f]); });
           }
-          if (any != 0) {  // seldom: once the range is known, a sample in M widens it
+          int32_t all = -1;
+          for (int64_t f = 0; f < kBlock; ++f) {
+            all &= inside[f];
+          }
+          if (all == 0) {  // seldom: once the range is known, a sample in M widens it
             Tile<A> rest = tile;
             rest.rows += from * tile.stride;
             if (!widen_tables(h, rest, count - from, filters, fresh && from == 0, ranges, table)) {
@@ -282,8 +309,9 @@ void count(const Histogram& h, int64_t begin, int64_t end) {
             continue;
           }
           for (int64_t r = from; r < to; ++r) {
-            __builtin_prefetch(tile.next + r * tile.next_stride);
-            uint32_t* __restrict__ class_table = table + labels[r] * class_cells;
+            // Into the second level: the first is full of tables.
+            __builtin_prefetch(tile.next + r * tile.next_stride, 0, 2);
+            C* __restrict__ class_table = table + labels[r] * class_cells;
             const uint32_t* __restrict__ in = at + (r - from) * kBlock;
             for (int64_t f = 0; f < kBlock; ++f) {
               ++class_table[in[f]];
@@ -486,7 +514,12 @@ void soft_backward(const SoftHistogramBackward& h, int64_t begin, int64_t end) {
 }
 
 void count_any(const Histogram& h, Storage storage, int64_t begin, int64_t end) {
-  with_storage(storage, [&](auto t, auto a) { count<decltype(t), decltype(a)>(h, begin, end); });
+  with_storage(storage, [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    h.rows <= picnn_fast::kShortRows ? count<T, A, uint16_t>(h, begin, end)
+                                     : count<T, A, uint32_t>(h, begin, end);
+  });
 }
 
 void range_any(const Histogram& h, Storage storage, int64_t begin, int64_t end) {

@@ -31,18 +31,21 @@ struct FilterRange {
   bool finite;
 };
 
+// Tables of 16-bit counters are half as large, and more of them stay in the fastest cache.
+constexpr int64_t kShortRows = 65535;
+
 // Samples are cut into runs of `rows`. A unit is one block of filters of one run, so that any range
 // of units can go to any thread: unit = run * blocks + block.
 struct Histogram {
   Samples samples;
   int64_t bins, classes;
-  int64_t rows;         // less than 2^32
+  int64_t rows;         // less than 2^32; tables of up to kShortRows count in 16 bits
   FilterRange* ranges;  // [units, kFilterBlock]; in: the range so far
   // Cell c of a filter is counted at c modulo `cells`, a power of two and at least `bins`: a range
   // that grows within its grid moves nothing.
   int64_t cells;
-  uint32_t* tables;  // [units, classes, kFilterBlock, cells], uninitialised
-  int64_t* counts;   // [filters, bins, classes]
+  void* tables;     // [units, classes, kFilterBlock, cells], uint16 or uint32, uninitialised
+  int64_t* counts;  // [filters, bins, classes]
 };
 
 // Everything contiguous but the samples; all floats of the accumulation type.

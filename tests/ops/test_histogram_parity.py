@@ -591,3 +591,23 @@ def test_update_compiles_into_one_graph(backend: Backend):
     torch.compile(histogram.update, fullgraph=True, backend="aot_eager")(*traced, x, labels)
     assert_same(traced, eager)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("bins", [3, 64])
+def test_special_numbers_count_the_same_through_tables(cpp: Backend, dtype, bins):
+    """Column by column too: how cells are found depends on the filters side by side."""
+    x = special_columns(dtype)[torch.arange(768) % 12]
+    labels = torch.arange(768) % 3
+    expected = torch.from_numpy(exact_counts(x.double().numpy(), labels.numpy(), bins, 3))
+    assert torch.equal(updated(fresh(x.shape[1], bins, 3), x, labels)[0], expected)
+    for n in range(x.shape[1]):
+        got = updated(fresh(1, bins, 3), x[:, n : n + 1].contiguous(), labels)
+        assert torch.equal(got[0][0], expected[n])
+
+
+@pytest.mark.parametrize("samples", [65_535, 65_536, 131_071])
+def test_one_bin_holds_every_sample_where_runs_end(cpp: Backend, samples):
+    x, labels = torch.ones(samples, 40), torch.zeros(samples, dtype=torch.int64)
+    counts, _, _ = updated(fresh(40, 4, 2), x, labels)
+    assert (counts.amax((1, 2)) == samples).all()
