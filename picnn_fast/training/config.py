@@ -124,7 +124,7 @@ class TrainConfig:
         " annotated photographs; or a folder with train/<class>/<image> and test/<class>/<image>",
     )
     image_size: int | None = _option(
-        None, "side of the square images, pixels; none: 128 for part-animals, else 224", least=16
+        None, "side of the square images, pixels; none: 128 for part-animals, else 224", least=1
     )
     augment: bool = _option(
         True,

@@ -1,0 +1,146 @@
+"""Training runs of ICNN: every template, drawn animals, one category, categories that resume."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from picnn_fast.models import ICNN
+from picnn_fast.training import run
+from picnn_fast.training.config import ConfigError, TrainConfig
+from picnn_fast.training.run import (
+    build_data,
+    build_network,
+    evaluate,
+    load_checkpoint,
+    read_history,
+    train,
+)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "TRAIN_ANIMALS", 24)
+    monkeypatch.setattr(run, "TEST_ANIMALS", 12)
+    return TrainConfig(
+        method="icnn",
+        backbone="small-cnn",
+        data="part-animals",
+        image_size=32,
+        batch_size=8,
+        epochs=2,
+        accelerator="cpu",
+        output=str(tmp_path / "run"),
+    )
+
+
+def test_a_run_on_drawn_animals_measures_parts_too(config, tmp_path):
+    metrics = train(config, progress=False)
+    assert metrics.keys() == {
+        "acc1",
+        "acc2",
+        "acc3",
+        "mis",
+        "location_instability",
+        "part_interpretability",
+    }
+    assert 0 < metrics["location_instability"] < 0.5
+    assert 0 <= metrics["part_interpretability"] <= 1
+    network, saved, names = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert type(network) is ICNN
+    assert names == ["bird", "cat", "cow", "dog", "horse", "sheep"]
+    assert evaluate(network, build_data(saved), seed=0, accelerator="cpu") == metrics
+    history = read_history(tmp_path / "run")
+    assert all({"train/discrimination", "train/filter_loss"} <= row.keys() for row in history)
+
+
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_running_estimates_and_categories_resume(config, tmp_path, monkeypatch, estimator):
+    config = dataclasses.replace(config, estimator=estimator)
+    whole = train(config, progress=False)
+    second = dataclasses.replace(config, output=str(tmp_path / "second"))
+    original = run.InterpretableModule.on_train_epoch_start
+
+    def interrupt(self):
+        if self.current_epoch == 1:
+            raise RuntimeError("power cut")
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.InterpretableModule, "on_train_epoch_start", interrupt)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(second, progress=False)
+    assert train(second, progress=False) == whole
+    one, two = (
+        torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("run", "second")
+    )
+    assert any("log_mean" in name for name in one)
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_the_weight_of_the_filter_loss_falls_with_the_epoch(config, monkeypatch):
+    epochs = []
+    original = ICNN.loss_terms
+
+    def note(self, *arguments):
+        epochs.append(self.epoch)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ICNN, "loss_terms", note)
+    train(config, progress=False)
+    assert epochs == [1] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "profile"),
+    [
+        ("l1", "l1", "gradient"),
+        ("l2", "l2", "gradient"),
+        ("uniform-l1", "l1", "uniform"),
+        ("uniform-l2", "l2", "uniform"),
+    ],
+)
+def test_the_template_has_the_shape_its_name_says(config, name, norm, profile):
+    config = dataclasses.replace(config, template=name)
+    network = build_network(config, build_data(config))
+    for template in (network.features.mask.template, network.filter_losses[0].template):
+        assert (template.norm, template.profile) == (norm, profile)
+
+
+def test_one_category_is_told_from_the_rest(config):
+    config = dataclasses.replace(config, task="single", category="cow")
+    data = build_data(config)
+    assert data.class_names == ["not cow", "cow"]
+    network = build_network(config, data)
+    assert network.num_classes == 2
+    assert network.filter_category.eq(1).all()
+    metrics = train(config, progress=False)
+    assert 0 <= metrics["acc1"] <= 1
+    assert metrics["location_instability"] > 0
+
+
+def test_labels_of_one_category_are_0_and_1(config):
+    data = build_data(dataclasses.replace(config, task="single", category="cat"))
+    images, labels = next(iter(data.test_dataloader()))
+    _, told = data.on_before_batch_transfer((images, labels), 0)
+    assert told.tolist() == [int(label == 1) for label in labels.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"category": "cow"}, "category: got 'cow' with task softmax"),
+        ({"task": "single"}, "category: got None with task single"),
+        ({"task": "single", "category": "whale"}, "category: got 'whale', want one of 'bird'"),
+        ({"method": "std", "task": "logistic"}, "task: got logistic with method std"),
+        ({"image_size": 8}, "image_size: got 8"),
+        ({"data": "voc-part:nowhere"}, "nowhere"),
+        ({"data": "cub:nowhere"}, "nowhere"),
+        ({"data": "animal-part:nowhere"}, "nowhere"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(config, **options), progress=False)
