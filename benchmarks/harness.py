@@ -101,6 +101,46 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
+def training_step(
+    method: str,
+    backbone: str,
+    num_filters: int,
+    batch: int,
+    size: int,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Any]:
+    """A whole training step of a method over STD's, the same network without it."""
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+    labels = torch.randint(0, 10, (batch,), device=device)
+    steps: dict[str, Callable[[], None]] = {}
+    for name in ("std", method):
+        torch.manual_seed(0)
+        model = picnn_fast.make_interpretable(
+            backbone, name, num_classes=10, num_filters=num_filters, image_channels=3
+        )
+        model.to(device=device, memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameter_groups(1e-3, 0.1))
+
+        def step(model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model.loss(model(images), labels)
+            loss.backward()
+            optimizer.step()
+
+        steps[name] = step
+    times = interleaved(steps, rounds, device)
+    return {
+        "backbone": backbone,
+        "images": [batch, 3, size, size],
+        "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
+        "milliseconds": {name: summary(values) for name, values in times.items()},
+        "overhead": ratio(times, method, "std") - 1,
+    }
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
     processor = platform.processor() or platform.machine()

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import picnn_fast
 from benchmarks import harness
 from picnn_fast import functional
 from picnn_fast.ops import checks
@@ -259,40 +258,6 @@ def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
     }
 
 
-def bench_step(
-    backbone: str, batch: int, size: int, device: torch.device, rounds: int
-) -> dict[str, Any]:
-    """A whole training step of PICNN over STD: the same network, with and without the pathway."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
-    labels = torch.randint(0, 10, (batch,), device=device)
-    steps: dict[str, Callable[[], None]] = {}
-    for method in ("std", "picnn"):
-        torch.manual_seed(0)
-        model = picnn_fast.make_interpretable(
-            backbone, method, num_classes=10, num_filters=128, image_channels=3
-        )
-        model.to(device=device, memory_format=layout)
-        optimizer = torch.optim.SGD(model.parameter_groups(1e-3, 0.1))
-
-        def step(model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = model.loss(model(images), labels)
-            loss.backward()
-            optimizer.step()
-
-        steps[method] = step
-    times = harness.interleaved(steps, rounds, device)
-    return {
-        "backbone": backbone,
-        "images": [batch, 3, size, size],
-        "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
-        "milliseconds": {name: harness.summary(values) for name, values in times.items()},
-        "overhead": harness.ratio(times, "picnn", "std") - 1,
-    }
-
-
 def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
     """All measurements of the family."""
     cuda = device.type == "cuda"
@@ -313,11 +278,13 @@ def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
         gates.append(bench_gate(shape, device, rounds))
     print("training step", flush=True)
     if smoke:
-        step = bench_step("small-resnet" if not cuda else "resnet18", 2, 32, device, 3)
+        step = harness.training_step(
+            "picnn", "resnet18" if cuda else "small-resnet", 128, 2, 32, device, 3
+        )
     elif cuda:
-        step = bench_step("resnet50", 128, 224, device, 50)
+        step = harness.training_step("picnn", "resnet50", 128, 128, 224, device, 50)
     else:
-        step = bench_step("resnet18", 8, 224, device, 30)
+        step = harness.training_step("picnn", "resnet18", 128, 8, 224, device, 30)
     return {"operators": operators, "gates": gates, "late": late, "step": step}
 
 
