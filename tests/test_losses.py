@@ -1,4 +1,4 @@
-"""MutualInformationLoss: its value, its gradient, and the corners of a batch."""
+"""MutualInformationLoss and FilterLoss: values, gradients, corners, and what they remember."""
 
 import math
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import picnn_fast
+from picnn_fast import PartTemplate, functional
 from picnn_fast.functional import mutual_information
-from picnn_fast.losses import MutualInformationLoss
+from picnn_fast.losses import FilterLoss, MutualInformationLoss
 
 
 def batch(samples: int = 40, filters: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -184,3 +185,43 @@ def test_bad_arguments_are_refused_by_name() -> None:
 def test_it_is_found_beside_the_models_and_shows_its_options() -> None:
     loss = picnn_fast.losses.MutualInformationLoss(3, bins=8, temperature=0.1)
     assert "num_classes=3, bins=8, objective='class', temperature=0.1" in repr(loss)
+
+
+def maps(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return 30 * torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def test_the_filter_loss_of_the_batch_is_the_functional_one() -> None:
+    loss = FilterLoss(PartTemplate("l2"), num_filters=3)
+    x = maps(4, 3, 5, 6)
+    torch.testing.assert_close(loss(x), functional.filter_loss(x, PartTemplate("l2")))
+    assert loss.log_mean.shape == (3, 0)
+
+
+def test_running_estimates_are_renewed_in_training_alone() -> None:
+    loss = FilterLoss(PartTemplate(), num_filters=3, estimator="running", momentum=0.5)
+    state = functional.FilterLossState.empty(3, 4, 4, momentum=0.5)
+    for batch in (maps(4, 3, 4, 4), 2 * maps(4, 3, 4, 4)):
+        expected = functional.filter_loss(batch, PartTemplate(), estimator="running", state=state)
+        torch.testing.assert_close(loss(batch), expected)
+    torch.testing.assert_close(loss.log_mean, state.log_mean)
+    torch.testing.assert_close(loss.log_ratio, state.log_ratio)
+    loss.eval()
+    loss(3 * maps(4, 3, 4, 4))
+    torch.testing.assert_close(loss.log_mean, state.log_mean, rtol=0, atol=0)
+
+
+def test_a_filter_loss_moves_and_loads_with_what_it_remembers() -> None:
+    loss = FilterLoss(PartTemplate(), num_filters=3, estimator="running").double()
+    x = maps(4, 3, 4, 4, dtype=torch.float64)
+    loss(x)
+    assert loss.log_mean.dtype == torch.float64
+    other = FilterLoss(PartTemplate(), num_filters=3, estimator="running").double()
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other(x), loss(x), rtol=0, atol=0)
+
+
+def test_a_filter_loss_of_another_number_of_filters_is_refused() -> None:
+    loss = FilterLoss(PartTemplate(), num_filters=3, estimator="running")
+    with pytest.raises(ValueError, match=r"state: got log_mean of shape \(3, 17\), want \(2, 17\)"):
+        loss(maps(4, 2, 4, 4))

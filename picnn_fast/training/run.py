@@ -56,7 +56,7 @@ _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 
 # Data with part annotations that has to be fetched, and how many animals are drawn.
 ANNOTATED: dict[str, Any] = {"voc-part": VOCPart, "cub": CUB200, "animal-part": AnimalPart}
-TRAIN_ANIMALS, TEST_ANIMALS = 2000, 600
+TRAIN_ANIMALS, TEST_ANIMALS = 2000, 1200
 
 Metrics = dict[str, float]
 
