@@ -124,7 +124,8 @@ class ICNN(InterpretableNetwork):
             logistic losses; "single": one category against the rest, label 1 for its images and
             0 for the others, logistic loss of the difference of two logits (K = 2); every filter
             is of category 1.
-        filter_loss_weight: of lambda, >= 0.
+        filter_loss_weight: of lambda, >= 0. Lambda grows with the activations, which the loss
+            makes grow: too large a weight drowns the discrimination.
         momentum: of the running estimates of filter loss and categories.
         mask_scale: what a mask layer multiplies the peak by: 1, or "tau" for the paper's text.
 
@@ -164,7 +165,7 @@ class ICNN(InterpretableNetwork):
         template: PartTemplate | None = None,
         estimator: Literal["batch", "running", "target"] = "batch",
         task: Literal["softmax", "logistic", "single"] = "softmax",
-        filter_loss_weight: float = 1.0,
+        filter_loss_weight: float = 0.1,
         momentum: float = 0.1,
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:

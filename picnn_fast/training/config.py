@@ -103,7 +103,12 @@ class TrainConfig:
     estimator: str = _option(
         "batch", "of the filter loss's gradient (icnn)", choices=("batch", "running", "target")
     )
-    filter_loss_weight: float = _option(1.0, "weight of the filter losses (icnn)", least=0)
+    tau: float | None = _option(
+        None,
+        "scale of the template in the filter loss (icnn); none: 0.5 / n² on n x n maps",
+        above=0,
+    )
+    filter_loss_weight: float = _option(0.1, "weight of the filter losses (icnn)", least=0)
     task: str = _option(
         "softmax",
         "loss over all classes, of each class alone, or of one category against the rest (icnn)",

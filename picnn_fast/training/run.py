@@ -376,7 +376,11 @@ def _network(config: TrainConfig, num_classes: int, in_channels: int) -> Interpr
     if config.method == "icnn":
         profile, _, norm = config.template.rpartition("-")
         extras = {
-            "template": PartTemplate(norm, profile or "gradient"),  # type: ignore[arg-type]
+            "template": PartTemplate(
+                norm,  # type: ignore[arg-type]
+                profile or "gradient",  # type: ignore[arg-type]
+                tau=config.tau,
+            ),
             "estimator": config.estimator,
             "task": config.task,
             "filter_loss_weight": config.filter_loss_weight,

@@ -19,6 +19,7 @@ def images() -> torch.Tensor:
 
 
 def build(insert: bool = True, classes: int = 3, **options) -> ICNN:
+    options.setdefault("filter_loss_weight", 1.0)
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
     head = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 36, classes))
