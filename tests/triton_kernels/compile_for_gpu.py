@@ -27,6 +27,9 @@ POINTERS = {
     "counts": "i64", "sums": "i64",
     "values": "fp64", "column_labels": "i32", "grouped": "i32", "starts": "i32", "singles": "i32",
     "place": "i32", "previous": "i32", "following": "i32",
+    "maps": "maps", "table": "masks", "peak": "i64", "assigned": "i64",
+    "columns": "masks", "row_sums": "masks", "gains": "masks", "marginals": "masks",
+    "information": "masks", "log_ratio": "masks", "terms": "masks", "grad_maps": "masks",
     "psi": "i64", "class_sums": "i64", "base_sum": "i64", "joint_sum": "i64",
 }  # fmt: skip
 # Compile-time constants, each with the values that make another kernel of it.
@@ -34,9 +37,16 @@ SIZES = {
     "CHANNELS": (32,), "POSITIONS": (64,), "CLASS_BLOCK": (1024,),
     "ROWS": (16,), "FILTERS": (32,), "SLOTS": (0, 4096),
     "BLOCK": (256,),
+    "FIND_PEAK": (True, False),
+    "SAMPLES": (64,), "TEMPLATES": (64,), "DEPTH": (16,),
+    "GRAD_TEMPLATES": (16,), "GRAD_POSITIONS": (256,),
 }  # fmt: skip
+# Likewise, PROFILE and NORM; the later ones for one set of argument types alone.
+TEMPLATES = ((0, 2), (1, 1), (2, 1))
+# Launched with more warps than four.
+WARPS = dict.fromkeys(("columns_kernel", "rows_kernel", "information_kernel", "gradient_kernel"), 8)
 # Launched without fused multiply-adds: they would round otherwise than the reference.
-UNFUSED = {"pseudo_label_kernel", "samples_kernel", "few_others_kernel"}
+UNFUSED = {"pseudo_label_kernel", "samples_kernel", "few_others_kernel", "mask_kernel"}
 
 
 def sources(kernel):
@@ -51,19 +61,24 @@ def sources(kernel):
     variants = [(*types, "i32") for types in itertools.product(maps, tables)]
     variants += [(maps[0], tables[0], "i64"), (maps[0], tables[0], "constexpr")]
     sizes = {name: SIZES[name] for name in names if name in SIZES}
+    cases = list(itertools.product(variants, itertools.product(*sizes.values()), TEMPLATES[:1]))
+    if "PROFILE" in names:
+        cases += [(*cases[0][:2], template) for template in TEMPLATES[1:]]
     yielded = []
-    for ((map_type, mask_type), table, size), values in itertools.product(
-        variants, itertools.product(*sizes.values())
-    ):
+    for ((map_type, mask_type), table, size), values, template in cases:
         types = {"maps": map_type, "masks": mask_type, "table": table}
         signature, constants = {}, dict(zip(sizes, values, strict=True))
+        if "PROFILE" in names:
+            constants["PROFILE"], constants["NORM"] = template
         for name in names:
             if name in POINTERS:
                 signature[name] = "*" + types.get(POINTERS[name], POINTERS[name])
             elif kernel.params[names.index(name)].do_not_specialize:
                 signature[name] = "i64" if size == "i64" else "i32"
+            elif kernel.params[names.index(name)].annotation_type:
+                signature[name] = kernel.params[names.index(name)].annotation_type
             else:
-                signature[name] = "constexpr" if name in SIZES else size
+                signature[name] = "constexpr" if name in constants else size
             if signature[name] == "constexpr":
                 constants.setdefault(name, 1)
         if (signature, constants) in yielded:
@@ -81,7 +96,7 @@ def main(path):
         if not name.endswith("_kernel") or not isinstance(kernel, triton.JITFunction):
             continue
         for source in sources(kernel):
-            options = {"enable_fp_fusion": name not in UNFUSED}
+            options = {"enable_fp_fusion": name not in UNFUSED, "num_warps": WARPS.get(name, 4)}
             compiled = triton.compile(source, target=HOPPER, options=options)
             fused = compiled.asm["ptx"].count("fma.")
             print(name, *source.signature.values(), f"{len(compiled.asm['cubin'])} bytes", fused)

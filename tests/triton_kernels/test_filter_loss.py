@@ -1,0 +1,154 @@
+"""Triton kernels of the filter loss, beyond the parity suite in tests/ops."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from picnn_fast import PartTemplate
+from picnn_fast.reference import filter_loss as reference
+from tests.conftest import HAS_GPU
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("picnn_fast.triton_kernels.filter_loss")
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+KERNELS = Path(__file__).parent.parent.parent / "triton_kernels" / "filter_loss.py"
+TEMPLATE = PartTemplate("l2")
+
+
+def test_every_kernel_compiles_for_hopper_in_every_dtype() -> None:
+    """In the tiles and with the warps of a launch of float32."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_for_gpu.py"), KERNELS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    names = {f"{name}_kernel" for name in ("columns", "rows", "information", "gradient", "target")}
+    assert {line[0] for line in compiled} == names
+    for name in names:
+        types = {line[1] for line in compiled if line[0] == name}
+        assert types == {"*fp32", "*fp64", "*bf16", "*fp16"}, name
+
+
+def batch(operators: Any, x: Tensor, tau: float, with_grad: bool = True) -> tuple[Tensor, ...]:
+    template = TEMPLATE.arguments(*x.shape[2:], x)
+    result: tuple[Tensor, ...] = operators.filter_loss(x, *template, tau, with_grad)
+    return result
+
+
+def running(operators: Any, x: Tensor, tau: float, with_grad: bool = True) -> tuple[Tensor, ...]:
+    return _running(operators, x, tau, with_grad, None)
+
+
+def target(operators: Any, x: Tensor, tau: float, with_grad: bool = True) -> tuple[Tensor, ...]:
+    count = x.shape[2] * x.shape[3] + 1
+    assigned = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]) % count
+    return _running(operators, x, tau, with_grad, assigned.to(x.device))
+
+
+def _running(
+    operators: Any, x: Tensor, tau: float, with_grad: bool, assigned: Tensor | None
+) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    count = x.shape[2] * x.shape[3] + 1
+    log_mean = torch.linspace(-1, 1, count, dtype=dtype, device=x.device).repeat(x.shape[1], 1)
+    log_mean[0] = -math.inf
+    log_ratio = log_mean[:, 0] / 10
+    template = TEMPLATE.arguments(*x.shape[2:], x)
+    result: tuple[Tensor, ...] = operators.filter_loss_running(
+        x, log_mean, log_ratio, 0.3, assigned, *template, tau, with_grad
+    )
+    return result
+
+
+Estimator = Callable[..., tuple[Tensor, ...]]
+ESTIMATORS = pytest.mark.parametrize("estimator", [batch, running, target])
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SAMPLES", "TEMPLATES", "DEPTH", "GRAD_TEMPLATES", "GRAD_POSITIONS"):
+        monkeypatch.setattr(kernels, name, 16)
+    monkeypatch.setattr(sys.modules["picnn_fast.triton_kernels.templates"], "LONGEST", 8)
+
+
+@ESTIMATORS
+def test_statistics_carry_from_tile_to_tile(estimator: Estimator, small_tiles: None) -> None:
+    """Two tiles of samples, of templates and of positions, their largest responses anywhere."""
+    x = torch.randn(19, 2, 3, 6, generator=torch.Generator().manual_seed(0)).double()
+    x *= torch.logspace(0, 3, 19, dtype=torch.float64)[torch.arange(19) * 8 % 19, None, None, None]
+    x = x.to(DEVICE).contiguous(memory_format=torch.channels_last)
+    expected = estimator(reference, x, 0.1)
+    for got, want in zip(estimator(kernels, x, 0.1), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+        assert got.stride() == want.stride()
+    loss, grad, *state = estimator(kernels, x, 0.1, False)
+    assert grad.numel() == 0
+    assert grad.dtype == x.dtype
+    for got, want in zip((loss, *state), (expected[0], *expected[2:]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@ESTIMATORS
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_ends_where_the_reference_has_it(
+    estimator: Estimator, value: float, small_tiles: None
+) -> None:
+    x = torch.randn(20, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    x[17, 1, 1, 2] = value
+    x = x.to(DEVICE)
+    expected, got = (estimator(operators, x, 0.1) for operators in (reference, kernels))
+    assert expected[0].isnan().tolist() == [False, True, False]
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+class LargestNew(TorchDispatchMode):
+    """Elements of the largest tensor of numbers made; the interpreter copies memory as bytes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and t.is_floating_point():
+                self.most = max(self.most, t.numel())
+        return out
+
+
+@ESTIMATORS
+def test_responses_are_never_stored(estimator: Estimator) -> None:
+    x = torch.rand(9, 2, 3, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with LargestNew() as made:
+        estimator(kernels, x, 0.1)
+    assert made.most == x.numel()  # one more template than positions would be more
+    with LargestNew() as made:
+        estimator(reference, x, 0.1)
+    assert made.most > x.numel()
+
+
+def test_assigned_to_no_template_reads_within_the_table() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 4, 2, 3, generator=generator).to(DEVICE)
+    template = PartTemplate(profile=torch.rand(3, 5, generator=generator)).arguments(2, 3, x)
+    state = (torch.zeros(4, 7, device=DEVICE), torch.zeros(4, device=DEVICE), 0.5)
+    assigned = torch.tensor([[-1, 7, 2**62, -(2**62)]], device=DEVICE)
+    got, want = (
+        kernels.filter_loss_running(x, *state, a, *template, 0.1, True)
+        for a in (assigned, assigned.clamp(0, 6))
+    )
+    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))

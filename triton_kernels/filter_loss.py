@@ -1,0 +1,463 @@
+"""Triton kernels of the filter loss. ``picnn_fast.reference.filter_loss`` is the definition.
+
+The responses s of a filter, one for each sample and template, are never stored: each pass makes
+them anew, tile by tile, as a matrix product of maps with templates made on the spot. Passes are
+over the columns (a template, all samples), the rows (a sample, all templates), the columns once
+more for the exact gradient, and the gradient; in between, [N, P + 1] and [N, B] numbers. Sums run
+in a fixed order.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from picnn_fast.reference import filter_loss as reference
+from picnn_fast.reference.masking import accumulate_dtype
+from picnn_fast.triton_kernels.conversions import widen
+from picnn_fast.triton_kernels.templates import number, template, tile
+
+# Sides of tiles, as large as the registers of a multiprocessor hold without spilling.
+SAMPLES = 64  # of responses, [samples, templates]
+TEMPLATES = 64
+DEPTH = 16  # positions that a product takes in at a time
+GRAD_TEMPLATES = 16  # of responses that a tile of the gradient, [samples, positions], takes in
+GRAD_POSITIONS = 256  # of the gradient, for each tile of which the responses are made anew
+if triton.knobs.runtime.interpret:  # takes its time by the operation, not by the element
+    SAMPLES = TEMPLATES = DEPTH = GRAD_TEMPLATES = GRAD_POSITIONS = 1024
+
+
+@triton.jit
+def _product(x, y, total):
+    """total + x @ y; float32 on matrix units too, in three products of halves."""
+    if x.dtype == tl.float64:
+        return tl.dot(x, y, total, input_precision="ieee", out_dtype=tl.float64)
+    else:
+        return tl.dot(x, y, total, input_precision="tf32x3")
+
+
+@triton.jit
+def _templates(
+    table, s, t, h, w, slope, limit,
+    dtype: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Templates ``t`` at positions ``s`` in units of tau; the one past the last position is T⁻."""
+    S = h * w
+    di = s // w - t // w
+    dj = s % w - t % w
+    inside = (s < S) & (t < S)
+    value = template(table, di, dj, inside, h, w, slope, limit, dtype, PROFILE, NORM)
+    return tl.where(t == S, -1.0, value)
+
+
+@triton.jit
+def _responses(
+    maps, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype: tl.constexpr,
+    DEPTH: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """s of samples ``b`` and templates ``t``: [samples, templates]."""
+    S = h * w
+    total = tl.zeros((b.shape[0], t.shape[0]), dtype)
+    for start in range(0, S, DEPTH):
+        s = start + tl.arange(0, DEPTH)
+        x = tl.load(
+            maps + b[:, None] * x_b + s[None, :].to(tl.int64) * x_s,
+            mask=(b < B)[:, None] & (s < S)[None, :],
+            other=0.0,
+        )
+        y = _templates(table, s[:, None], t[None, :], h, w, slope, limit, dtype, PROFILE, NORM)
+        total = _product(widen(x, dtype), y, total)
+    return total * number(tau, dtype)
+
+
+@triton.jit
+def _shift(most):
+    """What to subtract before the exponential, finite as in torch.logsumexp."""
+    return tl.where(tl.abs(most) < float("inf"), most, 0.0)
+
+
+@triton.jit
+def _shrinking(most, more):
+    """The exponent by which a sum of exponentials shrinks as ``more`` replaces ``most``."""
+    # An empty sum is 0 at any scale.
+    return tl.where(most == -float("inf"), 0.0, _shift(most) - _shift(more))
+
+
+@triton.jit
+def columns_kernel(
+    maps, table, columns,
+    B, h, w, x_b, x_n, x_s, slope: tl.float64, limit, tau: tl.float64,
+    SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
+    PROFILE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """log of the sum of exp(s) over the samples: [N, P + 1]."""
+    dtype = columns.dtype.element_ty
+    count = h * w + 1
+    blocks = tl.cdiv(count, TEMPLATES)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    t = (tl.program_id(0) % blocks) * TEMPLATES + tl.arange(0, TEMPLATES)
+    most = tl.full((TEMPLATES,), -float("inf"), dtype)
+    total = tl.zeros((TEMPLATES,), dtype)
+    for first in range(0, B, SAMPLES):
+        b = first + tl.arange(0, SAMPLES).to(tl.int64)
+        s = _responses(
+            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
+            DEPTH, PROFILE, NORM,
+        )  # fmt: skip
+        s = tl.where((b < B)[:, None], s, -float("inf"))
+        more = tl.maximum(most, tl.max(s, 0))
+        total = total * tl.exp(_shrinking(most, more))
+        total += tl.sum(tl.exp(s - _shift(more)[None, :]), 0)
+        most = more
+    tl.store(columns + n * count + t, _shift(most) + tl.log(total), mask=t < count)
+
+
+@triton.jit
+def rows_kernel(
+    maps, table, columns, row_sums, gains,
+    B, h, w, x_b, x_n, x_s, slope: tl.float64, limit, tau: tl.float64,
+    SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
+    PROFILE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """With r = s - columns: log of the sum of exp(r) over the templates, [N, B], and the gains.
+
+    A gain is what the map tells about its template: log(P + 1) less the entropy of softmax(r).
+    """
+    dtype = columns.dtype.element_ty
+    count = h * w + 1
+    blocks = tl.cdiv(B, SAMPLES)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    b = (tl.program_id(0) % blocks).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    most = tl.full((SAMPLES,), -float("inf"), dtype)
+    total = tl.zeros((SAMPLES,), dtype)
+    weighted = tl.zeros((SAMPLES,), dtype)
+    for first in range(0, count, TEMPLATES):
+        t = first + tl.arange(0, TEMPLATES)
+        s = _responses(
+            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
+            DEPTH, PROFILE, NORM,
+        )  # fmt: skip
+        column = tl.load(columns + n * count + t, mask=t < count, other=0.0)
+        inside = (t < count)[None, :] & (b < B)[:, None]
+        r = tl.where(inside, s - column[None, :], -float("inf"))
+        more = tl.maximum(most, tl.max(r, 1))
+        shrinking = _shrinking(most, more)
+        below = tl.where(inside, r - _shift(more)[:, None], 0.0)
+        terms = tl.where(inside, tl.exp(below), 0.0)
+        weighted = (weighted + shrinking * total) * tl.exp(shrinking) + tl.sum(terms * below, 1)
+        total = total * tl.exp(shrinking) + tl.sum(terms, 1)
+        most = more
+    total = tl.where(b < B, total, 1.0)
+    tl.store(row_sums + n * B + b, _shift(most) + tl.log(total), mask=b < B)
+    gain = weighted / total - tl.log(total / count)
+    tl.store(gains + n * B + b, gain, mask=b < B)
+
+
+@triton.jit
+def information_kernel(
+    maps, table, columns, marginals, information,
+    B, h, w, x_b, x_n, x_s, slope: tl.float64, limit, tau: tl.float64,
+    SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
+    PROFILE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Sum of exp(r)·(r - marginal), r = s - columns, over the samples: [N, P + 1]."""
+    dtype = columns.dtype.element_ty
+    count = h * w + 1
+    blocks = tl.cdiv(count, TEMPLATES)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    t = (tl.program_id(0) % blocks) * TEMPLATES + tl.arange(0, TEMPLATES)
+    column = tl.load(columns + n * count + t, mask=t < count, other=0.0)
+    total = tl.zeros((TEMPLATES,), dtype)
+    for first in range(0, B, SAMPLES):
+        b = first + tl.arange(0, SAMPLES).to(tl.int64)
+        s = _responses(
+            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
+            DEPTH, PROFILE, NORM,
+        )  # fmt: skip
+        marginal = tl.load(marginals + n * B + b, mask=b < B, other=0.0)
+        inside = (t < count)[None, :] & (b < B)[:, None]
+        r = tl.where(inside, s - column[None, :], 0.0)
+        total += tl.sum(tl.where(inside, tl.exp(r) * (r - marginal[:, None]), 0.0), 0)
+    tl.store(information + n * count + t, total, mask=t < count)
+
+
+@triton.jit
+def gradient_kernel(
+    maps, table, columns, marginals, information, grad_maps,
+    B, h, w, x_b, x_n, x_s, g_b, g_n, g_s, m_n, m_b,
+    slope: tl.float64, limit, tau: tl.float64, factor: tl.float64,
+    SAMPLES: tl.constexpr, GRAD_TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
+    GRAD_POSITIONS: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """factor · sum over T of exp(r)·(r - marginal - information)·T, r = s - columns."""
+    dtype = columns.dtype.element_ty
+    S = h * w
+    count = S + 1
+    position_blocks = tl.cdiv(S, GRAD_POSITIONS)
+    blocks = tl.cdiv(B, SAMPLES) * position_blocks
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    b = (block // position_blocks).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    k = (block % position_blocks) * GRAD_POSITIONS + tl.arange(0, GRAD_POSITIONS)
+    marginal = tl.load(marginals + n * m_n + b * m_b, mask=b < B, other=0.0)
+    total = tl.zeros((SAMPLES, GRAD_POSITIONS), dtype)
+    for first in range(0, count, GRAD_TEMPLATES):
+        t = first + tl.arange(0, GRAD_TEMPLATES)
+        s = _responses(
+            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
+            DEPTH, PROFILE, NORM,
+        )  # fmt: skip
+        column = tl.load(columns + n * count + t, mask=t < count, other=0.0)
+        inside = (t < count)[None, :] & (b < B)[:, None]
+        r = tl.where(inside, s - column[None, :], 0.0)
+        excess = r - marginal[:, None]
+        if information is not None:
+            mean = tl.load(information + n * count + t, mask=t < count, other=0.0)
+            excess -= mean[None, :]
+        weights = tl.where(inside, tl.exp(r) * excess, 0.0)
+        y = _templates(table, k[None, :], t[:, None], h, w, slope, limit, dtype, PROFILE, NORM)
+        total = _product(weights, y, total)
+    tl.store(
+        grad_maps + n * g_n + b[:, None] * g_b + k[None, :].to(tl.int64) * g_s,
+        total * (number(factor, dtype) * number(tau, dtype)),
+        mask=(b < B)[:, None] & (k < S)[None, :],
+    )
+
+
+@triton.jit
+def target_kernel(
+    maps, table, columns, log_ratio, assigned, terms, grad_maps,
+    B, N, h, w, x_b, x_n, x_s, g_b, g_n, g_s, a_b, a_n,
+    slope: tl.float64, limit, tau: tl.float64, factor: tl.float64,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """factor · exp(r)·(r - log_ratio) by the assigned template of each map, [N, B], and times it.
+
+    One program takes a block of channels; maps that one tile holds are read once.
+    """
+    dtype = columns.dtype.element_ty
+    S = h * w
+    blocks = tl.cdiv(N, CHANNELS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    given = tl.load(assigned + b * a_b + n * a_n, mask=n < N, other=0)
+    # Live with TRITON_DEBUG=1. Without it no such template still reads inside the table.
+    tl.device_assert((given >= 0) & (given <= S), "assigned to no template")
+    t = tl.minimum(tl.maximum(given, 0), S)
+    response = tl.zeros((CHANNELS,), dtype)
+    for start in range(0, S, POSITIONS):
+        s = start + tl.arange(0, POSITIONS)
+        x = tl.load(
+            maps + b * x_b + n[:, None] * x_n + s[None, :].to(tl.int64) * x_s,
+            mask=(n < N)[:, None] & (s < S)[None, :],
+            other=0.0,
+        )
+        y = _templates(
+            table, s[None, :], t.to(tl.int32)[:, None], h, w, slope, limit, dtype,
+            PROFILE, NORM,
+        )  # fmt: skip
+        response += tl.sum(widen(x, dtype) * y, 1)
+    column = tl.load(columns + n * (S + 1) + t, mask=n < N, other=0.0)
+    r = response * number(tau, dtype) - column
+    term = tl.exp(r) * (r - tl.load(log_ratio + n, mask=n < N, other=0.0)) * number(factor, dtype)
+    tl.store(terms + n * B + b, term, mask=n < N)
+    if grad_maps is not None:
+        weight = term * number(tau, dtype)
+        for start in range(0, S, POSITIONS):
+            s = start + tl.arange(0, POSITIONS)
+            y = _templates(
+                table, s[None, :], t.to(tl.int32)[:, None], h, w, slope, limit, dtype,
+                PROFILE, NORM,
+            )  # fmt: skip
+            tl.store(
+                grad_maps + b * g_b + n[:, None] * g_n + s[None, :].to(tl.int64) * g_s,
+                weight[:, None] * y,
+                mask=(n < N)[:, None] & (s < S)[None, :],
+            )
+
+
+def _side(size: int, most: int, dtype: torch.dtype) -> int:
+    """Of a tile; half as long for float64, which takes twice the registers; as products want it."""
+    most = most // 2 if dtype == torch.float64 else most
+    return max(min(triton.next_power_of_2(size), most), 16)
+
+
+def _arguments(
+    x: Tensor,
+    table: Tensor | None,
+    profile: int,
+    norm: int,
+    slope: float,
+    limit: int,
+    tau: float,
+) -> dict[str, Any]:
+    """What every pass over the responses of ``x`` takes."""
+    B, N, height, width = x.shape
+    maps = x.view(B, N, height * width)
+    x_b, x_n, x_s = maps.stride()
+    return {
+        "maps": maps, "table": table, "B": B, "h": height, "w": width,
+        "x_b": x_b, "x_n": x_n, "x_s": x_s, "slope": slope, "limit": limit, "tau": tau,
+        "PROFILE": profile, "NORM": norm,
+        "SAMPLES": _side(B, SAMPLES, x.dtype), "DEPTH": _side(height * width, DEPTH, x.dtype),
+        "num_warps": 8,
+    }  # fmt: skip
+
+
+def _columns(arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """See ``columns_kernel``."""
+    maps = arguments["maps"]
+    _, N, S = maps.shape
+    columns = maps.new_empty((N, S + 1), dtype=dtype)
+    if N > 0:
+        templates = _side(S + 1, TEMPLATES, maps.dtype)
+        grid = (N * triton.cdiv(S + 1, templates),)
+        columns_kernel[grid](columns=columns, TEMPLATES=templates, **arguments)
+    return columns
+
+
+def _rows(arguments: dict[str, Any], columns: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``rows_kernel``."""
+    B, N, S = arguments["maps"].shape
+    rows, gains = (columns.new_empty((N, B)) for _ in range(2))
+    if N > 0:
+        templates = _side(S + 1, TEMPLATES, columns.dtype)
+        grid = (N * triton.cdiv(B, arguments["SAMPLES"]),)
+        rows_kernel[grid](
+            columns=columns, row_sums=rows, gains=gains, TEMPLATES=templates, **arguments
+        )
+    return rows, gains
+
+
+def _information(arguments: dict[str, Any], columns: Tensor, marginals: Tensor) -> Tensor:
+    """See ``information_kernel``."""
+    information = torch.empty_like(columns)
+    N, count = columns.shape
+    if N > 0:
+        templates = _side(count, TEMPLATES, columns.dtype)
+        information_kernel[(N * triton.cdiv(count, templates),)](
+            columns=columns, marginals=marginals, information=information, TEMPLATES=templates,
+            **arguments,
+        )  # fmt: skip
+    return information
+
+
+def _gradient(
+    x: Tensor,
+    arguments: dict[str, Any],
+    columns: Tensor,
+    marginals: Tensor,
+    information: Tensor | None,
+    factor: float,
+) -> Tensor:
+    """See ``gradient_kernel``."""
+    grad = torch.empty_like(x, dtype=columns.dtype)
+    B, N, S = arguments["maps"].shape
+    if x.numel() > 0:
+        g_b, g_n, g_s = grad.view(B, N, S).stride()
+        m_n, m_b = marginals.stride()
+        templates = _side(S + 1, GRAD_TEMPLATES, x.dtype)
+        positions = _side(S, GRAD_POSITIONS, x.dtype)
+        grid = (N * triton.cdiv(B, arguments["SAMPLES"]) * triton.cdiv(S, positions),)
+        gradient_kernel[grid](
+            columns=columns, marginals=marginals, information=information, grad_maps=grad,
+            g_b=g_b, g_n=g_n, g_s=g_s, m_n=m_n, m_b=m_b, factor=factor,
+            GRAD_TEMPLATES=templates, GRAD_POSITIONS=positions, **arguments,
+        )  # fmt: skip
+    return grad
+
+
+def _target(
+    x: Tensor,
+    arguments: dict[str, Any],
+    columns: Tensor,
+    log_ratio: Tensor,
+    assigned: Tensor,
+    factor: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Terms of the loss ``[N, B]`` and its gradient; see ``target_kernel``."""
+    B, N, S = arguments["maps"].shape
+    terms = columns.new_empty((N, B))
+    grad = torch.empty_like(x, dtype=columns.dtype) if with_grad else None
+    if x.numel() > 0:
+        channels, positions, warps = tile(arguments["maps"])
+        strides = (0, 0, 0) if grad is None else grad.view(B, N, S).stride()
+        target_kernel[(B * triton.cdiv(N, channels),)](
+            arguments["maps"], arguments["table"], columns, log_ratio, assigned, terms, grad,
+            B, N, *x.shape[2:], *arguments["maps"].stride(), *strides, *assigned.stride(),
+            arguments["slope"], arguments["limit"], arguments["tau"], factor,
+            CHANNELS=channels, POSITIONS=positions,
+            PROFILE=arguments["PROFILE"], NORM=arguments["NORM"], num_warps=warps,
+        )  # fmt: skip
+    return terms, columns.new_empty(0) if grad is None else grad
+
+
+def filter_loss(
+    x: Tensor,
+    table: Tensor | None,
+    profile: int,
+    norm: int,
+    slope: float,
+    limit: int,
+    tau: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Minus the mutual information over the batch; see ``reference.filter_loss.filter_loss``."""
+    dtype = accumulate_dtype(x.dtype)
+    B, N, height, width = x.shape
+    if B == 0:
+        grad = torch.empty_like(x, dtype=dtype) if with_grad else x.new_empty(0, dtype=dtype)
+        return x.new_zeros(N, dtype=dtype), grad
+    count = height * width + 1
+    arguments = _arguments(x, table, profile, norm, slope, limit, tau)
+    columns = _columns(arguments, dtype)
+    rows, gains = _rows(arguments, columns)
+    loss = -(rows.exp() * gains).sum(1) / count
+    if not with_grad:
+        return loss, columns.new_empty(0)
+    marginals = rows - math.log(count)
+    information = _information(arguments, columns, marginals)
+    return loss, _gradient(x, arguments, columns, marginals, information, -1 / count)
+
+
+def filter_loss_running(
+    x: Tensor,
+    log_mean: Tensor,
+    log_ratio: Tensor,
+    momentum: float,
+    assigned: Tensor | None,
+    table: Tensor | None,
+    profile: int,
+    norm: int,
+    slope: float,
+    limit: int,
+    tau: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss with running estimates; see ``reference.filter_loss.filter_loss_running``."""
+    dtype = accumulate_dtype(x.dtype)
+    B, N, height, width = x.shape
+    if B == 0:
+        grad = torch.empty_like(x, dtype=dtype) if with_grad else x.new_empty(0, dtype=dtype)
+        return x.new_zeros(N, dtype=dtype), grad, log_mean.clone(), log_ratio.clone()
+    count = height * width + 1
+    arguments = _arguments(x, table, profile, norm, slope, limit, tau)
+    in_batch = _columns(arguments, dtype) - math.log(B)
+    log_mean = reference._moving_average(log_mean, in_batch, momentum).contiguous()
+    rows, gains = _rows(arguments, log_mean)
+    in_batch = rows.logsumexp(1) - math.log(B * count)
+    log_ratio = reference._moving_average(log_ratio, in_batch, momentum).contiguous()
+    scale = 1 / (B * count)
+    if assigned is not None:
+        terms, grad = _target(x, arguments, log_mean, log_ratio, assigned, -scale, with_grad)
+        return terms.sum(1), grad, log_mean, log_ratio
+    marginals = log_ratio[:, None].expand(N, B)
+    loss = -scale * (rows.exp() * (gains + (rows - math.log(count) - marginals))).sum(1)
+    if not with_grad:
+        return loss, log_mean.new_empty(0), log_mean, log_ratio
+    grad = _gradient(x, arguments, log_mean, marginals, None, -scale)
+    return loss, grad, log_mean, log_ratio
