@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import picnn_fast
-from benchmarks import masking, mutual_information
+from benchmarks import filter_loss, masking, mutual_information
 
 LIMIT_SECONDS = 570
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     print(f"torch {torch.__version__} on {device}; {picnn_fast.build_info()}", flush=True)
     # First what cannot be had elsewhere; then parity, in the time that is left.
-    for family in (masking, mutual_information):
+    for family in (masking, mutual_information, filter_loss):
         family.main(["--device", device, *(["--smoke"] if options.smoke else [])])
     print(f"benchmarks: {time.monotonic() - started:.0f} s", flush=True)
     selection = ["-m", "gpu", "tests/ops"]

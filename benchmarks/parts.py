@@ -16,13 +16,24 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks import harness
+from picnn_fast import PartTemplate
+from picnn_fast.data import PartDataModule
+from picnn_fast.metrics import LocationInstability
+from picnn_fast.models.receptive_field import receptive_field
+from picnn_fast.report import plot_filter_images, plot_peak_heat_map, plot_template_gallery
 from picnn_fast.training.config import TrainConfig
-from picnn_fast.training.run import read_history, train
+from picnn_fast.training.run import (
+    CHECKPOINT,
+    build_data,
+    load_checkpoint,
+    read_history,
+    train,
+)
 
 NAME = "parts"
 SEEDS = (0, 1, 2)
@@ -124,6 +135,50 @@ def report(results: dict[str, Any]) -> str:
     return harness.table(header, rows)
 
 
+def draw(output: Path, folder: Path) -> None:
+    """The templates, and what filters of the first CNN and ICNN in ``output`` look at.
+
+    Images are the first of each class in the test split; filters are those whose place wanders
+    least.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    norms: tuple[Literal["l1", "l2"], ...] = ("l1", "l2")
+    profiles: tuple[Literal["gradient", "uniform"], ...] = ("gradient", "uniform")
+    gallery = {
+        f"{norm.upper()} {profile}": PartTemplate(norm, profile).table(8, 8)
+        for profile in profiles
+        for norm in norms
+    }
+    plot_template_gallery(gallery, folder / "templates.png")
+    for name in ("std", "l1 batch"):
+        title = "icnn" if name != "std" else name
+        network, config, _ = load_checkpoint(
+            output / f"{name.replace(' ', '-')}-{SEEDS[0]}" / CHECKPOINT
+        )
+        data = build_data(config)
+        assert isinstance(data, PartDataModule)
+        field = receptive_field(network.features, data.part_sets["test"].image_size)
+        metric = LocationInstability(
+            network.num_filters,
+            len(data.part_sets["test"].landmark_names),
+            field,
+            num_classes=data.num_classes,
+        )
+        images, maps = [], []
+        with torch.no_grad():
+            for batch in data.part_loader("test"):
+                images.append(batch.image)
+                maps.append(network.filter_maps(data.normalise(batch.image)))
+                metric.update(maps[-1], batch.landmarks, batch.label)
+        every, seen = torch.cat(images), torch.cat(maps)
+        first = slice(0, data.num_classes)
+        highest, peaks = field.peaks(seen[first])
+        peaks = torch.where(highest[..., None] > 0, peaks, torch.nan)
+        plot_peak_heat_map(every[first], peaks, folder / f"peaks-{title}.png")
+        steady = metric.per_filter().nan_to_num(nan=torch.inf).argsort()[:5].tolist()
+        plot_filter_images(every, seen, field, steady, folder / f"filters-{title}.png")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.parts", description=__doc__.splitlines()[0]
@@ -144,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     results = measure(networks(), SEEDS, output, options.processes)
     print(report(results))
+    draw(output, harness.RESULTS / NAME)
     content = {
         "command": "python -m benchmarks.parts",
         "machine": harness.machine(torch.device("cpu")),

@@ -447,10 +447,10 @@ def filter_loss_running(
     count = height * width + 1
     arguments = _arguments(x, table, profile, norm, slope, limit, tau)
     in_batch = _columns(arguments, dtype) - math.log(B)
-    log_mean = reference._moving_average(log_mean, in_batch, momentum).contiguous()
+    log_mean = reference.moving_average(log_mean, in_batch, momentum).contiguous()
     rows, gains = _rows(arguments, log_mean)
     in_batch = rows.logsumexp(1) - math.log(B * count)
-    log_ratio = reference._moving_average(log_ratio, in_batch, momentum).contiguous()
+    log_ratio = reference.moving_average(log_ratio, in_batch, momentum).contiguous()
     scale = 1 / (B * count)
     if assigned is not None:
         terms, grad = _target(x, arguments, log_mean, log_ratio, assigned, -scale, with_grad)

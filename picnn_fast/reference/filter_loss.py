@@ -92,7 +92,7 @@ def filter_loss(
     return -prior * information.sum(-1), _gradient(x, weights, templates, with_grad)
 
 
-def _moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
+def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     """log of (1 - momentum)·exp(old) + momentum·exp(new); ``new`` where there is no old, -inf."""
     if momentum == 1:
         return new
@@ -142,10 +142,10 @@ def filter_loss_running(
             log_mean.clone(),
             loss + log_ratio,
         )
-    log_mean = _moving_average(log_mean, responses.logsumexp(0) - math.log(batch), momentum)
+    log_mean = moving_average(log_mean, responses.logsumexp(0) - math.log(batch), momentum)
     relative = responses - log_mean
     in_batch = relative.logsumexp((0, 2)) - math.log(batch * count)
-    log_ratio = _moving_average(log_ratio, in_batch, momentum)
+    log_ratio = moving_average(log_ratio, in_batch, momentum)
     # p(T)·p(x_b|T)·log(p(x_b|T) / p(x_b)): minus the loss, and by eq. 4 minus ds too.
     terms = relative.exp() * (relative - log_ratio[:, None]) / (batch * count)
     if assigned is not None:
