@@ -4,6 +4,12 @@ from picnn_fast._extras import extra
 
 with extra("train"):
     from picnn_fast.metrics.mutual_information import MutualInformationScore
+    from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
     from picnn_fast.metrics.pathway import PathwayAccuracy
 
-__all__ = ["MutualInformationScore", "PathwayAccuracy"]
+__all__ = [
+    "LocationInstability",
+    "MutualInformationScore",
+    "PartInterpretability",
+    "PathwayAccuracy",
+]

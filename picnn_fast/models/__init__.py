@@ -5,6 +5,7 @@ from picnn_fast.models.base import InterpretableNetwork, PathwayOutput
 from picnn_fast.models.factory import METHODS, make_interpretable
 from picnn_fast.models.icnn import ICNN, TemplateMask
 from picnn_fast.models.picnn import PICNN
+from picnn_fast.models.receptive_field import ReceptiveField, receptive_field
 from picnn_fast.models.std import STD
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "STD",
     "InterpretableNetwork",
     "PathwayOutput",
+    "ReceptiveField",
     "TemplateMask",
     "make_interpretable",
+    "receptive_field",
 ]

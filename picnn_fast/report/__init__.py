@@ -1,5 +1,13 @@
 """Pictures of a run, as PNG files."""
 
 from picnn_fast.report.figures import plot_correspondence, plot_curves, plot_grad_cam
+from picnn_fast.report.parts import plot_filter_images, plot_peak_heat_map, plot_template_gallery
 
-__all__ = ["plot_correspondence", "plot_curves", "plot_grad_cam"]
+__all__ = [
+    "plot_correspondence",
+    "plot_curves",
+    "plot_filter_images",
+    "plot_grad_cam",
+    "plot_peak_heat_map",
+    "plot_template_gallery",
+]

@@ -1,0 +1,554 @@
+"""Whether filters stand for object parts: location instability and part interpretability."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from picnn_fast.models.receptive_field import ReceptiveField
+from picnn_fast.ops import checks
+
+# Elements that PartInterpretability.compute() works on at a time.
+_BLOCK = 2**22
+_MEMORY_LIMIT = 2**32
+# A pixel whose centre lies on the rim of a round field belongs to it, whatever the rounding.
+_RIM = 1 + 1e-9
+
+
+class _PartMetric(Metric):
+    """What both metrics share: filters, their receptive field, categories of images."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(
+        self, num_filters: int, receptive_field: ReceptiveField, num_classes: int, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_filters = checks.integer("num_filters", num_filters, 1)
+        self.num_classes = checks.integer("num_classes", num_classes, 1)
+        if not isinstance(receptive_field, ReceptiveField):
+            raise TypeError(
+                f"receptive_field: got {type(receptive_field).__name__}, want a ReceptiveField,"
+                " as models.receptive_field.receptive_field gives"
+            )
+        self.receptive_field = receptive_field
+        self._per_filter = torch.full((num_filters,), math.nan, dtype=torch.float64)
+
+    def per_filter(self) -> Tensor:
+        """The value of each filter ``[N]``, float64 on the CPU; NaN where it has none."""
+        self.compute()
+        return self._per_filter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Add a batch as ``update`` does, and return the value of this batch alone.
+
+        Raises:
+            TypeError, ValueError: as ``update`` does. The metric is then as it was before.
+        """
+        # What follows takes the images so far out of the metric.
+        self._check(*args, **kwargs)
+        value: Tensor = super().forward(*args, **kwargs)
+        return value
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
+        """Does nothing: states keep their dtypes."""
+        return self
+
+    def _check(self, maps: Tensor, annotations: Tensor, labels: Tensor | None = None) -> None:
+        """Refuse a batch."""
+        raise NotImplementedError
+
+    def _check_maps(self, maps: Tensor, labels: Tensor | None) -> None:
+        self.receptive_field.check_maps(maps)
+        if maps.shape[1] != self.num_filters:
+            raise ValueError(
+                f"maps: got {maps.shape[1]} filters, want {self.num_filters}, num_filters"
+            )
+        checks.holds(
+            "maps",
+            maps.isfinite().all(),
+            lambda: "NaN or infinity",
+            "finite activations",
+        )
+        if labels is not None:
+            checks.labels("labels", labels, len(maps), self.num_classes)
+        elif self.num_classes > 1:
+            raise ValueError(
+                f"labels: got None with num_classes={self.num_classes}, want [B] integers"
+            )
+
+    def _classes(self, maps: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            return torch.zeros(len(maps), dtype=torch.int64, device=self.device)
+        return labels.to(self.device, torch.int64)
+
+    def _mean(self) -> Tensor:
+        """Over the filters that have a value; float32 where there is no float64."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return self._per_filter.nanmean().to(self.device, dtype)
+
+
+class LocationInstability(_PartMetric):
+    """How much the place of a filter's peak wanders relative to landmarks of the object.
+
+    D_{f,k} is the standard deviation, over images that show landmark k, of the distance between
+    the centre of the peak's receptive field and the landmark, divided by the diagonal of the
+    image; over the ``images`` of them in which filter f peaks highest. A filter's value is the
+    mean over landmarks; with several categories that of the category for which it is least. The
+    metric is the mean over filters: the lower, the more a filter keeps to one part.
+
+    The deviation is that of a sample (divisor n - 1), as in the authors' published code; the text
+    says no more than "variation". A filter and landmark with fewer than two images do not count;
+    NaN where none counts.
+
+    Of equal peaks (a filter that does not fire peaks at 0) the image seen first counts, and that
+    of the lower rank. Batches of any size give the same, bit for bit, and so do ranks together
+    where no peaks are equal. Peaks and distances are kept in single precision, ``8 · N · K · L ·
+    images`` bytes however many images there are.
+
+    Args:
+        num_filters: N.
+        num_landmarks: L.
+        receptive_field: of the maps, see ``models.receptive_field``.
+        num_classes: K; 1 takes all images as of one category.
+        images: most images for a filter, category and landmark, >= 2; 100 in the paper.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range.
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, section 5.2.2.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.metrics import LocationInstability
+        >>> from picnn_fast.models.receptive_field import receptive_field
+        >>> field = receptive_field(torch.nn.Conv2d(3, 2, 4, stride=4), image_size=32)
+        >>> metric = LocationInstability(2, 1, field)
+        >>> maps = torch.zeros(2, 2, 8, 8)  # of two images
+        >>> maps[0, :, 1, 1] = maps[1, 0, 1, 2] = maps[1, 1, 1, 6] = 1
+        >>> metric.update(maps, landmarks=torch.tensor([[[8.0, 8.0]], [[12.0, 8.0]]]))
+        >>> metric.per_filter()  # the first filter peaks at the same place beside the landmark
+        tensor([0.0000, 0.1768], dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    highest: Tensor
+
+    def __init__(
+        self,
+        num_filters: int,
+        num_landmarks: int,
+        receptive_field: ReceptiveField,
+        *,
+        num_classes: int = 1,
+        images: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_filters, receptive_field, num_classes, **kwargs)
+        self.num_landmarks = checks.integer("num_landmarks", num_landmarks, 1)
+        self.images = checks.integer("images", images, 2)
+        # Peaks and distances in one, for they merge together; an empty place has peak -infinity.
+        highest = torch.zeros(2, num_filters, num_classes, num_landmarks, images)
+        highest[0] = -math.inf
+        merge = functools.partial(_merge, images=images)
+        self.add_state("highest", highest, dist_reduce_fx=merge)
+        self._deviations = torch.empty(0)
+        self._categories = torch.empty(0)
+
+    def update(self, maps: Tensor, landmarks: Tensor, labels: Tensor | None = None) -> None:
+        """Add a batch of images.
+
+        Args:
+            maps: ``[B, N, h, w]`` after the activation or mask, any floating dtype, on any device.
+            landmarks: ``[B, L, 2]`` (x, y) in pixels of the image, any floating dtype; NaN where
+                the image does not show the landmark.
+            labels: ``[B]`` integers in [0, K); may be None where K is 1.
+
+        Raises:
+            TypeError: not tensors, or of the wrong dtype.
+            ValueError: of another shape, maps or landmarks not finite, labels out of range (on a
+                GPU values are a device-side assert). The metric is then as it was before.
+        """
+        self._check(maps, landmarks, labels)
+        activations, centres = (x.to(self.device) for x in self.receptive_field.peaks(maps))
+        places = landmarks.detach().to(self.device, torch.float32)
+        classes = self._classes(maps, labels)
+        diagonal = math.hypot(*self.receptive_field.image_size)
+        distances = (centres[:, :, None] - places[:, None]).norm(dim=-1) / diagonal
+        shown = ~places.isnan().any(-1)[:, None]
+        peaks = activations.float()[:, :, None].where(shown, -math.inf)
+        new = torch.stack([peaks, distances.where(shown, 0.0)]).movedim(1, -1)  # [2, N, L, B]
+        for c in classes.unique().tolist():
+            joined = torch.cat([self.highest[:, :, c], new[..., classes == c]], -1)
+            self.highest[:, :, c] = _highest(joined, self.images)
+
+    def compute(self) -> Tensor:
+        """Location instability, a share of the diagonal; float64 on the metric's device."""
+        peaks, distances = self.highest.cpu()
+        held = peaks > -math.inf
+        count = held.sum(-1)
+        distances = distances.double()
+        mean = distances.sum(-1) / count
+        squares = ((distances - mean[..., None]) ** 2).where(held, 0.0).sum(-1)
+        self._deviations = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
+        of_category = self._deviations.nanmean(-1).nan_to_num(math.inf)
+        least, category = of_category.min(1)
+        counts = least < math.inf
+        self._per_filter = least.where(counts, math.nan)
+        self._categories = category.where(counts, -1)
+        return self._mean()
+
+    def deviations(self) -> Tensor:
+        """D ``[N, K, L]``, float64 on the CPU; NaN where fewer than two images count."""
+        self.compute()
+        return self._deviations
+
+    def categories(self) -> Tensor:
+        """``[N]`` int64: the category each filter is least unstable for; -1 where none counts."""
+        self.compute()
+        return self._categories
+
+    def _check(self, maps: Tensor, landmarks: Tensor, labels: Tensor | None = None) -> None:
+        self._check_maps(maps, labels)
+        checks.floating("landmarks", landmarks)
+        wanted = (len(maps), self.num_landmarks, 2)
+        if tuple(landmarks.shape) != wanted:
+            raise ValueError(
+                f"landmarks: got shape {tuple(landmarks.shape)}, want {wanted}: the batch of maps,"
+                " num_landmarks, (x, y)"
+            )
+        hidden = landmarks.isnan()
+        whole = (hidden[..., 0] == hidden[..., 1]).all() & ~landmarks.isinf().any()
+        checks.holds(
+            "landmarks",
+            whole,
+            lambda: "infinity, or NaN in one of x and y",
+            "pixels, or NaN for both x and y",
+        )
+
+
+class PartInterpretability(_PartMetric):
+    """How often a filter's strongest activations cover one part of the object.
+
+    A filter's activations above its threshold T_f are valid, the ``top`` share of all positions of
+    all images: as near as a whole number of positions comes, at least one, fewer where values are
+    equal. The valid positions' fields, laid over one another, are the filter's region in the
+    image. It is associated with part k where IoU of region and part > ``iou``. P_{f,k} is the share
+    of the images showing part k in which it is; P_f = max over k; the metric is the mean of P_f.
+
+    With several categories, each filter first takes the one whose images activate it most (mean of
+    Σ_ij x_ij); threshold and P then are over images of that category alone.
+
+    Fields are round (the paper's footnote 5), about the centres of receptive fields. The paper
+    leaves their size open. The theoretical field of a deep network is as large as the image, and
+    one so large could never have an IoU of 0.2 with a part; so the default is the effective one,
+    ``ReceptiveField.diameters``: 62 pixels for AlexNet's and VGG-16's last convolution, of 163 and
+    196. Resizing maps as Bau et al. do would draw regions of about two strides, whatever lies
+    below the maps.
+
+    Order, batches and ranks make no difference. All maps and masks are kept, ``4 · N · h · w +
+    P · H · W / 8`` bytes an image, for the threshold is not known before the last image.
+
+    Args:
+        num_filters: N.
+        num_parts: P.
+        receptive_field: of the maps, see ``models.receptive_field``.
+        num_classes: K; 1 takes all images as of one category.
+        top: share of activations that are valid, in (0, 1).
+        iou: of region and part, that association wants more than; in (0, 1).
+        diameter: of the round fields in pixels, >= √2; None takes the effective one.
+        memory_limit: in bytes: ``update`` refuses images with which ``compute`` would need more on
+            this process, those of other ranks included; some 200 MB are not counted. 4 GiB are
+            enough for some 5,000 images of 224 pixels with 512 maps of 14 x 14.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range.
+
+    Source:
+        Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, section 5.2.1;
+        Bau, Zhou, Khosla, Oliva, Torralba, "Network Dissection", CVPR 2017.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.metrics import PartInterpretability
+        >>> from picnn_fast.models.receptive_field import receptive_field
+        >>> field = receptive_field(torch.nn.Conv2d(3, 2, 4, stride=4), image_size=32)
+        >>> metric = PartInterpretability(2, 1, field, top=0.02)
+        >>> maps, masks = torch.zeros(4, 2, 8, 8), torch.zeros(4, 1, 32, 32, dtype=torch.bool)
+        >>> masks[:, :, :8, :8] = True
+        >>> maps[:, 0, 1, 1] = 1  # within the part in every image
+        >>> maps[:, 1, 6, 6] = 1  # elsewhere
+        >>> metric.update(maps, masks)
+        >>> metric.compute(), metric.per_filter()
+        (tensor(0.5000, dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
+    """
+
+    higher_is_better = True
+
+    maps: list[Tensor]
+    masks: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(
+        self,
+        num_filters: int,
+        num_parts: int,
+        receptive_field: ReceptiveField,
+        *,
+        num_classes: int = 1,
+        top: float = 0.005,
+        iou: float = 0.2,
+        diameter: float | None = None,
+        memory_limit: int = _MEMORY_LIMIT,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_filters, receptive_field, num_classes, **kwargs)
+        self.num_parts = checks.integer("num_parts", num_parts, 1)
+        self.top = _share("top", top)
+        self.iou = _share("iou", iou)
+        if diameter is not None and checks.positive("diameter", diameter) < math.sqrt(2):
+            raise ValueError(
+                f"diameter: got {diameter}, want at least √2 pixels, which hold one, or None"
+            )
+        self.diameters = (
+            receptive_field.diameters() if diameter is None else (float(diameter), float(diameter))
+        )
+        self.memory_limit = checks.integer("memory_limit", memory_limit, 1)
+        for name in ("maps", "masks", "labels"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self._association = torch.empty(0)
+        self._categories = torch.empty(0)
+
+    def update(self, maps: Tensor, part_masks: Tensor, labels: Tensor | None = None) -> None:
+        """Add a batch of images.
+
+        Args:
+            maps: ``[B, N, h, w]`` after the activation or mask, any floating dtype, on any device;
+                kept and compared in single precision.
+            part_masks: ``[B, P, H, W]`` bool at the size of the image; empty where the image does
+                not show the part. They may overlap.
+            labels: ``[B]`` integers in [0, K); may be None where K is 1.
+
+        Raises:
+            TypeError: not tensors, or of the wrong dtype.
+            ValueError: of another shape, maps not finite (on a GPU a device-side assert), labels
+                out of range, too many images for the memory limit. The metric is then as it was
+                before.
+        """
+        self._check(maps, part_masks, labels)
+        # A copy: the caller may write into the maps before they are read again.
+        self.maps.append(maps.detach().to(self.device, torch.float32, copy=True).contiguous())
+        self.masks.append(_packed(part_masks.to(self.device)))
+        self.labels.append(self._classes(maps, labels).clone())
+
+    def compute(self) -> Tensor:
+        """Part interpretability in [0, 1]; float64 on the metric's device; NaN where none counts.
+
+        1,000 images of 128 pixels with 128 maps of 16 x 16 and 5 parts take some seconds.
+        """
+        with torch.autocast(self.device.type, enabled=False), torch.no_grad():
+            category = self._category()
+            hits, shown = self._hits(category, self._thresholds(category))
+        hits, shown, category = hits.cpu(), shown.cpu(), category.cpu()
+        # No image: there is no category, and no part is shown.
+        showing = shown[category.clamp_min(0)].where(category[:, None] >= 0, 0)
+        self._association = (hits.double() / showing).where(showing > 0, math.nan)
+        best = self._association.nan_to_num(-1).amax(1)
+        self._per_filter = best.where(best >= 0, math.nan)
+        self._categories = category
+        return self._mean()
+
+    def association(self) -> Tensor:
+        """P_{f,k} ``[N, P]``, float64 on the CPU; NaN where no image shows the part."""
+        self.compute()
+        return self._association
+
+    def best_part(self) -> Tensor:
+        """``[N]`` int64: the part each filter is associated with most; -1 where none is shown."""
+        association = self.association().nan_to_num(-1)
+        best, part = association.max(1)
+        return part.where(best >= 0, -1)
+
+    def categories(self) -> Tensor:
+        """``[N]`` int64: the category whose images activate each filter most; -1 without image."""
+        self.compute()
+        return self._categories
+
+    def _category(self) -> Tensor:
+        sums = torch.zeros(
+            self.num_classes, self.num_filters, dtype=torch.float64, device=self.device
+        )
+        images = torch.zeros(self.num_classes, 1, dtype=torch.float64, device=self.device)
+        for maps, labels in zip(_batches(self.maps), _batches(self.labels), strict=True):
+            sums.index_add_(0, labels, maps.sum((2, 3), dtype=torch.float64))
+            images.index_add_(0, labels, torch.ones_like(labels[:, None], dtype=torch.float64))
+        means = (sums / images).nan_to_num(-math.inf)
+        best, category = means.max(0)
+        return category.where(best > -math.inf, -1)
+
+    def _thresholds(self, category: Tensor) -> Tensor:
+        """T ``[N]``, over the images of each filter's category."""
+        thresholds = torch.full((self.num_filters,), math.inf, device=self.device)
+        batches = list(_batches(self.maps))
+        for c in category.unique().tolist():
+            rows = [(labels == c).nonzero()[:, 0] for labels in _batches(self.labels)]
+            total = math.prod(self.receptive_field.map_size) * sum(map(len, rows))
+            if total == 0:
+                continue
+            valid = min(max(round(self.top * total), 1), total - 1)
+            for filters in (category == c).nonzero()[:, 0].split(max(1, _BLOCK // total)):
+                values = torch.cat(
+                    [
+                        maps[images[:, None], filters].movedim(1, 0).flatten(1)
+                        for maps, images in zip(batches, rows, strict=True)
+                    ],
+                    1,
+                )
+                thresholds[filters] = values.kthvalue(total - valid, 1).values
+        return thresholds
+
+    def _hits(self, category: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """Images with association ``[N, P]``, and images that show the part ``[K, P]``."""
+        hits = torch.zeros(self.num_filters, self.num_parts, dtype=torch.int64, device=self.device)
+        shown = torch.zeros(self.num_classes, self.num_parts, dtype=torch.int64, device=self.device)
+        down, across = self._round_field()
+        columns = self.receptive_field.map_size[1]
+        strides = self.receptive_field.stride
+        height, width = self.receptive_field.image_size
+        some = max(1, _BLOCK // (height * width))
+        batches = zip(*map(_batches, (self.maps, self.masks, self.labels)), strict=True)
+        for maps, masks, label in (
+            (m[i], p[i], y[i]) for m, p, y in batches for i in range(len(m))
+        ):
+            parts = _unpacked(masks, height * width).float()
+            area = parts.sum(1)
+            shown[label] += area > 0
+            valid = (maps.flatten(1) > thresholds[:, None]) & (category == label)[:, None]
+            fired = valid.any(1).nonzero()[:, 0]
+            for filters in fired.split(some):
+                region = torch.zeros(
+                    len(filters), height * width, dtype=torch.bool, device=self.device
+                )
+                for cells in valid[filters].nonzero().split(max(1, _BLOCK // len(down))):
+                    row, position = cells[:, :, None].unbind(1)
+                    y = position // columns * strides[0] + down
+                    x = position % columns * strides[1] + across
+                    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+                    region.view(-1)[((row * height + y) * width + x)[inside]] = True
+                covered = region.float()
+                # Whole numbers, exact in single precision below 2**24; their ratio in double.
+                overlap = covered @ parts.T
+                union = covered.sum(1, keepdim=True) + area - overlap
+                hits[filters] += (overlap.double() / union.double() > self.iou) & (area > 0)
+        return hits, shown
+
+    def _round_field(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the pixels in the round field of position (0, 0), unclipped."""
+        axes = [
+            torch.arange(math.floor(centre - diameter / 2), math.ceil(centre + diameter / 2))
+            for centre, diameter in zip(
+                self.receptive_field.first_centre, self.diameters, strict=True
+            )
+        ]
+        down, across = (
+            ((axis + 0.5 - centre).double() * (2 / diameter)).square()
+            for axis, centre, diameter in zip(
+                axes, self.receptive_field.first_centre, self.diameters, strict=True
+            )
+        )
+        rows, columns = (down[:, None] + across <= _RIM).nonzero(as_tuple=True)
+        return axes[0][rows].to(self.device), axes[1][columns].to(self.device)
+
+    def _check(self, maps: Tensor, part_masks: Tensor, labels: Tensor | None = None) -> None:
+        self._check_maps(maps, labels)
+        checks.tensor("part_masks", part_masks)
+        if part_masks.dtype != torch.bool:
+            raise TypeError(f"part_masks: got dtype {part_masks.dtype}, want torch.bool")
+        wanted = (len(maps), self.num_parts, *self.receptive_field.image_size)
+        if tuple(part_masks.shape) != wanted:
+            raise ValueError(
+                f"part_masks: got shape {tuple(part_masks.shape)}, want {wanted}: the batch of"
+                " maps, num_parts and image_size of the receptive field"
+            )
+        self._check_memory(len(maps))
+
+    def _check_memory(self, more: int) -> None:
+        """Refuse a batch with which ``compute`` would need more than the limit."""
+        images = more + sum(map(len, self.labels))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            images *= torch.distributed.get_world_size(self.process_group)
+        field = self.receptive_field
+        an_image = 4 * self.num_filters * math.prod(field.map_size)
+        an_image += self.num_parts * math.ceil(math.prod(field.image_size) / 8) + 8
+        needed = 2 * images * an_image
+        if needed > self.memory_limit:
+            raise ValueError(
+                f"memory_limit: got {images} images of {self.num_filters} maps, for which compute()"
+                f" needs about {needed} bytes, want at most {self.memory_limit}; give a higher"
+                " memory_limit, or fewer images"
+            )
+
+    def _sync_dist(
+        self,
+        dist_sync_fn: Callable[..., Any] = gather_all_tensors,
+        process_group: Any = None,
+    ) -> None:
+        # Ranks gather tensors of one shape and dtype, also from one without images.
+        if not self.labels:
+            shape = (0, self.num_filters, *self.receptive_field.map_size)
+            self.maps = [torch.empty(shape, device=self.device)]
+            nothing = torch.empty(
+                0, self.num_parts, *self.receptive_field.image_size, dtype=torch.bool
+            )
+            self.masks = [_packed(nothing.to(self.device))]
+            self.labels = [torch.empty(0, dtype=torch.int64, device=self.device)]
+        super()._sync_dist(dist_sync_fn, process_group)
+
+
+def _highest(entries: Tensor, images: int) -> Tensor:
+    """The ``images`` of highest peak of ``[2, …, entries]``, the first of equal ones first."""
+    order = entries[0].sort(stable=True, dim=-1, descending=True).indices[..., :images]
+    return entries.gather(-1, order.expand(2, *order.shape))
+
+
+def _merge(states: Tensor, *, images: int) -> Tensor:
+    """The state of all images of ``states`` ``[R, 2, N, K, L, images]``."""
+    return _highest(states.movedim(0, -2).flatten(-2), images)
+
+
+def _batches(state: list[Tensor] | Tensor) -> Iterable[Tensor]:
+    """Tensors of a state that is a list, or was joined over ranks."""
+    return [state] if isinstance(state, Tensor) else state
+
+
+def _packed(masks: Tensor) -> Tensor:
+    """Bool masks ``[B, P, H, W]`` as bits: ``[B, P, ⌈HW/8⌉]`` uint8."""
+    bits = masks.flatten(2).to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    packed: Tensor = (bits << places).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def _unpacked(packed: Tensor, pixels: int) -> Tensor:
+    """``[P, ⌈HW/8⌉]`` uint8 to ``[P, HW]`` of 0 and 1, uint8."""
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (bits & 1).flatten(1)[:, :pixels]
+
+
+def _share(name: str, value: float) -> float:
+    if checks.positive(name, value) >= 1:
+        raise ValueError(f"{name}: got {value}, want a number above 0 and below 1")
+    return float(value)
