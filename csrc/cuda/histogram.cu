@@ -15,8 +15,6 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cfloat>
@@ -41,19 +39,7 @@ constexpr int kMaxFilters = 64;         // of a block: 128 bytes of the narrowes
 constexpr int kSharedBytes = 43 << 10;  // of tables: 48 KB less the fixed arrays below
 constexpr int64_t kBlocks = 384;        // one round of three to a multiprocessor on a large device
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of a block: its counters have 32 bits
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
-constexpr Wide kPoison = Wide{1} << 63;  // a soft count with a NaN in it
-
-PICNN_FAST_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Type of the arithmetic, and of soft counts.
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T, int W>
-struct alignas(sizeof(T) * W) Vector {
-  T lane[W];
-};
+constexpr Wide kPoison = Wide{1} << 63;         // a soft count with a NaN in it
 
 template <typename T>
 struct Samples {
@@ -827,30 +813,6 @@ int64_t filters_that_fit(int64_t bins, int64_t classes, int64_t entry_bytes) {
   return kMost / (TableShape(bins, classes).per_filter * entry_bytes);
 }
 
-[[noreturn]] void unsupported() {
-  STD_TORCH_CHECK(false, "picnn_fast: activations must be float32, float64, bfloat16 or float16");
-}
-
-template <typename Run>
-void with_type(const Tensor& activations, const Run& run) {
-  switch (activations.scalar_type()) {
-    case ScalarType::Half:
-      run(torch::headeronly::Half{});
-      break;
-    case ScalarType::BFloat16:
-      run(torch::headeronly::BFloat16{});
-      break;
-    case ScalarType::Float:
-      run(float{});
-      break;
-    case ScalarType::Double:
-      run(double{});
-      break;
-    default:
-      unsupported();
-  }
-}
-
 template <typename T>
 void update(const State& state, const Tensor& minimum, const Tensor& counts,
             const Tensor& activations, const Labels& labels) {
@@ -895,28 +857,21 @@ void update(const State& state, const Tensor& minimum, const Tensor& counts,
          state);
 }
 
-// The wrappers in picnn_fast check arguments in full; these keep a direct call of the operator from
-// reading or writing where it must not.
-void check_device(const Tensor& t, const Tensor& activations, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() == activations.is_cuda() &&
-                      t.get_device_index() == activations.get_device_index(),
-                  "picnn_fast: ", name, " must be on the device of activations");
-}
 void check_samples(const Tensor& activations, const Tensor& labels) {
   STD_TORCH_CHECK(activations.dim() == 2, "picnn_fast: activations must be [M, N]");
-  check_device(labels, activations, "labels");
+  check_device(labels, "labels", activations, "activations");
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
                       labels.size(0) == activations.size(0),
                   "picnn_fast: labels must be int64 [M]");
 }
 void check_range(const Tensor& t, const Tensor& activations, const char* name) {
-  check_device(t, activations, name);
+  check_device(t, name, activations, "activations");
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.dim() == 1 &&
                       t.size(0) == activations.size(1) && t.is_contiguous(),
                   "picnn_fast: ", name, " must be float64 [N], contiguous");
 }
 void check_table(const Tensor& t, const Tensor& activations, const char* name) {
-  check_device(t, activations, name);
+  check_device(t, name, activations, "activations");
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == activations.size(1) && t.size(1) >= 2 &&
                       t.size(2) <= std::numeric_limits<int32_t>::max(),
                   "picnn_fast: ", name, " must be [N, bins, K] with bins >= 2");
@@ -944,7 +899,7 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
                        counts.size(0),
                        counts.size(1),
                        static_cast<int>(counts.size(2))};
-  with_type(activations, [&](auto value) {
+  with_type(activations, "activations", [&](auto value) {
     if (activations.numel() > 0)
       update<decltype(value)>(state, minimum, counts, activations,
                               make_labels(labels, counts.size(2)));
@@ -952,18 +907,14 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   return column;
 }
 
-ScalarType soft_type(const Tensor& activations) {
-  return activations.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_soft(const Tensor& activations, const Tensor& labels, const Tensor& low,
                 const Tensor& width, int64_t bins) {
   check_samples(activations, labels);
   for (const Tensor* t : {&low, &width}) {
     const char* name = t == &low ? "low" : "width";
-    check_device(*t, activations, name);
+    check_device(*t, name, activations, "activations");
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == activations.size(1) &&
-                        t->scalar_type() == soft_type(activations),
+                        t->scalar_type() == accumulate_type(activations),
                     "picnn_fast: ", name, " must be float32 [N] (float64 for float64 activations)");
   }
   STD_TORCH_CHECK(2 <= bins && bins <= int64_t{1} << 24,
@@ -998,10 +949,10 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
   Tensor counts = torch::stable::new_empty(low, {N, bins, num_classes});
   const Tensor sums = torch::stable::new_zeros(labels, {N, bins, num_classes}, ScalarType::Long);
   // The finest unit, of those the weights can tell apart, of which M cannot reach kPoison.
-  int fraction_bits = soft_type(activations) == ScalarType::Double ? 52 : 24;
+  int fraction_bits = accumulate_type(activations) == ScalarType::Double ? 52 : 24;
   while (fraction_bits > 0 && (M >> (62 - fraction_bits)) != 0) --fraction_bits;
   auto* sum = static_cast<Wide*>(sums.data_ptr());
-  with_type(activations, [&](auto value) {
+  with_type(activations, "activations", [&](auto value) {
     using T = decltype(value);
     using C = Accumulate<T>;
     if (activations.numel() > 0) {
@@ -1029,10 +980,10 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
   check_table(grad_counts, activations, "grad_counts");
   const int64_t bins = grad_counts.size(1), classes = grad_counts.size(2);
   check_soft(activations, labels, low, width, bins);
-  STD_TORCH_CHECK(grad_counts.scalar_type() == soft_type(activations),
+  STD_TORCH_CHECK(grad_counts.scalar_type() == accumulate_type(activations),
                   "picnn_fast: grad_counts must have the dtype of low");
   Tensor grad = torch::stable::empty_like(activations);
-  with_type(activations, [&](auto value) {
+  with_type(activations, "activations", [&](auto value) {
     using T = decltype(value);
     using C = Accumulate<T>;
     if (activations.numel() == 0) return;

@@ -1,16 +1,23 @@
 #pragma once
 
-// What every CUDA family shares: launching on the current stream of a tensor's device, and the few
-// lines that differ where the tests run the same file on the CPU (PICNN_FAST_CUDA_ON_CPU, defined
-// by tests/cuda_on_cpu/cuda_on_cpu.h, which takes the place of the CUDA runtime).
+// What every CUDA family shares: launching on the current stream of a tensor's device, the choice
+// of a kernel by dtype, and the few lines that differ where the tests run the same file on the CPU
+// (PICNN_FAST_CUDA_ON_CPU, defined by tests/cuda_on_cpu/cuda_on_cpu.h, which takes the place of the
+// CUDA runtime).
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
+#include "../common/macros.h"
 #include "../common/stable.h"
 
 #ifndef PICNN_FAST_CUDA_ON_CPU
@@ -44,12 +51,74 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace picnn_fast {
 
+constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+
+PICNN_FAST_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Type of sums, as accumulate_dtype in the reference.
+template <typename T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+inline torch::headeronly::ScalarType accumulate_type(const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// W elements read or written at a time.
+template <typename T, int W>
+struct alignas(sizeof(T) * W) Vector {
+  T lane[W];
+};
+
+// Calls run with a value of the type of the elements of `t`.
+template <typename Run>
+void with_type(const torch::stable::Tensor& t, const char* name, const Run& run) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return run(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return run(torch::headeronly::BFloat16{});
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Double:
+      return run(double{});
+    default:
+      STD_TORCH_CHECK(false, "picnn_fast: ", name,
+                      " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// The wrappers in picnn_fast check arguments in full; this, and what the families check, keeps a
+// direct call of an operator from reading or writing where it must not.
+inline void check_device(const torch::stable::Tensor& t, const char* name,
+                         const torch::stable::Tensor& other, const char* other_name) {
+  STD_TORCH_CHECK(
+      t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(),
+      "picnn_fast: ", name, " must be on the device of ", other_name);
+}
+
 // The launch's dynamic shared memory, as an array of T.
 template <typename T>
 __device__ T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char picnn_fast_dynamic_shared[];
   return reinterpret_cast<T*>(picnn_fast_dynamic_shared);
 }
+
+// Bytes of shared memory that a block may ask for on the device of `on`.
+inline int64_t most_shared_bytes(const torch::stable::Tensor& on) {
+#ifdef PICNN_FAST_CUDA_ON_CPU
+  (void)on;
+  return cuda_on_cpu::most_shared_bytes();
+#else
+  int bytes = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                                   on.get_device_index());
+  STD_TORCH_CHECK(error == cudaSuccess, "picnn_fast: ", cudaGetErrorString(error));
+  return bytes;
+#endif
+}
+
+constexpr size_t kSharedUnasked = 48 << 10;  // bytes of dynamic shared memory any kernel may have
 
 // Runs kernel(args...) on a one-dimensional grid, on the current stream of `on`'s device. A launch
 // of no blocks is no launch.
@@ -62,8 +131,9 @@ void launch(const torch::stable::Tensor& on, void (*kernel)(Parameters...), int6
   const dim3 grid(static_cast<unsigned>(blocks));
   const dim3 block(static_cast<unsigned>(threads));
 #ifdef PICNN_FAST_CUDA_ON_CPU
-  (void)on;
-  cuda_on_cpu::launch(grid, block, shared_bytes, [=] { kernel(arguments...); });
+  cuda_on_cpu::launch(
+      grid, block, shared_bytes, [=] { kernel(arguments...); },
+      std::max<size_t>(kSharedUnasked, most_shared_bytes(on)));
 #else
   const int32_t device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -71,6 +141,12 @@ void launch(const torch::stable::Tensor& on, void (*kernel)(Parameters...), int6
                   "picnn_fast: a CUDA tensor, but libtorch_cuda is not loaded");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (shared_bytes > kSharedUnasked) {
+    const cudaError_t refused = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    STD_TORCH_CHECK(refused == cudaSuccess, "picnn_fast: ", shared_bytes,
+                    " bytes of shared memory: ", cudaGetErrorString(refused));
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

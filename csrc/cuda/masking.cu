@@ -16,8 +16,6 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -25,8 +23,8 @@
 #include <type_traits>
 
 #include "../common/masking.h"
-#include "../common/spatial.h"
 #include "launch.h"
+#include "maps.h"
 
 namespace picnn_fast {
 namespace {
@@ -39,24 +37,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kVectorBytes = 16;
 constexpr int kUnroll = 4;         // vectors in flight in each thread
 constexpr int kMaxChannels = 512;  // of a block in the run layout: at most two draws a thread
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
-
-PICNN_FAST_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Type of masks and sums, as accumulate_dtype in the reference.
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T, int W>
-struct alignas(sizeof(T) * W) Vector {
-  T lane[W];
-};
-
-template <typename T>
-struct Maps {  // [B, N, S], strides in elements
-  T* data;
-  int64_t batch, channel, position;
-};
 
 template <typename T>
 __device__ int misalignment(
@@ -191,13 +171,16 @@ struct GateFactors {
   }
 };
 
-// x * factor, 0 where the factor is 0 whatever x is. Bits: an unsigned integer of the element's
-// size, since keeping or dropping needs no arithmetic.
-template <typename Bits>
+// x * factor, 0 where the factor is 0 whatever x is. Keeping or dropping needs no arithmetic, so
+// that elements may be any unsigned integers of their size.
+template <typename Unsigned>
 struct Keep {
-  using Value = Bits;
-  __device__ static Bits scale(Bits x, uint8_t factor) { return factor != 0 ? x : Bits{0}; }
+  using Value = Unsigned;
+  __device__ static Value scale(Value x, uint8_t factor) { return factor != 0 ? x : Value{0}; }
 };
+template <size_t kBytes>
+using Bits =
+    std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>;
 template <typename T>
 struct Multiply {
   using Value = T;
@@ -621,16 +604,6 @@ Layout common_layout(const Tensors&... maps) {
   return Layout::kStrided;
 }
 
-template <typename T>
-Maps<const T> input_maps(const Tensor& t) {
-  return {static_cast<const T*>(t.data_ptr()), t.stride(0), t.stride(1),
-          position_stride(t, "maps")};
-}
-template <typename T>
-Maps<T> output_maps(const Tensor& t) {
-  return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), position_stride(t, "maps")};
-}
-
 Reals reals(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
@@ -739,22 +712,6 @@ void backward(const Tensor& grad_masked, const Tensor& features, const Tensor& m
   }
 }
 
-[[noreturn]] void unsupported(const char* argument) {
-  STD_TORCH_CHECK(false, "picnn_fast: ", argument,
-                  " must be float32, float64, bfloat16 or float16");
-}
-
-ScalarType accumulate_type(const Tensor& features) {
-  return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The wrappers in picnn_fast.functional check arguments in full; these keep a direct call of the
-// operator from reading or writing where it must not.
-void check_device(const Tensor& t, const Tensor& features, const char* name) {
-  STD_TORCH_CHECK(
-      t.is_cuda() == features.is_cuda() && t.get_device_index() == features.get_device_index(),
-      "picnn_fast: ", name, " must be on the device of features");
-}
 void check_maps(const Tensor& maps, const char* name) {
   STD_TORCH_CHECK(maps.dim() >= 2, "picnn_fast: ", name, " must be [B, N, *spatial]");
 }
@@ -770,9 +727,9 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   const int64_t B = features.size(0), N = features.size(1);
   STD_TORCH_CHECK(correspondence.dim() == 2 && correspondence.size(0) > 0,
                   "picnn_fast: correspondence must be [K, N] with K > 0");
-  check_device(logits, features, "logits");
-  check_device(correspondence, features, "correspondence");
-  check_device(seed, features, "seed");
+  check_device(logits, "logits", features, "features");
+  check_device(correspondence, "correspondence", features, "features");
+  check_device(seed, "seed", features, "features");
   const int64_t K = correspondence.size(0);
   check_table(correspondence, K, N, "correspondence");
   check_table(logits, B, K, "logits");
@@ -791,28 +748,16 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
                                     wide ? nullptr : static_cast<float*>(mask.data_ptr()),
                                     wide ? static_cast<double*>(mask.data_ptr()) : nullptr,
                                     static_cast<int64_t*>(pseudo_label.data_ptr())};
-  switch (features.scalar_type()) {
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      scale<Keep<uint16_t>>(features, masked, factors);
-      break;
-    case ScalarType::Float:
-      scale<Keep<uint32_t>>(features, masked, factors);
-      break;
-    case ScalarType::Double:
-      scale<Keep<uint64_t>>(features, masked, factors);
-      break;
-    default:
-      unsupported("features");
-  }
+  with_type(features, "features",
+            [&](auto value) { scale<Keep<Bits<sizeof(value)>>>(features, masked, factors); });
   return {masked, mask, pseudo_label};
 }
 
 Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labels) {
   check_maps(features, "features");
   const int64_t B = features.size(0), N = features.size(1);
-  check_device(gate, features, "gate");
-  check_device(labels, features, "labels");
+  check_device(gate, "gate", features, "features");
+  check_device(labels, "labels", features, "features");
   STD_TORCH_CHECK(gate.dim() == 2, "picnn_fast: gate must be [K, N]");
   check_table(gate, gate.size(0), N, "gate");
   STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
@@ -821,7 +766,7 @@ Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labe
       labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.size(0) == B,
       "picnn_fast: labels must be int64 [B]");
   Tensor masked = torch::stable::empty_like(features);
-  const auto run = [&](auto value) {
+  with_type(features, "features", [&](auto value) {
     using T = decltype(value);
     using A = Accumulate<T>;
     const GateFactors<A> factors = {static_cast<const A*>(gate.data_ptr()),
@@ -831,23 +776,7 @@ Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labe
                                     static_cast<const int64_t*>(labels.data_ptr()),
                                     labels.stride(0)};
     scale<Multiply<T>>(features, masked, factors);
-  };
-  switch (features.scalar_type()) {
-    case ScalarType::Half:
-      run(torch::headeronly::Half{});
-      break;
-    case ScalarType::BFloat16:
-      run(torch::headeronly::BFloat16{});
-      break;
-    case ScalarType::Float:
-      run(float{});
-      break;
-    case ScalarType::Double:
-      run(double{});
-      break;
-    default:
-      unsupported("features");
-  }
+  });
   return masked;
 }
 
@@ -855,8 +784,8 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
                                             const Tensor& mask) {
   check_maps(features, "features");
   check_maps(grad_masked, "grad_masked");
-  check_device(grad_masked, features, "grad_masked");
-  check_device(mask, features, "mask");
+  check_device(grad_masked, "grad_masked", features, "features");
+  check_device(mask, "mask", features, "features");
   STD_TORCH_CHECK(grad_masked.dim() == features.dim(),
                   "picnn_fast: grad_masked must have the shape of features");
   for (int64_t axis = 0; axis < features.dim(); ++axis)
@@ -870,22 +799,9 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
                   "picnn_fast: mask must be float32 (float64 for float64 features)");
   Tensor grad_features = torch::stable::empty_like(features);
   Tensor grad_mask = torch::stable::new_empty(mask, {B, N});
-  switch (features.scalar_type()) {
-    case ScalarType::Half:
-      backward<torch::headeronly::Half>(grad_masked, features, mask, grad_features, grad_mask);
-      break;
-    case ScalarType::BFloat16:
-      backward<torch::headeronly::BFloat16>(grad_masked, features, mask, grad_features, grad_mask);
-      break;
-    case ScalarType::Float:
-      backward<float>(grad_masked, features, mask, grad_features, grad_mask);
-      break;
-    case ScalarType::Double:
-      backward<double>(grad_masked, features, mask, grad_features, grad_mask);
-      break;
-    default:
-      unsupported("features");
-  }
+  with_type(features, "features", [&](auto value) {
+    backward<decltype(value)>(grad_masked, features, mask, grad_features, grad_mask);
+  });
   return {grad_features, grad_mask};
 }
 

@@ -28,9 +28,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
-
-PICNN_FAST_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ int64_t thread_number() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 
@@ -321,9 +318,7 @@ std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Te
   STD_TORCH_CHECK(values.dim() == 2 && values.scalar_type() == ScalarType::Double,
                   "picnn_fast: values must be float64 [N, M]");
   const int64_t N = values.size(0), M = values.size(1), K = num_classes;
-  STD_TORCH_CHECK(labels.is_cuda() == values.is_cuda() &&
-                      labels.get_device_index() == values.get_device_index(),
-                  "picnn_fast: labels must be on the device of values");
+  check_device(labels, "labels", values, "values");
   STD_TORCH_CHECK(
       labels.dim() == 1 && labels.size(0) == M && labels.scalar_type() == ScalarType::Long,
       "picnn_fast: labels must be int64 [M]");

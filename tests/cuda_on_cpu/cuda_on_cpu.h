@@ -10,6 +10,7 @@
 //   - PICNN_FAST_FIBRE_ORDER chooses in which order threads and blocks run: "forward" (default),
 //     "reversed", or "shuffled:SEED", drawn anew at each turn. A thread runs until it has to wait,
 //     so a missing barrier gives another result under one of the orders.
+// PICNN_FAST_FIBRE_SHARED is the bytes of shared memory a block may ask for, 227 KB if not set.
 // Not modelled: races between threads of one warp that lock-step execution would hide or show,
 // memory ordering, and the sizes of registers and of the device. Any error ends the launch as a
 // std::runtime_error that says where.
@@ -67,12 +68,13 @@ constexpr int warpSize = 32;
 
 namespace cuda_on_cpu {
 constexpr size_t kSharedLimit = 48 << 10;  // without cudaFuncSetAttribute
+constexpr size_t kMostShared = 227 << 10;  // with it, on the largest device modelled
 constexpr size_t kGuard = 1024;
 }  // namespace cuda_on_cpu
 
 // What dynamic_shared in csrc/cuda/launch.h declares.
 namespace picnn_fast {
-alignas(16) inline thread_local unsigned char picnn_fast_dynamic_shared[cuda_on_cpu::kSharedLimit +
+alignas(16) inline thread_local unsigned char picnn_fast_dynamic_shared[cuda_on_cpu::kMostShared +
                                                                         cuda_on_cpu::kGuard];
 }  // namespace picnn_fast
 
@@ -124,12 +126,12 @@ class Executor {
   }
 
   template <typename Body>
-  void launch(dim3 grid, dim3 block, size_t shared_bytes, const Body& body) {
+  void launch(dim3 grid, dim3 block, size_t shared_bytes, const Body& body, size_t shared_limit) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const unsigned threads = block.x * block.y * block.z;
     if (threads == 0 || threads > kMaxThreads) fail("a block of ", threads, " threads");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("a grid without blocks");
-    if (shared_bytes > kSharedLimit) fail(shared_bytes, " bytes of dynamic shared memory");
+    if (shared_bytes > shared_limit) fail(shared_bytes, " bytes of dynamic shared memory");
     body_ = body;
     gridDim = grid;
     blockDim = block;
@@ -269,7 +271,10 @@ class Executor {
   void run_block(unsigned threads, size_t shared_bytes) {
     const Span shared = shared_variables();
     if (shared.begin == nullptr) fail("shared memory not found");
-    std::memset(shared.begin, kPoison, shared.size);
+    // All but what lies behind the launch's dynamic shared memory.
+    unsigned char* const end = picnn_fast_dynamic_shared + sizeof(picnn_fast_dynamic_shared);
+    std::memset(shared.begin, kPoison, picnn_fast_dynamic_shared + shared_bytes - shared.begin);
+    std::memset(end, kPoison, shared.begin + shared.size - end);
     std::memset(picnn_fast_dynamic_shared + shared_bytes, kGuardByte, kGuard);
 
     slots_.clear();
@@ -375,8 +380,17 @@ class Executor {
 };
 
 template <typename Body>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const Body& body) {
-  Executor::get().launch(grid, block, shared_bytes, body);
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const Body& body,
+            size_t shared_limit = kSharedLimit) {
+  Executor::get().launch(grid, block, shared_bytes, body, shared_limit);
+}
+
+inline int64_t most_shared_bytes() {
+  const char* value = std::getenv("PICNN_FAST_FIBRE_SHARED");
+  const size_t bytes = value == nullptr ? kMostShared : std::stoul(value);
+  if (bytes > kMostShared)
+    Executor::get().fail("PICNN_FAST_FIBRE_SHARED: got ", value, ", want at most ", kMostShared);
+  return static_cast<int64_t>(bytes);
 }
 
 inline void device_assert(bool condition, const char* text) {
@@ -474,6 +488,42 @@ inline int __any_sync(unsigned mask, int predicate, PICNN_FAST_PLACE) {
 }
 inline int __all_sync(unsigned mask, int predicate, PICNN_FAST_PLACE) {
   return __ballot_sync(mask, predicate, file, line) == mask;
+}
+
+// The matrix units' c += a·b for a whole warp, with operands cut to 10-bit mantissas and sums to 23
+// bits, not rounded. Where lanes hold the elements: csrc/cuda/matrix_units.h.
+inline void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2],
+                             PICNN_FAST_PLACE) {
+  const auto cut = [](float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return uint64_t{bits & 0xFFFFE000u};
+  };
+  const auto back = [](uint64_t bits) {
+    const auto low = static_cast<uint32_t>(bits);
+    float x;
+    std::memcpy(&x, &low, sizeof(x));
+    return double{x};
+  };
+  auto& executor = cuda_on_cpu::Executor::get();
+  std::array<std::array<uint64_t, 32>, 3> lanes;
+  for (int i = 0; i < 3; ++i) {
+    const float* pair = i < 2 ? a + 2 * i : b;
+    lanes[i] = executor.meet({"mma_m16n8k8_tf32", file, line}, 0xFFFFFFFFu,
+                             cut(pair[0]) | cut(pair[1]) << 32);
+  }
+  const unsigned group = executor.lane() / 4, place = executor.lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = group + 8 * (i / 2), column = 2 * place + i % 2;
+    double sum = c[i];
+    for (unsigned k = 0; k < 8; ++k) {
+      const uint64_t of_a = lanes[k / 4][row % 8 * 4 + k % 4] >> (row < 8 ? 0 : 32);
+      const uint64_t of_b = lanes[2][column * 4 + k % 4] >> (k < 4 ? 0 : 32);
+      sum += back(of_a) * back(of_b);
+    }
+    c[i] = static_cast<float>(sum);
+    if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);
+  }
 }
 #undef PICNN_FAST_PLACE
 

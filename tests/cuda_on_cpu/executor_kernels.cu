@@ -2,6 +2,7 @@
 // Each extern "C" function returns the error of the launch, or an empty string.
 
 #include "launch.h"
+#include "matrix_units.h"
 
 namespace {
 
@@ -98,13 +99,34 @@ __global__ void asserts(int limit) {
   PICNN_FAST_DEVICE_ASSERT(static_cast<int>(threadIdx.x) < limit);
 }
 
+// c [16, 8] = a [16, 8] times b [8, 8], the elements handed to the lanes that hold them.
+__global__ void matrix_units(const float* a, const float* b, float* c) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const float of_a[4] = {a[8 * g + t], a[8 * (g + 8) + t], a[8 * g + t + 4],
+                         a[8 * (g + 8) + t + 4]};
+  const float of_b[2] = {b[8 * t + g], b[8 * (t + 4) + g]};
+  float of_c[4] = {0, 0, 0, 0};
+  picnn_fast::multiply_tiles(of_c, of_a, of_b);
+  for (int e = 0; e < 4; ++e) c[8 * (g + e / 2 * 8) + 2 * t + e % 2] = of_c[e];
+}
+
+// out [part, number]: the two parts of each number and whether it may be split.
+__global__ void split_numbers(const float* x, float* out) {
+  const int n = blockDim.x, i = threadIdx.x;
+  const picnn_fast::Split parts = picnn_fast::split(x[i]);
+  out[i] = parts.high;
+  out[n + i] = parts.low;
+  out[2 * n + i] = picnn_fast::splits(x[i]) ? 1.0f : 0.0f;
+}
+
 std::string message;
 
 template <typename Body>
-const char* run(unsigned blocks, unsigned threads, size_t shared, const Body& body) {
+const char* run(unsigned blocks, unsigned threads, size_t shared, const Body& body,
+                size_t shared_limit = cuda_on_cpu::kSharedLimit) {
   message.clear();
   try {
-    cuda_on_cpu::launch(dim3(blocks), dim3(threads), shared, body);
+    cuda_on_cpu::launch(dim3(blocks), dim3(threads), shared, body, shared_limit);
   } catch (const std::exception& error) {
     message = error.what();
   }
@@ -146,5 +168,14 @@ const char* run_asserts(int limit) {
 }
 const char* run_block_of(int threads, int shared) {
   return run(1, threads, shared, [] {});
+}
+const char* run_unwritten_shared_of(float* out, int bytes, int limit) {
+  return run(2, 1, bytes, [=] { unwritten_shared(out); }, limit);
+}
+const char* run_matrix_units(const float* a, const float* b, float* c) {
+  return run(1, 32, 0, [=] { matrix_units(a, b, c); });
+}
+const char* run_split_numbers(const float* x, int count, float* out) {
+  return run(1, count, 0, [=] { split_numbers(x, out); });
 }
 }

@@ -129,6 +129,49 @@ def test_launches_a_gpu_would_refuse_are_refused(
     assert run(kernels, "block_of", threads, shared).startswith("cuda_on_cpu: ")
 
 
+def test_shared_memory_is_granted_as_far_as_asked_for(kernels: ctypes.CDLL) -> None:
+    out = np.zeros(2, np.float32)
+    assert run(kernels, "unwritten_shared_of", out, 227 << 10, 227 << 10) == ""
+    assert np.isnan(out).all()
+    assert "232449 bytes" in run(kernels, "unwritten_shared_of", out, 232449, 232448)
+
+
+def cut(x: np.ndarray) -> np.ndarray:
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_matrix_units_multiply_what_ten_bits_hold(kernels: ctypes.CDLL, order: str) -> None:
+    generator = np.random.default_rng(0)
+    a = generator.standard_normal((16, 8), np.float32)
+    b = generator.standard_normal((8, 8), np.float32)
+    c = np.full((16, 8), np.nan, np.float32)
+    assert run(kernels, "matrix_units", a, b, c) == ""
+    expected = cut(a).astype(np.float64) @ cut(b).astype(np.float64)
+    nearest = expected.astype(np.float32)
+    below = np.where(
+        np.abs(nearest) > np.abs(expected), np.nextafter(nearest, np.float32(0)), nearest
+    )
+    np.testing.assert_array_equal(c, below)
+    assert np.abs(c - a @ b).max() > 1e-5  # the rest of the mantissas is lost
+
+
+def test_numbers_split_into_two_of_ten_bits(kernels: ctypes.CDLL) -> None:
+    generator = np.random.default_rng(0)
+    x = (generator.standard_normal(1024) * 10.0 ** generator.uniform(-25, 37, 1024)).astype(
+        np.float32
+    )
+    x[:8] = 0, -0.0, 1, -1, 1e38, np.inf, -np.inf, np.nan
+    out = np.full((3, len(x)), np.nan, np.float32)
+    assert run(kernels, "split_numbers", x, len(x), out) == ""
+    high, low, splits = out
+    assert splits.tolist() == [float(abs(value) <= 1e38) for value in x.tolist()]
+    high, low, x = (part[splits == 1] for part in (high, low, x))
+    for part in (high, low):
+        np.testing.assert_array_equal(part, cut(part))
+    rest = np.abs(x.astype(np.float64) - high - low)
+    assert (rest <= 2.0**-22 * np.abs(x)).all()
+
+
 def test_an_unknown_order_is_refused(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", "sideways")
     assert "want forward, reversed or shuffled:SEED" in run(kernels, "block_of", 1, 0)
