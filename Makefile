@@ -27,6 +27,8 @@ bench: $(VENV)/.built ## measure, and write benchmarks/results
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.mutual_information
 	$(BIN)/python -m benchmarks.bias
+	$(BIN)/python -m benchmarks.filter_loss
+	$(BIN)/python -m benchmarks.parts
 
 gpu: ## with PYTHON's own packages (torch, pytest …): build, parity and benchmarks on a GPU
 	PICNN_FAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace

@@ -133,6 +133,7 @@ def training_step(
         steps[name] = step
     times = interleaved(steps, rounds, device)
     return {
+        "method": method,
         "backbone": backbone,
         "images": [batch, 3, size, size],
         "precision": "bfloat16 autocast" if device.type == "cuda" else "float32",
@@ -222,3 +223,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def step_table(step: dict[str, Any]) -> str:
+    """What ``training_step`` measured, as a Markdown table."""
+    method = step["method"]
+    row = [
+        f"{step['backbone']} {step['images']} {step['precision']}",
+        f"{step['milliseconds']['std']['median']:.1f} ms",
+        f"{step['milliseconds'][method]['median']:.1f} ms",
+        f"{step['overhead']:+.2%}",
+    ]
+    return table(["training step", "STD", method.upper(), "overhead"], [row])

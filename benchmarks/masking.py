@@ -329,20 +329,7 @@ def report(results: dict[str, Any]) -> str:
         "speed-up of the parts",
     ]
     parts.append(harness.table(header, rows))
-    step = results["step"]
-    parts.append(
-        harness.table(
-            ["training step", "STD", "PICNN", "overhead"],
-            [
-                [
-                    f"{step['backbone']} {step['images']} {step['precision']}",
-                    f"{step['milliseconds']['std']['median']:.1f} ms",
-                    f"{step['milliseconds']['picnn']['median']:.1f} ms",
-                    f"{step['overhead']:+.2%}",
-                ]
-            ],
-        )
-    )
+    parts.append(harness.step_table(results["step"]))
     return "\n\n".join(parts)
 
 

@@ -38,7 +38,14 @@ from picnn_fast.training.run import (
 NAME = "parts"
 SEEDS = (0, 1, 2)
 TEMPLATES = ("l1", "l2", "uniform-l1", "uniform-l2")
-ESTIMATORS = ("batch", "running", "target")
+# Estimator of the gradient, weight of the filter loss, templates.
+LOSSES = (
+    ("batch", 0.003, TEMPLATES),
+    ("running", 0.003, ("l1", "l2")),
+    ("running", 0.0003, ("l1", "l2")),
+    ("target", 0.003, ("l1", "l2")),
+    ("target", 0.0003, ("l1", "l2")),
+)
 CONFIG = TrainConfig(
     data="part-animals",
     image_size=64,
@@ -52,20 +59,21 @@ CONFIG = TrainConfig(
     # Activations after batch norm are about 1, not tens as in the paper's networks: with the
     # paper's tau, 0.008 here, every exp(s) is 1 and the loss does nothing.
     tau=0.1,
-    filter_loss_weight=0.003,
 )
 FIGURES = ("acc1", "location_instability", "part_interpretability", "mis", "epochs")
 
 
 def networks() -> dict[str, TrainConfig]:
-    """Name to options: "std", "mask l1" …, "l1 batch" …"""
-    icnn = dataclasses.replace(CONFIG, method="icnn")
+    """Name to options: "std", "mask l1" …, "l1 batch 0.003" …"""
+    icnn = dataclasses.replace(CONFIG, method="icnn", filter_loss_weight=0.0)
     options = {"std": dataclasses.replace(CONFIG, method="std")}
     for template in TEMPLATES:
-        one = dataclasses.replace(icnn, template=template)
-        options[f"mask {template}"] = dataclasses.replace(one, filter_loss_weight=0.0)
-        for estimator in ESTIMATORS:
-            options[f"{template} {estimator}"] = dataclasses.replace(one, estimator=estimator)
+        options[f"mask {template}"] = dataclasses.replace(icnn, template=template)
+    for estimator, weight, templates in LOSSES:
+        for template in templates:
+            options[f"{template} {estimator} {weight:g}"] = dataclasses.replace(
+                icnn, template=template, estimator=estimator, filter_loss_weight=weight
+            )
     return options
 
 
@@ -95,7 +103,11 @@ def measure(
                 jobs[pool.submit(_run, job)] = (name, seed)
         for count, job in enumerate(as_completed(jobs), 1):
             name, seed = jobs[job]
-            runs.append({"network": name, "seed": seed, **job.result()})
+            try:
+                runs.append({"network": name, "seed": seed, **job.result()})
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             print(f"  {count} of {len(jobs)}: {name}, seed {seed}", file=sys.stderr, flush=True)
     runs.sort(key=lambda run: (run["seed"], list(configs).index(run["network"])))
     return {"runs": runs}
@@ -108,10 +120,10 @@ def report(results: dict[str, Any]) -> str:
         runs = [run for run in results["runs"] if run["network"] == name]
         means = {key: statistics.fmean(run[key] for run in runs) for key in FIGURES}
         spread = [run["location_instability"] for run in runs]
-        kind, _, detail = name.partition(" ")
-        title = {"std": "CNN", "mask": f"mask layers alone, {detail}"}.get(
-            kind, f"ICNN, {kind}, *{detail}*"
-        )
+        kind, *detail = name.split()
+        title = "CNN" if kind == "std" else f"mask layers alone, {detail[0]}"
+        if len(detail) == 2:
+            title = f"ICNN, {kind}, *{detail[0]}*, {detail[1]}"
         rows.append(
             [
                 title,
@@ -124,7 +136,7 @@ def report(results: dict[str, Any]) -> str:
             ]
         )
     header = [
-        "network, template, *estimator*",
+        "network, template, *estimator*, weight",
         "accuracy",
         "location instability",
         "by seed",
@@ -150,7 +162,7 @@ def draw(output: Path, folder: Path) -> None:
         for norm in norms
     }
     plot_template_gallery(gallery, folder / "templates.png")
-    for name in ("std", "l1 batch"):
+    for name in ("std", "l1 batch 0.003"):
         title = "icnn" if name != "std" else name
         network, config, _ = load_checkpoint(
             output / f"{name.replace(' ', '-')}-{SEEDS[0]}" / CHECKPOINT
@@ -193,7 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.smoke:
         short = {"image_size": 16, "epochs": 1, "num_filters": 8}
         pair = {
-            name: dataclasses.replace(networks()[name], **short) for name in ("std", "l1 running")
+            name: dataclasses.replace(networks()[name], **short)
+            for name in ("std", "l1 running 0.003")
         }
         print(report(measure(pair, (0,), output, 1)))
         return

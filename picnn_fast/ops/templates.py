@@ -111,13 +111,14 @@ class PartTemplate:
         norm = 1 if self.norm == "l1" else 2
         n = max(height, width)
         if self.profile == "gradient":
-            slope = (4.0 if self.beta is None else self.beta) / n
+            # At 2 all but the peak is -1 already; more would overflow float32.
+            slope = min((4.0 if self.beta is None else self.beta) / n, 2.0)
             return None, reference.GRADIENT, norm, slope, 0
         if self.profile == "uniform":
             gamma = 2.0 if self.gamma is None else self.gamma
             radius = gamma * n / (2.0 if self.beta is None else self.beta)
-            # Beyond every distance there is: the same as none.
-            limit = math.ceil(min(radius**norm, 2.0**31 - 1))
+            # Beyond every distance there is, all radii are alike.
+            limit = math.ceil(min(min(radius, 2.0**16) ** norm, 2.0**31 - 1))
             return None, reference.UNIFORM, norm, 0.0, limit
         return self._custom(height, width, like), reference.TABLE, norm, 0.0, 0
 

@@ -34,7 +34,9 @@ def _templates(
 
 def _responses(x: Tensor, templates: Tensor) -> Tensor:
     """s ``[B, N, P + 1]``."""
-    return x.flatten(2).to(templates.dtype) @ templates.T
+    # Autocast would lower the product.
+    with torch.autocast(x.device.type, enabled=False):
+        return x.flatten(2).to(templates.dtype) @ templates.T
 
 
 def batch_terms(responses: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,8 @@ def _gradient(x: Tensor, weights: Tensor, templates: Tensor, with_grad: bool) ->
     if not with_grad:
         return weights.new_empty(0)
     grad = torch.empty_like(x, dtype=weights.dtype)
-    return grad.copy_((weights @ templates).view(x.shape))
+    with torch.autocast(x.device.type, enabled=False):
+        return grad.copy_((weights @ templates).view(x.shape))
 
 
 def filter_loss(

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import bias, gpu, harness, masking, mutual_information
+from benchmarks import bias, filter_loss, gpu, harness, masking, mutual_information
 
 
 def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
@@ -27,6 +27,8 @@ def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
         "peak memory",
         "histogram_update",
         "soft_histogram, forward",
+        "template_mask, forward",
+        "filter_loss, forward",
     ):
         assert title in printed
     assert not list(tmp_path.iterdir())
@@ -98,7 +100,7 @@ RESULTS = harness.RESULTS
 README = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("family", [masking, mutual_information])
+@pytest.mark.parametrize("family", [masking, mutual_information, filter_loss])
 def test_the_readme_shows_the_committed_measurements(family: ModuleType) -> None:
     paths = sorted(RESULTS.glob(f"{family.__name__.rpartition('.')[2]}-*.json"))
     assert paths

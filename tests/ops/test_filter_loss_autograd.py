@@ -1,0 +1,236 @@
+"""Filter loss under autograd, torch.compile, autocast and opcheck, on every backend."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from picnn_fast import PartTemplate
+from picnn_fast.functional import filter_loss
+from picnn_fast.ops.filter_loss import FilterLossState
+from picnn_fast.reference import filter_loss as reference
+from tests.conftest import Backend
+from tests.ops.test_masking_autograd import OPCHECKS
+from tests.reference.test_filter_loss import TEMPLATES, all_templates, of_filter, running_loss
+
+SHAPE = (3, 2, 3, 4)
+ESTIMATORS = ("batch", "running", "target")
+
+
+def leaf(
+    device: torch.device, dtype: torch.dtype = torch.float64, layout: str = "contiguous"
+) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(SHAPE, generator=generator, dtype=torch.float64) + 0.5).relu() * 20
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x.to(device, dtype).requires_grad_()
+
+
+def options(estimator: str, x: Tensor) -> dict:
+    """A state that has seen something, and categories."""
+    if estimator == "batch":
+        return {}
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    state = FilterLossState.empty(*SHAPE[1:], momentum=0.25, dtype=dtype, device=x.device)
+    state.log_mean.copy_(torch.linspace(-1, 1, state.log_mean.numel()).view_as(state.log_mean))
+    state.log_ratio.copy_(torch.tensor([0.3, 0.1]))
+    if estimator == "running":
+        return {"estimator": estimator, "state": state}
+    labels = torch.tensor([0, 1, 1], device=x.device)
+    mine = torch.tensor([1, 0], device=x.device)
+    return {"estimator": estimator, "state": state, "labels": labels, "filter_category": mine}
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck_over_the_batch(backend: Backend, name, layout):
+    x = leaf(backend.device, layout=layout)
+    assert gradcheck(lambda t: filter_loss(t, TEMPLATES[name]), x, fast_mode=backend.slow)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_gradient_over_the_batch_is_that_of_the_definition(backend: Backend, name):
+    x = leaf(backend.device)
+    template = TEMPLATES[name]
+    weight = torch.tensor([1.0, -2.5], dtype=torch.float64, device=x.device)
+    loss = filter_loss(x, template)
+    (grad,) = torch.autograd.grad(loss, x, weight)
+
+    exact = x.detach().cpu().requires_grad_()
+    arguments = (*template.arguments(3, 4, exact), template.tau_for(3, 4))
+    want = reference.definition(exact, *arguments)
+    (expected,) = torch.autograd.grad(want, exact, weight.cpu())
+    assert expected.any()
+    torch.testing.assert_close(loss.detach().cpu(), want.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(grad.cpu(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["running", "target"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_running_gradients_are_their_formulas(backend: Backend, estimator, name):
+    x = leaf(backend.device)
+    given = options(estimator, x)
+    state = given["state"]
+    before = state.log_mean.tolist(), state.log_ratio.tolist()
+    loss = filter_loss(x, TEMPLATES[name], **given)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+
+    rows = all_templates(TEMPLATES[name], 3, 4)
+    for i in range(2):
+        maps = of_filter(x.detach().cpu(), i)
+        assigned = None
+        if estimator == "target":
+            # T of the peak where the image is of the filter's category, else the negative one.
+            assigned = [
+                row.index(max(row)) if label == mine else 12
+                for row, label, mine in zip(maps, [0, 1, 1], [[1, 0][i]] * 3, strict=True)
+            ]
+        want = running_loss(maps, rows, before[0][i], before[1][i], 0.25, assigned)
+        got = (loss[i], grad[:, i].flatten(1), state.log_mean[i], state.log_ratio[i])
+        for one, two in zip(got, want, strict=True):
+            expected = torch.tensor(two, dtype=torch.float64).view(one.shape)
+            torch.testing.assert_close(one.detach().cpu(), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_without_categories_every_image_is_of_every_filter(backend: Backend):
+    x = leaf(backend.device)
+    losses = []
+    for categories in (
+        {},
+        {
+            "labels": torch.zeros(3, dtype=torch.int64, device=x.device),
+            "filter_category": torch.zeros(2, dtype=torch.int64, device=x.device),
+        },
+    ):
+        state = options("running", x)["state"]
+        losses.append(filter_loss(x, PartTemplate(), estimator="target", state=state, **categories))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_gradient_may_be_asked_for_twice_but_not_differentiated(backend: Backend, estimator):
+    x = leaf(backend.device)
+    loss = filter_loss(x, PartTemplate(), **options(estimator, x))
+    (first,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+    (double,) = torch.autograd.grad(2 * loss.sum(), x, retain_graph=True)
+    torch.testing.assert_close(double, 2 * first)
+    (again,) = torch.autograd.grad(loss.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        again.sum().backward()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_no_gradient_is_computed_unless_it_is_asked_for(backend: Backend, estimator):
+    x = leaf(backend.device)
+    expected = filter_loss(x, PartTemplate(), **options(estimator, x))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = filter_loss(x, PartTemplate(), **options(estimator, x))
+            assert not loss.requires_grad
+            torch.testing.assert_close(loss, expected)
+    loss = filter_loss(x.detach(), PartTemplate(), **options(estimator, x))
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected)
+    template = PartTemplate()
+    arguments = (*template.arguments(3, 4, x), template.tau_for(3, 4))
+    for with_grad, count in ((False, 0), (True, x.numel())):
+        grad = torch.ops.picnn_fast.filter_loss(x.detach(), *arguments, with_grad)[1]
+        assert grad.numel() == count
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_accumulate_in_float32(backend: Backend, estimator, dtype):
+    x = leaf(backend.device, dtype)
+    wide = x.detach().float().requires_grad_()
+    losses = [filter_loss(t, PartTemplate("l2"), **options(estimator, t)) for t in (x, wide)]
+    assert losses[0].dtype == torch.float32
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
+    grads = [
+        torch.autograd.grad(loss.sum(), t)[0] for loss, t in zip(losses, (x, wide), strict=True)
+    ]
+    assert grads[0].dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(grads[0].float(), grads[1], rtol=eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_opcheck(backend: Backend, estimator, layout):
+    x = leaf(backend.device, torch.float32).detach()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.cat((x, x), 1)[:, 1:3]
+    template = TEMPLATES["no symmetry" if layout == "contiguous" else "l1"]
+    end = (*template.arguments(3, 4, x), template.tau_for(3, 4), True)
+    ops = torch.ops.picnn_fast
+    if estimator == "batch":
+        results = torch.library.opcheck(ops.filter_loss.default, (x.requires_grad_(), *end))
+    else:
+        state = options(estimator, x)["state"]
+        assigned = None if estimator == "running" else x.flatten(2).argmax(-1)
+        results = torch.library.opcheck(
+            ops.filter_loss_running.default,
+            (x.requires_grad_(), state.log_mean, state.log_ratio, 0.25, assigned, *end),
+        )
+    assert set(results) == OPCHECKS
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype, with_grad):
+    x = leaf(backend.device, dtype).detach()
+    state = options("running", x)["state"]
+    for shaped in (x, x[:0], x.contiguous(memory_format=torch.channels_last)):
+        arguments = (*TEMPLATES["l1"].arguments(3, 4, shaped), 0.01, with_grad)
+        running = (shaped, state.log_mean, state.log_ratio, 0.5, None, *arguments)
+        for operator, given in (
+            (torch.ops.picnn_fast.filter_loss, (shaped, *arguments)),
+            (torch.ops.picnn_fast.filter_loss_running, running),
+        ):
+            torch.library.opcheck(
+                operator.default, given, test_utils=("test_schema", "test_faketensor")
+            )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_compiles_into_one_graph(backend: Backend, estimator):
+    x = leaf(backend.device)
+
+    def loss(x: Tensor, **given: object) -> Tensor:
+        return filter_loss(x.sin() * 20, TEMPLATES["l2"], **given).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    states = [options(estimator, x), options(estimator, x)]
+    got, expected = compiled(x, **states[0]), loss(x, **states[1])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+    if estimator != "batch":
+        one, two = (given["state"] for given in states)
+        torch.testing.assert_close(one.log_mean, two.log_mean)
+        torch.testing.assert_close(one.log_ratio, two.log_ratio)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_autocast_leaves_the_sums_in_float32(backend: Backend, estimator):
+    x = leaf(backend.device, torch.float32)
+    expected = filter_loss(x, PartTemplate(), **options(estimator, x))
+    (want,) = torch.autograd.grad(expected.sum(), x)
+    with torch.autocast(backend.device.type, torch.bfloat16):
+        loss = filter_loss(x, PartTemplate(), **options(estimator, x))
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.dtype == grad.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, want)

@@ -1,0 +1,111 @@
+"""The reference's templates and masks against the paper's text in plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from picnn_fast import PartTemplate
+from picnn_fast.reference import templates
+
+
+def template_at(
+    mu: tuple[int, int], height: int, width: int, *, norm: str, beta: float
+) -> list[list[float]]:
+    """T_mu / tau of ICNN, section 3, at every position."""
+    n = max(height, width)
+
+    def distance(i: int, j: int) -> float:
+        di, dj = abs(i - mu[0]), abs(j - mu[1])
+        return di + dj if norm == "l1" else math.sqrt(di * di + dj * dj)
+
+    return [[max(1 - beta * distance(i, j) / n, -1) for j in range(width)] for i in range(height)]
+
+
+def first_peak(rows: list[list[float]]) -> tuple[int, int]:
+    """The first maximum in row-major order, NaN above all else."""
+    best, peak = -math.inf, (0, 0)
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if math.isnan(value):
+                return i, j
+            if value > best:
+                best, peak = value, (i, j)
+    return peak
+
+
+sides = st.integers(1, 9)
+norms = st.sampled_from(["l1", "l2"])
+values = st.floats(-8, 8, width=16)
+
+
+@given(sides, sides, norms, st.sampled_from([0.5, 2.0, 4.0]))
+def test_the_matrix_of_templates_holds_each_of_them(height, width, norm, beta):
+    template = PartTemplate(norm, beta=beta)
+    arguments = template.arguments(height, width, torch.empty(0, dtype=torch.float64))
+    table = templates.offset_table(*arguments, height, width, torch.float64, torch.device("cpu"))
+    matrix = templates.template_matrix(table, height, width)
+    assert matrix.shape == (height * width, height * width)
+    for mu in range(height * width):
+        want = template_at(divmod(mu, width), height, width, norm=norm, beta=beta)
+        torch.testing.assert_close(
+            matrix[mu].view(height, width), torch.tensor(want, dtype=torch.float64)
+        )
+
+
+def test_a_table_is_read_at_the_offset_from_the_peak():
+    height, width = 3, 4
+    table = torch.arange(5.0 * 7).view(5, 7)
+    matrix = templates.template_matrix(table, height, width)
+    for mu in range(12):
+        for position in range(12):
+            di = position // width - mu // width
+            dj = position % width - mu % width
+            assert matrix[mu, position] == table[di + height - 1, dj + width - 1]
+
+
+@given(st.data(), sides, sides, norms, st.sampled_from([1.5, 4.0]), st.sampled_from([1.0, 0.25]))
+def test_a_map_is_multiplied_by_the_positive_part_at_its_peak(
+    data, height, width, norm, beta, scale
+):
+    rows = data.draw(
+        st.lists(st.lists(values, min_size=width, max_size=width), min_size=height, max_size=height)
+    )
+    x = torch.tensor(rows, dtype=torch.float64).view(1, 1, height, width)
+    arguments = PartTemplate(norm, beta=beta).arguments(height, width, x)
+    masked, peak = templates.template_mask(x, *arguments, scale)
+    mu = first_peak(rows)
+    assert divmod(peak.item(), width) == mu
+    template = template_at(mu, height, width, norm=norm, beta=beta)
+    want = [
+        [value * scale * max(t, 0) for value, t in zip(row, line, strict=True)]
+        for row, line in zip(rows, template, strict=True)
+    ]
+    torch.testing.assert_close(masked[0, 0], torch.tensor(want, dtype=torch.float64))
+    back = templates.template_mask_backward(x, peak, *arguments, scale)
+    assert torch.equal(back, masked)
+
+
+def test_the_peak_is_the_first_maximum_and_nan_is_above_all():
+    nan, inf = math.nan, math.inf
+    for rows in (
+        [[1.0, 3.0], [3.0, 2.0]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        [[-inf, -inf], [-inf, -inf]],
+        [[inf, 1.0], [nan, nan]],
+        [[-inf, 1.0], [inf, inf]],
+    ):
+        x = torch.tensor(rows).view(1, 1, 2, 2)
+        _, peak = templates.template_mask(x, None, templates.GRADIENT, 1, 2.0, 0, 1.0)
+        assert divmod(peak.item(), 2) == first_peak(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_masks_keep_type_and_layout(dtype):
+    x = torch.rand(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    masked, peak = templates.template_mask(x, None, templates.GRADIENT, 1, 0.5, 0, 1.0)
+    assert masked.dtype == dtype
+    assert masked.stride() == x.stride()
+    assert (peak.dtype, peak.shape) == (torch.int64, (2, 3))
