@@ -41,10 +41,8 @@ TEMPLATES = ("l1", "l2", "uniform-l1", "uniform-l2")
 # Estimator of the gradient, weight of the filter loss, templates.
 LOSSES = (
     ("batch", 0.003, TEMPLATES),
-    ("running", 0.003, ("l1", "l2")),
     ("running", 0.0003, ("l1", "l2")),
     ("target", 0.003, ("l1", "l2")),
-    ("target", 0.0003, ("l1", "l2")),
 )
 CONFIG = TrainConfig(
     data="part-animals",
@@ -54,6 +52,7 @@ CONFIG = TrainConfig(
     epochs=12,
     batch_size=32,
     lr=2e-3,
+    warmup_epochs=2,
     weight_decay=0.05,
     accelerator="cpu",
     # Activations after batch norm are about 1, not tens as in the paper's networks: with the

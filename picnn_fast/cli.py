@@ -239,14 +239,14 @@ def _print_table(metrics: dict[str, dict[str, float]], title: str) -> None:
         table.add_column(f"{name}\n{meaning}", justify="right")
     keys = ["acc1", "acc2", "acc3", "mis"]
     for key, heading in (
-        ("location_instability", "location\ninstability"),
-        ("part_interpretability", "part inter-\npretability"),
+        ("location_instability", "location\ninstab."),
+        ("part_interpretability", "part\ninterpr."),
     ):
         if any(key in values for values in metrics.values()):
             keys.append(key)
             table.add_column(heading, justify="right")
     for name, values in metrics.items():
-        figures = (f"{values[key]:.3f}" for key in keys)
+        figures = (f"{values[key]:.3f}" if key in values else "-" for key in keys)
         table.add_row(name.upper() if name in ("std", "picnn", "icnn") else name, *figures)
     Console().print(table)
 

@@ -498,7 +498,7 @@ def filter_loss(
 
     Returns:
         ``[N]``, float64 for float64 maps, else float32. 0 for an empty batch; NaN for a filter with
-        a value that is not finite.
+        a value that is not finite, or values whose sum over a map overflows float32.
 
     Raises:
         TypeError: unsupported dtype; a template or state that is none.

@@ -137,8 +137,7 @@ class FilterLoss(nn.Module):
     """The filter loss of Interpretable CNNs with what its estimators remember.
 
     See ``functional.filter_loss``. The running estimates are buffers, saved with the model, made
-    for the size of the first maps (``torch.compile(fullgraph=True)`` wants a first call before);
-    evaluation mode uses them without renewing them.
+    for the size of the first maps and bound to it; evaluation mode uses them without renewing them.
 
     Args:
         template: see ``PartTemplate``.
@@ -177,11 +176,9 @@ class FilterLoss(nn.Module):
         self.num_filters = checks.integer("num_filters", num_filters, 1)
         self.estimator = checks.one_of("estimator", estimator, ESTIMATORS)
         self.momentum = momentum
-        # No template yet: the size of the maps is not known. The check is the state's own.
-        empty = functional.FilterLossState(
-            torch.empty(num_filters, 0), torch.full((num_filters,), -math.inf), momentum
-        )
-        self.register_buffer("log_mean", empty.log_mean)
+        empty = functional.FilterLossState.empty(num_filters, 1, 1, momentum=momentum)
+        # No template yet: the size of the maps is not known.
+        self.register_buffer("log_mean", empty.log_mean[:, :0])
         self.register_buffer("log_ratio", empty.log_ratio)
 
     def forward(
@@ -201,9 +198,15 @@ class FilterLoss(nn.Module):
         )
 
     def _state(self, x: Tensor) -> functional.FilterLossState:
-        if self.log_mean.shape[1] == 0 and x.ndim == 4:
-            # In place: DistributedDataParallel broadcasts the tensors it found at its start.
-            self.log_mean.resize_(self.num_filters, x.shape[2] * x.shape[3] + 1).fill_(-math.inf)
+        # Single precision at least, whatever ``half()`` made of the buffers.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.log_mean.shape[1] == 0 and x.ndim == 4 and x.shape[2:].numel() > 0:
+            first = functional.FilterLossState.empty(
+                self.num_filters, *x.shape[2:], dtype=dtype, device=x.device
+            )
+            self.log_mean, self.log_ratio = first.log_mean, first.log_ratio
+        elif self.log_mean.dtype != dtype:
+            self.log_mean, self.log_ratio = self.log_mean.to(dtype), self.log_ratio.to(dtype)
         log_mean, log_ratio = self.log_mean, self.log_ratio
         if not self.training:
             log_mean, log_ratio = log_mean.clone(), log_ratio.clone()
@@ -211,8 +214,8 @@ class FilterLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         saved = state_dict.get(f"{prefix}log_mean")
-        if saved is not None and saved.ndim == 2:
-            self.log_mean.resize_(self.num_filters, saved.shape[1])
+        if saved is not None and saved.ndim == 2 and len(saved) == self.num_filters:
+            self.log_mean = self.log_mean.new_full(saved.shape, -math.inf)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:

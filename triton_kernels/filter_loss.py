@@ -443,7 +443,8 @@ def filter_loss_running(
     B, N, height, width = x.shape
     if B == 0:
         grad = torch.empty_like(x, dtype=dtype) if with_grad else x.new_empty(0, dtype=dtype)
-        return x.new_zeros(N, dtype=dtype), grad, log_mean.clone(), log_ratio.clone()
+        old = [t.clone(memory_format=torch.contiguous_format) for t in (log_mean, log_ratio)]
+        return x.new_zeros(N, dtype=dtype), grad, old[0], old[1]
     count = height * width + 1
     arguments = _arguments(x, table, profile, norm, slope, limit, tau)
     in_batch = _columns(arguments, dtype) - math.log(B)

@@ -1,8 +1,8 @@
 // CPU operators of the filter loss. picnn_fast/reference/filter_loss.py is the definition.
 //
 // A thread works on whole filters: the responses of all samples to all templates, their statistics
-// and the gradient by the same templates stay in its cache. Both products read the templates'
-// values by offset (template_panels.h), the maps where they are.
+// and the gradient by the same templates stay in its cache at usual sizes. Both products read the
+// templates' values by offset (template_panels.h), the maps where they are.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -104,7 +104,7 @@ struct Outputs {
 // What both forms have in common.
 Outputs prepare(FilterLoss& f, const Tensor& x, double tau, bool with_grad) {
   STD_TORCH_CHECK(x.dim() == 4, "x: want maps [B, N, h, w]");
-  f.shape = shape_of_maps(x);
+  f.shape = shape_of_maps(x, "x");
   const ScalarType type = accumulate_type(x);
   // Of an empty batch the loss is 0.
   Tensor loss = f.shape.batch == 0 ? torch::stable::new_zeros(x, {f.shape.filters}, type)

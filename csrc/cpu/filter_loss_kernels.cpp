@@ -181,7 +181,7 @@ void product(const Product<A>& p, int64_t rows) {
 // Elementwise functions of responses, and their statistics
 // -----------------------------------------
 
-// exp(x) within 1.3 ulp; 0 below the least normal number. NaN stays.
+// exp(x) within 1.3 ulp; 0 below e^-87, infinity above e^88. NaN stays.
 PICNN_FAST_HD float exponential(float x) {
   constexpr float kLeast = -87.0f, kMost = 88.0f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves whole numbers
@@ -205,7 +205,7 @@ PICNN_FAST_HD float exponential(float x) {
 }
 PICNN_FAST_HD double exponential(double x) { return std::exp(x); }
 
-// The sum of a row of whole vectors.
+// The sum of a row.
 template <typename A>
 PICNN_FAST_HD A row_sum(const A* row, int64_t count) {
   Vector<A> sums = {};

@@ -3,9 +3,9 @@
 #include <cstdint>
 
 #include "../common/macros.h"
-#include "masking_kernels.h"
 #include "storage.h"
 #include "templates_kernels.h"
+#include "units.h"
 
 // The loops of the filter loss, compiled once for each instruction set (filter_loss_kernels.cpp).
 namespace picnn_fast {

@@ -11,6 +11,7 @@
 #include "../common/spatial.h"
 #include "../common/stable.h"
 #include "capability.h"
+#include "maps.h"
 #include "masking_kernels.h"
 #include "tensors.h"
 
@@ -28,15 +29,6 @@ bool is_double(const Tensor& t, const char* name) {
   return wide;
 }
 
-MapsShape maps_shape(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() >= 2, name, ": want [batch, filters, *spatial]");
-  return {t.size(0), t.size(1), positions(t)};
-}
-
-Strides strides(const Tensor& t, const char* name) {
-  return {t.stride(0), t.stride(1), position_stride(t, name)};
-}
-
 void check_like(const Tensor& t, const char* name, const Tensor& features) {
   bool same = t.dim() == features.dim();
   for (int64_t d = 0; same && d < t.dim(); ++d) {
@@ -45,43 +37,24 @@ void check_like(const Tensor& t, const char* name, const Tensor& features) {
   STD_TORCH_CHECK(same, name, ": want the shape of features");
 }
 
-template <typename F>
-void parallel_units(const MapsShape& shape, const Units& units, const F& run) {
-  const int64_t elements = std::max<int64_t>(1, units.filters * shape.positions);
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / elements);
-  torch::stable::parallel_for(0, units.count, grain, run);
-}
-
-Units units_of(const MapsShape& shape) {
-  return masking_units(shape, torch::stable::get_num_threads());
-}
-
-// Whether an output is so large that little of it would still be cached when it is read: then
-// streaming saves more than the later reads cost. (What the system reports as the size of the last
-// level is useless on a shared host.)
-bool exceeds_cache(const Tensor& t) {
-  constexpr int64_t kThreshold = 8 << 20;
-  return t.numel() * static_cast<int64_t>(t.element_size()) > kThreshold;
-}
-
 ScaleMaps scaling(const Tensor& features, const Tensor& mask, const int64_t* labels,
                   const Tensor& masked) {
-  const MapsShape shape = maps_shape(features, "features");
+  const MapsShape shape = shape_of_maps(features, "features");
   return {shape,
-          units_of(shape),
+          units_of(shape, torch::stable::get_num_threads()),
           features.const_data_ptr(),
-          strides(features, "features"),
+          strides_of_maps(features, "features"),
           mask.const_data_ptr(),
           labels,
           masked.mutable_data_ptr(),
-          strides(masked, "masked"),
+          strides_of_maps(masked, "masked"),
           exceeds_cache(masked)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const Tensor& logits,
                                                   const Tensor& correspondence, const Tensor& seed,
                                                   int64_t rank) {
-  const MapsShape shape = maps_shape(features, "features");
+  const MapsShape shape = shape_of_maps(features, "features");
   const Storage type = storage(features, "features");
   STD_TORCH_CHECK(logits.dim() == 2, "logits: want [batch, classes]");
   const int64_t classes = logits.size(1);
@@ -138,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
 }
 
 Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labels) {
-  const MapsShape shape = maps_shape(features, "features");
+  const MapsShape shape = shape_of_maps(features, "features");
   const Storage type = storage(features, "features");
   STD_TORCH_CHECK(gate.dim() == 2, "gate: want [classes, filters]");
   STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
@@ -158,7 +131,7 @@ Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labe
 
 std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Tensor& features,
                                             const Tensor& mask) {
-  const MapsShape shape = maps_shape(features, "features");
+  const MapsShape shape = shape_of_maps(features, "features");
   const Storage type = storage(features, "features");
   check_like(grad_masked, "grad_masked", features);
   check_shape(mask, "mask", {shape.batch, shape.filters});
@@ -171,14 +144,14 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   Tensor grad_mask =
       torch::stable::new_empty(mask, {shape.batch, shape.filters}, accumulate_type(features));
   const MaskingBackward arguments{shape,
-                                  units_of(shape),
+                                  units_of(shape, torch::stable::get_num_threads()),
                                   grad_masked.const_data_ptr(),
-                                  strides(grad_masked, "grad_masked"),
+                                  strides_of_maps(grad_masked, "grad_masked"),
                                   features.const_data_ptr(),
-                                  strides(features, "features"),
+                                  strides_of_maps(features, "features"),
                                   rows.const_data_ptr(),
                                   grad_features.mutable_data_ptr(),
-                                  strides(grad_features, "grad_features"),
+                                  strides_of_maps(grad_features, "grad_features"),
                                   grad_mask.mutable_data_ptr(),
                                   exceeds_cache(grad_features)};
   const MaskingKernels& k = kernels();

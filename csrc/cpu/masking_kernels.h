@@ -3,36 +3,10 @@
 #include <cstdint>
 
 #include "storage.h"
+#include "units.h"
 
 // The loops of the masking family, compiled once for each instruction set (masking_kernels.cpp).
 namespace picnn_fast {
-
-struct Strides {
-  int64_t batch, filter, position;
-};
-
-struct MapsShape {
-  int64_t batch, filters, positions;
-};
-
-// Work is cut into units, a block of filters of one sample, so that any range of units can run on
-// any thread with the same result.
-struct Units {
-  int64_t filters;  // a block
-  int64_t blocks;   // a sample
-  int64_t count;    // in all
-};
-
-// Whole samples where there are enough of them: long sequential runs of memory in every layout.
-inline Units masking_units(const MapsShape& shape, int64_t threads) {
-  int64_t filters = shape.filters;
-  while (filters > 64 && shape.batch * ((shape.filters + filters - 1) / filters) < 4 * threads) {
-    filters = (filters / 2 + 15) / 16 * 16;
-  }
-  filters = filters < 1 ? 1 : filters;
-  const int64_t blocks = (shape.filters + filters - 1) / filters;
-  return {filters, blocks, shape.batch * blocks};
-}
 
 // Everything one call needs; rows of the mask are picked by label where labels are given.
 struct ScaleMaps {

@@ -33,11 +33,8 @@ void run(TemplateMask& s, const Template<A>& part, Storage type) {
   });
   s.masks = masks.data();
   const TemplatesKernels& kernels = PICNN_FAST_KERNELS_IN_USE(templates_kernels);
-  const int64_t elements = std::max<int64_t>(1, s.units.filters * s.shape.positions);
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / elements);
-  torch::stable::parallel_for(0, s.units.count, grain, [&](int64_t begin, int64_t end) {
-    kernels.mask(s, type, begin, end);
-  });
+  parallel_units(s.shape, s.units,
+                 [&](int64_t begin, int64_t end) { kernels.mask(s, type, begin, end); });
 }
 
 // Masks `x` into what is returned, by the peaks it finds or those it is given.
@@ -45,11 +42,9 @@ Tensor mask(const Tensor& x, const Tensor& peak, bool find_peak, const std::opti
             int64_t profile, int64_t norm, double slope, int64_t limit, double scale) {
   const Storage type = storage(x, "x");
   Tensor out = torch::stable::empty_like(x);
-  // Outputs beyond this size are hardly cached when they are read.
-  constexpr int64_t kLargeBytes = 8 << 20;
   TemplateMask s{};
-  s.shape = shape_of_maps(x);
-  s.units = masking_units(s.shape, torch::stable::get_num_threads());
+  s.shape = shape_of_maps(x, "x");
+  s.units = units_of(s.shape, torch::stable::get_num_threads());
   s.maps = x.const_data_ptr();
   s.maps_strides = strides_of_maps(x, "x");
   s.find_peak = find_peak;
@@ -57,7 +52,7 @@ Tensor mask(const Tensor& x, const Tensor& peak, bool find_peak, const std::opti
   s.scale = scale;
   s.out = out.mutable_data_ptr();
   s.out_strides = strides_of_maps(out, "masked");
-  s.stream = out.numel() * static_cast<int64_t>(out.element_size()) > kLargeBytes;
+  s.stream = exceeds_cache(out);
   if (type == Storage::kDouble) {
     run(s, read_template<double>(x, table, profile, norm, slope, limit), type);
   } else {
@@ -78,7 +73,7 @@ Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak,
                               const std::optional<Tensor>& table, int64_t profile, int64_t norm,
                               double slope, int64_t limit, double scale) {
   STD_TORCH_CHECK(grad_masked.dim() == 4, "grad_masked: want maps [B, N, h, w]");
-  const MapsShape shape = shape_of_maps(grad_masked);
+  const MapsShape shape = shape_of_maps(grad_masked, "grad_masked");
   check_shape(peak, "peak", {shape.batch, shape.filters});
   const int64_t count = shape.batch * shape.filters;
   const Tensor peaks = class_indices(torch::stable::view(torch::stable::contiguous(peak), {count}),

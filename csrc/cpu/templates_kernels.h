@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-#include "masking_kernels.h"
 #include "storage.h"
+#include "units.h"
 
 // The loops of the template family, compiled once for each instruction set (templates_kernels.cpp).
 namespace picnn_fast {

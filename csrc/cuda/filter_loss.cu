@@ -392,7 +392,7 @@ __device__ void multiply_in_place(const Resident<A>& shared, const Offsets& offs
   p.tiles = end - begin;
   for (int base = 0; base < B; base += strips * kStrip) {
     const int strip = base + warp / groups * kStrip;
-    const bool busy = warp / groups < strips && strip < B;
+    const bool busy = strip < B;
     A sum[2][kTiles][4] = {};
     if (busy) {
       p.set_rows(shared.matrix, stride, strip, B);
@@ -973,8 +973,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> running_filter_loss(
                         assigned->scalar_type() == ScalarType::Long,
                     "picnn_fast: assigned must be int64 [B, N]");
   }
-  const Tensor new_log_mean = torch::stable::empty_like(log_mean);
-  const Tensor new_log_ratio = torch::stable::empty_like(log_ratio);
+  const Tensor new_log_mean =
+      torch::stable::new_empty(log_mean, {log_mean.size(0), log_mean.size(1)});
+  const Tensor new_log_ratio = torch::stable::new_empty(log_ratio, {log_ratio.size(0)});
   const Results results =
       filter_loss(x, table, profile, norm, slope, limit, tau, with_grad, true, [&](auto& running) {
         using A = std::remove_reference_t<decltype(*running.new_log_mean)>;

@@ -122,16 +122,20 @@ def some(objects: Sequence[Photograph], split: str, where: Path) -> None:
         raise ValueError(f"split: got {split!r}, of which {where} holds no object that counts")
 
 
+class DamagedFileError(ValueError, OSError):
+    """A file of a data set that is there but cannot be read as what it should be."""
+
+
 @contextmanager
 def reading(path: Path, kind: str, download: str) -> Iterator[None]:
-    """An error of a parser becomes a ValueError that names the file."""
+    """An error of a parser becomes a DamagedFileError, which names the file."""
     need(path, download)
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(
+        raise DamagedFileError(
             f"{path} cannot be read as {kind} ({error}); it may be damaged, want {download}"
         ) from error
 

@@ -124,7 +124,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         While ``masks_late``, hooks on ``head`` itself do not run, hooks on its layers do.
     """
 
-    epoch = 1
+    epoch: int = 1
     correspondence_weight: Tensor | None
 
     def __init__(
@@ -278,7 +278,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         """The plain network to deploy, images to logits, without the interpretation pathway.
 
         It holds the same modules, not copies, under the same names ``features`` and ``head``:
-        its state dict loads into the same network built anywhere, without picnn_fast. Deepcopy it
+        its state dict loads into the same network built anywhere, without picnn_fast (but for the
+        mask layers of an ICNN, which belong to the network). Deepcopy it
         to keep training the original.
         """
         network = nn.Sequential()

@@ -78,6 +78,8 @@ class FilterCategories(nn.Module):
     def update(self, maps: Tensor, labels: Tensor) -> None:
         """Take in maps ``[B, N, h, w]`` and their labels ``[B]``."""
         labels = labels.to(torch.int64)
+        # Single precision at least, whatever ``half()`` made of the buffer: sums would overflow.
+        self.means = self.means.to(torch.promote_types(self.means.dtype, torch.float32))
         sums = maps.detach().sum((2, 3), dtype=self.means.dtype)
         total = torch.zeros_like(self.means).index_add_(0, labels, sums)
         ones = torch.ones_like(labels, dtype=total.dtype)[:, None]
@@ -108,6 +110,10 @@ class ICNN(InterpretableNetwork):
     The correspondence matrix is that of the filters' categories: P[c, i] = 1 where c is the
     category of filter i, else 0. ``class_mask`` keeps a class's own filters, so ACC2 and ACC3 are
     measured as for the other methods.
+
+    The paper's tau suits activations of tens, as in its networks. Where they are about 1, as after
+    batch norm, every exp(s) is 1 and the filter loss does next to nothing: give the template a tau
+    of 0.1 or so. "running" and "target" are bound to the size of the first images.
 
     Args:
         features: images to the maps of the top convolution after its activation.
@@ -154,6 +160,8 @@ class ICNN(InterpretableNetwork):
         torch.Size([8])
     """
 
+    _weight: Tensor
+
     def __init__(
         self,
         features: nn.Module,
@@ -165,7 +173,7 @@ class ICNN(InterpretableNetwork):
         template: PartTemplate | None = None,
         estimator: Literal["batch", "running", "target"] = "batch",
         task: Literal["softmax", "logistic", "single"] = "softmax",
-        filter_loss_weight: float = 0.1,
+        filter_loss_weight: float = 0.003,
         momentum: float = 0.1,
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
@@ -178,6 +186,8 @@ class ICNN(InterpretableNetwork):
                 " category"
             )
         self.filter_loss_weight = checks.non_negative("filter_loss_weight", filter_loss_weight)
+        self.register_buffer("_weight", torch.tensor(0.0), persistent=False)
+        self.epoch = 1
         layers: OrderedDict[str, nn.Module] = OrderedDict(top=features)
         layers["top_mask"] = TemplateMask(template, scale=mask_scale)
         widths = [num_filters]
@@ -263,11 +273,21 @@ class ICNN(InterpretableNetwork):
                 loss = filter_loss(maps)
             peaks = maps.detach().amax((2, 3)).to(loss.dtype)
             terms.append((peaks.sum(0) / max(len(maps), 1) * loss).sum())
-        weight = self.filter_loss_weight / self.epoch
         return {
             "discrimination": self._discrimination(output.logits, labels),
-            "filter_loss": weight * torch.stack(terms).sum(),
+            "filter_loss": self._weight * torch.stack(terms).sum(),
         }
+
+    @property
+    def epoch(self) -> int:
+        """The epoch training is in, from 1; the training loop sets it."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch = checks.integer("epoch", value, 1)
+        # A tensor: a compiled step would be compiled anew for each number.
+        self._weight.fill_(self.filter_loss_weight / value)
 
     def _discrimination(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.task != "logistic":  # of two logits, cross entropy is the logistic loss

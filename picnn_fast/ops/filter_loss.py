@@ -21,7 +21,8 @@ ESTIMATORS = ("batch", "running", "target")
 class FilterLossState:
     """Running estimates of Z_T and p(x), which ``functional.filter_loss`` renews at each call.
 
-    Make one with ``FilterLossState.empty``; a module keeps the two tensors as buffers.
+    Make one with ``FilterLossState.empty``; a module keeps the two tensors as buffers. A map that
+    is not finite spoils its filter's estimates for good, as in batch norm.
 
     Args:
         log_mean: ``[N, h·w + 1]``: log of the mean of exp(s) over samples, for each template; -inf
@@ -83,6 +84,7 @@ class FilterLoss(torch.autograd.Function):
         ctx.save_for_backward(grad)
         ctx.dtype = x.dtype
         ctx.others = len(others)
+        ctx.with_grad = others[-1]
         ctx.mark_non_differentiable(grad, *state)
         return loss, grad, *state
 
@@ -90,6 +92,8 @@ class FilterLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
+        if not ctx.with_grad:
+            raise ValueError("with_grad: got False, want True for maps that are differentiated")
         scaled = (grad * grad_loss[:, None, None]).to(ctx.dtype)
         return scaled, *(None,) * ctx.others
 
@@ -141,7 +145,7 @@ def _fake_filter_loss_running(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, grad = _fake_loss(x, with_grad)
-    return loss, grad, torch.empty_like(log_mean), torch.empty_like(log_ratio)
+    return loss, grad, log_mean.new_empty(log_mean.shape), log_ratio.new_empty(log_ratio.shape)
 
 
 registry.define(

@@ -22,7 +22,7 @@ ARGUMENTS = "Tensor? table, int profile, int norm, float slope, SymInt limit"
 Arguments = tuple[Tensor | None, int, int, float, int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a profile may be a tensor
 class PartTemplate:
     """The shape of an object part on a feature map: what T_mu is at a distance d from its peak mu.
 
@@ -92,7 +92,17 @@ class PartTemplate:
                 )
             checks.positive(name, value)
         if self.tau is not None:
-            checks.positive("tau", self.tau)
+            _float32("tau", self.tau)
+
+    def __repr__(self) -> str:
+        profile = repr(self.profile)
+        if isinstance(self.profile, Tensor):
+            profile = f"<table of shape {tuple(self.profile.shape)}>"
+        options = [f"norm={self.norm!r}", f"profile={profile}"]
+        for name in ("beta", "gamma", "tau"):
+            if getattr(self, name) is not None:
+                options.append(f"{name}={getattr(self, name)!r}")
+        return f"PartTemplate({', '.join(options)})"
 
     def tau_for(self, height: int, width: int) -> float:
         """tau on maps of that size."""
@@ -244,11 +254,20 @@ def check_template(template: object) -> PartTemplate:
     return template
 
 
+def _float32(name: str, value: float) -> float:
+    """A number > 0 that float32 can hold."""
+    checks.positive(name, value)
+    most = torch.finfo(torch.float32).max
+    if value > most:
+        raise ValueError(f"{name}: got {value}, want a number of at most {most}")
+    return float(value)
+
+
 def check_scale(scale: float | Literal["tau"]) -> float | Literal["tau"]:
     if isinstance(scale, str):
         checks.one_of("scale", scale, ("tau",))
         return scale
-    return checks.positive("scale", scale)
+    return _float32("scale", scale)
 
 
 def template_mask(

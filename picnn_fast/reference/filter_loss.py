@@ -139,12 +139,8 @@ def filter_loss_running(
     batch, count = len(x), responses.shape[-1]
     if batch == 0:
         loss = log_ratio.new_zeros(log_ratio.shape)
-        return (
-            loss,
-            _gradient(x, responses, templates, with_grad),
-            log_mean.clone(),
-            loss + log_ratio,
-        )
+        old = [t.clone(memory_format=torch.contiguous_format) for t in (log_mean, log_ratio)]
+        return loss, _gradient(x, responses, templates, with_grad), old[0], old[1]
     log_mean = moving_average(log_mean, responses.logsumexp(0) - math.log(batch), momentum)
     relative = responses - log_mean
     in_batch = relative.logsumexp((0, 2)) - math.log(batch * count)
@@ -155,4 +151,5 @@ def filter_loss_running(
         one = torch.zeros_like(terms).scatter_(2, assigned[..., None], 1.0)
         terms = torch.where(one == 1, terms, 0.0)
     loss = -terms.sum((0, 2))
-    return loss, _gradient(x, -terms, templates, with_grad), log_mean, log_ratio
+    grad = _gradient(x, -terms, templates, with_grad)
+    return loss, grad, log_mean.contiguous(), log_ratio.contiguous()

@@ -76,8 +76,8 @@ class TrainConfig:
     )
     num_filters: int | None = _option(
         None,
-        "filters of the target layer; none: as many as the backbone yields (icnn), 12.8 times the"
-        " number of classes (else)",
+        "filters of the target layer; none: as many as the backbone yields (icnn, or without"
+        " insert-conv), else 12.8 times the number of classes",
         least=1,
     )
     insert_conv: bool = _option(True, "put a new 3x3 convolution of num_filters after the backbone")
@@ -86,7 +86,7 @@ class TrainConfig:
     )
     normalization: str = _option(
         "class_softmax",
-        "how the matrix becomes probabilities",
+        "how the matrix becomes probabilities (picnn, std)",
         choices=("class_softmax", "sigmoid"),
     )
     interpretation_loss_on: str = _option(
@@ -94,7 +94,9 @@ class TrainConfig:
         "samples of the interpretation loss (picnn): those whose pseudo-label is correct, or all",
         choices=("correct", "all"),
     )
-    interpretation_weight: float = _option(2.0, "weight of the interpretation loss", least=0)
+    interpretation_weight: float = _option(
+        2.0, "weight of the interpretation loss (picnn)", least=0
+    )
     template: str = _option(
         "l1",
         "part template of mask layers and filter losses (icnn)",
@@ -108,10 +110,14 @@ class TrainConfig:
         "scale of the template in the filter loss (icnn); none: 0.5 / n² on n x n maps",
         above=0,
     )
-    filter_loss_weight: float = _option(0.1, "weight of the filter losses (icnn)", least=0)
+    filter_loss_weight: float = _option(
+        0.003,
+        "weight of the filter losses (icnn); too large a weight drowns the discrimination",
+        least=0,
+    )
     task: str = _option(
         "softmax",
-        "loss over all classes, of each class alone, or of one category against the rest (icnn)",
+        "loss over all classes, of each class alone (icnn), or of one category against the rest",
         choices=("softmax", "logistic", "single"),
     )
     category: str | None = _option(
@@ -151,6 +157,9 @@ class TrainConfig:
     correspondence_lr: float = _option(0.1, "learning rate of the correspondence matrix", above=0)
     weight_decay: float = _option(0.01, "AdamW's, on the network alone", least=0)
     schedule: str = _option("cosine", "learning rates over the run", choices=("cosine", "constant"))
+    warmup_epochs: int = _option(
+        0, "epochs over which the learning rates rise to their full value", least=0
+    )
     seed: int = _option(
         0, "of initial weights, order, augmentation and masks", least=0, most=2**32 - 1
     )

@@ -5,6 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+)
 
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import derive_seed
@@ -39,6 +46,7 @@ class InterpretableModule(L.LightningModule):
         weight_decay: AdamW's; the correspondence matrix has none.
         schedule: "cosine" lets both rates fall to 0 over the run, epoch by epoch;
             "constant" keeps them.
+        warmup_epochs: over the first of them both rates rise linearly, epoch by epoch.
         mutual_information_weight: of ``MutualInformationLoss`` on the pooled filter maps of each
             batch (of each rank), logged as the term ``train/mutual_information``; 0 leaves it out.
         seed: of the masks drawn in training and in evaluation.
@@ -64,6 +72,7 @@ class InterpretableModule(L.LightningModule):
         correspondence_lr: float = 0.1,
         weight_decay: float = 0.01,
         schedule: str = "cosine",
+        warmup_epochs: int = 0,
         mutual_information_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -80,6 +89,7 @@ class InterpretableModule(L.LightningModule):
         self.correspondence_lr = correspondence_lr
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.warmup_epochs = checks.integer("warmup_epochs", warmup_epochs, 0)
         self.mutual_information_weight = checks.non_negative(
             "mutual_information_weight", mutual_information_weight
         )
@@ -98,13 +108,21 @@ class InterpretableModule(L.LightningModule):
             self.network.parameter_groups(self.lr, self.correspondence_lr),
             weight_decay=self.weight_decay,
         )
-        if self.schedule == "constant":
-            return optimizer
         epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 1:
+        if self.schedule == "constant":
+            if self.warmup_epochs == 0:
+                return optimizer
+            scheduler: LRScheduler = ConstantLR(optimizer, factor=1.0)
+        elif epochs is None or epochs < 1:
             raise ValueError(f"schedule: 'cosine' with max_epochs={epochs}, want max_epochs >= 1")
-        # By epochs: counting steps would start the data workers before a resumed epoch is known.
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+        else:
+            # By epochs: counting steps would start the workers before a resumed epoch is known.
+            falling = max(epochs - self.warmup_epochs, 1)
+            scheduler = CosineAnnealingLR(optimizer, T_max=falling)
+        if self.warmup_epochs > 0:
+            first = 1 / (self.warmup_epochs + 1)
+            rise = LinearLR(optimizer, start_factor=first, total_iters=self.warmup_epochs)
+            scheduler = SequentialLR(optimizer, [rise, scheduler], milestones=[self.warmup_epochs])
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:

@@ -6,6 +6,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -57,6 +58,8 @@ _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 # Data with part annotations that has to be fetched, and how many animals are drawn.
 ANNOTATED: dict[str, Any] = {"voc-part": VOCPart, "cub": CUB200, "animal-part": AnimalPart}
 TRAIN_ANIMALS, TEST_ANIMALS = 2000, 1200
+# Of the maps that part interpretability has to keep; it needs somewhat more to compute.
+MOST_MAP_BYTES = 3 << 29
 
 Metrics = dict[str, float]
 
@@ -109,7 +112,19 @@ def check(config: TrainConfig) -> None:
         ConfigError: data, network or devices cannot be had.
     """
     check_accelerator(config.accelerator)
-    build_network(config, build_data(config))
+    data = build_data(config)
+    network = build_network(config, data).eval()
+    image = data.test_set[0][0]
+    try:
+        with torch.no_grad():
+            network(image[None])
+        if isinstance(data, PartDataModule):
+            receptive_field(network.features, (image.shape[1], image.shape[2]))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"backbone: {config.backbone} cannot take images of {image.shape[2]} x"
+            f" {image.shape[1]} pixels: {error}"
+        ) from error
     try:
         with _quiet():
             L.Trainer(
@@ -266,7 +281,9 @@ def evaluate_parts(
     Where one category was singled out, of its images alone, as in the paper's tables 1 and 3.
 
     Returns:
-        location_instability and part_interpretability, where the data has landmarks and masks.
+        location_instability and part_interpretability, where the data has landmarks and masks, and
+        images enough to tell. Part interpretability is left out, with a warning, where the maps of
+        all test images would take more than 1.5 GiB.
     """
     network = network.to(device).eval()
     samples = data.part_sets["test"]
@@ -276,6 +293,13 @@ def evaluate_parts(
         "landmarks": (LocationInstability, len(samples.landmark_names)),
         "part_masks": (PartInterpretability, len(samples.part_names)),
     }
+    if len(samples) * network.num_filters * math.prod(seen.map_size) * 4 > MOST_MAP_BYTES:
+        warnings.warn(
+            f"part_interpretability: left out, the maps of {len(samples)} images would take more"
+            f" than {MOST_MAP_BYTES / 2**30:g} GiB",
+            stacklevel=2,
+        )
+        del parts["part_masks"]
     metrics = {
         field: metric(network.num_filters, count, seen, num_classes=classes).to(device)
         for field, (metric, count) in parts.items()
@@ -290,7 +314,9 @@ def evaluate_parts(
         for field, metric in metrics.items():
             metric.update(maps, getattr(batch, field).to(device), labels)
     names = {"landmarks": "location_instability", "part_masks": "part_interpretability"}
-    return {names[field]: float(metric.compute()) for field, metric in metrics.items()}
+    values = {names[field]: float(metric.compute()) for field, metric in metrics.items()}
+    # NaN: too few images of a category to tell.
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def build_data(config: TrainConfig) -> SeededDataModule:
@@ -336,6 +362,8 @@ def _images(config: TrainConfig) -> SeededDataModule:
     if workers is None:
         workers = min(8, os.cpu_count() or 1)
     kind, _, folder = config.data.partition(":")
+    if kind in ANNOTATED and not folder:
+        raise ValueError(f"got {config.data!r}, want {kind}:FOLDER")
     if config.data == "part-animals" or (kind in ANNOTATED and folder):
         if config.data == "part-animals":
             size = config.image_size or 128
@@ -416,6 +444,7 @@ def _module(config: TrainConfig, network: InterpretableNetwork) -> Interpretable
         correspondence_lr=config.correspondence_lr,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
+        warmup_epochs=config.warmup_epochs,
         mutual_information_weight=config.mutual_information_weight,
         seed=config.seed,
     )

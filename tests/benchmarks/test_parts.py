@@ -50,7 +50,7 @@ def test_every_network_is_trained_with_every_seed_and_reported(
     assert len({config.output for config in configs}) == len(configs)
     table = parts.report(content)
     assert "| CNN " in table
-    assert "| ICNN, l2, *target*, 0.0003 " in table
+    assert "| ICNN, l2, *target*, 0.003 " in table
     assert "| 0.1100               | 0.1000 to 0.1200 | 0.200 " in table
 
 

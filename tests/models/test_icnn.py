@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from picnn_fast import PartTemplate, functional
 from picnn_fast.losses import FilterLoss
@@ -179,6 +180,26 @@ def test_a_checkpoint_carries_the_running_estimates(estimator):
     torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+def test_a_half_model_keeps_sums_and_estimates_in_single_precision(estimator):
+    model = build(estimator=estimator)
+    model.loss(model(images()), LABELS)
+    model.half()
+    output = model(images().half())
+    large = tuple(400 + maps for maps in output.activations)
+    for _ in range(2):
+        loss = model.loss(output._replace(activations=large), LABELS)
+    assert loss.isfinite()
+    assert model.categories[0].means.isfinite().all()
+    assert model.categories[0].means.dtype == torch.float32
+
+
+@pytest.mark.parametrize("epoch", [0, 1.5])
+def test_epochs_count_from_one(epoch):
+    with pytest.raises((TypeError, ValueError), match="epoch: got"):
+        build().epoch = epoch
+
+
 def test_maps_of_another_size_than_remembered_are_refused():
     loss = FilterLoss(PartTemplate(), 6, estimator="running")
     loss(torch.rand(2, 6, 4, 4))
@@ -186,9 +207,10 @@ def test_maps_of_another_size_than_remembered_are_refused():
         loss(torch.rand(2, 6, 5, 5))
 
 
+@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_under_autocast_is_finite(dtype):
-    model = build(estimator="batch")
+def test_a_step_under_autocast_is_finite(dtype, estimator):
+    model = build(estimator=estimator)
     with torch.autocast("cpu", dtype):
         output = model(images())
         loss = model.loss(output, LABELS)
@@ -197,10 +219,22 @@ def test_a_step_under_autocast_is_finite(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_model_compiles_into_one_graph():
-    model = build()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images()).logits, model(images()).logits)
+@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+def test_a_training_step_compiles_into_one_graph_for_all_epochs(estimator):
+    torch.compiler.reset()
+    model, other = build(estimator=estimator), build(estimator=estimator)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(images, labels):
+        return model.loss(model(images), labels)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for epoch in range(1, 13):
+        model.epoch = other.epoch = epoch
+        expected = other.loss(other(images()), LABELS)
+        torch.testing.assert_close(compiled(images(), LABELS), expected)
+    # The running estimates are made in the first step.
+    assert counter.frame_count <= (1 if estimator == "batch" else 2)
 
 
 @pytest.mark.parametrize(

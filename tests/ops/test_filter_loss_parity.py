@@ -92,7 +92,7 @@ class Expected:
             self.grad_bound = torch.zeros_like(x)
             return
         # Of s, of a logarithm of a sum, and of the state's own numbers, for each filter.
-        off = (x.flatten(2).abs() @ size.T).amax((0, 2)) * (count + 8) * eps
+        off = (x.flatten(2).abs() @ size.T).amax((0, 2)) * (8 + 2 * math.sqrt(count)) * eps
         off = 4 * off + eps * (32 + 4 * math.log(batch * count))
         if self.state:
             off = off + 8 * eps * self.state[0].abs().amax(-1) + 8 * eps * self.state[1].abs()
@@ -112,7 +112,7 @@ class Expected:
         # What is next to nothing may be nothing.
         wrong = wrong + 1e-30
         self.loss_bound = wrong.sum((0, 2)) + eps * self.loss.abs()
-        rounding = (count + 8) * eps * weights @ size
+        rounding = (8 + 2 * math.sqrt(count)) * eps * weights @ size
         self.grad_bound = (wrong @ size + rounding).view(x.shape)
         self.state_bound = off[:, 0]
 
@@ -192,6 +192,12 @@ def test_large_activations_stay_finite(backend: Backend, estimator, dtype, scale
     loss, grad = assert_parity(backend, (x * scale).to(dtype), TEMPLATES["l2"], estimator)
     assert loss.isfinite().all()
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_large_activations_that_differ_little(backend: Backend, estimator):
+    """Responses of hundreds whose differences, not they themselves, make the loss."""
+    assert_parity(backend, 1e4 + 30 * maps((5, 3, 7, 7)), TEMPLATES["l2"], estimator)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

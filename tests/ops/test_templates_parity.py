@@ -35,7 +35,7 @@ SHAPES = {
     "column": (2, 2, 9, 1),
     "odd": (3, 5, 5, 3),
     "square": (2, 3, 7, 7),
-    "vector_tails": (1, 19, 13, 11),
+    "vector_tails": (2, 19, 13, 11),
     "ImageNet": (2, 2, 14, 14),
     "empty_batch": (0, 3, 4, 4),
     "no_filters": (2, 0, 4, 4),

@@ -117,8 +117,30 @@ def test_one_category_is_told_from_the_rest(config):
     assert network.num_classes == 2
     assert network.filter_category.eq(1).all()
     metrics = train(config, progress=False)
-    assert 0 <= metrics["acc1"] <= 1
+    # Two test images of twelve show a cow.
+    assert metrics["acc1"] * 12 == pytest.approx(round(metrics["acc1"] * 12))
     assert metrics["location_instability"] > 0
+
+
+def test_what_too_few_images_cannot_tell_is_left_out(config, monkeypatch):
+    monkeypatch.setattr(run, "TEST_ANIMALS", 6)  # one a class
+    metrics = train(dataclasses.replace(config, epochs=1), progress=False)
+    assert "location_instability" not in metrics
+    assert "part_interpretability" in metrics
+
+
+def test_maps_too_many_to_keep_are_left_out_with_a_warning(config, monkeypatch):
+    monkeypatch.setattr(run, "MOST_MAP_BYTES", 1000)
+    with pytest.warns(UserWarning, match="part_interpretability: left out"):
+        metrics = train(dataclasses.replace(config, epochs=1), progress=False)
+    assert "part_interpretability" not in metrics
+
+
+def test_the_default_icnn_learns_digits(tmp_path):
+    config = TrainConfig(
+        method="icnn", epochs=8, accelerator="cpu", output=str(tmp_path / "digits")
+    )
+    assert train(config, progress=False)["acc1"] > 0.8
 
 
 def test_labels_of_one_category_are_0_and_1(config):
@@ -136,6 +158,8 @@ def test_labels_of_one_category_are_0_and_1(config):
         ({"task": "single", "category": "whale"}, "category: got 'whale', want one of 'bird'"),
         ({"method": "std", "task": "logistic"}, "task: got logistic with method std"),
         ({"image_size": 8}, "image_size: got 8"),
+        ({"backbone": "vgg16", "image_size": 16}, "backbone: vgg16 cannot take images of 16 x 16"),
+        ({"data": "voc-part"}, "data: got 'voc-part', want voc-part:FOLDER"),
         ({"data": "voc-part:nowhere"}, "nowhere"),
         ({"data": "cub:nowhere"}, "nowhere"),
         ({"data": "animal-part:nowhere"}, "nowhere"),
