@@ -73,9 +73,11 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
         "masks": [mask],
         "losses": [loss],
         "memory": {"shape": "a shape", "multiple_of_maps": {"fused": 2.04, "direct": 9.0}},
+        "step": harness.training_step("icnn", "small-cnn", 8, 2, 32, device, 3),
     }
     report = filter_loss.report(results)
     assert "| 50%          | 12%           |" in report
     assert "2000.00 ms | 1000.00 ms   | 2.00     |" in report
     assert "| a shape                   | 2.0x  | 9.0x   |" in report
+    assert "| small-cnn [2, 3, 32, 32] float32 | 4000.0 ms | 4000.0 ms | +0.00%   |" in report
     assert "extra memory" not in filter_loss.report(results | {"memory": None})

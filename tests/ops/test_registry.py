@@ -18,11 +18,15 @@ OPERATORS = {
     "bernoulli_mask",
     "bernoulli_parameters_backward",
     "class_gate",
+    "filter_loss",
+    "filter_loss_running",
     "histogram_update",
     "knn_mutual_information",
     "masking_backward",
     "soft_histogram",
     "soft_histogram_backward",
+    "template_mask",
+    "template_mask_backward",
 }
 
 

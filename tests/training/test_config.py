@@ -56,7 +56,7 @@ def test_missing_yaml_is_named(tmp_path):
         ({"lr": float("nan")}, "lr: got nan"),
         ({"correspondence_lr": float("inf")}, "correspondence_lr: got inf"),
         ({"lr": "fast"}, "lr: got 'fast', want a number"),
-        ({"method": "cnn"}, "method: got 'cnn', want one of picnn, std"),
+        ({"method": "cnn"}, "method: got 'cnn', want one of picnn, icnn, std"),
         ({"augment": "yes"}, "augment: got 'yes', want true or false"),
         ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
         ({"seed": 2**32}, "seed: got 4294967296, want an integer <= 4294967295"),
