@@ -1,6 +1,4 @@
-"""The benchmark of templates and filter loss runs, compares like with like, and reports."""
-
-from pathlib import Path
+"""The benchmark of templates and filter loss compares like with like, and reports."""
 
 import pytest
 import torch
@@ -8,17 +6,6 @@ import torch
 from benchmarks import filter_loss, harness
 
 SHAPE = (6, 4, 5, 3, torch.float64, torch.channels_last)
-
-
-def test_the_script_runs_and_writes_nothing_when_it_only_tries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    filter_loss.main(["--smoke"])
-    printed = capsys.readouterr().out
-    for title in ("template_mask, forward", "filter_loss, forward", "| over direct |"):
-        assert title in printed
-    assert not list(tmp_path.iterdir())
 
 
 def test_candidates_compute_the_same_loss_and_gradient() -> None:

@@ -29,6 +29,7 @@ def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
         "soft_histogram, forward",
         "template_mask, forward",
         "filter_loss, forward",
+        "| over direct |",
     ):
         assert title in printed
     assert not list(tmp_path.iterdir())

@@ -166,6 +166,8 @@ def assert_parity(
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
 def test_forward_and_backward(backend: Backend, estimator, shape_name, layout, dtype):
+    if backend.name == "triton" and layout != "contiguous" and dtype != torch.float32:
+        pytest.skip("Triton's interpreter takes its time: layouts and dtypes one at a time")
     x = maps(SHAPES[shape_name], layout, dtype) * 30  # responses of a few units
     _, grad = assert_parity(backend, x, TEMPLATES["l1"], estimator)
     if dense(x):
