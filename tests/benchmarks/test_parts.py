@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,6 +62,8 @@ def test_an_error_ends_the_experiment_at_once(
 
     def train(config):
         started.append(config)
+        if len(started) > 1:
+            time.sleep(0.2)  # while the first error is seen to
         raise ValueError("no luck")
 
     monkeypatch.setattr(parts, "_run", train)
