@@ -45,6 +45,34 @@ Samples samples_of(const Tensor& activations, const Tensor& indices) {
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A table of its own for every filter.
+TableLayout plain_layout(int64_t cells) {
+  TableLayout layout{kFilterBlock * cells, 1, {}};
+  for (int64_t f = 0; f < kFilterBlock; ++f) {
+    layout.place[f] = static_cast<int32_t>(f * cells);
+  }
+  return layout;
+}
+
+// Eight filters side by side, two of each 16 bytes of a row of cells, which are four filters of
+// each of four parts.
+TableLayout sliced_layout(int64_t cells) {
+  TableLayout layout{kSlicedBlock * cells, 8, {}};
+  for (int64_t f = 0; f < kSlicedBlock; ++f) {
+    const int64_t part = f / 16, lane = f % 16 / 4, set = part * 2 + f % 4 / 2;
+    layout.place[f] = static_cast<int32_t>(set * cells * 8 + lane * 2 + f % 2);
+  }
+  return layout;
+}
+
+bool counts_bits_fast() {
+#ifdef __x86_64__
+  return __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("gfni");
+#else
+  return false;
+#endif
+}
+
 template <typename F>
 void parallel(int64_t count, int64_t elements_each, const F& run) {
   torch::stable::parallel_for(
@@ -58,12 +86,13 @@ Grid grid_of(const FilterRange& range, int64_t bins) {
 }
 
 // The range so far of each filter.
-std::vector<FilterRange> ranges_of(const Tensor& minimum, const Tensor& maximum, int64_t bins) {
+std::vector<FilterRange> ranges_of(const Tensor& minimum, const Tensor& maximum, int64_t bins,
+                                   int64_t padded) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const int64_t filters = minimum.numel();
   const double* low = static_cast<const double*>(minimum.const_data_ptr());
   const double* high = static_cast<const double*>(maximum.const_data_ptr());
-  std::vector<FilterRange> ranges(static_cast<size_t>(filter_blocks(filters) * kFilterBlock),
+  std::vector<FilterRange> ranges(static_cast<size_t>(padded),
                                   {infinity, -infinity, kSmallestExponent, 0, true});
   for (int64_t n = 0; n < filters; ++n) {
     const bool empty = low[n] == infinity && high[n] == -infinity;
@@ -82,8 +111,7 @@ std::vector<FilterRange> ranges_of(const Tensor& minimum, const Tensor& maximum,
 }
 
 // The first filter with a sample that is not finite, in any run; -1 where all are.
-int64_t first_not_finite(const FilterRange* ranges, int64_t runs, int64_t filters) {
-  const int64_t padded = filter_blocks(filters) * kFilterBlock;
+int64_t first_not_finite(const FilterRange* ranges, int64_t runs, int64_t padded, int64_t filters) {
   for (int64_t n = 0; n < filters; ++n) {
     for (int64_t run = 0; run < runs; ++run) {
       if (!ranges[run * padded + n].finite) {
@@ -95,20 +123,22 @@ int64_t first_not_finite(const FilterRange* ranges, int64_t runs, int64_t filter
 }
 
 // Ranges of all runs together, with their grid.
-std::vector<FilterRange> joined(const FilterRange* ranges, int64_t runs, int64_t filters,
-                                int64_t bins) {
-  const int64_t padded = filter_blocks(filters) * kFilterBlock;
-  std::vector<FilterRange> result(ranges, ranges + padded);
+std::vector<FilterRange> joined(const std::vector<FilterRange>& before, const FilterRange* ranges,
+                                int64_t runs, int64_t filters, int64_t bins) {
+  std::vector<FilterRange> result = before;
+  const int64_t padded = static_cast<int64_t>(before.size());
   for (int64_t n = 0; n < filters; ++n) {
     FilterRange& range = result[n];
-    for (int64_t run = 1; run < runs; ++run) {
+    for (int64_t run = 0; run < runs; ++run) {
       const FilterRange& other = ranges[run * padded + n];
       range.minimum = std::min(range.minimum, other.minimum);
       range.maximum = std::max(range.maximum, other.maximum);
     }
-    const Grid grid = grid_of(range, bins);
-    range.exponent = grid.exponent;
-    range.first = grid.first;
+    if (range.minimum != before[n].minimum || range.maximum != before[n].maximum) {
+      const Grid grid = grid_of(range, bins);
+      range.exponent = grid.exponent;
+      range.first = grid.first;
+    }
   }
   return result;
 }
@@ -143,20 +173,21 @@ void for_class_blocks(int64_t classes, const F& visit) {
 
 // Adds the table of filter n of one run.
 template <typename C>
-void add_table(int64_t* counts, const Histogram& h, int64_t run, int64_t n, const FilterRange& to) {
-  const int64_t unit = run * filter_blocks(h.samples.filters) + n / kFilterBlock;
-  const FilterRange& from = h.ranges[unit * kFilterBlock + n % kFilterBlock];
-  const C* table = static_cast<const C*>(h.tables) +
-                   (unit * h.classes * kFilterBlock + n % kFilterBlock) * h.cells;
+void add_table(int64_t* counts, const Histogram& h, int64_t block, int64_t run, int64_t n,
+               const FilterRange& to) {
+  const int64_t unit = run * filter_blocks(h.samples.filters, block) + n / block;
+  const FilterRange& from = h.ranges[unit * block + n % block];
+  const TableLayout& layout = h.layout;
+  const C* table = static_cast<const C*>(h.tables) + unit * h.classes * layout.per_class +
+                   layout.place[n % block];
   const Grid grid = grid_of(from, h.bins);
   const int shift = to.exponent - from.exponent;
-  const int64_t class_cells = kFilterBlock * h.cells;
   for_class_blocks(h.classes, [&](int64_t begin, int64_t end) {
     for (int32_t cell = grid.first; cell <= grid.last; ++cell) {
       int64_t* bin = counts + (coarser_cell(cell, shift) - to.first) * h.classes;
-      const C* column = table + (cell & (h.cells - 1));
+      const C* column = table + (cell & (h.cells - 1)) * layout.per_cell;
       for (int64_t k = begin; k < end; ++k) {
-        bin[k] += column[k * class_cells];
+        bin[k] += column[k * layout.per_class];
       }
     }
   });
@@ -186,11 +217,17 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
     return column;
   }
 
-  const int64_t blocks = filter_blocks(filters), padded = blocks * kFilterBlock;
   int64_t cells = 2;
   while (cells < bins) {
     cells *= 2;
   }
+  const HistogramKernels& k = kernels();
+  // Where there are samples enough of every class to fill the vectors.
+  const bool sliced = k.count_sliced != nullptr && counts_bits_fast() &&
+                      cells <= kMostSlicedCells && filters >= kSlicedBlock / 2 &&
+                      classes <= kMostSlicedClasses && samples.count >= 128 * classes;
+  const int64_t block = sliced ? kSlicedBlock : kFilterBlock;
+  const int64_t blocks = filter_blocks(filters, block), padded = blocks * block;
   // Runs for every thread, each with tables of its own where it has many samples for each cell:
   // clearing the tables and adding them up would cost more than a second read of the samples.
   const int64_t table_cells = classes * cells;
@@ -198,48 +235,61 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   const int64_t most_rows = 8 * table_cells <= kShortRows ? kShortRows : int64_t{1} << 31;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t least_rows = std::max<int64_t>(4096, 4 * table_cells);
-  const int64_t wanted =
-      std::max(ceil_divide(samples.count, most_rows),
-               std::min(ceil_divide(threads, blocks), samples.count / least_rows));
+  // Whole rows are read faster than pieces: a run a thread where there are few blocks.
+  const int64_t few = sliced ? 2 * threads : threads;
+  const int64_t wanted = std::max(ceil_divide(samples.count, most_rows),
+                                  std::min(ceil_divide(few, blocks), samples.count / least_rows));
   const int64_t rows = ceil_divide(samples.count, std::max<int64_t>(1, wanted));
   const int64_t runs = ceil_divide(samples.count, rows);
 
-  const std::vector<FilterRange> before = ranges_of(minimum, maximum, bins);
+  const std::vector<FilterRange> before = ranges_of(minimum, maximum, bins, padded);
   std::vector<FilterRange> ranges;
   ranges.reserve(static_cast<size_t>(runs * padded));
   for (int64_t run = 0; run < runs; ++run) {
     ranges.insert(ranges.end(), before.begin(), before.end());
   }
   int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
-  Histogram h{samples, bins, classes, rows, ranges.data(), cells, nullptr, count};
-  const HistogramKernels& k = kernels();
-  const int64_t unit_elements = rows * kFilterBlock;
-  const bool use_tables = 4 * table_cells <= rows;
+  Histogram h{samples,
+              bins,
+              classes,
+              rows,
+              ranges.data(),
+              cells,
+              sliced ? sliced_layout(cells) : plain_layout(cells),
+              nullptr,
+              count};
+  const int64_t unit_elements = rows * block;
+  const bool use_tables = sliced || 4 * table_cells <= rows;
   const bool short_counts = rows <= kShortRows;
   std::unique_ptr<unsigned char[]> tables;
   if (use_tables) {
     tables.reset(new unsigned char[static_cast<size_t>(
         runs * padded * table_cells * (short_counts ? sizeof(uint16_t) : sizeof(uint32_t)))]);
     h.tables = tables.get();
-    parallel(runs * blocks, unit_elements,
-             [&](int64_t begin, int64_t end) { k.count(h, type, begin, end); });
-  } else {
-    parallel(runs * blocks, unit_elements,
-             [&](int64_t begin, int64_t end) { k.range(h, type, begin, end); });
   }
+  const auto count_or_range = sliced ? k.count_sliced : use_tables ? k.count : k.range;
+  parallel(runs * blocks, unit_elements,
+           [&](int64_t begin, int64_t end) { count_or_range(h, type, begin, end); });
 
-  first_bad = first_not_finite(ranges.data(), runs, filters);
-  if (first_bad >= 0) {
+  if (first_not_finite(ranges.data(), runs, padded, filters) >= 0) {
+    // Counting stops at a sample that is not finite: ask for the first column that has one.
+    std::vector<FilterRange> all(
+        static_cast<size_t>(filter_blocks(filters, kFilterBlock) * kFilterBlock),
+        {0, 0, 0, 0, true});
+    h.rows = samples.count;
+    h.ranges = all.data();
+    k.range(h, type, 0, filter_blocks(filters, kFilterBlock));
+    first_bad = first_not_finite(all.data(), 1, 0, filters);
     return column;
   }
-  std::vector<FilterRange> after = joined(ranges.data(), runs, filters, bins);
+  std::vector<FilterRange> after = joined(before, ranges.data(), runs, filters, bins);
   parallel(filters, bins * classes, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       int64_t* filter_counts = count + n * bins * classes;
       move_counts(filter_counts, bins, classes, before[n], after[n]);
       for (int64_t run = 0; use_tables && run < runs; ++run) {
-        short_counts ? add_table<uint16_t>(filter_counts, h, run, n, after[n])
-                     : add_table<uint32_t>(filter_counts, h, run, n, after[n]);
+        short_counts ? add_table<uint16_t>(filter_counts, h, block, run, n, after[n])
+                     : add_table<uint32_t>(filter_counts, h, block, run, n, after[n]);
       }
     }
   });
@@ -267,7 +317,7 @@ void check_scale(const Tensor& low, const Tensor& width, const Tensor& activatio
 // Sums the tables of all runs, in order, into counts [filters, bins, classes].
 template <typename A>
 void sum_tables(const SoftHistogram& h, int64_t runs, int64_t filter, A* counts) {
-  const int64_t blocks = filter_blocks(h.samples.filters);
+  const int64_t blocks = filter_blocks(h.samples.filters, kFilterBlock);
   const int64_t class_cells = kFilterBlock * h.bins;
   const A* table = static_cast<const A*>(h.tables) +
                    filter / kFilterBlock * h.classes * class_cells + filter % kFilterBlock * h.bins;
@@ -294,7 +344,7 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
   const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
   const Samples samples = samples_of(activations, indices);
   Tensor counts = torch::stable::new_empty(low, {samples.filters, bins, classes});
-  const int64_t blocks = filter_blocks(samples.filters);
+  const int64_t blocks = filter_blocks(samples.filters, kFilterBlock);
   // By shape alone, so that the order of the sums does not depend on the number of threads.
   const int64_t rows = std::max<int64_t>(4096, classes * bins);
   const int64_t runs = std::max<int64_t>(1, ceil_divide(samples.count, rows));
@@ -346,7 +396,7 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
                                 grad.stride(0),
                                 grad.stride(1)};
   const HistogramKernels& k = kernels();
-  parallel(ceil_divide(samples.count, kRows) * filter_blocks(samples.filters),
+  parallel(ceil_divide(samples.count, kRows) * filter_blocks(samples.filters, kFilterBlock),
            std::min(kRows, samples.count) * kFilterBlock,
            [&](int64_t begin, int64_t end) { k.soft_backward(h, type, begin, end); });
   return grad;

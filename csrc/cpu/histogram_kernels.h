@@ -11,9 +11,10 @@ namespace picnn_fast {
 // Filters are taken in blocks, so that the tables of a block stay in the fastest caches. Buffers
 // hold whole blocks; the last may be part empty.
 constexpr int64_t kFilterBlock = 16;
+constexpr int64_t kSlicedBlock = 64;  // of count_sliced
 
-inline int64_t filter_blocks(int64_t filters) {
-  return (filters + kFilterBlock - 1) / kFilterBlock;
+constexpr int64_t filter_blocks(int64_t filters, int64_t block) {
+  return (filters + block - 1) / block;
 }
 
 // Activations [count, filters] of any strides; labels contiguous and in range.
@@ -34,17 +35,27 @@ struct FilterRange {
 // Tables of 16-bit counters are half as large, and more of them stay in the fastest cache.
 constexpr int64_t kShortRows = 65535;
 
+constexpr int64_t kMostSlicedCells = 64;
+constexpr int64_t kMostSlicedClasses = 64;  // with more, few samples of a class are near each other
+
+// The tables of a block count at class * per_class + place[filter] + cell * per_cell.
+struct TableLayout {
+  int64_t per_class, per_cell;
+  int32_t place[kSlicedBlock];
+};
+
 // Samples are cut into runs of `rows`. A unit is one block of filters of one run, so that any range
 // of units can go to any thread: unit = run * blocks + block.
 struct Histogram {
   Samples samples;
   int64_t bins, classes;
   int64_t rows;         // less than 2^32; tables of up to kShortRows count in 16 bits
-  FilterRange* ranges;  // [units, kFilterBlock]; in: the range so far
+  FilterRange* ranges;  // [units, filters of a block]; in: the range so far
   // Cell c of a filter is counted at c modulo `cells`, a power of two and at least `bins`: a range
   // that grows within its grid moves nothing.
   int64_t cells;
-  void* tables;     // [units, classes, kFilterBlock, cells], uint16 or uint32, uninitialised
+  TableLayout layout;
+  void* tables;     // [units, classes, layout.per_class], uint16 or uint32, uninitialised
   int64_t* counts;  // [filters, bins, classes]
 };
 
@@ -72,7 +83,11 @@ struct SoftHistogramBackward {
 struct HistogramKernels {
   // Ranges and tables of units [begin, end). A unit with a range that is not finite has no table.
   void (*count)(const Histogram&, Storage, int64_t begin, int64_t end);
-  // Ranges alone.
+  // The same for blocks of kSlicedBlock filters, at most kMostSlicedCells cells and uint16 tables,
+  // which have the layout of sliced_layout. Null where this build has none; the processor must have
+  // VPOPCNTDQ and GFNI.
+  void (*count_sliced)(const Histogram&, Storage, int64_t begin, int64_t end);
+  // Ranges alone, in blocks of kFilterBlock, as all that follows.
   void (*range)(const Histogram&, Storage, int64_t begin, int64_t end);
   // Adds all samples of filter blocks [begin, end) to `counts`, on the grids of `ranges`
   // [blocks, kFilterBlock], which hold them.

@@ -195,6 +195,31 @@ def test_long_inputs_equal_the_reference(cpp: Backend, classes, dtype, layout):
         start = expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    [
+        *((Shape(1500, 100, 33, 10), dtype, layout) for dtype in DTYPES for layout in LAYOUTS),
+        (Shape(200, 32, 2, 1), torch.float32, "c_order"),
+        (Shape(400, 64, 16, 3), torch.float32, "c_order"),
+        (Shape(9000, 128, 17, 2), torch.float32, "c_order"),
+        (Shape(8200, 200, 64, 64), torch.float32, "c_order"),
+        (Shape(70_000, 64, 8, 2), torch.float32, "c_order"),
+    ],
+    ids=case_id,
+)
+def test_many_samples_of_each_class_are_counted_exactly(cpp: Backend, shape, dtype, layout):
+    """Where samples of a class are counted together: uneven classes, one without any."""
+    values, labels = normal(shape)
+    values *= torch.linspace(0, 5, shape.samples, dtype=torch.float64).exp2()[:, None]
+    labels[labels == shape.classes // 2] = 0
+    x = laid_out(values.to(dtype), layout, cpp.device)
+    start = fresh(shape.filters, shape.bins, shape.classes)
+    for part, y in zip(x.split(6000), labels.split(6000), strict=True):
+        expected = reference_updated(start, part, y)
+        assert_same(updated(start, part, y), expected)
+        start = expected
+
+
 def test_one_bin_counts_past_sixteen_bits(cpp: Backend):
     samples = 200_001
     x, labels = torch.ones(samples, 2), torch.zeros(samples, dtype=torch.int64)
@@ -329,6 +354,18 @@ def test_the_first_column_that_is_not_finite_is_named(backend: Backend, bad, cla
     assert (column.shape, column.dtype, column.item()) == ((), torch.int64, 17)
     if backend.name.startswith(("reference", "cpp")):
         assert_same(state, start)
+
+
+@pytest.mark.parametrize(("filters", "classes"), [(20, 2), (64, 2), (64, 100)])
+def test_the_first_column_that_is_not_finite_is_named_wherever_its_sample_lies(
+    cpp: Backend, filters, classes
+):
+    values = torch.randn(20_000, filters)
+    values[0, 9], values[19_999, 5] = math.inf, math.nan
+    labels = torch.arange(20_000) % classes
+    state = fresh(filters, 64, classes)
+    assert OPS.histogram_update(*state, values, labels).item() == 5
+    assert_same(state, fresh(filters, 64, classes))
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
@@ -598,6 +635,7 @@ def test_update_compiles_into_one_graph(backend: Backend):
 def test_special_numbers_count_the_same_through_tables(cpp: Backend, dtype, bins):
     """Column by column too: how cells are found depends on the filters side by side."""
     x = special_columns(dtype)[torch.arange(768) % 12]
+    x = x[:, torch.arange(40) % x.shape[1]]
     labels = torch.arange(768) % 3
     expected = torch.from_numpy(exact_counts(x.double().numpy(), labels.numpy(), bins, 3))
     assert torch.equal(updated(fresh(x.shape[1], bins, 3), x, labels)[0], expected)
