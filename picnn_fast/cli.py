@@ -26,6 +26,7 @@ from picnn_fast.training.config import (
     option_type,
     options,
     read_yaml,
+    refuse_unused,
 )
 
 # What a shell reports of a process ended by Ctrl-C and by SIGTERM.
@@ -139,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt file"
     )
     evaluate.add_argument(
-        "--data", help="digits, or a folder with train/ and test/ (default: that of the training)"
+        "--data", help="whatever train takes, of the same classes (default: that of the training)"
     )
     evaluate.add_argument(
         "--batch-size", type=_at_least(1), help="images a step (default: that of the training)"
@@ -275,9 +276,10 @@ def _say_complete() -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    values = read_yaml(args.config) if args.config else {}
+    values = {} if args.config is None else read_yaml(args.config)
     values |= {f.name: getattr(args, f.name) for f in options() if hasattr(args, f.name)}
     config = TrainConfig(**values)
+    refuse_unused(values)
     from picnn_fast.training.run import train, train_folder
 
     complete = not args.overwrite and train_folder(config).complete()
@@ -306,11 +308,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     for checkpoint in find_checkpoints(path):
         network, config, class_names = load_checkpoint(checkpoint)
         config = dataclasses.replace(config, **overrides)
-        data = build_data(config)
+        data = build_data(dataclasses.replace(config, task="softmax", category=None))
+        if config.category is not None and config.category in data.class_names:
+            data.single_out(config.category)
         if list(data.class_names) != class_names:
             raise ConfigError(
-                f"data: {config.data} has {len(data.class_names)} classes that are not those of"
-                f" {checkpoint} ({len(class_names)}: {', '.join(class_names[:5])}, …)"
+                f"data: {config.data} has other classes ({_few(data.class_names)}) than"
+                f" {checkpoint} was trained on ({_few(class_names)})"
             )
         name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else config.method
         metrics[config.method if name == "." else name] = evaluate(
@@ -321,6 +325,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         _print_table(metrics, f"Test split of {config.data}")
     return 0
+
+
+def _few(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from picnn_fast import cli
 from picnn_fast._version import __version__
@@ -125,6 +126,64 @@ def test_bad_values_are_refused_by_name(capsys, tmp_path):
         status, _, err = _main(capsys, command, "--seed", 2**32, *output)
         assert (status, "seed: got 4294967296, want" in err) == (2, True)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_options_of_another_method_are_refused_from_flags_and_yaml(capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("template: l1\n")
+    output = ("--output", tmp_path / "run")
+    for arguments in (("--method", "std", "--template", "l1"), ("--config", path)):
+        status, _, err = _main(capsys, "train", *arguments, *output)
+        assert (status, "error: template: got 'l1' with method" in err) == (2, True)
+        assert "want method icnn" in err
+    status, _, err = _main(capsys, "train", "--config", "", *output)
+    assert (status, "error: config: cannot read" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def one_category(monkeypatch, tmp_path):
+    """An untrained network that tells cows, and none but these classes of data."""
+    import lightning as L
+
+    from picnn_fast.training import run
+
+    monkeypatch.setattr(run, "TRAIN_ANIMALS", 6)
+    monkeypatch.setattr(run, "TEST_ANIMALS", 12)
+    config = TrainConfig(
+        method="icnn",
+        backbone="small-cnn",
+        data="part-animals",
+        image_size=32,
+        task="single",
+        category="cow",
+        accelerator="cpu",
+    )
+    data = run.build_data(config)
+    network = run.build_network(config, data)
+    path = tmp_path / "last.ckpt"
+    content = {"state_dict": run.InterpretableModule(network).state_dict()}
+    run._SaveOptions(config, data).on_save_checkpoint(L.Trainer, network, content)
+    torch.save(content, path)
+    return path
+
+
+def test_evaluation_on_other_classes_says_that_they_differ(capsys, one_category):
+    arguments = ("evaluate", one_category, "--accelerator", "cpu")
+    status, out, _ = _main(capsys, *arguments, "--json")
+    assert (status, json.loads(out)["icnn"]["acc1"] >= 0) == (0, True)
+    status, _, err = _main(capsys, *arguments, "--data", "digits")
+    assert (status, "backbone: got 'small-cnn' with the digits" in err) == (2, True)
+    folder = one_category.parent / "images"
+    for split in ("train", "test"):
+        for name in ("boat", "car"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32)).save(folder / split / name / f"{i}.png")
+    status, _, err = _main(capsys, *arguments, "--data", folder)
+    assert status == 2
+    assert f"error: data: {folder} has other classes (2: boat, car) than {one_category}" in err
+    assert "was trained on (2: not cow, cow)" in err
 
 
 def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """Whether filters stand for object parts: location instability and part interpretability."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +12,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from picnn_fast.models.receptive_field import ReceptiveField
 from picnn_fast.ops import checks
 
-# Elements that PartInterpretability.compute() works on at a time.
+# Elements that compute() works on at a time.
 _BLOCK = 2**22
 _MEMORY_LIMIT = 2**32
 # A pixel whose centre lies on the rim of a round field belongs to it, whatever the rounding.
@@ -25,6 +24,8 @@ class _PartMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
+
+    labels: list[Tensor]
 
     def __init__(
         self, num_filters: int, receptive_field: ReceptiveField, num_classes: int, **kwargs: Any
@@ -38,6 +39,7 @@ class _PartMetric(Metric):
                 " as models.receptive_field.receptive_field gives"
             )
         self.receptive_field = receptive_field
+        self.add_state("labels", [], dist_reduce_fx="cat")
         self._per_filter = torch.full((num_filters,), math.nan, dtype=torch.float64)
 
     def per_filter(self) -> Tensor:
@@ -64,6 +66,10 @@ class _PartMetric(Metric):
         """Refuse a batch."""
         raise NotImplementedError
 
+    def _nothing(self) -> dict[str, Tensor]:
+        """The states of no image."""
+        raise NotImplementedError
+
     def _check_maps(self, maps: Tensor, labels: Tensor | None) -> None:
         self.receptive_field.check_maps(maps)
         if maps.shape[1] != self.num_filters:
@@ -88,6 +94,17 @@ class _PartMetric(Metric):
             return torch.zeros(len(maps), dtype=torch.int64, device=self.device)
         return labels.to(self.device, torch.int64)
 
+    def _sync_dist(
+        self,
+        dist_sync_fn: Callable[..., Any] = gather_all_tensors,
+        process_group: Any = None,
+    ) -> None:
+        # Ranks gather tensors of one shape and dtype, also from one without images.
+        if not self.labels:
+            for name, state in self._nothing().items():
+                setattr(self, name, [state])
+        super()._sync_dist(dist_sync_fn, process_group)
+
     def _mean(self) -> Tensor:
         """Over the filters that have a value; float32 where there is no float64."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -109,8 +126,8 @@ class LocationInstability(_PartMetric):
 
     Of equal peaks (a filter that does not fire peaks at 0) the image seen first counts, and that
     of the lower rank. Batches of any size give the same, bit for bit, and so do ranks together
-    where no peaks are equal. Peaks and distances are kept in single precision, ``8 · N · K · L ·
-    images`` bytes however many images there are.
+    where no peaks are equal. Of every image the peaks, their places and the landmarks are kept in
+    single precision, ``12 · N + 8 · L + 8`` bytes, however many categories there are.
 
     Args:
         num_filters: N.
@@ -142,7 +159,9 @@ class LocationInstability(_PartMetric):
 
     higher_is_better = False
 
-    highest: Tensor
+    peaks: list[Tensor]
+    centres: list[Tensor]
+    landmarks: list[Tensor]
 
     def __init__(
         self,
@@ -157,11 +176,8 @@ class LocationInstability(_PartMetric):
         super().__init__(num_filters, receptive_field, num_classes, **kwargs)
         self.num_landmarks = checks.integer("num_landmarks", num_landmarks, 1)
         self.images = checks.integer("images", images, 2)
-        # Peaks and distances in one, for they merge together; an empty place has peak -infinity.
-        highest = torch.zeros(2, num_filters, num_classes, num_landmarks, images)
-        highest[0] = -math.inf
-        merge = functools.partial(_merge, images=images)
-        self.add_state("highest", highest, dist_reduce_fx=merge)
+        for name in ("peaks", "centres", "landmarks"):
+            self.add_state(name, [], dist_reduce_fx="cat")
         self._deviations = torch.empty(0)
         self._categories = torch.empty(0)
 
@@ -180,27 +196,29 @@ class LocationInstability(_PartMetric):
                 GPU values are a device-side assert). The metric is then as it was before.
         """
         self._check(maps, landmarks, labels)
-        activations, centres = (x.to(self.device) for x in self.receptive_field.peaks(maps))
-        places = landmarks.detach().to(self.device, torch.float32)
-        classes = self._classes(maps, labels)
-        diagonal = math.hypot(*self.receptive_field.image_size)
-        distances = (centres[:, :, None] - places[:, None]).norm(dim=-1) / diagonal
-        shown = ~places.isnan().any(-1)[:, None]
-        peaks = activations.float()[:, :, None].where(shown, -math.inf)
-        new = torch.stack([peaks, distances.where(shown, 0.0)]).movedim(1, -1)  # [2, N, L, B]
-        for c in classes.unique().tolist():
-            joined = torch.cat([self.highest[:, :, c], new[..., classes == c]], -1)
-            self.highest[:, :, c] = _highest(joined, self.images)
+        peaks, centres = (x.to(self.device) for x in self.receptive_field.peaks(maps))
+        self.peaks.append(peaks.float())
+        self.centres.append(centres)
+        # A copy: the caller may write into the landmarks before they are read again.
+        self.landmarks.append(landmarks.detach().to(self.device, torch.float32, copy=True))
+        self.labels.append(self._classes(maps, labels).clone())
 
     def compute(self) -> Tensor:
         """Location instability, a share of the diagonal; float64 on the metric's device."""
-        peaks, distances = self.highest.cpu()
-        held = peaks > -math.inf
-        count = held.sum(-1)
-        distances = distances.double()
-        mean = distances.sum(-1) / count
-        squares = ((distances - mean[..., None]) ** 2).where(held, 0.0).sum(-1)
-        self._deviations = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
+        peaks, centres, landmarks, labels = (
+            torch.cat(list(_batches(getattr(self, name))) or [nothing])
+            for name, nothing in self._nothing().items()
+        )
+        shape = (self.num_filters, self.num_classes, self.num_landmarks)
+        self._deviations = torch.full(shape, math.nan, dtype=torch.float64)
+        for c in labels.unique().tolist():
+            images = (labels == c).nonzero()[:, 0]
+            some = max(1, _BLOCK // (self.num_landmarks * len(images)))
+            for first in range(0, self.num_filters, some):
+                filters = slice(first, first + some)
+                self._deviations[filters, c] = self._deviation(
+                    peaks[images, filters], centres[images, filters], landmarks[images]
+                )
         of_category = self._deviations.nanmean(-1).nan_to_num(math.inf)
         least, category = of_category.min(1)
         counts = least < math.inf
@@ -217,6 +235,38 @@ class LocationInstability(_PartMetric):
         """``[N]`` int64: the category each filter is least unstable for; -1 where none counts."""
         self.compute()
         return self._categories
+
+    def _deviation(self, peaks: Tensor, centres: Tensor, landmarks: Tensor) -> Tensor:
+        """D ``[n, L]`` of some filters over M images of one category, float64 on the CPU.
+
+        Args:
+            peaks: ``[M, n]``.
+            centres: ``[M, n, 2]`` of the peaks' fields.
+            landmarks: ``[M, L, 2]``.
+        """
+        shown = ~landmarks.isnan().any(-1).T
+        scores = peaks.T[:, None].where(shown, -math.inf)  # [n, L, M]
+        scores, order = scores.sort(stable=True, descending=True)
+        held, order = scores[..., : self.images] > -math.inf, order[..., : self.images]
+        filters, points = (torch.arange(count, device=order.device) for count in order.shape[:2])
+        offsets = centres[order, filters[:, None, None]] - landmarks[order, points[:, None]]
+        diagonal = math.hypot(*self.receptive_field.image_size)
+        distances = (offsets.norm(dim=-1) / diagonal).where(held, 0.0).cpu().double()
+        held = held.cpu()
+        count = held.sum(-1)
+        mean = distances.sum(-1) / count
+        squares = ((distances - mean[..., None]) ** 2).where(held, 0.0).sum(-1)
+        deviations: Tensor = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
+        return deviations
+
+    def _nothing(self) -> dict[str, Tensor]:
+        empty = torch.empty(0, self.num_filters, 2, device=self.device)
+        return {
+            "peaks": empty[..., 0],
+            "centres": empty,
+            "landmarks": torch.empty(0, self.num_landmarks, 2, device=self.device),
+            "labels": torch.empty(0, dtype=torch.int64, device=self.device),
+        }
 
     def _check(self, maps: Tensor, landmarks: Tensor, labels: Tensor | None = None) -> None:
         self._check_maps(maps, labels)
@@ -299,7 +349,6 @@ class PartInterpretability(_PartMetric):
 
     maps: list[Tensor]
     masks: list[Tensor]
-    labels: list[Tensor]
 
     def __init__(
         self,
@@ -326,7 +375,7 @@ class PartInterpretability(_PartMetric):
             receptive_field.diameters() if diameter is None else (float(diameter), float(diameter))
         )
         self.memory_limit = checks.integer("memory_limit", memory_limit, 1)
-        for name in ("maps", "masks", "labels"):
+        for name in ("maps", "masks"):
             self.add_state(name, [], dist_reduce_fx="cat")
         self._association = torch.empty(0)
         self._categories = torch.empty(0)
@@ -385,6 +434,15 @@ class PartInterpretability(_PartMetric):
         """``[N]`` int64: the category whose images activate each filter most; -1 without image."""
         self.compute()
         return self._categories
+
+    def _nothing(self) -> dict[str, Tensor]:
+        shape = (0, self.num_filters, *self.receptive_field.map_size)
+        masks = torch.empty(0, self.num_parts, *self.receptive_field.image_size, dtype=torch.bool)
+        return {
+            "maps": torch.empty(shape, device=self.device),
+            "masks": _packed(masks.to(self.device)),
+            "labels": torch.empty(0, dtype=torch.int64, device=self.device),
+        }
 
     def _category(self) -> Tensor:
         sums = torch.zeros(
@@ -499,33 +557,6 @@ class PartInterpretability(_PartMetric):
                 f" needs about {needed} bytes, want at most {self.memory_limit}; give a higher"
                 " memory_limit, or fewer images"
             )
-
-    def _sync_dist(
-        self,
-        dist_sync_fn: Callable[..., Any] = gather_all_tensors,
-        process_group: Any = None,
-    ) -> None:
-        # Ranks gather tensors of one shape and dtype, also from one without images.
-        if not self.labels:
-            shape = (0, self.num_filters, *self.receptive_field.map_size)
-            self.maps = [torch.empty(shape, device=self.device)]
-            nothing = torch.empty(
-                0, self.num_parts, *self.receptive_field.image_size, dtype=torch.bool
-            )
-            self.masks = [_packed(nothing.to(self.device))]
-            self.labels = [torch.empty(0, dtype=torch.int64, device=self.device)]
-        super()._sync_dist(dist_sync_fn, process_group)
-
-
-def _highest(entries: Tensor, images: int) -> Tensor:
-    """The ``images`` of highest peak of ``[2, …, entries]``, the first of equal ones first."""
-    order = entries[0].sort(stable=True, dim=-1, descending=True).indices[..., :images]
-    return entries.gather(-1, order.expand(2, *order.shape))
-
-
-def _merge(states: Tensor, *, images: int) -> Tensor:
-    """The state of all images of ``states`` ``[R, 2, N, K, L, images]``."""
-    return _highest(states.movedim(0, -2).flatten(-2), images)
 
 
 def _batches(state: list[Tensor] | Tensor) -> Iterable[Tensor]:

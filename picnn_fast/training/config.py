@@ -26,6 +26,7 @@ def _option(
     least: float | None = None,
     most: float | None = None,
     above: float | None = None,
+    methods: tuple[str, ...] = (),
     identity: bool = True,
 ) -> Any:
     return dataclasses.field(
@@ -36,6 +37,7 @@ def _option(
             "least": least,
             "most": most,
             "above": above,
+            "methods": methods,
             "identity": identity,
         },
     )
@@ -82,38 +84,49 @@ class TrainConfig:
     )
     insert_conv: bool = _option(True, "put a new 3x3 convolution of num_filters after the backbone")
     sampling: str = _option(
-        "bernoulli", "how the mask is drawn in training (picnn)", choices=("bernoulli", "gumbel")
+        "bernoulli",
+        "how the mask is drawn in training (picnn)",
+        choices=("bernoulli", "gumbel"),
+        methods=("picnn",),
     )
     normalization: str = _option(
         "class_softmax",
         "how the matrix becomes probabilities (picnn, std)",
         choices=("class_softmax", "sigmoid"),
+        methods=("picnn", "std"),
     )
     interpretation_loss_on: str = _option(
         "correct",
         "samples of the interpretation loss (picnn): those whose pseudo-label is correct, or all",
         choices=("correct", "all"),
+        methods=("picnn",),
     )
     interpretation_weight: float = _option(
-        2.0, "weight of the interpretation loss (picnn)", least=0
+        2.0, "weight of the interpretation loss (picnn)", least=0, methods=("picnn",)
     )
     template: str = _option(
         "l1",
         "part template of mask layers and filter losses (icnn)",
         choices=("l1", "l2", "uniform-l1", "uniform-l2"),
+        methods=("icnn",),
     )
     estimator: str = _option(
-        "batch", "of the filter loss's gradient (icnn)", choices=("batch", "running", "target")
+        "batch",
+        "of the filter loss's gradient (icnn)",
+        choices=("batch", "running", "target"),
+        methods=("icnn",),
     )
     tau: float | None = _option(
         None,
         "scale of the template in the filter loss (icnn); none: 0.5 / n² on n x n maps",
         above=0,
+        methods=("icnn",),
     )
     filter_loss_weight: float = _option(
         0.003,
         "weight of the filter losses (icnn); too large a weight drowns the discrimination",
         least=0,
+        methods=("icnn",),
     )
     task: str = _option(
         "softmax",
@@ -127,7 +140,10 @@ class TrainConfig:
         0.0, "weight of the mutual information between filters and classes as a loss", least=0
     )
     mask_at: str = _option(
-        "auto", "where the mask is applied (picnn)", choices=("auto", "maps", "late")
+        "auto",
+        "where the mask is applied (picnn, std)",
+        choices=("auto", "maps", "late"),
+        methods=("picnn", "std"),
     )
     data: str = _option(
         "digits",
@@ -135,7 +151,9 @@ class TrainConfig:
         " annotated photographs; or a folder with train/<class>/<image> and test/<class>/<image>",
     )
     image_size: int | None = _option(
-        None, "side of the square images, pixels; none: 128 for part-animals, else 224", least=1
+        None,
+        "side of the square images, pixels; none: 128 for part-animals, else 224; digits are 8",
+        least=1,
     )
     augment: bool = _option(
         True,
@@ -144,7 +162,7 @@ class TrainConfig:
     )
     num_workers: int | None = _option(
         None,
-        "processes that read images; none: 0 for digits, up to 8 for a folder",
+        "processes that read images; none: 0 for digits and part-animals, up to 8 for a folder",
         least=0,
     )
     epochs: int = _option(30, "passes over the training images", least=1)
@@ -154,7 +172,9 @@ class TrainConfig:
         least=1,
     )
     lr: float = _option(1e-3, "learning rate of the network", above=0)
-    correspondence_lr: float = _option(0.1, "learning rate of the correspondence matrix", above=0)
+    correspondence_lr: float = _option(
+        0.1, "learning rate of the correspondence matrix (picnn)", above=0, methods=("picnn",)
+    )
     weight_decay: float = _option(0.01, "AdamW's, on the network alone", least=0)
     schedule: str = _option("cosine", "learning rates over the run", choices=("cosine", "constant"))
     warmup_epochs: int = _option(
@@ -167,7 +187,7 @@ class TrainConfig:
         "32-true", "of the arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true")
     )
     accelerator: str = _option("auto", "device type", choices=("auto", "cpu", "gpu", "mps"))
-    devices: int = _option(1, "how many of them", least=1)
+    devices: int = _option(1, "how many of them", least=1, most=1024)
     strategy: str = _option(
         "auto", "across devices, as Lightning names it", choices=("auto", "ddp")
     )
@@ -221,6 +241,39 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
         raise ConfigError(f"{field.name}: got {value!r}, want {names[kind]} > {limits['above']}")
 
 
+def refuse_unused(given: Mapping[str, Any]) -> None:
+    """Refuse options that a user gave and the method, or the data, never uses.
+
+    None counts as not given. ``TrainConfig`` itself takes them, so that one set of options may
+    serve several methods.
+
+    Args:
+        given: options by name, without the defaults.
+
+    Raises:
+        ConfigError: an option of another method, or the image size of data that has its own.
+
+    Example:
+        >>> from picnn_fast.training.config import refuse_unused
+        >>> refuse_unused({"method": "std", "template": "l1"})
+        Traceback (most recent call last):
+        picnn_fast.training.config.ConfigError: template: got 'l1' with method std, want method icnn
+    """
+    config = TrainConfig(**given)
+    for field in options():
+        value, methods = given.get(field.name), field.metadata["methods"]
+        if value is not None and methods and config.method not in methods:
+            raise ConfigError(
+                f"{field.name}: got {value!r} with method {config.method}, want method"
+                f" {' or '.join(methods)}"
+            )
+    if config.image_size is not None and config.data == "digits":
+        raise ConfigError(
+            f"image_size: got {config.image_size} with data digits, which are of 8 x 8 pixels;"
+            " want images as data"
+        )
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Options from a YAML file.
 
@@ -237,7 +290,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not YAML: {error}") from error
+        text = " ".join(str(error).split())
+        raise ConfigError(f"config: {path} is not YAML: {text}") from error
     if content is None:
         return {}
     if not isinstance(content, Mapping):

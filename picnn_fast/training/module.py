@@ -160,10 +160,12 @@ class InterpretableModule(L.LightningModule):
 
     def _check_finite(self, loss: Tensor) -> None:
         if not loss.isfinite():
+            rates = f"lr ({self.lr})"
+            if isinstance(self.network.correspondence_weight, torch.nn.Parameter):
+                rates += f" or correspondence_lr ({self.correspondence_lr})"
             raise DivergenceError(
                 f"train/loss is {loss.item()} in epoch {self.current_epoch + 1}:"
-                f" training diverged; lower lr ({self.lr}) or correspondence_lr"
-                f" ({self.correspondence_lr}), or use precision 32-true"
+                f" training diverged; lower {rates}, or use precision 32-true"
             )
 
     def on_validation_epoch_start(self) -> None:

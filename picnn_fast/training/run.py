@@ -81,8 +81,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
 
     Raises:
         ConfigError: options that do not go together, a device that is not there, or an image
-            folder that is not laid out as expected.
-        RunFolderError: the folder holds another run, or cannot be written.
+            folder that is not laid out as expected or holds a damaged image.
+        RunFolderError: the folder holds another run, or a damaged one, or cannot be written.
         DivergenceError: the loss is no finite number.
     """
     refuse_launchers()
@@ -93,9 +93,9 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
     if not overwrite and folder.complete():
         metrics: Metrics = read_metrics(folder.path)[config.method]
         return metrics
-    check(config)
+    data = check(config)
     with folder.writing(overwrite=overwrite) as work:
-        metrics = fit(config, work, progress=progress)
+        metrics = fit(config, work, data=data, progress=progress)
         write_json(work / METRICS, {config.method: metrics})
     return metrics
 
@@ -105,8 +105,11 @@ def train_folder(config: TrainConfig) -> RunFolder:
     return RunFolder(config.output, "train", config.identity())
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig) -> SeededDataModule:
     """Refuse, before anything is written, options that no training can start with.
+
+    Returns:
+        The data, as of ``build_data``.
 
     Raises:
         ConfigError: data, network or devices cannot be had.
@@ -114,7 +117,8 @@ def check(config: TrainConfig) -> None:
     check_accelerator(config.accelerator)
     data = build_data(config)
     network = build_network(config, data).eval()
-    image = data.test_set[0][0]
+    with _reading_images():
+        image = data.test_set[0][0]
     try:
         with torch.no_grad():
             network(image[None])
@@ -125,6 +129,11 @@ def check(config: TrainConfig) -> None:
             f"backbone: {config.backbone} cannot take images of {image.shape[2]} x"
             f" {image.shape[1]} pixels: {error}"
         ) from error
+    if config.batch_size == 1:
+        try:
+            network.train()(image[None])
+        except ValueError as error:  # batch normalisation of maps of one position
+            raise ConfigError(f"batch_size: got 1, want at least 2: {error}") from error
     try:
         with _quiet():
             L.Trainer(
@@ -141,6 +150,7 @@ def check(config: TrainConfig) -> None:
             f"accelerator {config.accelerator}, devices {config.devices}, strategy"
             f" {config.strategy}, precision {config.precision}: {text}"
         ) from error
+    return data
 
 
 def check_accelerator(accelerator: str) -> None:
@@ -159,8 +169,18 @@ def check_accelerator(accelerator: str) -> None:
 
 
 def read_metrics(folder: Path) -> dict[str, Metrics]:
-    """``metrics.json`` of a complete run."""
-    content: dict[str, Metrics] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    """``metrics.json`` of a complete run.
+
+    Raises:
+        RunFolderError: it is gone or damaged.
+    """
+    path = folder / METRICS
+    try:
+        content: dict[str, Metrics] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"output: {path} cannot be read: {error}; redo the run with --overwrite"
+        ) from error
     return content
 
 
@@ -178,17 +198,38 @@ def refuse_launchers() -> None:
             )
 
 
-def fit(config: TrainConfig, folder: Path, *, progress: bool) -> Metrics:
+def fit(
+    config: TrainConfig, folder: Path, *, data: SeededDataModule | None = None, progress: bool
+) -> Metrics:
     """Train in ``folder``, from its last checkpoint if there is one, then evaluate.
 
     With several devices all ranks train and the first alone evaluates, so that no test image
     counts twice.
 
+    Args:
+        config: options.
+        folder: of the checkpoint and logs.
+        data: as of ``build_data``; None builds it.
+        progress: show progress.
+
     Returns:
         As ``evaluate``; empty on ranks other than 0.
+
+    Raises:
+        ConfigError: an image cannot be read.
+        RunFolderError: the checkpoint in the folder cannot be gone on from.
+        DivergenceError: the loss is no finite number.
     """
-    with _quiet():
+    if data is None:
         data = build_data(config)
+    checkpoint = folder / CHECKPOINT
+    resume = checkpoint if checkpoint.exists() else None
+    if resume:
+        try:
+            load_checkpoint(resume)
+        except RunFolderError as error:
+            raise RunFolderError(f"{error}; remove {folder} to start anew") from error
+    with _quiet(), _reading_images():
         # Weights, and the random correspondence matrix of STD, follow from the seed.
         L.seed_everything(config.seed, workers=False, verbose=False)
         network = build_network(config, data)
@@ -219,8 +260,6 @@ def fit(config: TrainConfig, folder: Path, *, progress: bool) -> Metrics:
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
-        checkpoint = folder / CHECKPOINT
-        resume = checkpoint if checkpoint.exists() else None
         trainer.fit(module, data, ckpt_path=resume)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -252,10 +291,10 @@ def evaluate(
         part_interpretability in [0, 1].
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or an image cannot be read.
     """
     check_accelerator(accelerator)
-    with _quiet():
+    with _quiet(), _reading_images():
         tester = L.Trainer(
             accelerator=accelerator,
             devices=1,
@@ -266,9 +305,9 @@ def evaluate(
         )
         module = InterpretableModule(network, seed=seed)
         (values,) = tester.test(module, data, verbose=False)
-    metrics = {name: float(values[f"test/{name}"]) for name in ("acc1", "acc2", "acc3", "mis")}
-    if isinstance(data, PartDataModule):
-        metrics |= evaluate_parts(network, data, device=tester.strategy.root_device)
+        metrics = {name: float(values[f"test/{name}"]) for name in ("acc1", "acc2", "acc3", "mis")}
+        if isinstance(data, PartDataModule):
+            metrics |= evaluate_parts(network, data, device=tester.strategy.root_device)
     return metrics
 
 
@@ -308,13 +347,19 @@ def evaluate_parts(
     for batch in data.part_loader("test"):
         if data.category is not None:
             shown = batch.label == data.category
+            if not shown.any():
+                continue
             batch = PartSample(*(values[shown] for values in batch))
         labels = (batch.label if data.category is None else batch.label * 0).to(device)
         maps = network.filter_maps(data.normalise(batch.image.to(device)))
         for field, metric in metrics.items():
             metric.update(maps, getattr(batch, field).to(device), labels)
     names = {"landmarks": "location_instability", "part_masks": "part_interpretability"}
-    values = {names[field]: float(metric.compute()) for field, metric in metrics.items()}
+    values = {
+        names[field]: float(metric.compute())
+        for field, metric in metrics.items()
+        if metric.update_called
+    }
     # NaN: too few images of a category to tell.
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
@@ -325,6 +370,11 @@ def build_data(config: TrainConfig) -> SeededDataModule:
     Raises:
         ConfigError: the data is not there, or does not suit the network.
     """
+    if (config.category is None) == (config.task == "single"):
+        raise ConfigError(
+            f"category: got {config.category!r} with task {config.task}, want a class with task"
+            " single, and none without"
+        )
     if config.data == "digits":
         if config.backbone != "small-resnet":
             raise ConfigError(
@@ -343,12 +393,12 @@ def build_data(config: TrainConfig) -> SeededDataModule:
         try:
             data = _images(config)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"data: {str(error).removeprefix('root: ')}") from error
-    if (config.category is None) == (config.task == "single"):
-        raise ConfigError(
-            f"category: got {config.category!r} with task {config.task}, want a class with task"
-            " single, and none without"
-        )
+            text = str(error).removeprefix("root: ")
+            option = "" if text.startswith("image_size: ") else "data: "
+            raise ConfigError(option + text) from error
+    images = len(data.test_set)  # type: ignore[arg-type]
+    if images < 3:
+        raise ConfigError(f"data: got {images} test images, want at least 3 to measure MIS")
     if config.category is not None:
         try:
             data.single_out(config.category)
@@ -369,7 +419,7 @@ def _images(config: TrainConfig) -> SeededDataModule:
             size = config.image_size or 128
             train_set: PartDataset = PartAnimals("train", TRAIN_ANIMALS, image_size=size)
             test_set: PartDataset = PartAnimals("test", TEST_ANIMALS, image_size=size)
-            workers = 0  # in memory
+            workers = config.num_workers or 0  # in memory
         else:
             size = config.image_size or 224
             train_set = ANNOTATED[kind](folder, "train", image_size=size)
@@ -415,7 +465,10 @@ def _network(config: TrainConfig, num_classes: int, in_channels: int) -> Interpr
         }
     else:
         if config.task == "logistic":
-            raise ConfigError(f"task: got logistic with method {config.method}, want softmax")
+            raise ConfigError(
+                f"task: got logistic with method {config.method}, want softmax or single, or"
+                " method icnn"
+            )
         extras = {"normalization": config.normalization, "mask_at": config.mask_at}
     if config.method == "picnn":
         extras |= {
@@ -523,12 +576,25 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def _reading_images() -> Iterator[None]:
+    """An image that cannot be read is told in a line, whichever process was reading it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # of the system, such as a full disk
+            raise
+        # Of a loader's process the message is a traceback: what happened is its last line.
+        text = str(error).strip().rpartition("\n")[2]
+        raise ConfigError(f"data: {text}") from error
+
+
 def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig, list[str]]:
     """The network in a checkpoint of ``train``, with its options and the names of its classes.
 
     Raises:
         FileNotFoundError: no such file.
-        RunFolderError: not a checkpoint of picnn-fast, or of another version's.
+        RunFolderError: not a checkpoint of picnn-fast, damaged, or of another version's.
 
     Example:
         >>> from picnn_fast.training.run import load_checkpoint
@@ -540,25 +606,34 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig
     try:
         content = torch.load(path, map_location="cpu")
         saved = content[_SAVED]
+        unknown = saved["config"].keys() - {field.name for field in options()}
+    except PermissionError as error:
+        raise RunFolderError(f"checkpoint: cannot read {path}: {error.strerror}") from error
     except Exception as error:
         raise RunFolderError(f"checkpoint: {path} is not one of picnn-fast train") from error
-    unknown = saved["config"].keys() - {field.name for field in options()}
     if unknown:
         raise RunFolderError(
             f"checkpoint: {path} is of another version of picnn-fast, with the options"
             f" {', '.join(sorted(unknown))}, which this one does not know"
         )
-    config = TrainConfig(**saved["config"])
-    network = _network(config, saved["num_classes"], saved["in_channels"])
     prefix = "network."
-    network.load_state_dict(
-        {
-            name.removeprefix(prefix): value
-            for name, value in content["state_dict"].items()
-            if name.startswith(prefix)
-        }
-    )
-    return network.eval(), config, saved["class_names"]
+    try:
+        config = TrainConfig(**saved["config"])
+        network = _network(config, saved["num_classes"], saved["in_channels"])
+        network.load_state_dict(
+            {
+                name.removeprefix(prefix): value
+                for name, value in content["state_dict"].items()
+                if name.startswith(prefix)
+            }
+        )
+        class_names = saved["class_names"]
+    except (ConfigError, KeyError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise RunFolderError(
+            f"checkpoint: {path} is damaged, or of another version of picnn-fast: {text}"
+        ) from error
+    return network.eval(), config, class_names
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:

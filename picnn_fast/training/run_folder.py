@@ -67,7 +67,7 @@ class RunFolder:
     def __init__(self, path: str | Path, kind: str, config: dict[str, Any]) -> None:
         # Absolute, so that names such as "." and "runs/../x" have a name and a parent.
         self.path = Path(os.path.abspath(path))
-        if not self.path.name:
+        if not str(path) or not self.path.name:
             raise RunFolderError(f"output: got {str(path)!r}, want a folder that can be made")
         self.work = self.path.with_name(f".{self.path.name}.partial")
         self.kind = kind

@@ -130,7 +130,7 @@ def test_location_instability_is_that_of_a_slow_loop(
     values = instability_by_hand(maps, landmarks, labels, classes, most)
     same(metric.per_filter(), values)
     same(metric.compute(), torch.tensor(values, dtype=torch.float64).nanmean())
-    assert torch.equal(metric.highest, whole.highest)
+    assert torch.equal(metric.deviations().nan_to_num(-1), whole.deviations().nan_to_num(-1))
     least = metric.deviations().nanmean(-1)
     for f, c in enumerate(metric.categories().tolist()):
         assert math.isnan(values[f]) if c < 0 else least[f, c] == metric.per_filter()[f]
@@ -170,6 +170,28 @@ def test_small_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("picnn_fast.metrics.parts._BLOCK", 1)
     same(metric.association(), wanted)
     assert wanted.max() > 0
+
+
+def test_small_blocks_give_the_same_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, landmarks, _, labels = example(0, 9, 2)
+    metric = LocationInstability(FILTERS, LANDMARKS, FIELD, num_classes=2, images=3)
+    metric.update(maps, landmarks, labels)
+    wanted = metric.deviations()
+    metric.update(maps[:0], landmarks[:0], labels[:0])
+    monkeypatch.setattr("picnn_fast.metrics.parts._BLOCK", 1)
+    assert torch.equal(metric.deviations().nan_to_num(-1), wanted.nan_to_num(-1))
+    assert wanted.nan_to_num().max() > 0
+
+
+@pytest.mark.parametrize("classes", [1, 200])
+def test_location_instability_holds_as_much_however_many_categories(classes: int) -> None:
+    maps, landmarks, _, labels = example(0, 8, classes)
+    metric = LocationInstability(FILTERS, LANDMARKS, FIELD, num_classes=classes)
+    for batch in batches(3, maps, landmarks, labels):
+        metric.update(*batch)
+    states = (metric.peaks, metric.centres, metric.landmarks, metric.labels)
+    held = sum(x.untyped_storage().nbytes() for state in states for x in state)
+    assert held == 8 * (12 * FILTERS + 8 * LANDMARKS + 8)
 
 
 def test_a_filter_of_one_part_and_one_of_none() -> None:
@@ -297,7 +319,7 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(error, match=f"^{message}"):
             metric.update(*arguments)
     assert not interpretability.labels
-    assert (instability.highest[0] == -math.inf).all()
+    assert not instability.labels
     for options, error, message in (
         ({"top": 1.0}, ValueError, "top: got 1.0"),
         ({"iou": 0}, ValueError, "iou: got 0"),

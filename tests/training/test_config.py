@@ -1,6 +1,12 @@
 import pytest
 
-from picnn_fast.training.config import ConfigError, TrainConfig, read_yaml
+from picnn_fast.training.config import (
+    ConfigError,
+    TrainConfig,
+    options,
+    read_yaml,
+    refuse_unused,
+)
 
 
 def _yaml(tmp_path, text):
@@ -70,6 +76,57 @@ def test_missing_yaml_is_named(tmp_path):
 def test_bad_values_are_refused_by_name(options, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**options)
+
+
+def test_bad_yaml_is_told_in_one_line(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(_yaml(tmp_path, "epochs: 3\nlr: ["))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"method": "std", "template": "l1"},
+            "template: got 'l1' with method std, want method icnn",
+        ),
+        ({"filter_loss_weight": 1.0}, "filter_loss_weight: got 1.0 with method picnn, want"),
+        ({"tau": 0.1}, "tau: got 0.1 with method picnn, want method icnn"),
+        ({"method": "std", "estimator": "batch"}, "estimator: got 'batch' with method std"),
+        (
+            {"method": "icnn", "normalization": "sigmoid"},
+            "normalization: got 'sigmoid' with method icnn, want method picnn or std",
+        ),
+        ({"method": "icnn", "mask_at": "late"}, "mask_at: got 'late' with method icnn"),
+        ({"method": "icnn", "sampling": "gumbel"}, "sampling: got 'gumbel' with method icnn"),
+        ({"method": "std", "correspondence_lr": 0.1}, "correspondence_lr: got 0.1 with method std"),
+        ({"method": "std", "interpretation_weight": 2.0}, "interpretation_weight: got 2.0 with"),
+        ({"method": "std", "interpretation_loss_on": "all"}, "interpretation_loss_on: got 'all'"),
+        ({"image_size": 8}, "image_size: got 8 with data digits"),
+    ],
+)
+def test_options_given_that_are_never_used_are_refused(given, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        refuse_unused(given)
+    # One set of options may still serve several methods.
+    assert TrainConfig(**given).as_dict().items() >= given.items()
+
+
+@pytest.mark.parametrize("method", ["picnn", "icnn", "std"])
+def test_options_of_the_method_are_taken_and_none_is_not_given(method):
+    given = {
+        field.name: field.default
+        for field in options()
+        if method in field.metadata["methods"] or not field.metadata["methods"]
+    }
+    refuse_unused({**given, "method": method, "tau": None})
+
+
+def test_help_names_the_methods_an_option_is_for():
+    for field in options():
+        if field.metadata["methods"]:
+            assert f"({', '.join(field.metadata['methods'])})" in field.metadata["help"]
 
 
 def test_output_is_no_part_of_what_makes_a_run():

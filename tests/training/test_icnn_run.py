@@ -12,6 +12,7 @@ from picnn_fast.training.run import (
     build_data,
     build_network,
     evaluate,
+    evaluate_parts,
     load_checkpoint,
     read_history,
     train,
@@ -122,6 +123,53 @@ def test_one_category_is_told_from_the_rest(config):
     assert metrics["location_instability"] > 0
 
 
+def test_batches_without_the_category_are_not_run(config, monkeypatch):
+    data = build_data(dataclasses.replace(config, task="single", category="cow", batch_size=4))
+    network = build_network(config, data).eval()
+    samples = data.part_sets["test"]
+    field = run.receptive_field(network.features, samples.image_size)
+    instability = run.LocationInstability(network.num_filters, len(samples.landmark_names), field)
+    interpretability = run.PartInterpretability(network.num_filters, len(samples.part_names), field)
+    with torch.no_grad():
+        for batch in data.part_loader("test"):  # none left out
+            cows = batch.label == 2
+            maps = network.filter_maps(data.normalise(batch.image[cows]))
+            instability.update(maps, batch.landmarks[cows])
+            interpretability.update(maps, batch.part_masks[cows])
+    seen, filter_maps = [], ICNN.filter_maps
+
+    def note(self, images):
+        seen.append(len(images))
+        return filter_maps(self, images)
+
+    monkeypatch.setattr(ICNN, "filter_maps", note)
+    assert evaluate_parts(network, data) == {
+        "location_instability": instability.compute().item(),
+        "part_interpretability": interpretability.compute().item(),
+    }
+    assert seen == [1, 1]  # of three batches
+    assert instability.compute() > 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_category_without_test_images_has_no_part_metrics(config, monkeypatch):
+    monkeypatch.setattr(run, "TEST_ANIMALS", 4)
+    data = build_data(dataclasses.replace(config, task="single", category="sheep"))
+    assert evaluate_parts(build_network(config, data), data) == {}
+
+
+def test_an_ordinary_network_is_trained_on_one_category_too(config):
+    config = dataclasses.replace(config, method="std", task="single", category="cow")
+    data = build_data(config)
+    assert build_network(config, data).num_classes == 2
+    assert train(config, progress=False)["location_instability"] > 0
+
+
+def test_drawn_animals_are_read_by_as_many_workers_as_asked(config):
+    assert build_data(config).num_workers == 0
+    assert build_data(dataclasses.replace(config, num_workers=2)).num_workers == 2
+
+
 def test_what_too_few_images_cannot_tell_is_left_out(config, monkeypatch):
     monkeypatch.setattr(run, "TEST_ANIMALS", 6)  # one a class
     metrics = train(dataclasses.replace(config, epochs=1), progress=False)
@@ -156,8 +204,11 @@ def test_labels_of_one_category_are_0_and_1(config):
         ({"category": "cow"}, "category: got 'cow' with task softmax"),
         ({"task": "single"}, "category: got None with task single"),
         ({"task": "single", "category": "whale"}, "category: got 'whale', want one of 'bird'"),
-        ({"method": "std", "task": "logistic"}, "task: got logistic with method std"),
-        ({"image_size": 8}, "image_size: got 8"),
+        (
+            {"method": "std", "task": "logistic"},
+            "task: got logistic with method std, want softmax or single, or method icnn",
+        ),
+        ({"image_size": 8}, "^image_size: got 8"),
         ({"backbone": "vgg16", "image_size": 16}, "backbone: vgg16 cannot take images of 16 x 16"),
         ({"data": "voc-part"}, "data: got 'voc-part', want voc-part:FOLDER"),
         ({"data": "voc-part:nowhere"}, "nowhere"),

@@ -96,11 +96,18 @@ def test_evaluation_repeats_whatever_was_drawn_before():
     assert results[0] == results[1]
 
 
-def test_divergence_stops_with_advice():
-    network = _network()
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ("picnn", r"lower lr \(0.001\) or correspondence_lr \(0.1\)"),
+        ("std", r"lower lr \(0.001\),"),
+    ],
+)
+def test_divergence_stops_with_advice_on_rates_that_are_used(method, advice):
+    network = _network(method)
     with torch.no_grad():
         network.head[2].bias.fill_(float("inf"))
-    with pytest.raises(DivergenceError, match=r"train/loss is nan in epoch 1.*lower lr"):
+    with pytest.raises(DivergenceError, match=f"train/loss is nan in epoch 1.*{advice}"):
         _trainer(max_epochs=1).fit(InterpretableModule(network), _loader(), _loader())
 
 

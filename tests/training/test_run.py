@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from picnn_fast.training import run
-from picnn_fast.training.config import ConfigError, TrainConfig
+from picnn_fast.training.config import ConfigError, TrainConfig, options
 from picnn_fast.training.run import (
     evaluate,
     find_checkpoints,
@@ -88,6 +88,13 @@ def test_train_writes_a_complete_folder(config, tmp_path):
     assert [p.name for p in output.parent.iterdir()] == ["one"]
 
 
+def test_data_is_built_once(config, monkeypatch):
+    calls, build = [], run.build_data
+    monkeypatch.setattr(run, "build_data", lambda config: calls.append(config) or build(config))
+    train(dataclasses.replace(config, epochs=1), progress=False)
+    assert len(calls) == 1
+
+
 def test_mutual_information_weight_reaches_the_loss(config, tmp_path):
     terms = []
     for weight in (0.0, 2.0):
@@ -134,10 +141,11 @@ def test_seed_decides_the_weights(config, tmp_path):
 def test_killed_run_leaves_no_final_folder_and_goes_on(config, tmp_path):
     output = tmp_path / "runs" / "killed"
     flags = {**config.as_dict(), "output": str(output), "epochs": 100}
-    del flags["insert_conv"], flags["augment"]
     command = [sys.executable, "-m", "picnn_fast", "train"]
     command += [
-        f"--{key.replace('_', '-')}={'none' if v is None else v}" for key, v in flags.items()
+        f"--{field.name.replace('_', '-')}={flags[field.name]}"
+        for field in options()
+        if flags[field.name] != field.default
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     work = output.with_name(".killed.partial")
@@ -185,6 +193,68 @@ def test_checkpoint_gives_back_the_network_and_its_figures(config, tmp_path):
     assert evaluate(network, run.build_data(saved), seed=saved.seed, accelerator="cpu") == metrics
 
 
+def test_metrics_that_cannot_be_read_back_are_named(config, tmp_path):
+    config = dataclasses.replace(config, epochs=1)
+    train(config, progress=False)
+    path = tmp_path / "runs" / "one" / "metrics.json"
+    for damage in (lambda: path.write_text("{"), path.unlink):
+        damage()
+        with pytest.raises(RunFolderError, match=r"metrics.json cannot be read: .*--overwrite"):
+            train(config, progress=False)
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(config, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "last.ckpt").write_text("hello")
+    with pytest.raises(RunFolderError, match=f"is not one of picnn-fast train; remove {work}"):
+        fit(config, work, progress=False)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("state_dict"),
+        lambda content: content["state_dict"].popitem(),
+        lambda content: content["picnn_fast"].pop("class_names"),
+        lambda content: content["picnn_fast"].update(num_classes=5),
+        lambda content: content["picnn_fast"]["config"].update(epochs=0),
+    ],
+)
+def test_damaged_checkpoints_are_told_in_one_line(config, tmp_path, damage):
+    data = run.build_data(config)
+    network = run.build_network(config, data)
+    content = {"state_dict": run.InterpretableModule(network).state_dict()}
+    run._SaveOptions(config, data).on_save_checkpoint(run.L.Trainer, network, content)
+    path = tmp_path / "x.ckpt"
+    torch.save(content, path)
+    load_checkpoint(path)
+    damage(content)
+    torch.save(content, path)
+    with pytest.raises(RunFolderError, match=f"^checkpoint: {path} is damaged, or of an") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def denied(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "x.ckpt").touch()
+    monkeypatch.setattr(run.torch, "load", denied)
+    with pytest.raises(RunFolderError, match=r"cannot read .*x\.ckpt: Permission denied"):
+        load_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(("workers", "split"), [(0, "test"), (1, "train")])
+def test_an_image_that_cannot_be_read_is_told_in_one_line(config, tmp_path, workers, split):
+    (tmp_path / "images" / split / "dark" / "5.png").write_bytes(b"no image")
+    config = dataclasses.replace(config, num_workers=workers, epochs=1)
+    with pytest.raises(ConfigError, match=r"^data: .*cannot identify .*5\.png") as caught:
+        train(config, progress=False)
+    assert "\n" not in str(caught.value)
+
+
 def test_half_written_checkpoint_is_never_seen(config, tmp_path, monkeypatch):
     fit(dataclasses.replace(config, epochs=1), tmp_path / "work", progress=False)
     before = (tmp_path / "work" / "last.ckpt").read_bytes()
@@ -216,6 +286,7 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
     [
         ({"data": "digits", "backbone": "resnet18"}, "backbone: got 'resnet18' with the digits"),
         ({"insert_conv": False, "num_filters": 5}, "num_filters: got 5 with insert_conv=False"),
+        ({"backbone": "resnet18", "batch_size": 1}, "batch_size: got 1, want at least 2: Expected"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(config, options, message):
@@ -234,6 +305,12 @@ def test_a_run_that_cannot_start_writes_nothing(config, tmp_path, monkeypatch):
     (tmp_path / "images" / "test" / "dark").rename(tmp_path / "dark")
     (tmp_path / "images" / "test" / "dark").mkdir()
     with pytest.raises(ConfigError, match=r"^data: .*dark"):
+        train(config, progress=False)
+    (tmp_path / "images" / "test" / "dark").rmdir()
+    (tmp_path / "images" / "train" / "dark").rename(tmp_path / "train-dark")
+    for i in range(2, 6):
+        (tmp_path / "images" / "test" / "bright" / f"{i}.png").unlink()
+    with pytest.raises(ConfigError, match=r"^data: got 2 test images, want at least 3"):
         train(config, progress=False)
     assert not (tmp_path / "runs").exists()
 

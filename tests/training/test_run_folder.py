@@ -72,6 +72,8 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path):
         RunFolder(tmp_path / "file" / "run", "train", {}).writing().__enter__()
     with pytest.raises(RunFolderError, match=r"^output: got '/'"):
         RunFolder("/", "train", {})
+    with pytest.raises(RunFolderError, match="output: got '', want a folder"):
+        RunFolder("", "train", {})
 
 
 def test_complete_run_with_other_options_is_refused_with_the_difference(tmp_path):
