@@ -12,6 +12,7 @@
 #endif
 
 #include "scalar.h"
+#include "vector.h"
 
 namespace PICNN_FAST_NAMESPACE {
 namespace {
@@ -25,19 +26,9 @@ using picnn_fast::Strides;
 // The product of rows with all templates
 // -----------------------------------------------------------
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kMostRows = 8, kMostVectors = 3;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kMostRows = 4, kMostVectors = 3;
-#else
-constexpr int kVectorBytes = 16, kMostRows = 4, kMostVectors = 2;
-#endif
-
-template <typename A>
-using Vector __attribute__((vector_size(kVectorBytes))) = A;
-
-template <typename A>
-constexpr int kLanes = kVectorBytes / sizeof(A);
+// Sums of a tile, in vectors: as many as there are registers for.
+constexpr int kMostRows = kVectorBytes == 64 ? 8 : 4;
+constexpr int kMostVectors = kVectorBytes == 16 ? 2 : 3;
 
 // a * b + c, in one rounding where the processor does that.
 template <typename A>
@@ -57,18 +48,6 @@ PICNN_FAST_HD Vector<A> multiply_add(Vector<A> a, Vector<A> b, Vector<A> c) {
 #else
   return a * b + c;
 #endif
-}
-
-template <typename A>
-PICNN_FAST_HD Vector<A> broadcast(A value) {
-  return value - Vector<A>{};  // the one spelling that compilers make one instruction of
-}
-
-template <typename A>
-PICNN_FAST_HD Vector<A> load(const A* from) {
-  Vector<A> vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
 }
 
 // Of `rows` rows of P numbers each, sum_ij row[ij]·panels(ij; columns), added to start[row] where
@@ -105,7 +84,7 @@ void product_tile(const Product<A>& p, int64_t row, const A* first, A* out, int6
       Vector<A> values[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        values[v] = load(panel + v * kLanes<A>);
+        values[v] = load<A>(panel + v * kLanes<A>);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -211,7 +190,7 @@ PICNN_FAST_HD A row_sum(const A* row, int64_t count) {
   Vector<A> sums = {};
   int64_t t = 0;
   for (; t + kLanes<A> <= count; t += kLanes<A>) {
-    sums += load(row + t);
+    sums += load<A>(row + t);
   }
   A sum = 0;
   for (int l = 0; l < kLanes<A>; ++l) {

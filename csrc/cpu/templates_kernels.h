@@ -23,6 +23,9 @@ struct PanelLayout {
   int64_t size;
 };
 
+// Filters that lie side by side in memory: what the kernels keep of each is on their stack.
+constexpr int64_t kFiltersAtOnce = 1024;
+
 // Everything one call needs. A is the accumulation type: double for double maps, else float.
 struct TemplateMask {
   MapsShape shape;
@@ -33,6 +36,9 @@ struct TemplateMask {
   int64_t* peak;     // [B, N] contiguous, in [0, positions)
   const void* part;  // Template<A>
   double scale;
+  int64_t width;
+  bool
+      side_by_side;  // filters, at most kFiltersAtOnce of them in a unit; what follows is of others
   PanelLayout layout;
   const void* masks;  // A panels of what to multiply by
   void* out;
