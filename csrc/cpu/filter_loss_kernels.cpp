@@ -336,8 +336,7 @@ A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A*
       A* weights = s.weights + b * s.padded;
       const int64_t t = f.assigned[b * f.shape.filters + filter];
       const A term = weights[t] * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
-      std::memset(weights, 0, s.padded * sizeof(A));
-      weights[t] = -term * tau;
+      weights[t] = -term * tau;  // the others do not count
       loss -= term;
     }
     return loss;
@@ -352,6 +351,25 @@ A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A*
     }
   }
   return row_sum(totals, s.templates);
+}
+
+// The values of template t times a weight.
+template <typename A>
+void weighted_template(const FilterLoss& f, int64_t t, A weight, A* __restrict__ out) {
+  const PanelLayout& layout = f.layout;
+  if (t == f.shape.positions) {
+    for (int64_t p = 0; p < f.shape.positions; ++p) {
+      out[p] = -weight;
+    }
+    return;
+  }
+  for (int64_t segment = 0; segment < layout.segments; ++segment) {
+    const A* __restrict__ values =
+        static_cast<const A*>(f.upright) + layout.begin(t) + segment * layout.per_segment;
+    for (int64_t p = 0; p < layout.length; ++p) {
+      out[segment * layout.length + p] = weight * values[p];
+    }
+  }
 }
 
 // Blocks of filters
@@ -424,17 +442,22 @@ void run(const FilterLoss& f, int64_t begin, int64_t end, A* scratch) {
       if (f.grad == nullptr) {
         continue;
       }
+      A* grad_rows = grad_in_place ? grad + i * f.grad_strides.filter : dense_rows;
+      const int64_t grad_stride = grad_in_place ? f.grad_strides.batch : positions;
+      if (f.assigned != nullptr) {
+        for (int64_t b = 0; b < batch; ++b) {
+          const int64_t t = f.assigned[b * filters + first + i];
+          weighted_template(f, t, s.weights[b * padded + t], grad_rows + b * grad_stride);
+        }
+        continue;
+      }
       for (int64_t b = 0; b < batch; ++b) {
         negative[b] = -s.weights[b * padded + positions];
       }
-      const Product<A> backward{f.layout,
-                                static_cast<const A*>(f.upright),
-                                s.weights,
-                                padded,
-                                negative,
-                                A{1},
-                                grad_in_place ? grad + i * f.grad_strides.filter : dense_rows,
-                                grad_in_place ? f.grad_strides.batch : positions};
+      const Product<A> backward{f.layout,  static_cast<const A*>(f.upright),
+                                s.weights, padded,
+                                negative,  A{1},
+                                grad_rows, grad_stride};
       product(backward, batch);
     }
     if (f.grad != nullptr && !grad_in_place) {

@@ -102,9 +102,7 @@ template <typename T, typename A>
 PICNN_FAST_HD void mask_map(const TemplateMask& s, int64_t peak, const T* from, int64_t from_stride,
                             T* to, int64_t to_stride) {
   const PanelLayout& layout = s.layout;
-  const auto at = static_cast<uint32_t>(peak), width = static_cast<uint32_t>(layout.width);
-  const A* first = static_cast<const A*>(s.masks) + layout.first + at / width * layout.row +
-                   at % width * layout.column;
+  const A* first = static_cast<const A*>(s.masks) + layout.begin(peak);
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
     const A* mask = first + segment * layout.per_segment;
     const T* x = from + segment * layout.length * from_stride;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "../common/macros.h"
 #include "storage.h"
 #include "units.h"
 
@@ -21,6 +22,12 @@ struct PanelLayout {
   int64_t segments, length;
   int64_t per_segment, first, row, column;
   int64_t size;
+
+  // Where the entries of the number `at`-th pair (i, j) begin.
+  PICNN_FAST_HD int64_t begin(int64_t at) const {
+    const auto number = static_cast<uint32_t>(at), columns = static_cast<uint32_t>(width);
+    return first + number / columns * row + number % columns * column;
+  }
 };
 
 // Filters that lie side by side in memory: what the kernels keep of each is on their stack.
