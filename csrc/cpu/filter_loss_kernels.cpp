@@ -298,7 +298,8 @@ struct MovingAverage {
   }
 };
 
-// The loss of one filter by running estimates, which it renews. Weights become ds times tau.
+// The loss of one filter by running estimates, which it renews. Weights become ds times tau; where
+// templates are assigned, only those of the assigned ones count.
 template <typename A>
 A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A* scratch) {
   constexpr A infinity = std::numeric_limits<A>::infinity();
@@ -332,11 +333,11 @@ A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A*
   if (f.assigned != nullptr) {
     A loss = 0;
     for (int64_t b = 0; b < s.batch; ++b) {
-      const A* row = s.responses + b * s.padded;
-      A* weights = s.weights + b * s.padded;
       const int64_t t = f.assigned[b * f.shape.filters + filter];
-      const A term = weights[t] * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
-      weights[t] = -term * tau;  // the others do not count
+      const A* row = s.responses + b * s.padded;
+      A& weight = s.weights[b * s.padded + t];
+      const A term = weight * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
+      weight = -term * tau;
       loss -= term;
     }
     return loss;

@@ -190,8 +190,8 @@ PICNN_FAST_HD void prefetch(const T* row, int64_t count) {
   }
 }
 
-// `next`, if not null, is what follows. While these maps are written it is fetched: to find peaks
-// is to wait for memory, else.
+// `next`, if not null, are the maps that follow. They are fetched while these are written: finding
+// peaks would wait for memory otherwise.
 template <typename T, typename A>
 void mask_side_by_side(const TemplateMask& s, const T* maps, const T* next, T* out, int64_t* peak,
                        int64_t count, Sink<T>& sink) {

@@ -44,10 +44,9 @@ struct TemplateMask {
   const void* part;  // Template<A>
   double scale;
   int64_t width;
-  bool
-      side_by_side;  // filters, at most kFiltersAtOnce of them in a unit; what follows is of others
-  PanelLayout layout;
-  const void* masks;  // A panels of what to multiply by
+  bool side_by_side;   // filters, of which a unit then has at most kFiltersAtOnce
+  PanelLayout layout;  // what follows is for other maps
+  const void* masks;   // A panels of what to multiply by
   void* out;
   Strides out_strides;
   bool stream;  // write past the caches
