@@ -12,6 +12,7 @@
 #endif
 
 #include "scalar.h"
+#include "vector.h"
 
 namespace PICNN_FAST_NAMESPACE {
 namespace {
@@ -25,19 +26,9 @@ using picnn_fast::Strides;
 // The product of rows with all templates
 // -----------------------------------------------------------
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kMostRows = 8, kMostVectors = 3;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kMostRows = 4, kMostVectors = 3;
-#else
-constexpr int kVectorBytes = 16, kMostRows = 4, kMostVectors = 2;
-#endif
-
-template <typename A>
-using Vector __attribute__((vector_size(kVectorBytes))) = A;
-
-template <typename A>
-constexpr int kLanes = kVectorBytes / sizeof(A);
+// Sums of a tile, in vectors: as many as there are registers for.
+constexpr int kMostRows = kVectorBytes == 64 ? 8 : 4;
+constexpr int kMostVectors = kVectorBytes == 16 ? 2 : 3;
 
 // a * b + c, in one rounding where the processor does that.
 template <typename A>
@@ -57,18 +48,6 @@ PICNN_FAST_HD Vector<A> multiply_add(Vector<A> a, Vector<A> b, Vector<A> c) {
 #else
   return a * b + c;
 #endif
-}
-
-template <typename A>
-PICNN_FAST_HD Vector<A> broadcast(A value) {
-  return value - Vector<A>{};  // the one spelling that compilers make one instruction of
-}
-
-template <typename A>
-PICNN_FAST_HD Vector<A> load(const A* from) {
-  Vector<A> vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
 }
 
 // Of `rows` rows of P numbers each, sum_ij row[ij]·panels(ij; columns), added to start[row] where
@@ -105,7 +84,7 @@ void product_tile(const Product<A>& p, int64_t row, const A* first, A* out, int6
       Vector<A> values[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        values[v] = load(panel + v * kLanes<A>);
+        values[v] = load<A>(panel + v * kLanes<A>);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -211,7 +190,7 @@ PICNN_FAST_HD A row_sum(const A* row, int64_t count) {
   Vector<A> sums = {};
   int64_t t = 0;
   for (; t + kLanes<A> <= count; t += kLanes<A>) {
-    sums += load(row + t);
+    sums += load<A>(row + t);
   }
   A sum = 0;
   for (int l = 0; l < kLanes<A>; ++l) {
@@ -319,7 +298,8 @@ struct MovingAverage {
   }
 };
 
-// The loss of one filter by running estimates, which it renews. Weights become ds times tau.
+// The loss of one filter by running estimates, which it renews. Weights become ds times tau; where
+// templates are assigned, only those of the assigned ones count.
 template <typename A>
 A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A* scratch) {
   constexpr A infinity = std::numeric_limits<A>::infinity();
@@ -353,12 +333,11 @@ A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A*
   if (f.assigned != nullptr) {
     A loss = 0;
     for (int64_t b = 0; b < s.batch; ++b) {
-      const A* row = s.responses + b * s.padded;
-      A* weights = s.weights + b * s.padded;
       const int64_t t = f.assigned[b * f.shape.filters + filter];
-      const A term = weights[t] * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
-      std::memset(weights, 0, s.padded * sizeof(A));
-      weights[t] = -term * tau;
+      const A* row = s.responses + b * s.padded;
+      A& weight = s.weights[b * s.padded + t];
+      const A term = weight * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
+      weight = -term * tau;
       loss -= term;
     }
     return loss;
@@ -373,6 +352,25 @@ A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A*
     }
   }
   return row_sum(totals, s.templates);
+}
+
+// The values of template t times a weight.
+template <typename A>
+void weighted_template(const FilterLoss& f, int64_t t, A weight, A* __restrict__ out) {
+  const PanelLayout& layout = f.layout;
+  if (t == f.shape.positions) {
+    for (int64_t p = 0; p < f.shape.positions; ++p) {
+      out[p] = -weight;
+    }
+    return;
+  }
+  for (int64_t segment = 0; segment < layout.segments; ++segment) {
+    const A* __restrict__ values =
+        static_cast<const A*>(f.upright) + layout.begin(t) + segment * layout.per_segment;
+    for (int64_t p = 0; p < layout.length; ++p) {
+      out[segment * layout.length + p] = weight * values[p];
+    }
+  }
 }
 
 // Blocks of filters
@@ -445,17 +443,22 @@ void run(const FilterLoss& f, int64_t begin, int64_t end, A* scratch) {
       if (f.grad == nullptr) {
         continue;
       }
+      A* grad_rows = grad_in_place ? grad + i * f.grad_strides.filter : dense_rows;
+      const int64_t grad_stride = grad_in_place ? f.grad_strides.batch : positions;
+      if (f.assigned != nullptr) {
+        for (int64_t b = 0; b < batch; ++b) {
+          const int64_t t = f.assigned[b * filters + first + i];
+          weighted_template(f, t, s.weights[b * padded + t], grad_rows + b * grad_stride);
+        }
+        continue;
+      }
       for (int64_t b = 0; b < batch; ++b) {
         negative[b] = -s.weights[b * padded + positions];
       }
-      const Product<A> backward{f.layout,
-                                static_cast<const A*>(f.upright),
-                                s.weights,
-                                padded,
-                                negative,
-                                A{1},
-                                grad_in_place ? grad + i * f.grad_strides.filter : dense_rows,
-                                grad_in_place ? f.grad_strides.batch : positions};
+      const Product<A> backward{f.layout,  static_cast<const A*>(f.upright),
+                                s.weights, padded,
+                                negative,  A{1},
+                                grad_rows, grad_stride};
       product(backward, batch);
     }
     if (f.grad != nullptr && !grad_in_place) {

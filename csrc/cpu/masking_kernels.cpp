@@ -11,6 +11,7 @@
 #include "philox_simd.h"
 #include "scalar.h"
 #include "streaming.h"
+#include "vector.h"
 
 namespace PICNN_FAST_NAMESPACE {
 namespace {
@@ -237,43 +238,32 @@ void scale(const ScaleMaps& s, int64_t begin, int64_t end) {
   }
 }
 
-// Sums over positions run in kLanes interleaved partial sums, added pairwise at the end: the same
+// Sums over positions run in kSums interleaved partial sums, added pairwise at the end: the same
 // order on every instruction set.
-constexpr int kLanes = 16;
+constexpr int kSums = 16;
 
-template <typename A, int kCount>
-using Vector __attribute__((vector_size(kCount * sizeof(A)))) = A;
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-// kLanes running sums, in vectors of the processor's own width (compilers lower wider ones badly).
+// kSums running sums.
 template <typename A>
 class LaneSums {
  public:
   template <typename T>
   void add_products(const T* x, const T* y) {
     for (int i = 0; i < kParts; ++i) {
-      parts_[i] += load(x + i * kWidth) * load(y + i * kWidth);
+      parts_[i] += load<A>(x + i * kLanes<A>) * load<A>(y + i * kLanes<A>);
     }
   }
 
-  // The same for the last `count` of kLanes elements; a bitwise and, so that NaN is left out too.
+  // The same for the last `count` of kSums elements; a bitwise and, so that NaN is left out too.
   template <typename T>
   void add_last_products(const T* x, const T* y, int64_t count) {
     using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-    static constexpr Bits kMask[2 * kLanes] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-                                               0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1,
-                                               -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    static constexpr Bits kMask[2 * kSums] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                              0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1,
+                                              -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
     for (int i = 0; i < kParts; ++i) {
-      Part product = load(x + i * kWidth) * load(y + i * kWidth);
-      Vector<Bits, kWidth> bits, mask;
-      std::memcpy(&mask, kMask + count + i * kWidth, sizeof(mask));
+      Vector<A> product = load<A>(x + i * kLanes<A>) * load<A>(y + i * kLanes<A>);
+      Vector<Bits> bits, mask;
+      std::memcpy(&mask, kMask + count + i * kLanes<A>, sizeof(mask));
       std::memcpy(&bits, &product, sizeof(bits));
       bits &= mask;
       std::memcpy(&product, &bits, sizeof(bits));
@@ -288,46 +278,18 @@ class LaneSums {
         parts_[i] += parts_[i + parts];
       }
     }
-    return fold<kWidth>(parts_[0]);
+    return fold<A>(parts_[0], [](const auto& one, const auto& other) { return one + other; });
   }
 
  private:
-  static constexpr int kWidth = kVectorBytes / sizeof(A);
-  static constexpr int kParts = kLanes / kWidth;
-  using Part = Vector<A, kWidth>;
+  static constexpr int kParts = kSums / kLanes<A>;
 
-  template <typename T>
-  static PICNN_FAST_HD Part load(const T* from) {
-    Part part;
-    if constexpr (std::is_same_v<A, T>) {
-      std::memcpy(&part, from, sizeof(part));
-    } else {
-      A array[kWidth];  // loops over the elements of a vector type do not vectorise
-      for (int l = 0; l < kWidth; ++l) {
-        array[l] = widen(from[l]);
-      }
-      std::memcpy(&part, array, sizeof(part));
-    }
-    return part;
-  }
-
-  template <int kCount>
-  static PICNN_FAST_HD A fold(const Vector<A, kCount>& v) {
-    if constexpr (kCount == 2) {
-      return v[0] + v[1];
-    } else {
-      Vector<A, kCount / 2> halves[2];
-      std::memcpy(halves, &v, sizeof(v));
-      return fold<kCount / 2>(halves[0] + halves[1]);
-    }
-  }
-
-  Part parts_[kParts] = {};
+  Vector<A> parts_[kParts] = {};
 };
 
 template <typename T, typename A>
 PICNN_FAST_HD A dot(const T* x, const T* grad, int64_t positions) {
-  if (positions < kLanes) {
+  if (positions < kSums) {
     A sum = 0;
     for (int64_t p = 0; p < positions; ++p) {
       sum += static_cast<A>(widen(x[p])) * static_cast<A>(widen(grad[p]));
@@ -336,11 +298,11 @@ PICNN_FAST_HD A dot(const T* x, const T* grad, int64_t positions) {
   }
   LaneSums<A> sums;
   int64_t p = 0;
-  for (; p + kLanes <= positions; p += kLanes) {
+  for (; p + kSums <= positions; p += kSums) {
     sums.add_products(x + p, grad + p);
   }
   if (p < positions) {
-    sums.add_last_products(x + positions - kLanes, grad + positions - kLanes, positions - p);
+    sums.add_last_products(x + positions - kSums, grad + positions - kSums, positions - p);
   }
   return sums.sum();
 }

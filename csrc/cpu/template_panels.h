@@ -10,13 +10,14 @@
 namespace picnn_fast {
 
 inline PanelLayout panel_layout(int64_t height, int64_t width) {
-  constexpr int64_t kNarrow = 32, kSmall = 1 << 16;
+  // Short rows by themselves leave vectors half empty: worth larger panels, up to a few megabytes.
+  constexpr int64_t kNarrow = 32, kMostIfNarrow = 1 << 20, kMost = 1 << 16;
   constexpr int64_t kPadding = 64;  // vectors may be read beyond the end of a segment
   PanelLayout layout{};
   layout.height = height;
   layout.width = width;
   const int64_t rows = 2 * height - 1;
-  if (width < kNarrow || width * rows * width <= kSmall) {
+  if (width * rows * width <= (width < kNarrow ? kMostIfNarrow : kMost)) {
     // For each j the rows of offsets, all of them, cut to their columns -j to width - 1 - j. So the
     // rows of a map follow one another, and short ones too fill vectors.
     layout.segments = 1;

@@ -25,16 +25,31 @@ void run(TemplateMask& s, const Template<A>& part, Storage type) {
   if (s.shape.batch == 0 || s.shape.filters == 0) {
     return;
   }
-  const A scale = static_cast<A>(s.scale);
   s.part = &part;
-  s.layout = panel_layout(part.height, part.width);
-  const std::vector<A> masks = panels<A>(s.layout, [&](int32_t di, int32_t dj) {
-    return mask_value(template_value(part, di, dj), scale);
-  });
-  s.masks = masks.data();
+  s.width = part.width;
+  std::vector<A> masks;
+  if (!s.side_by_side) {
+    const A scale = static_cast<A>(s.scale);
+    s.layout = panel_layout(part.height, part.width);
+    masks = panels<A>(s.layout, [&](int32_t di, int32_t dj) {
+      return mask_value(template_value(part, di, dj), scale);
+    });
+    s.masks = masks.data();
+  }
   const TemplatesKernels& kernels = PICNN_FAST_KERNELS_IN_USE(templates_kernels);
   parallel_units(s.shape, s.units,
                  [&](int64_t begin, int64_t end) { kernels.mask(s, type, begin, end); });
+}
+
+// Filters of a unit. Those side by side are gone through twice to find their peaks, and the next
+// ones are fetched meanwhile: both are to fit the second level of cache.
+int64_t most_filters(const TemplateMask& s, int64_t element_size) {
+  constexpr int64_t kHalfCache = 400 << 10, kLeast = 64;
+  if (!s.side_by_side || !s.find_peak) {
+    return s.side_by_side ? kFiltersAtOnce : s.shape.filters;
+  }
+  const int64_t bytes = element_size * std::max<int64_t>(1, s.shape.positions);
+  return std::clamp(kHalfCache / bytes / kLeast * kLeast, kLeast, kFiltersAtOnce);
 }
 
 // Masks `x` into what is returned, by the peaks it finds or those it is given.
@@ -44,7 +59,6 @@ Tensor mask(const Tensor& x, const Tensor& peak, bool find_peak, const std::opti
   Tensor out = torch::stable::empty_like(x);
   TemplateMask s{};
   s.shape = shape_of_maps(x, "x");
-  s.units = units_of(s.shape, torch::stable::get_num_threads());
   s.maps = x.const_data_ptr();
   s.maps_strides = strides_of_maps(x, "x");
   s.find_peak = find_peak;
@@ -52,6 +66,8 @@ Tensor mask(const Tensor& x, const Tensor& peak, bool find_peak, const std::opti
   s.scale = scale;
   s.out = out.mutable_data_ptr();
   s.out_strides = strides_of_maps(out, "masked");
+  s.side_by_side = s.shape.filters > 1 && s.maps_strides.filter == 1 && s.out_strides.filter == 1;
+  s.units = units_of(s.shape, torch::stable::get_num_threads(), most_filters(s, x.element_size()));
   s.stream = exceeds_cache(out);
   if (type == Storage::kDouble) {
     run(s, read_template<double>(x, table, profile, norm, slope, limit), type);

@@ -10,10 +10,12 @@
 #include "../common/templates.h"
 #include "scalar.h"
 #include "streaming.h"
+#include "vector.h"
 
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
+using picnn_fast::kFiltersAtOnce;
 using picnn_fast::PanelLayout;
 using picnn_fast::Storage;
 using picnn_fast::Strides;
@@ -36,35 +38,6 @@ int64_t find_peak(const T* map, int64_t stride, int64_t positions) {
   return peak;
 }
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-template <typename A>
-using Vector __attribute__((vector_size(kVectorBytes))) = A;
-
-template <typename A>
-constexpr int kLanes = kVectorBytes / sizeof(A);
-
-template <typename T, typename A>
-PICNN_FAST_HD Vector<A> load(const T* from) {
-  Vector<A> vector;
-  if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(&vector, from, sizeof(vector));
-  } else {
-    A array[kLanes<A>];  // loops over the elements of a vector type do not vectorise
-    for (int l = 0; l < kLanes<A>; ++l) {
-      array[l] = widen(from[l]);
-    }
-    std::memcpy(&vector, array, sizeof(vector));
-  }
-  return vector;
-}
-
 // The same of a dense map, in lanes that each keep the first of their greatest numbers.
 template <typename T, typename A>
 PICNN_FAST_HD int64_t find_peak_dense(const T* __restrict__ map, int64_t positions) {
@@ -73,39 +46,30 @@ PICNN_FAST_HD int64_t find_peak_dense(const T* __restrict__ map, int64_t positio
   if (positions < kCount) {
     return find_peak(map, 1, positions);
   }
-  Vector<A> best = load<T, A>(map);
-  Vector<Index> begin = {}, nan = best != best;
+  Index lane[kCount];
+  for (int l = 0; l < kCount; ++l) {
+    lane[l] = l;
+  }
+  const Vector<Index> first = load<Index>(lane);
+  Vector<A> best = load<A>(map);
+  Vector<Index> index = first, nan = best != best;
   const auto take = [&](int64_t p) {
-    const Vector<A> x = load<T, A>(map + p);
+    const Vector<A> x = load<A>(map + p);
     const Vector<Index> greater = x > best;
     best = greater ? x : best;
-    begin = greater ? static_cast<Index>(p) - Vector<Index>{} : begin;
+    index = greater ? first + static_cast<Index>(p) : index;
     nan |= x != x;
   };
   for (int64_t p = kCount; p + kCount <= positions; p += kCount) {
     take(p);
   }
   take(positions - kCount);  // what is left, and some once more
-  A values[kCount];
-  Index begins[kCount], nans[kCount];
-  std::memcpy(values, &best, sizeof(best));
-  std::memcpy(begins, &begin, sizeof(begin));
-  std::memcpy(nans, &nan, sizeof(nan));
-  A maximum = values[0];
-  Index any_nan = nans[0];
-  for (int l = 1; l < kCount; ++l) {
-    maximum = values[l] > maximum ? values[l] : maximum;
-    any_nan |= nans[l];
-  }
-  if (any_nan != 0) {
-    return find_peak(map, 1, positions);
-  }
-  Index peak = std::numeric_limits<Index>::max();
-  for (int l = 0; l < kCount; ++l) {
-    const Index here = values[l] == maximum ? begins[l] + l : peak;
-    peak = here < peak ? here : peak;
-  }
-  return peak;
+  const A greatest = fold<A>(best, [](auto one, auto other) { return one > other ? one : other; });
+  constexpr Index kNone = std::numeric_limits<Index>::max();
+  index = (best == broadcast(greatest) ? index : broadcast(kNone)) | nan;  // -1 where NaN was
+  const Index peak =
+      fold<Index>(index, [](auto one, auto other) { return one < other ? one : other; });
+  return peak < 0 ? find_peak(map, 1, positions) : peak;
 }
 
 template <typename T, typename A>
@@ -113,27 +77,47 @@ PICNN_FAST_HD T masked(T x, A mask) {
   return narrow<T>(static_cast<A>(widen(x) * mask));
 }
 
+// Whole vectors, the last of which may overlap the one before.
+template <typename T, typename A>
+PICNN_FAST_HD void mask_dense(const T* __restrict__ x, const A* __restrict__ mask,
+                              T* __restrict__ out, int64_t count) {
+  if (count < kLanes<A>) {
+    for (int64_t p = 0; p < count; ++p) {
+      out[p] = masked<T, A>(x[p], mask[p]);
+    }
+    return;
+  }
+  const auto run = [&](int64_t p) { store<A>(load<A>(x + p) * load<A>(mask + p), out + p); };
+  int64_t p = 0;
+  for (; p + kLanes<A> <= count; p += kLanes<A>) {
+    run(p);
+  }
+  if (p < count) {
+    run(count - kLanes<A>);
+  }
+}
+
 // One dense map, or one whose positions are apart.
 template <typename T, typename A>
 PICNN_FAST_HD void mask_map(const TemplateMask& s, int64_t peak, const T* from, int64_t from_stride,
                             T* to, int64_t to_stride) {
   const PanelLayout& layout = s.layout;
-  const A* first = static_cast<const A*>(s.masks) + layout.first +
-                   peak / layout.width * layout.row + peak % layout.width * layout.column;
+  const A* first = static_cast<const A*>(s.masks) + layout.begin(peak);
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
-    const A* __restrict__ mask = first + segment * layout.per_segment;
-    const T* __restrict__ x = from + segment * layout.length * from_stride;
-    T* __restrict__ out = to + segment * layout.length * to_stride;
-    for (int64_t p = 0; p < layout.length; ++p) {
-      out[p * to_stride] = masked<T, A>(x[p * from_stride], mask[p]);
+    const A* mask = first + segment * layout.per_segment;
+    const T* x = from + segment * layout.length * from_stride;
+    T* out = to + segment * layout.length * to_stride;
+    if (from_stride == 1 && to_stride == 1) {
+      mask_dense(x, mask, out, layout.length);
+    } else {
+      for (int64_t p = 0; p < layout.length; ++p) {
+        out[p * to_stride] = masked<T, A>(x[p * from_stride], mask[p]);
+      }
     }
   }
 }
 
-// Filters side by side in memory, as many as the stack has room for: rows of `count` numbers, of
-// the same position.
-constexpr int64_t kFiltersAtOnce = 1024;
-
+// Filters side by side in memory: rows of `count` numbers, of the same position.
 template <typename T, typename A>
 void find_peaks(const T* maps, int64_t stride, int64_t positions, int64_t count, int64_t* peak) {
   A best[kFiltersAtOnce];
@@ -196,13 +180,26 @@ PICNN_FAST_HD void with_profile(const Template<A>& given, const Run& run) {
   }
 }
 
-template <typename T, typename A>
-void mask_side_by_side(const TemplateMask& s, const T* maps, T* out, int64_t* peak, int64_t count,
-                       Sink<T>& sink) {
-  if (s.find_peak) {
-    find_peaks<T, A>(maps, s.maps_strides.position, s.shape.positions, count, peak);
+// Asks for a row of numbers that is read soon.
+template <typename T>
+PICNN_FAST_HD void prefetch(const T* row, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int kSecondLevel = 1;
+  for (int64_t i = 0; i < count; i += kLine) {
+    __builtin_prefetch(row + i, /*rw=*/0, kSecondLevel);
   }
-  const auto width = static_cast<int32_t>(s.layout.width);
+}
+
+// `next`, if not null, are the maps that follow. They are fetched while these are written: finding
+// peaks would wait for memory otherwise.
+template <typename T, typename A>
+void mask_side_by_side(const TemplateMask& s, const T* maps, const T* next, T* out, int64_t* peak,
+                       int64_t count, Sink<T>& sink) {
+  const int64_t stride = s.maps_strides.position;
+  if (s.find_peak) {
+    find_peaks<T, A>(maps, stride, s.shape.positions, count, peak);
+  }
+  const auto width = static_cast<int32_t>(s.width);
   int32_t rows[kFiltersAtOnce], columns[kFiltersAtOnce];
   for (int64_t i = 0; i < count; ++i) {
     rows[i] = static_cast<int32_t>(peak[i]) / width;
@@ -217,7 +214,10 @@ void mask_side_by_side(const TemplateMask& s, const T* maps, T* out, int64_t* pe
       const int64_t here = step < s.shape.positions - p ? step : s.shape.positions - p;
       T* stretch = sink.open(out + p * s.out_strides.position, here * count);
       for (int64_t r = 0; r < here; ++r) {
-        mask_row<T, A>(part, scale, a, b, maps + (p + r) * s.maps_strides.position, rows, columns,
+        if (next != nullptr) {
+          prefetch(next + (p + r) * stride, count);
+        }
+        mask_row<T, A>(part, scale, a, b, maps + (p + r) * stride, rows, columns,
                        stretch + r * count, count);
         if (++b == width) {
           b = 0;
@@ -233,26 +233,27 @@ template <typename T, typename A>
 void mask(const TemplateMask& s, int64_t begin, int64_t end) {
   const auto [batch, filters, positions] = s.shape;
   const Strides from = s.maps_strides, to = s.out_strides;
-  const bool side_by_side = from.filter == 1 && to.filter == 1 && filters > 1;
   const bool dense = from.position == 1 && to.position == 1 && to.filter == positions;
   const int64_t most = Sink<T>::kPreferred / positions;
   const int64_t step = most > 1 ? most : 1;
   Sink<T> sink(s.stream);
+  const auto maps = [&](int64_t index) {
+    return static_cast<const T*>(s.maps) + index / s.units.blocks * from.batch +
+           index % s.units.blocks * s.units.filters * from.filter;
+  };
   for (int64_t index = begin; index < end; ++index) {
     const int64_t sample = index / s.units.blocks;
     const int64_t first = index % s.units.blocks * s.units.filters;
-    const int64_t last = first + s.units.filters < filters ? first + s.units.filters : filters;
-    const T* x = static_cast<const T*>(s.maps) + sample * from.batch;
-    T* out = static_cast<T*>(s.out) + sample * to.batch;
-    int64_t* peak = s.peak + sample * filters;
-    if (side_by_side) {
-      for (int64_t i = first; i < last; i += kFiltersAtOnce) {
-        const int64_t count = kFiltersAtOnce < last - i ? kFiltersAtOnce : last - i;
-        mask_side_by_side<T, A>(s, x + i, out + i, peak + i, count, sink);
-      }
+    const int64_t count = s.units.filters < filters - first ? s.units.filters : filters - first;
+    const T* x = maps(index);
+    T* out = static_cast<T*>(s.out) + sample * to.batch + first * to.filter;
+    int64_t* peak = s.peak + sample * filters + first;
+    if (s.side_by_side) {
+      const T* next = s.find_peak && index + 1 < end ? maps(index + 1) : nullptr;
+      mask_side_by_side<T, A>(s, x, next, out, peak, count, sink);
     } else if (dense) {
-      for (int64_t i = first; i < last; i += step) {
-        const int64_t here = step < last - i ? step : last - i;
+      for (int64_t i = 0; i < count; i += step) {
+        const int64_t here = step < count - i ? step : count - i;
         T* stretch = sink.open(out + i * positions, here * positions);
         for (int64_t r = 0; r < here; ++r) {
           const T* map = x + (i + r) * from.filter;
@@ -264,7 +265,7 @@ void mask(const TemplateMask& s, int64_t begin, int64_t end) {
         sink.close();
       }
     } else {
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         const T* map = x + i * from.filter;
         if (s.find_peak) {
           peak[i] = find_peak(map, from.position, positions);

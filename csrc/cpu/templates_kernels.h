@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "../common/macros.h"
 #include "storage.h"
 #include "units.h"
 
@@ -21,7 +22,16 @@ struct PanelLayout {
   int64_t segments, length;
   int64_t per_segment, first, row, column;
   int64_t size;
+
+  // Where the entries of the number `at`-th pair (i, j) begin.
+  PICNN_FAST_HD int64_t begin(int64_t at) const {
+    const auto number = static_cast<uint32_t>(at), columns = static_cast<uint32_t>(width);
+    return first + number / columns * row + number % columns * column;
+  }
 };
+
+// Filters that lie side by side in memory: what the kernels keep of each is on their stack.
+constexpr int64_t kFiltersAtOnce = 1024;
 
 // Everything one call needs. A is the accumulation type: double for double maps, else float.
 struct TemplateMask {
@@ -33,8 +43,10 @@ struct TemplateMask {
   int64_t* peak;     // [B, N] contiguous, in [0, positions)
   const void* part;  // Template<A>
   double scale;
-  PanelLayout layout;
-  const void* masks;  // A panels of what to multiply by
+  int64_t width;
+  bool side_by_side;   // filters, of which a unit then has at most kFiltersAtOnce
+  PanelLayout layout;  // what follows is for other maps
+  const void* masks;   // A panels of what to multiply by
   void* out;
   Strides out_strides;
   bool stream;  // write past the caches

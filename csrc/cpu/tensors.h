@@ -10,6 +10,7 @@
 #include <sstream>
 #include <string>
 
+#include "../common/accumulate_type.h"
 #include "storage.h"
 
 // What the CPU operators ask of their arguments.
@@ -32,12 +33,6 @@ inline Storage storage(const torch::stable::Tensor& t, const char* name) {
     default:
       STD_TORCH_CHECK(false, name, ": want float32, float64, bfloat16 or float16");
   }
-}
-
-// The type that sums of a tensor's elements are kept in.
-inline torch::headeronly::ScalarType accumulate_type(const torch::stable::Tensor& t) {
-  using torch::headeronly::ScalarType;
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline void check_shape(const torch::stable::Tensor& t, const char* name,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 // Feature maps as the kernels see them, and how their work is cut up.
 namespace picnn_fast {
@@ -21,9 +22,11 @@ struct Units {
   int64_t count;    // in all
 };
 
-// Whole samples where there are enough of them: long sequential runs of memory in every layout.
-inline Units units_of(const MapsShape& shape, int64_t threads) {
-  int64_t filters = shape.filters;
+// Whole samples where there are enough of them and `most` filters allow it: long sequential runs of
+// memory in every layout.
+inline Units units_of(const MapsShape& shape, int64_t threads,
+                      int64_t most = std::numeric_limits<int64_t>::max()) {
+  int64_t filters = shape.filters < most ? shape.filters : most;
   while (filters > 64 && shape.batch * ((shape.filters + filters - 1) / filters) < 4 * threads) {
     filters = (filters / 2 + 15) / 16 * 16;
   }

@@ -338,12 +338,6 @@ struct Problem {
   }
 };
 
-template <typename A>
-__device__ A sum_warp(A value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
-  return value;
-}
-
 // ---- Resident ---------------------------------------------------------------------------------
 
 // The shared memory of a block. Rows of the matrix hold what belongs to positions, 0 to a multiple

@@ -17,6 +17,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../common/accumulate_type.h"
 #include "../common/macros.h"
 #include "../common/stable.h"
 
@@ -53,15 +54,20 @@ namespace picnn_fast {
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
+// The sum over each `lanes` neighbours of a warp, a power of two of them; every lane takes part and
+// gets it.
+template <typename A>
+__device__ A sum_warp(A value, int lanes = 32) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kFullWarp, value, offset);
+  return value;
+}
+
 PICNN_FAST_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Type of sums, as accumulate_dtype in the reference.
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-inline torch::headeronly::ScalarType accumulate_type(const torch::stable::Tensor& t) {
-  using torch::headeronly::ScalarType;
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // W elements read or written at a time.
 template <typename T, int W>

@@ -473,8 +473,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int e = max(c * S, begin) + threadIdx.x % lanes; e < stop; e += lanes)
           sum += products[e - origin];
       }
-      for (int offset = lanes / 2; offset > 0; offset /= 2)
-        sum += __shfl_xor_sync(kFullWarp, sum, offset);
+      sum = sum_warp(sum, lanes);
       if (c <= last && threadIdx.x % lanes == 0) sums[c] += sum;
     }
     __syncthreads();
@@ -581,8 +580,7 @@ __global__ void __launch_bounds__(kThreads) backward_strided(Backward<T> p, int 
       y[s * p.grad_features.position] = Multiply<T>::scale(grad, factor);
     }
   }
-  for (int offset = lanes / 2; offset > 0; offset /= 2)
-    sum += __shfl_xor_sync(kFullWarp, sum, offset);
+  sum = sum_warp(sum, lanes);
   if (c < p.N && lane == 0) p.grad_mask[b * p.N + c] = sum;
 }
 

@@ -63,7 +63,7 @@ __device__ void add(int64_t* sum, int64_t value) {
 
 // Adds the values of a warp; every lane takes part.
 __device__ void add_warp(int64_t* sum, int64_t value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
+  value = sum_warp(value);
   if (threadIdx.x % 32 == 0) add(sum, value);
 }
 

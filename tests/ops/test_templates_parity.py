@@ -246,6 +246,13 @@ def test_large_maps(backend: Backend, layout, shape):
         assert_masked(grad, torch.ones_like(x), peak, TEMPLATES[name], 1.0)
 
 
+def test_tall_maps_with_rows_shorter_than_a_vector(cpp: Backend):
+    x = maps((1, 2, 5000, 11))
+    masked, peak = template_mask(x, TEMPLATES["l2"])
+    assert torch.equal(peak, first_peaks(x))
+    assert_masked(masked, x, peak, TEMPLATES["l2"], 1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_maps_beyond_the_cache_and_many_filters(backend: Backend, layout, dtype):
