@@ -13,8 +13,9 @@ to all pairs of class and filter. Peak memory is that of a process of its own.
 
 ``histogram_update``: "steady", a state whose range no longer widens; "fresh", the state made anew
 with each call; "plain", ``torch.bincount`` with a range known beforehand. Reading the activations
-once at copy bandwidth is half of what copying them into a tensor made beforehand takes; "sum" is
-what PyTorch's own sum, which only reads, takes.
+once at copy bandwidth is half of what copying them into tensors made beforehand takes; "sum" is what
+PyTorch's own sum, which only reads, takes. As many sets of activations take turns as exceed the
+caches.
 
 ``soft_histogram``, forward and backward: "reference", the reference backend; "einsum", triangular
 weights times one-hot labels; "scatter", ``index_add`` of the two weights of a sample.
@@ -74,6 +75,7 @@ KNN_SHAPES = (
 HISTOGRAM_SHAPES = (
     HistogramShape(10_000, 128, 10),
     HistogramShape(200_000, 128, 10),
+    HistogramShape(50_000, 512, 10),
     HistogramShape(10_000, 128, 1000),
     HistogramShape(200_000, 128, 1000),
 )
@@ -280,12 +282,12 @@ def bench_histogram(shape: HistogramShape, device: torch.device, rounds: int) ->
             state.counts
         )
 
-    out = torch.empty(shape.samples, shape.filters, dtype=shape.dtype, device=device)
+    copies = itertools.cycle([torch.empty_like(x, dtype=shape.dtype) for x, _ in drawn])
     candidates = {
         "steady": lambda: state.update(*next(batches)),
         "fresh": lambda: HistogramState(shape, device).update(*next(batches)),
         "plain": lambda: plain(*next(batches)),
-        "copy": lambda: out.copy_(next(batches)[0]),
+        "copy": lambda: next(copies).copy_(next(batches)[0]),
         "sum": lambda: next(batches)[0].sum(),
     }
     times = harness.interleaved(candidates, rounds, device)

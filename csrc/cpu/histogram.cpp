@@ -54,10 +54,11 @@ TableLayout plain_layout(int64_t cells) {
   return layout;
 }
 
-// Eight filters side by side, two of each 16 bytes of a row of cells, which are four filters of
-// each of four parts.
+// A cache line between classes keeps them out of each other's way in the first-level cache, where
+// powers of two collide. Eight filters side by side, two of each 16 bytes of a row of cells, which
+// are four filters of each of four parts.
 TableLayout sliced_layout(int64_t cells) {
-  TableLayout layout{kSlicedBlock * cells, 8, {}};
+  TableLayout layout{kSlicedBlock * cells + 32, 8, {}};
   for (int64_t f = 0; f < kSlicedBlock; ++f) {
     const int64_t part = f / 16, lane = f % 16 / 4, set = part * 2 + f % 4 / 2;
     layout.place[f] = static_cast<int32_t>(set * cells * 8 + lane * 2 + f % 2);
@@ -236,9 +237,10 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t least_rows = std::max<int64_t>(4096, 4 * table_cells);
   // Whole rows are read faster than pieces: a run a thread where there are few blocks.
-  const int64_t few = sliced ? 2 * threads : threads;
-  const int64_t wanted = std::max(ceil_divide(samples.count, most_rows),
-                                  std::min(ceil_divide(few, blocks), samples.count / least_rows));
+  const int64_t splits = sliced ? std::min(threads, ceil_divide(kSlicedAtOnce * threads, blocks))
+                                : ceil_divide(threads, blocks);
+  const int64_t wanted =
+      std::max(ceil_divide(samples.count, most_rows), std::min(splits, samples.count / least_rows));
   const int64_t rows = ceil_divide(samples.count, std::max<int64_t>(1, wanted));
   const int64_t runs = ceil_divide(samples.count, rows);
 
@@ -264,7 +266,8 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   std::unique_ptr<unsigned char[]> tables;
   if (use_tables) {
     tables.reset(new unsigned char[static_cast<size_t>(
-        runs * padded * table_cells * (short_counts ? sizeof(uint16_t) : sizeof(uint32_t)))]);
+        runs * blocks * classes * h.layout.per_class *
+        (short_counts ? sizeof(uint16_t) : sizeof(uint32_t)))]);
     h.tables = tables.get();
   }
   const auto count_or_range = sliced ? k.count_sliced : use_tables ? k.count : k.range;

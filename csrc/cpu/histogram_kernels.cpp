@@ -358,9 +358,10 @@ void count(const Histogram& h, int64_t begin, int64_t end) {
 #define PICNN_FAST_SLICED __attribute__((target("avx512vpopcntdq,gfni")))
 constexpr int64_t kSlicedBlock = picnn_fast::kSlicedBlock;
 constexpr int64_t kParts = kSlicedBlock / kBlock;
-// Rows of 64 cells that stay in the second-level cache, shared out among blocks side by side.
-constexpr int64_t kSlicedRows = 8192;
-constexpr int64_t kSlicedAtOnce = 2;  // as write_cells is instantiated
+// Rows of 64 cells, as many as the second-level cache has room for, shared out among the blocks of
+// a pass: memory is read by whole rows, every page once, where there are at most eight blocks.
+constexpr int64_t kSlicedRows = 16384;
+constexpr int64_t kSlicedAtOnce = picnn_fast::kSlicedAtOnce;
 constexpr int kPlanes = 6;
 constexpr int kSets = 8;         // of eight filters
 constexpr int64_t kGroups = 16;  // of 64 samples, whose planes stay in the fastest cache
@@ -527,7 +528,8 @@ struct SlicedBlocks {
 template <typename T, typename A, int64_t Blocks>
 bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64_t count,
                  uint8_t* cells) {
-  constexpr int64_t kRows = 64, kWidth = Blocks * kSlicedBlock, kAllParts = Blocks * kParts;
+  constexpr int64_t kRows = 128 / Blocks, kWidth = Blocks * kSlicedBlock;
+  constexpr int64_t kAllParts = Blocks * kParts;
   const __m512i modulo = _mm512_set1_epi32(static_cast<int32_t>(h.cells - 1));
   // Processors fetch ahead within a page, but do not look up the next one.
   const int64_t row_bytes = h.samples.sample_stride * static_cast<int64_t>(sizeof(T));
@@ -552,7 +554,7 @@ bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64
           __builtin_prefetch(page + (from + r) * row_bytes);
         }
         const A* x = tile.rows + r * tile.stride;
-        _Pragma("GCC unroll 2") for (int64_t b = 0; b < Blocks; ++b) {
+        _Pragma("GCC unroll 8") for (int64_t b = 0; b < Blocks; ++b) {
           __m512i at[kParts];
           _Pragma("GCC unroll 4") for (int64_t p = 0; p < kParts; ++p) {
             const int64_t part = b * kParts + p;
@@ -630,9 +632,12 @@ void count_sliced(const Histogram& h, int64_t begin, int64_t end) {
   std::memset(tables + begin * block_cells, 0, (end - begin) * block_cells * sizeof(*tables));
   for (int64_t unit = begin; unit < end;) {
     const int64_t run = unit / blocks;
-    int64_t stop = end < (run + 1) * blocks ? end : (run + 1) * blocks;
-    stop = stop < unit + kSlicedAtOnce ? stop : unit + kSlicedAtOnce;
-    const int64_t block_count = stop - unit, rows = kSlicedRows / block_count;
+    const int64_t stop = end < (run + 1) * blocks ? end : (run + 1) * blocks;
+    int64_t block_count = kSlicedAtOnce;
+    while (block_count > stop - unit) {
+      block_count /= 2;
+    }
+    const int64_t rows = kSlicedRows / block_count;
     SlicedBlocks<A> at_once;
     at_once.unit = unit;
     at_once.filter = unit % blocks * kSlicedBlock;
@@ -645,12 +650,15 @@ void count_sliced(const Histogram& h, int64_t begin, int64_t end) {
     }
     const int64_t last =
         h.samples.count < (run + 1) * h.rows ? h.samples.count : (run + 1) * h.rows;
-    for (int64_t row = run * h.rows; row < last; row += rows) {
-      const int64_t count = last - row < rows ? last - row : rows;
-      const bool finite = block_count == 1
-                              ? write_cells<T, A, 1>(h, at_once, row, count, buffers->cells)
-                              : write_cells<T, A, 2>(h, at_once, row, count, buffers->cells);
-      if (!finite) {
+    const int64_t pieces = (last - run * h.rows + rows - 1) / rows;
+    const int64_t piece = (last - run * h.rows + pieces - 1) / pieces;  // all about as long
+    for (int64_t row = run * h.rows; row < last; row += piece) {
+      const int64_t count = last - row < piece ? last - row : piece;
+      const auto write = block_count == 8   ? write_cells<T, A, 8>
+                         : block_count == 4 ? write_cells<T, A, 4>
+                         : block_count == 2 ? write_cells<T, A, 2>
+                                            : write_cells<T, A, 1>;
+      if (!write(h, at_once, row, count, buffers->cells)) {
         break;
       }
       sort_rows(h.samples.labels + row, count, h.classes, ends, buffers->order);
@@ -662,7 +670,7 @@ void count_sliced(const Histogram& h, int64_t begin, int64_t end) {
         }
       }
     }
-    unit = stop;
+    unit += block_count;
   }
   delete[] ends;
   delete buffers;

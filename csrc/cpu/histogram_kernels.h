@@ -35,6 +35,7 @@ struct FilterRange {
 // Tables of 16-bit counters are half as large, and more of them stay in the fastest cache.
 constexpr int64_t kShortRows = 65535;
 
+constexpr int64_t kSlicedAtOnce = 8;  // blocks
 constexpr int64_t kMostSlicedCells = 64;
 constexpr int64_t kMostSlicedClasses = 64;  // with more, few samples of a class are near each other
 
