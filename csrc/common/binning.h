@@ -11,21 +11,23 @@ namespace PICNN_FAST_NAMESPACE {
 constexpr int kSmallestExponent = -100;
 constexpr int kCellBits = 20;
 
-// 2^exponent exactly, subnormal numbers included.
+// 2^exponent exactly, subnormal numbers included; 0 below them.
 template <typename T>
 PICNN_FAST_HD T power_of_two(int exponent);
 template <>
 PICNN_FAST_HD float power_of_two<float>(int exponent) {
-  const uint32_t bits = exponent >= -126 ? static_cast<uint32_t>(exponent + 127) << 23
-                                         : uint32_t{1} << (exponent + 149);
+  const uint32_t bits = exponent >= -126   ? static_cast<uint32_t>(exponent + 127) << 23
+                        : exponent >= -149 ? uint32_t{1} << (exponent + 149)
+                                           : 0;
   float x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
 template <>
 PICNN_FAST_HD double power_of_two<double>(int exponent) {
-  const uint64_t bits = exponent >= -1022 ? static_cast<uint64_t>(exponent + 1023) << 52
-                                          : uint64_t{1} << (exponent + 1074);
+  const uint64_t bits = exponent >= -1022   ? static_cast<uint64_t>(exponent + 1023) << 52
+                        : exponent >= -1074 ? uint64_t{1} << (exponent + 1074)
+                                            : 0;
   double x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;

@@ -55,8 +55,7 @@ TableLayout plain_layout(int64_t cells) {
 }
 
 // A cache line between classes keeps them out of each other's way in the first-level cache, where
-// powers of two collide. Eight filters side by side, two of each 16 bytes of a row of cells, which
-// are four filters of each of four parts.
+// powers of two collide.
 TableLayout sliced_layout(int64_t cells) {
   TableLayout layout{kSlicedBlock * cells + 32, 8, {}};
   for (int64_t f = 0; f < kSlicedBlock; ++f) {

@@ -256,26 +256,25 @@ inline bool all_of(const int32_t* flags) {
   return all != 0;
 }
 
+bool has_grown(const FilterRange& range, const FilterRange& before) {
+  return range.minimum != before.minimum || range.maximum != before.maximum;
+}
+
 // After ranges have grown: moves what was counted, from filter `first` of the tables on, to the new
-// grids. Whether any grid is another.
+// grids.
 template <typename C>
-bool move_tables(const Histogram& h, const FilterRange* before, FilterRange* ranges,
+void move_tables(const Histogram& h, const FilterRange* before, FilterRange* ranges,
                  int64_t filters, C* table, int64_t first) {
-  bool moved = false;
   for (int64_t f = 0; f < filters; ++f) {
     FilterRange& range = ranges[f];
-    if (range.minimum != before[f].minimum || range.maximum != before[f].maximum) {
+    if (has_grown(range, before[f])) {
       range.exponent = grid_of(range.minimum, range.maximum, h.bins).exponent;
-      if (range.exponent != before[f].exponent) {
-        moved = true;
-        if (before[f].minimum <= before[f].maximum) {
-          coarsen(table + h.layout.place[first + f], h, grid_before(before[f]),
-                  range.exponent - before[f].exponent);
-        }
+      if (range.exponent != before[f].exponent && before[f].minimum <= before[f].maximum) {
+        coarsen(table + h.layout.place[first + f], h, grid_before(before[f]),
+                range.exponent - before[f].exponent);
       }
     }
   }
-  return moved;
 }
 
 bool all_finite(const FilterRange* ranges, int64_t filters) {
@@ -516,6 +515,17 @@ PICNN_FAST_HD __m512i locate(const BlockGrid<float>& grid, const float* from, in
                                   _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 
+// Whether any range has grown beyond what its grid can hold.
+bool leave_grids(const Histogram& h, const FilterRange* before, const FilterRange* ranges,
+                 int64_t filters) {
+  bool leave = false;
+  for (int64_t f = 0; f < filters && !leave; ++f) {
+    leave = has_grown(ranges[f], before[f]) &&
+            grid_of(ranges[f].minimum, ranges[f].maximum, h.bins).exponent != ranges[f].exponent;
+  }
+  return leave;
+}
+
 // Blocks side by side, all of them in one pass over the samples.
 template <typename A>
 struct SlicedBlocks {
@@ -533,10 +543,21 @@ bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64
   const __m512i modulo = _mm512_set1_epi32(static_cast<int32_t>(h.cells - 1));
   // Processors fetch ahead within a page, but do not look up the next one.
   const int64_t row_bytes = h.samples.sample_stride * static_cast<int64_t>(sizeof(T));
-  const int64_t page_rows = row_bytes > 0 && row_bytes < 4096 ? 4096 / row_bytes : 1;
+  int64_t page_rows = 1;  // a power of two
+  while (row_bytes > 0 && 2 * page_rows * row_bytes <= 4096) {
+    page_rows *= 2;
+  }
   const char* page = reinterpret_cast<const char*>(static_cast<const T*>(h.samples.activations) +
                                                    blocks.filter * h.samples.filter_stride) +
                      (row + 2 * page_rows) * row_bytes;
+  const auto filters_of = [&](int64_t part) {
+    const int64_t left = blocks.filters - part * kBlock;
+    return left < 0 ? 0 : left < kBlock ? left : kBlock;
+  };
+  FilterRange* ranges = h.ranges + blocks.unit * kSlicedBlock;
+  FilterRange before[kWidth];
+  uint16_t* tables =
+      static_cast<uint16_t*>(h.tables) + blocks.unit * h.classes * h.layout.per_class;
   alignas(64) A buffer[kRows * kWidth];
   alignas(64) int32_t inside[kAllParts][kBlock];
   for (int64_t from = 0; from < count;) {
@@ -550,7 +571,7 @@ bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64
     std::memset(inside, 0xff, sizeof(inside));
     const auto visit = [&](const auto& find) {
       for (int64_t r = 0; r < here; ++r) {
-        if (r % page_rows == 0) {
+        if ((r & (page_rows - 1)) == 0) {
           __builtin_prefetch(page + (from + r) * row_bytes);
         }
         const A* x = tile.rows + r * tile.stride;
@@ -575,33 +596,42 @@ bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64
     } else {
       visit([](const BlockGrid<A>& grid, const A* x, int32_t* in) { return locate(grid, x, in); });
     }
-    bool again = false, moved = false;
+    bool wider = false, moved = false;
     for (int64_t p = 0; p < kAllParts; ++p) {
       if (all_of(inside[p])) {
         continue;
       }
-      const int64_t unit = blocks.unit + p / kParts, first = p % kParts * kBlock;
-      const int64_t left = blocks.filters - p * kBlock, filters = left < kBlock ? left : kBlock;
-      FilterRange* ranges = h.ranges + unit * kSlicedBlock + first;
-      uint16_t* table = static_cast<uint16_t*>(h.tables) + unit * h.classes * h.layout.per_class;
-      FilterRange before[kBlock];
-      std::memcpy(before, ranges, filters * sizeof(FilterRange));
-      // A range made anew takes in all rows at once, not to come back with every tile.
-      const int64_t to = before[0].minimum <= before[0].maximum ? from + here : count;
-      for (int64_t at = from; at < to; at += kRows) {
-        const int64_t some = to - at < kRows ? to - at : kRows;
-        const Tile<A> part =
-            open_tile<T, A>(h.samples, row + at, some, blocks.filter + p * kBlock, buffer);
-        if (!widen_ranges(part, some, filters, ranges)) {
+      if (!wider) {
+        std::memcpy(before, ranges, sizeof(before));
+        wider = true;
+      }
+      const Tile<A> part{tile.rows + p * kBlock, tile.stride, nullptr, 0};
+      if (!widen_ranges(part, here, filters_of(p), ranges + p * kBlock)) {
+        return false;
+      }
+      moved |= leave_grids(h, before + p * kBlock, ranges + p * kBlock, filters_of(p));
+    }
+    // On other grids all starts again: once, if all rows and filters are taken in.
+    for (int64_t at = from + here; at < count && moved; at += kRows) {
+      const int64_t some = count - at < kRows ? count - at : kRows;
+      const Tile<A> rows =
+          open_tile<T, A, kWidth>(h.samples, row + at, some, blocks.filter, buffer);
+      for (int64_t p = 0; p < kAllParts && filters_of(p) > 0; ++p) {
+        const Tile<A> part{rows.rows + p * kBlock, rows.stride, nullptr, 0};
+        if (!widen_ranges(part, some, filters_of(p), ranges + p * kBlock)) {
           return false;
         }
       }
-      again = true;
-      moved |= move_tables(h, before, ranges, filters, table, first);
-      set_grid(blocks.grids[p], ranges, filters);
     }
-    // On another grid, the cells of rows before change too.
-    from = moved ? 0 : again ? from : from + here;
+    for (int64_t p = 0; p < kAllParts && wider; ++p) {
+      if (moved || !all_of(inside[p])) {
+        uint16_t* table = tables + p / kParts * h.classes * h.layout.per_class;
+        move_tables(h, before + p * kBlock, ranges + p * kBlock, filters_of(p), table,
+                    p % kParts * kBlock);
+        set_grid(blocks.grids[p], ranges + p * kBlock, filters_of(p));
+      }
+    }
+    from = moved ? 0 : wider ? from : from + here;
   }
   return true;
 }

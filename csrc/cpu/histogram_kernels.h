@@ -39,7 +39,10 @@ constexpr int64_t kSlicedAtOnce = 8;  // blocks
 constexpr int64_t kMostSlicedCells = 64;
 constexpr int64_t kMostSlicedClasses = 64;  // with more, few samples of a class are near each other
 
-// The tables of a block count at class * per_class + place[filter] + cell * per_cell.
+// The tables of a block count at class * per_class + place[filter] + cell * per_cell. Those of
+// count_sliced keep eight filters side by side, in the order its vectors have them: of the 64 cells
+// of a sample, each 16 bytes hold four filters of each of four parts, and a row of eight counters
+// two neighbours of each 16 bytes.
 struct TableLayout {
   int64_t per_class, per_cell;
   int32_t place[kSlicedBlock];
@@ -84,8 +87,8 @@ struct SoftHistogramBackward {
 struct HistogramKernels {
   // Ranges and tables of units [begin, end). A unit with a range that is not finite has no table.
   void (*count)(const Histogram&, Storage, int64_t begin, int64_t end);
-  // The same for blocks of kSlicedBlock filters, at most kMostSlicedCells cells and uint16 tables,
-  // which have the layout of sliced_layout. Null where this build has none; the processor must have
+  // The same for blocks of kSlicedBlock filters, at most kMostSlicedCells cells and uint16 tables.
+  // Null where this build has none; the processor must have
   // VPOPCNTDQ and GFNI.
   void (*count_sliced)(const Histogram&, Storage, int64_t begin, int64_t end);
   // Ranges alone, in blocks of kFilterBlock, as all that follows.

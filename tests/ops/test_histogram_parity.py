@@ -207,10 +207,11 @@ def test_long_inputs_equal_the_reference(cpp: Backend, classes, dtype, layout):
     ],
     ids=case_id,
 )
-def test_many_samples_of_each_class_are_counted_exactly(cpp: Backend, shape, dtype, layout):
+@pytest.mark.parametrize("growth", [0.1, 9])
+def test_many_samples_of_each_class_are_counted_exactly(cpp: Backend, shape, dtype, layout, growth):
     """Where samples of a class are counted together: uneven classes, one without any."""
     values, labels = normal(shape)
-    values *= torch.linspace(0, 5, shape.samples, dtype=torch.float64).exp2()[:, None]
+    values *= torch.linspace(0, growth, shape.samples, dtype=torch.float64).exp2()[:, None]
     labels[labels == shape.classes // 2] = 0
     x = laid_out(values.to(dtype), layout, cpp.device)
     start = fresh(shape.filters, shape.bins, shape.classes)
@@ -218,6 +219,21 @@ def test_many_samples_of_each_class_are_counted_exactly(cpp: Backend, shape, dty
         expected = reference_updated(start, part, y)
         assert_same(updated(start, part, y), expected)
         start = expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=case_id)
+@pytest.mark.parametrize("samples", [4, 600])
+def test_small_types_are_counted_on_grids_wider_than_they_reach(backend: Backend, dtype, samples):
+    """The inverse of a bin's width is then 0 in the type the samples are counted in."""
+    wide = torch.exp2(torch.arange(150.0, 186, dtype=torch.float64))[None].repeat(2, 1)
+    wide[0, ::2] = 0
+    start = reference_updated(fresh(36, 16, 2), wide, torch.tensor([0, 0]))
+    largest = torch.finfo(dtype).max
+    values = torch.linspace(0, largest, 36 * samples, dtype=torch.float64).view(samples, 36)
+    x, labels = values.to(dtype), torch.arange(samples) % 2
+    expected = reference_updated(start, x.double(), labels)
+    got = updated(state_on(backend.device, start), x.to(backend.device), labels.to(backend.device))
+    assert_same(got, expected)
 
 
 def test_one_bin_counts_past_sixteen_bits(cpp: Backend):
