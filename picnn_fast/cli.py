@@ -276,10 +276,12 @@ def _say_complete() -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    values = {} if args.config is None else read_yaml(args.config)
-    values |= {f.name: getattr(args, f.name) for f in options() if hasattr(args, f.name)}
-    config = TrainConfig(**values)
-    refuse_unused(values)
+    file = {} if args.config is None else read_yaml(args.config)
+    flags = {f.name: getattr(args, f.name) for f in options() if hasattr(args, f.name)}
+    config = TrainConfig(**(file | flags))
+    # A file may spell out the defaults of other methods too, as the record of a finished run does.
+    defaults = TrainConfig().as_dict()
+    refuse_unused({k: v for k, v in file.items() if v != defaults[k]} | flags)
     from picnn_fast.training.run import train, train_folder
 
     complete = not args.overwrite and train_folder(config).complete()

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from picnn_fast import cli
@@ -130,15 +131,37 @@ def test_bad_values_are_refused_by_name(capsys, tmp_path):
 
 def test_options_of_another_method_are_refused_from_flags_and_yaml(capsys, tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("template: l1\n")
+    path.write_text("template: l2\n")
     output = ("--output", tmp_path / "run")
-    for arguments in (("--method", "std", "--template", "l1"), ("--config", path)):
+    for arguments, value in (
+        (("--method", "std", "--template", "l1"), "l1"),
+        (("--config", path), "l2"),
+        (("--config", path, "--template", "l1"), "l1"),
+    ):
         status, _, err = _main(capsys, "train", *arguments, *output)
-        assert (status, "error: template: got 'l1' with method" in err) == (2, True)
+        assert (status, f"error: template: got '{value}' with method" in err) == (2, True)
         assert "want method icnn" in err
     status, _, err = _main(capsys, "train", "--config", "", *output)
     assert (status, "error: config: cannot read" in err) == (2, True)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("method", ["picnn", "icnn", "std"])
+def test_the_options_of_a_finished_run_are_taken_from_yaml(capsys, monkeypatch, tmp_path, method):
+    from picnn_fast.training import run
+
+    figures = dict.fromkeys(("acc1", "acc2", "acc3", "mis"), 0.5)
+    monkeypatch.setattr(run, "fit", lambda *arguments, **options: figures)
+    given = ("train", "--method", method, "--lr", "1e-5", "--epochs", 3, "--accelerator", "cpu")
+    assert _main(capsys, *given, "--output", tmp_path / "first")[0] == 0
+    record = json.loads((tmp_path / "first" / "run.json").read_text())
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(record["config"]))
+    again = ("train", "--config", path, "--output")
+    status, out, err = _main(capsys, *again, tmp_path / "second")
+    assert (status, "complete already" in out) == (0, False), err
+    assert json.loads((tmp_path / "second" / "run.json").read_text()) == record
+    assert "complete already" in _main(capsys, *again, tmp_path / "first")[1]
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import torch
 
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, SeededDataModule, colours
+from picnn_fast.data.photographs import reading
 
 with extra("train"):
+    from PIL import Image
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -20,7 +22,8 @@ class ImageFolderDataModule(SeededDataModule):
     Test images are resized to a square. Training images are a random crop of 50 to 100 % of the
     area, resized to that square, and flipped left to right half of the time. Both are normalised
     channel by channel. Images are ``[3, image_size, image_size]`` float32, labels int64 in the
-    alphabetical order of the class folders.
+    alphabetical order of the class folders. A file that cannot be read as an image is an OSError
+    that names it, once its turn comes.
 
     Args:
         root: folder that holds ``train`` and ``test``.
@@ -98,4 +101,9 @@ class ImageFolderDataModule(SeededDataModule):
         self.test_set = self._images("test", self.test_transform)
 
     def _images(self, split: str, transform: Any) -> ImageFolder:
-        return ImageFolder(str(self.root / split), transform=transform)
+        return ImageFolder(str(self.root / split), transform=transform, loader=_image)
+
+
+def _image(path: str) -> Image.Image:
+    with reading(Path(path), "an image"), Image.open(path) as file:
+        return file.convert("RGB")

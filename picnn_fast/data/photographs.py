@@ -127,17 +127,23 @@ class DamagedFileError(ValueError, OSError):
 
 
 @contextmanager
-def reading(path: Path, kind: str, download: str) -> Iterator[None]:
-    """An error of a parser becomes a DamagedFileError, which names the file."""
-    need(path, download)
+def reading(path: Path, kind: str, download: str | None = None) -> Iterator[None]:
+    """An error of a parser becomes a DamagedFileError, which names the file.
+
+    Args:
+        path: of the file.
+        kind: what it should be.
+        download: what to get where it is missing or damaged; None where there is no such thing.
+    """
+    if download is not None:
+        need(path, download)
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        raise DamagedFileError(
-            f"{path} cannot be read as {kind} ({error}); it may be damaged, want {download}"
-        ) from error
+        advice = "" if download is None else f"; it may be damaged, want {download}"
+        raise DamagedFileError(f"{path} cannot be read as {kind} ({error}){advice}") from error
 
 
 def load_struct(path: Path, name: str) -> Any:

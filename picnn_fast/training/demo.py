@@ -65,7 +65,7 @@ def run_demo(
     base = dataclasses.replace(CONFIG, seed=seed, epochs=epochs)
     folder = demo_folder(output, seed=seed, epochs=epochs)
     if not overwrite and folder.complete():
-        return read_metrics(folder.path)
+        return read_metrics(folder.path, TITLES)
     check(base)
     metrics: dict[str, Metrics] = {}
     with folder.writing(overwrite=overwrite) as work:
@@ -73,7 +73,7 @@ def run_demo(
             part = work / method
             config = dataclasses.replace(base, method=method, output=str(folder.path / method))
             if (part / METRICS).exists():
-                metrics[method] = read_metrics(part)[method]
+                metrics[method] = read_metrics(part, [method])[method]
                 say(f"{title}: trained before the interruption")
                 continue
             resumed = " (goes on from its last checkpoint)" if (part / CHECKPOINT).exists() else ""

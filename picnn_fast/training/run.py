@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from picnn_fast.data import (
     VOCPart,
 )
 from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
@@ -53,6 +54,7 @@ with extra("train"):
 
 CHECKPOINT = "last.ckpt"
 METRICS = "metrics.json"
+_METRIC_NAMES = ("acc1", "acc2", "acc3", "mis")  # of any network and data
 _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 
 # Data with part annotations that has to be fetched, and how many animals are drawn.
@@ -91,8 +93,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
         # A process that Lightning started beside the first one, which looks after the folder.
         return fit(config, folder.work, progress=False)
     if not overwrite and folder.complete():
-        metrics: Metrics = read_metrics(folder.path)[config.method]
-        return metrics
+        return read_metrics(folder.path, [config.method])[config.method]
     data = check(config)
     with folder.writing(overwrite=overwrite) as work:
         metrics = fit(config, work, data=data, progress=progress)
@@ -168,20 +169,31 @@ def check_accelerator(accelerator: str) -> None:
         )
 
 
-def read_metrics(folder: Path) -> dict[str, Metrics]:
-    """``metrics.json`` of a complete run.
+def read_metrics(folder: Path, methods: Collection[str]) -> dict[str, Metrics]:
+    """What ``metrics.json`` of a complete run says of these methods.
 
     Raises:
         RunFolderError: it is gone or damaged.
     """
     path = folder / METRICS
     try:
-        content: dict[str, Metrics] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for method in methods:
+            if not (isinstance(content, dict) and _are_metrics(content.get(method))):
+                raise ValueError(f"it holds no figures of {method}")
     except (OSError, ValueError) as error:
         raise RunFolderError(
             f"output: {path} cannot be read: {error}; redo the run with --overwrite"
         ) from error
-    return content
+    return {method: content[method] for method in methods}
+
+
+def _are_metrics(values: Any) -> bool:
+    return (
+        isinstance(values, dict)
+        and values.keys() >= set(_METRIC_NAMES)
+        and all(isinstance(value, int | float) for value in values.values())
+    )
 
 
 def refuse_launchers() -> None:
@@ -305,7 +317,7 @@ def evaluate(
         )
         module = InterpretableModule(network, seed=seed)
         (values,) = tester.test(module, data, verbose=False)
-        metrics = {name: float(values[f"test/{name}"]) for name in ("acc1", "acc2", "acc3", "mis")}
+        metrics = {name: float(values[f"test/{name}"]) for name in _METRIC_NAMES}
         if isinstance(data, PartDataModule):
             metrics |= evaluate_parts(network, data, device=tester.strategy.root_device)
     return metrics
@@ -581,12 +593,12 @@ def _reading_images() -> Iterator[None]:
     """An image that cannot be read is told in a line, whichever process was reading it."""
     try:
         yield
-    except OSError as error:
-        if error.errno is not None:  # of the system, such as a full disk
+    except (DamagedFileError, FileNotFoundError) as error:
+        if error.errno is not None:  # of the system: no image, but a log or a checkpoint
             raise
-        # Of a loader's process the message is a traceback: what happened is its last line.
-        text = str(error).strip().rpartition("\n")[2]
-        raise ConfigError(f"data: {text}") from error
+        # Of a loader's process the message is a traceback, which ends with what happened.
+        text = str(error).rpartition(f"{type(error).__name__}: ")[2]
+        raise ConfigError(f"data: {' '.join(text.splitlines())}") from error
 
 
 def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig, list[str]]:
@@ -614,7 +626,7 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig
     if unknown:
         raise RunFolderError(
             f"checkpoint: {path} is of another version of picnn-fast, with the options"
-            f" {', '.join(sorted(unknown))}, which this one does not know"
+            f" {', '.join(sorted(map(str, unknown)))}, which this one does not know"
         )
     prefix = "network."
     try:
@@ -627,8 +639,8 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, TrainConfig
                 if name.startswith(prefix)
             }
         )
-        class_names = saved["class_names"]
-    except (ConfigError, KeyError, RuntimeError) as error:
+        class_names = [str(name) for name in saved["class_names"]]
+    except (AttributeError, ConfigError, KeyError, RuntimeError, TypeError) as error:
         text = " ".join(str(error).split())
         raise RunFolderError(
             f"checkpoint: {path} is damaged, or of another version of picnn-fast: {text}"

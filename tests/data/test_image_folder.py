@@ -81,6 +81,15 @@ def test_missing_folder_names_the_path_and_the_layout(tmp_path):
         ImageFolderDataModule(tmp_path)
 
 
+def test_a_file_that_is_no_image_is_named(root):
+    (root / "test" / "bee" / "1.png").unlink()
+    (root / "test" / "bee" / "1.png").symlink_to(root / "gone.png")
+    data = ImageFolderDataModule(root, image_size=8, num_workers=0)
+    data.setup()
+    with pytest.raises(OSError, match=r"test/bee/1\.png cannot be read as an image \(.*No such"):
+        _batch(data.test_dataloader())
+
+
 def test_classes_must_agree(root):
     (root / "test" / "cat").mkdir()
     with pytest.raises(ValueError, match="only one of them has cat"):

@@ -1,11 +1,14 @@
 import dataclasses
+import io
 import json
 import math
 import signal
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 
 import pytest
 import torch
@@ -197,8 +200,18 @@ def test_metrics_that_cannot_be_read_back_are_named(config, tmp_path):
     config = dataclasses.replace(config, epochs=1)
     train(config, progress=False)
     path = tmp_path / "runs" / "one" / "metrics.json"
-    for damage in (lambda: path.write_text("{"), path.unlink):
-        damage()
+    figures = json.loads(path.read_text())["picnn"]
+    for text in (
+        "{",
+        "[]",
+        "null",
+        json.dumps({"std": figures}),
+        json.dumps({"picnn": 0.5}),
+        json.dumps({"picnn": {}}),
+        json.dumps({"picnn": {**figures, "acc1": "high"}}),
+        None,
+    ):
+        path.unlink() if text is None else path.write_text(text)
         with pytest.raises(RunFolderError, match=r"metrics.json cannot be read: .*--overwrite"):
             train(config, progress=False)
 
@@ -216,6 +229,11 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(config, tmp_path):
     [
         lambda content: content.pop("state_dict"),
         lambda content: content["state_dict"].popitem(),
+        lambda content: content.update(state_dict=None),
+        lambda content: content.update(state_dict=[1.0]),
+        lambda content: content.update(state_dict={0: torch.zeros(1)}),
+        lambda content: content["picnn_fast"].update(class_names=None),
+        lambda content: content["picnn_fast"].update(num_classes="two"),
         lambda content: content["picnn_fast"].pop("class_names"),
         lambda content: content["picnn_fast"].update(num_classes=5),
         lambda content: content["picnn_fast"]["config"].update(epochs=0),
@@ -246,13 +264,64 @@ def test_a_checkpoint_that_may_not_be_read_says_so(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize(("workers", "split"), [(0, "test"), (1, "train")])
-def test_an_image_that_cannot_be_read_is_told_in_one_line(config, tmp_path, workers, split):
-    (tmp_path / "images" / split / "dark" / "5.png").write_bytes(b"no image")
+def _encoded(kind):
+    pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(1))
+    file = io.BytesIO()
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(file, kind)
+    return file.getvalue()
+
+
+def _half(kind):
+    content = _encoded(kind)
+    return content[: len(content) // 2]
+
+
+def _bad_data():
+    content = bytearray(_encoded("PNG"))
+    content[2000] ^= 255
+    return bytes(content)
+
+
+def _oversized():
+    content = _encoded("PNG")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem", "split", "workers"),
+    [
+        ("x.png", _half("PNG"), "truncated", "test", 0),
+        ("x.jpg", _half("JPEG"), "truncated", "train", 0),
+        ("x.png", _bad_data(), "broken", "test", 0),
+        ("x.png", b"no image", "cannot identify", "test", 0),
+        ("x.png", _oversized(), "exceeds limit", "test", 0),
+        # Once: torch takes 5 s to end a worker that has raised.
+        ("x.png", _oversized(), "exceeds limit", "train", 1),
+    ],
+    ids=["half a PNG", "half a JPEG", "bad data", "no image", "oversized header", "worker"],
+)
+def test_an_image_that_cannot_be_read_is_told_in_one_line(
+    config, tmp_path, name, content, problem, split, workers
+):
+    path = tmp_path / "images" / split / "dark" / name
+    path.write_bytes(content)
     config = dataclasses.replace(config, num_workers=workers, epochs=1)
-    with pytest.raises(ConfigError, match=r"^data: .*cannot identify .*5\.png") as caught:
+    message = rf"^data: {path} cannot be read as an image \(.*{problem}.*\)$"
+    with pytest.raises(ConfigError, match=message) as caught:
         train(config, progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [OSError("quota exceeded"), FileNotFoundError(2, "No such file")])
+def test_an_error_of_a_log_is_not_one_of_the_data(config, tmp_path, monkeypatch, error):
+    def refuse(self):
+        raise error
+
+    monkeypatch.setattr(run.CSVLogger, "save", refuse)
+    with pytest.raises(OSError, match=r"quota|No such") as caught:
+        fit(config, tmp_path / "work", progress=False)
+    assert caught.value is error
 
 
 def test_half_written_checkpoint_is_never_seen(config, tmp_path, monkeypatch):
