@@ -13,9 +13,9 @@ to all pairs of class and filter. Peak memory is that of a process of its own.
 
 ``histogram_update``: "steady", a state whose range no longer widens; "fresh", the state made anew
 with each call; "plain", ``torch.bincount`` with a range known beforehand. Reading the activations
-once at copy bandwidth is half of what copying them into tensors made beforehand takes; "sum" is what
-PyTorch's own sum, which only reads, takes. As many sets of activations take turns as exceed the
-caches.
+once at copy bandwidth is half of what copying them into tensors made beforehand takes; "sum" is
+what PyTorch's own sum, which only reads, takes. As many sets of activations take turns as exceed
+the caches.
 
 ``soft_histogram``, forward and backward: "reference", the reference backend; "einsum", triangular
 weights times one-hot labels; "scatter", ``index_add`` of the two weights of a sample.
