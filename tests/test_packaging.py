@@ -1,4 +1,4 @@
-"""The package as users get it: wheel, wheel from an sdist, editable, and without a compiler."""
+"""The package as users get it: wheel from an sdist, editable, and without a compiler."""
 
 import json
 import os
@@ -80,24 +80,9 @@ def _probe(wheel: Path, folder: Path) -> dict[str, object]:
     return facts
 
 
-def _assert_complete(facts: dict[str, object]) -> None:
-    assert facts["serving"] == "cpp"
-    assert facts["extension"] is None
-    assert facts["top_level"] is False
-
-
-def test_a_wheel_brings_the_compiled_core_and_no_top_level_triton_kernels(
+def test_a_wheel_from_the_sdist_brings_the_compiled_core_and_no_top_level_triton_kernels(
     source: Path, tmp_path: Path
 ) -> None:
-    wheel, _ = _wheel(source, tmp_path)
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "picnn_fast/triton_kernels/masking.py" in names
-    assert not [name for name in names if name.startswith("triton_kernels")]
-    assert [name for name in names if name.startswith("picnn_fast/_C")]
-    _assert_complete(_probe(wheel, tmp_path))
-
-
-def test_a_wheel_built_from_the_sdist_is_as_complete(source: Path, tmp_path: Path) -> None:
     _run(
         *(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path),
         source,
@@ -105,7 +90,14 @@ def test_a_wheel_built_from_the_sdist_is_as_complete(source: Path, tmp_path: Pat
     )
     (sdist,) = tmp_path.glob("*.tar.gz")
     wheel, _ = _wheel(sdist, tmp_path)
-    _assert_complete(_probe(wheel, tmp_path))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "picnn_fast/triton_kernels/masking.py" in names
+    assert not [name for name in names if name.startswith("triton_kernels")]
+    assert [name for name in names if name.startswith("picnn_fast/_C")]
+    facts = _probe(wheel, tmp_path)
+    assert facts["serving"] == "cpp"
+    assert facts["extension"] is None
+    assert facts["top_level"] is False
 
 
 def test_without_a_compiler_the_install_succeeds_and_says_what_it_left_out(

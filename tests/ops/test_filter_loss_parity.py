@@ -166,8 +166,9 @@ def assert_parity(
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
 def test_forward_and_backward(backend: Backend, estimator, shape_name, layout, dtype):
-    if backend.name == "triton" and layout != "contiguous" and dtype != torch.float32:
-        pytest.skip("Triton's interpreter takes its time: layouts and dtypes one at a time")
+    small = dtype == torch.float32 and shape_name != "vector_tails"
+    if backend.name == "triton" and layout != "contiguous" and not small:
+        pytest.skip("Triton's interpreter takes its time: layouts in small float32 cases")
     x = maps(SHAPES[shape_name], layout, dtype) * 30  # responses of a few units
     _, grad = assert_parity(backend, x, TEMPLATES["l1"], estimator)
     if dense(x):
@@ -221,10 +222,17 @@ def test_batches_of_any_size(backend: Backend, estimator, batch):
         assert not grad.abs().gt(1e-6).any()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 2, 20, 34), (2, 3, 1, 280), (2, 2, 64, 64)], ids=str)
-def test_large_maps(backend: Backend, estimator, layout, shape):
+@pytest.mark.parametrize(
+    ("shape", "estimator"),
+    [
+        *(((2, 2, 20, 34), estimator) for estimator in ESTIMATORS),
+        ((2, 3, 1, 280), "batch"),
+        ((2, 1, 64, 64), "batch"),
+    ],
+    ids=str,
+)
+def test_large_maps(backend: Backend, shape, estimator, layout):
     b, n, h, w = shape
     if backend.slow:
         h, w = (h + 3) // 4, (w + 3) // 4
