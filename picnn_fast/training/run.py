@@ -60,6 +60,8 @@ _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 # Data with part annotations that has to be fetched, and how many animals are drawn.
 ANNOTATED: dict[str, Any] = {"voc-part": VOCPart, "cub": CUB200, "animal-part": AnimalPart}
 TRAIN_ANIMALS, TEST_ANIMALS = 2000, 1200
+# Of one map; the time of a filter loss grows with the square.
+MANY_POSITIONS = 1024
 # Of the maps that part interpretability has to keep; it needs somewhat more to compute.
 MOST_MAP_BYTES = 3 << 29
 
@@ -122,7 +124,7 @@ def check(config: TrainConfig) -> SeededDataModule:
         image = data.test_set[0][0]
     try:
         with torch.no_grad():
-            network(image[None])
+            activations = network(image[None]).activations
         if isinstance(data, PartDataModule):
             receptive_field(network.features, (image.shape[1], image.shape[2]))
     except (RuntimeError, ValueError) as error:
@@ -130,6 +132,14 @@ def check(config: TrainConfig) -> SeededDataModule:
             f"backbone: {config.backbone} cannot take images of {image.shape[2]} x"
             f" {image.shape[1]} pixels: {error}"
         ) from error
+    maps = max(activations, key=lambda maps: maps[0, 0].numel(), default=None)
+    if maps is not None and maps[0, 0].numel() > MANY_POSITIONS:
+        warnings.warn(
+            f"backbone: {config.backbone} makes maps of {maps.shape[3]} x {maps.shape[2]} of images"
+            f" of {image.shape[2]} x {image.shape[1]}; filter losses take long on more than"
+            f" {MANY_POSITIONS} positions, a deeper backbone or a smaller image_size takes less",
+            stacklevel=2,
+        )
     if config.batch_size == 1:
         try:
             network.train()(image[None])

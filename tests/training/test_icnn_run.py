@@ -1,6 +1,7 @@
 """Training runs of ICNN: every template, drawn animals, one category, categories that resume."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -219,3 +220,12 @@ def test_labels_of_one_category_are_0_and_1(config):
 def test_options_that_do_not_go_together_are_refused(config, options, message):
     with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(config, **options), progress=False)
+
+
+@pytest.mark.parametrize(("backbone", "warned"), [("small-resnet", True), ("small-cnn", False)])
+def test_maps_on_which_a_filter_loss_takes_long_are_told(backbone, warned):
+    config = TrainConfig(method="icnn", data="part-animals", backbone=backbone, accelerator="cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.check(config)
+    assert any("makes maps of" in str(one.message) for one in caught) is warned
