@@ -43,8 +43,6 @@ Samples samples_of(const Tensor& activations, const Tensor& indices) {
           activations.stride(1),        static_cast<const int64_t*>(indices.const_data_ptr())};
 }
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A table of its own for every filter.
 TableLayout plain_layout(int64_t cells) {
   TableLayout layout{kFilterBlock * cells, 1, {}};
@@ -78,8 +76,6 @@ void parallel(int64_t count, int64_t elements_each, const F& run) {
   torch::stable::parallel_for(
       0, count, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_each)), run);
 }
-
-bool has_samples(const FilterRange& range) { return range.minimum <= range.maximum; }
 
 Grid grid_of(const FilterRange& range, int64_t bins) {
   return PICNN_FAST_NAMESPACE::grid_of(range.minimum, range.maximum, bins);
@@ -134,7 +130,7 @@ std::vector<FilterRange> joined(const std::vector<FilterRange>& before, const Fi
       range.minimum = std::min(range.minimum, other.minimum);
       range.maximum = std::max(range.maximum, other.maximum);
     }
-    if (range.minimum != before[n].minimum || range.maximum != before[n].maximum) {
+    if (range.differs(before[n])) {
       const Grid grid = grid_of(range, bins);
       range.exponent = grid.exponent;
       range.first = grid.first;
@@ -146,7 +142,7 @@ std::vector<FilterRange> joined(const std::vector<FilterRange>& before, const Fi
 // Moves the counts [bins, classes] of one filter from one range's grid to that of a wider one.
 void move_counts(int64_t* counts, int64_t bins, int64_t classes, const FilterRange& from,
                  const FilterRange& to) {
-  if (!has_samples(from) || (from.exponent == to.exponent && from.first == to.first)) {
+  if (!from.has_samples() || (from.exponent == to.exponent && from.first == to.first)) {
     return;
   }
   const Grid old = grid_of(from, bins);
@@ -175,7 +171,7 @@ void for_class_blocks(int64_t classes, const F& visit) {
 template <typename C>
 void add_table(int64_t* counts, const Histogram& h, int64_t block, int64_t run, int64_t n,
                const FilterRange& to) {
-  const int64_t unit = run * filter_blocks(h.samples.filters, block) + n / block;
+  const int64_t unit = run * ceil_div(h.samples.filters, block) + n / block;
   const FilterRange& from = h.ranges[unit * block + n % block];
   const TableLayout& layout = h.layout;
   const C* table = static_cast<const C*>(h.tables) + unit * h.classes * layout.per_class +
@@ -226,8 +222,9 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   const bool sliced = k.count_sliced != nullptr && counts_bits_fast() &&
                       cells <= kMostSlicedCells && filters >= kSlicedBlock / 2 &&
                       classes <= kMostSlicedClasses && samples.count >= 128 * classes;
+  static_assert(8 * kMostSlicedClasses * kMostSlicedCells <= kShortRows, "16 bits hold a run");
   const int64_t block = sliced ? kSlicedBlock : kFilterBlock;
-  const int64_t blocks = filter_blocks(filters, block), padded = blocks * block;
+  const int64_t blocks = ceil_div(filters, block), padded = blocks * block;
   // Runs for every thread, each with tables of its own where it has many samples for each cell:
   // clearing the tables and adding them up would cost more than a second read of the samples.
   const int64_t table_cells = classes * cells;
@@ -236,12 +233,12 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t least_rows = std::max<int64_t>(4096, 4 * table_cells);
   // Whole rows are read faster than pieces: a run a thread where there are few blocks.
-  const int64_t splits = sliced ? std::min(threads, ceil_divide(kSlicedAtOnce * threads, blocks))
-                                : ceil_divide(threads, blocks);
+  const int64_t splits = sliced ? std::min(threads, ceil_div(kSlicedAtOnce * threads, blocks))
+                                : ceil_div(threads, blocks);
   const int64_t wanted =
-      std::max(ceil_divide(samples.count, most_rows), std::min(splits, samples.count / least_rows));
-  const int64_t rows = ceil_divide(samples.count, std::max<int64_t>(1, wanted));
-  const int64_t runs = ceil_divide(samples.count, rows);
+      std::max(ceil_div(samples.count, most_rows), std::min(splits, samples.count / least_rows));
+  const int64_t rows = ceil_div(samples.count, std::max<int64_t>(1, wanted));
+  const int64_t runs = ceil_div(samples.count, rows);
 
   const std::vector<FilterRange> before = ranges_of(minimum, maximum, bins, padded);
   std::vector<FilterRange> ranges;
@@ -276,11 +273,10 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   if (first_not_finite(ranges.data(), runs, padded, filters) >= 0) {
     // Counting stops at a sample that is not finite: ask for the first column that has one.
     std::vector<FilterRange> all(
-        static_cast<size_t>(filter_blocks(filters, kFilterBlock) * kFilterBlock),
-        {0, 0, 0, 0, true});
+        static_cast<size_t>(ceil_div(filters, kFilterBlock) * kFilterBlock), {0, 0, 0, 0, true});
     h.rows = samples.count;
     h.ranges = all.data();
-    k.range(h, type, 0, filter_blocks(filters, kFilterBlock));
+    k.range(h, type, 0, ceil_div(filters, kFilterBlock));
     first_bad = first_not_finite(all.data(), 1, 0, filters);
     return column;
   }
@@ -319,7 +315,7 @@ void check_scale(const Tensor& low, const Tensor& width, const Tensor& activatio
 // Sums the tables of all runs, in order, into counts [filters, bins, classes].
 template <typename A>
 void sum_tables(const SoftHistogram& h, int64_t runs, int64_t filter, A* counts) {
-  const int64_t blocks = filter_blocks(h.samples.filters, kFilterBlock);
+  const int64_t blocks = ceil_div(h.samples.filters, kFilterBlock);
   const int64_t class_cells = kFilterBlock * h.bins;
   const A* table = static_cast<const A*>(h.tables) +
                    filter / kFilterBlock * h.classes * class_cells + filter % kFilterBlock * h.bins;
@@ -346,10 +342,10 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
   const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
   const Samples samples = samples_of(activations, indices);
   Tensor counts = torch::stable::new_empty(low, {samples.filters, bins, classes});
-  const int64_t blocks = filter_blocks(samples.filters, kFilterBlock);
+  const int64_t blocks = ceil_div(samples.filters, kFilterBlock);
   // By shape alone, so that the order of the sums does not depend on the number of threads.
   const int64_t rows = std::max<int64_t>(4096, classes * bins);
-  const int64_t runs = std::max<int64_t>(1, ceil_divide(samples.count, rows));
+  const int64_t runs = std::max<int64_t>(1, ceil_div(samples.count, rows));
   const bool wide = type == Storage::kDouble;
   const std::unique_ptr<unsigned char[]> tables(new unsigned char[static_cast<size_t>(
       runs * blocks * kFilterBlock * bins * classes * (wide ? sizeof(double) : sizeof(float)))]);
@@ -398,7 +394,7 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
                                 grad.stride(0),
                                 grad.stride(1)};
   const HistogramKernels& k = kernels();
-  parallel(ceil_divide(samples.count, kRows) * filter_blocks(samples.filters, kFilterBlock),
+  parallel(ceil_div(samples.count, kRows) * ceil_div(samples.filters, kFilterBlock),
            std::min(kRows, samples.count) * kFilterBlock,
            [&](int64_t begin, int64_t end) { k.soft_backward(h, type, begin, end); });
   return grad;

@@ -89,7 +89,7 @@ void for_tiles(const Samples& s, int64_t rows, int64_t block_bytes, int64_t begi
                const Visit& visit) {
   constexpr int64_t kTableBytes = 256 << 10;
   const int64_t together = block_bytes < kTableBytes ? kTableBytes / (block_bytes + 1) + 1 : 1;
-  const int64_t blocks = picnn_fast::filter_blocks(s.filters, kBlock);
+  const int64_t blocks = picnn_fast::ceil_div(s.filters, kBlock);
   alignas(64) A buffer[kTileRows * kBlock];
   while (begin < end) {
     const int64_t run = begin / blocks;
@@ -256,10 +256,6 @@ inline bool all_of(const int32_t* flags) {
   return all != 0;
 }
 
-bool has_grown(const FilterRange& range, const FilterRange& before) {
-  return range.minimum != before.minimum || range.maximum != before.maximum;
-}
-
 // After ranges have grown: moves what was counted, from filter `first` of the tables on, to the new
 // grids.
 template <typename C>
@@ -267,9 +263,9 @@ void move_tables(const Histogram& h, const FilterRange* before, FilterRange* ran
                  int64_t filters, C* table, int64_t first) {
   for (int64_t f = 0; f < filters; ++f) {
     FilterRange& range = ranges[f];
-    if (has_grown(range, before[f])) {
+    if (range.differs(before[f])) {
       range.exponent = grid_of(range.minimum, range.maximum, h.bins).exponent;
-      if (range.exponent != before[f].exponent && before[f].minimum <= before[f].maximum) {
+      if (range.exponent != before[f].exponent && before[f].has_samples()) {
         coarsen(table + h.layout.place[first + f], h, grid_before(before[f]),
                 range.exponent - before[f].exponent);
       }
@@ -288,7 +284,7 @@ bool all_finite(const FilterRange* ranges, int64_t filters) {
 // C is the type of the counters.
 template <typename T, typename A, typename C>
 void count(const Histogram& h, int64_t begin, int64_t end) {
-  const int64_t blocks = picnn_fast::filter_blocks(h.samples.filters, kBlock);
+  const int64_t blocks = picnn_fast::ceil_div(h.samples.filters, kBlock);
   const int64_t class_cells = h.layout.per_class;
   const uint32_t modulo = static_cast<uint32_t>(h.cells - 1);
   alignas(64) uint32_t place[kBlock];
@@ -520,7 +516,7 @@ bool leave_grids(const Histogram& h, const FilterRange* before, const FilterRang
                  int64_t filters) {
   bool leave = false;
   for (int64_t f = 0; f < filters && !leave; ++f) {
-    leave = has_grown(ranges[f], before[f]) &&
+    leave = ranges[f].differs(before[f]) &&
             grid_of(ranges[f].minimum, ranges[f].maximum, h.bins).exponent != ranges[f].exponent;
   }
   return leave;
@@ -531,6 +527,11 @@ template <typename A>
 struct SlicedBlocks {
   int64_t unit, filter, filters;  // the first unit and filter, and how many filters
   BlockGrid<A> grids[kSlicedAtOnce * kParts];
+
+  int64_t filters_of(int64_t part) const {
+    const int64_t left = filters - part * kBlock;
+    return left < 0 ? 0 : left < kBlock ? left : kBlock;
+  }
 };
 
 // Writes the cells of rows [row, row + count) of some blocks, block after block. False where a
@@ -550,10 +551,6 @@ bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64
   const char* page = reinterpret_cast<const char*>(static_cast<const T*>(h.samples.activations) +
                                                    blocks.filter * h.samples.filter_stride) +
                      (row + 2 * page_rows) * row_bytes;
-  const auto filters_of = [&](int64_t part) {
-    const int64_t left = blocks.filters - part * kBlock;
-    return left < 0 ? 0 : left < kBlock ? left : kBlock;
-  };
   FilterRange* ranges = h.ranges + blocks.unit * kSlicedBlock;
   FilterRange before[kWidth];
   uint16_t* tables =
@@ -606,19 +603,19 @@ bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64
         wider = true;
       }
       const Tile<A> part{tile.rows + p * kBlock, tile.stride, nullptr, 0};
-      if (!widen_ranges(part, here, filters_of(p), ranges + p * kBlock)) {
+      if (!widen_ranges(part, here, blocks.filters_of(p), ranges + p * kBlock)) {
         return false;
       }
-      moved |= leave_grids(h, before + p * kBlock, ranges + p * kBlock, filters_of(p));
+      moved |= leave_grids(h, before + p * kBlock, ranges + p * kBlock, blocks.filters_of(p));
     }
     // On other grids all starts again: once, if all rows and filters are taken in.
     for (int64_t at = from + here; at < count && moved; at += kRows) {
       const int64_t some = count - at < kRows ? count - at : kRows;
       const Tile<A> rows =
           open_tile<T, A, kWidth>(h.samples, row + at, some, blocks.filter, buffer);
-      for (int64_t p = 0; p < kAllParts && filters_of(p) > 0; ++p) {
+      for (int64_t p = 0; p < kAllParts && blocks.filters_of(p) > 0; ++p) {
         const Tile<A> part{rows.rows + p * kBlock, rows.stride, nullptr, 0};
-        if (!widen_ranges(part, some, filters_of(p), ranges + p * kBlock)) {
+        if (!widen_ranges(part, some, blocks.filters_of(p), ranges + p * kBlock)) {
           return false;
         }
       }
@@ -626,9 +623,9 @@ bool write_cells(const Histogram& h, SlicedBlocks<A>& blocks, int64_t row, int64
     for (int64_t p = 0; p < kAllParts && wider; ++p) {
       if (moved || !all_of(inside[p])) {
         uint16_t* table = tables + p / kParts * h.classes * h.layout.per_class;
-        move_tables(h, before + p * kBlock, ranges + p * kBlock, filters_of(p), table,
+        move_tables(h, before + p * kBlock, ranges + p * kBlock, blocks.filters_of(p), table,
                     p % kParts * kBlock);
-        set_grid(blocks.grids[p], ranges + p * kBlock, filters_of(p));
+        set_grid(blocks.grids[p], ranges + p * kBlock, blocks.filters_of(p));
       }
     }
     from = moved ? 0 : wider ? from : from + here;
@@ -653,7 +650,7 @@ inline void sort_rows(const int64_t* labels, int64_t count, int64_t classes, int
 
 template <typename T, typename A>
 void count_sliced(const Histogram& h, int64_t begin, int64_t end) {
-  const int64_t blocks = picnn_fast::filter_blocks(h.samples.filters, kSlicedBlock);
+  const int64_t blocks = picnn_fast::ceil_div(h.samples.filters, kSlicedBlock);
   const int64_t block_cells = h.classes * h.layout.per_class;
   SlicedBuffers* buffers = new SlicedBuffers;
   std::memset(buffers->no_cells, 0, sizeof(buffers->no_cells));
@@ -674,14 +671,13 @@ void count_sliced(const Histogram& h, int64_t begin, int64_t end) {
     const int64_t most = block_count * kSlicedBlock, left = h.samples.filters - at_once.filter;
     at_once.filters = left < most ? left : most;
     for (int64_t p = 0; p < block_count * kParts; ++p) {
-      const int64_t rest = at_once.filters - p * kBlock;
       set_grid(at_once.grids[p], h.ranges + unit * kSlicedBlock + p * kBlock,
-               rest < kBlock ? rest : kBlock);
+               at_once.filters_of(p));
     }
     const int64_t last =
         h.samples.count < (run + 1) * h.rows ? h.samples.count : (run + 1) * h.rows;
-    const int64_t pieces = (last - run * h.rows + rows - 1) / rows;
-    const int64_t piece = (last - run * h.rows + pieces - 1) / pieces;  // all about as long
+    const int64_t pieces = picnn_fast::ceil_div(last - run * h.rows, rows);
+    const int64_t piece = picnn_fast::ceil_div(last - run * h.rows, pieces);  // all about as long
     for (int64_t row = run * h.rows; row < last; row += piece) {
       const int64_t count = last - row < piece ? last - row : piece;
       const auto write = block_count == 8   ? write_cells<T, A, 8>
@@ -710,7 +706,7 @@ void count_sliced(const Histogram& h, int64_t begin, int64_t end) {
 
 template <typename T, typename A>
 void range(const Histogram& h, int64_t begin, int64_t end) {
-  const int64_t blocks = picnn_fast::filter_blocks(h.samples.filters, kBlock);
+  const int64_t blocks = picnn_fast::ceil_div(h.samples.filters, kBlock);
   for_tiles<T, A>(h.samples, h.rows, 0, begin, end,
                   [&](int64_t unit, int64_t, int64_t count, const Tile<A>& tile) {
                     const int64_t left = h.samples.filters - unit % blocks * kBlock;
@@ -790,7 +786,7 @@ using Pair = typename PairOf<A>::type;
 
 template <typename T, typename A>
 void soft(const SoftHistogram& h, int64_t begin, int64_t end) {
-  const int64_t blocks = picnn_fast::filter_blocks(h.samples.filters, kBlock);
+  const int64_t blocks = picnn_fast::ceil_div(h.samples.filters, kBlock);
   const int64_t class_cells = kBlock * h.bins;
   const A last = static_cast<A>(h.bins - 1);
   for_tiles<T, A>(
@@ -839,7 +835,7 @@ void soft(const SoftHistogram& h, int64_t begin, int64_t end) {
 
 template <typename T, typename A>
 void soft_backward(const SoftHistogramBackward& h, int64_t begin, int64_t end) {
-  const int64_t blocks = picnn_fast::filter_blocks(h.samples.filters, kBlock);
+  const int64_t blocks = picnn_fast::ceil_div(h.samples.filters, kBlock);
   const int64_t filter_cells = h.bins * h.classes;
   const A last = static_cast<A>(h.bins - 1);
   for_tiles<T, A>(

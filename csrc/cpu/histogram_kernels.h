@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "../common/macros.h"
 #include "storage.h"
 
 // The loops of the histogram family, compiled once for each instruction set
@@ -13,9 +14,7 @@ namespace picnn_fast {
 constexpr int64_t kFilterBlock = 16;
 constexpr int64_t kSlicedBlock = 64;  // of count_sliced
 
-constexpr int64_t filter_blocks(int64_t filters, int64_t block) {
-  return (filters + block - 1) / block;
-}
+PICNN_FAST_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Activations [count, filters] of any strides; labels contiguous and in range.
 struct Samples {
@@ -30,6 +29,11 @@ struct FilterRange {
   double minimum, maximum;
   int32_t exponent, first;
   bool finite;
+
+  PICNN_FAST_HD bool has_samples() const { return minimum <= maximum; }
+  PICNN_FAST_HD bool differs(const FilterRange& other) const {
+    return minimum != other.minimum || maximum != other.maximum;
+  }
 };
 
 // Tables of 16-bit counters are half as large, and more of them stay in the fastest cache.
