@@ -21,16 +21,18 @@ inline int64_t positions(const torch::stable::Tensor& maps) {
 
 // Elements from one position to the next.
 inline int64_t position_stride(const torch::stable::Tensor& maps, const char* name) {
-  int64_t stride = 1, expected = 0;  // 0: no axis of more than one position seen yet
+  int64_t stride = 1, expected = 0;
+  bool seen = false;  // an axis of more than one position; an expanded one has stride 0
   for (int64_t axis = maps.dim() - 1; axis >= 2; --axis) {
     const int64_t size = maps.size(axis);
     if (size == 1) {
       continue;
     }
-    STD_TORCH_CHECK(expected == 0 || maps.stride(axis) == expected || maps.numel() == 0, name,
+    STD_TORCH_CHECK(!seen || maps.stride(axis) == expected || maps.numel() == 0, name,
                     ": the strides of the spatial axes are not those of one axis; flatten them");
-    stride = expected == 0 ? maps.stride(axis) : stride;
+    stride = seen ? stride : maps.stride(axis);
     expected = maps.stride(axis) * size;
+    seen = true;
   }
   return stride;
 }

@@ -130,9 +130,9 @@ class PartTemplate:
             # Beyond every distance there is, all radii are alike.
             limit = math.ceil(min(min(radius, 2.0**16) ** norm, 2.0**31 - 1))
             return None, reference.UNIFORM, norm, 0.0, limit
-        return self._custom(height, width, like), reference.TABLE, norm, 0.0, 0
+        return self._custom(height, width, norm, like), reference.TABLE, norm, 0.0, 0
 
-    def _custom(self, height: int, width: int, like: Tensor) -> Tensor:
+    def _custom(self, height: int, width: int, norm: int, like: Tensor) -> Tensor:
         dtype = accumulate_dtype(like.dtype)
         if isinstance(self.profile, Tensor):
             top, left = (
@@ -147,12 +147,7 @@ class PartTemplate:
             table = self.profile[top : top + 2 * height - 1, left : left + 2 * width - 1]
         else:
             assert callable(self.profile)
-            rows = torch.arange(1 - height, height, device=like.device)[:, None]
-            columns = torch.arange(1 - width, width, device=like.device)
-            if self.norm == "l1":
-                distance = (rows.abs() + columns.abs()).to(torch.float64)
-            else:
-                distance = (rows * rows + columns * columns).to(torch.float64).sqrt()
+            distance = _distances(height, width, norm, like.device)
             table = self.profile(distance)
             if not isinstance(table, Tensor) or table.shape != distance.shape:
                 got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
@@ -175,6 +170,18 @@ class PartTemplate:
         like = torch.empty(0)
         arguments = self.arguments(height, width, like)
         return reference.offset_table(*arguments, height, width, like.dtype, like.device)
+
+
+def _distances(height: int, width: int, norm: int, device: torch.device) -> Tensor:
+    """What a profile that is a function takes: ``[2 height - 1, 2 width - 1]`` float64."""
+    if not torch.compiler.is_compiling():
+        return torch.from_numpy(reference.distances(height, width, norm)).to(device)
+    # Sizes may be symbols here, which NumPy knows nothing of.
+    rows = torch.arange(1 - height, height, device=device)[:, None]
+    columns = torch.arange(1 - width, width, device=device)
+    if norm == 1:
+        return (rows.abs() + columns.abs()).to(torch.float64)
+    return (rows * rows + columns * columns).to(torch.float64).sqrt()
 
 
 class TemplateMask(torch.autograd.Function):

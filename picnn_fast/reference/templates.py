@@ -4,6 +4,10 @@ A template T_mu is known by its values in units of tau at each offset from mu: t
 ``[2h - 1, 2w - 1]``, whose entry ``[di + h - 1, dj + w - 1]`` belongs to position mu + (di, dj).
 """
 
+import functools
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -11,6 +15,32 @@ from picnn_fast.reference.masking import accumulate_dtype
 
 # What the operators' ``profile`` means: of the distance, or of a table given.
 GRADIENT, UNIFORM, TABLE = 0, 1, 2
+
+
+def distances(
+    height: int, width: int, norm: int, dtype: npt.DTypeLike = np.float64
+) -> npt.NDArray[np.floating]:
+    """Distance from mu at each offset ``[2 height - 1, 2 width - 1]``, correctly rounded.
+
+    By NumPy, whose square root is that of IEEE 754; PyTorch's is that of a library which on some
+    processors is a unit in the last place off.
+    """
+    rows = np.arange(1 - height, height)[:, None]
+    columns = np.arange(1 - width, width)
+    if norm == 1:
+        return (abs(rows) + abs(columns)).astype(dtype)
+    length: npt.NDArray[np.floating] = np.sqrt((rows * rows + columns * columns).astype(dtype))
+    return length
+
+
+@functools.lru_cache(maxsize=16)
+def _gradient(
+    norm: int, slope: float, height: int, width: int, dtype: torch.dtype
+) -> npt.NDArray[np.floating]:
+    """Made once, on the host; every operation is rounded as IEEE 754 has it, in ``dtype``."""
+    number = np.float64 if dtype == torch.float64 else np.float32
+    values = 1 - number(slope) * distances(height, width, norm, number)
+    return np.maximum(values, -1)
 
 
 def offset_table(
@@ -29,19 +59,19 @@ def offset_table(
     With d the distance from mu, |di| + |dj| for norm 1 and sqrt(di² + dj²) for norm 2:
     GRADIENT is max(1 - slope·d, -1), slope = beta / n; UNIFORM is 1 where d (norm 1) or d² (norm 2)
     is below the integer ``limit``, else -1, so that no rounding decides; TABLE is ``table``.
+
+    Kernels that make a value where they need it get these very numbers, for square root, product
+    and difference are rounded correctly everywhere.
     """
     if profile == TABLE:
         assert table is not None
         return table.to(dtype)
+    if profile == GRADIENT:
+        return torch.tensor(_gradient(norm, slope, height, width, dtype), device=device)
     rows = torch.arange(1 - height, height, device=device)[:, None]
     columns = torch.arange(1 - width, width, device=device)
     distance = rows.abs() + columns.abs() if norm == 1 else rows * rows + columns * columns
-    if profile == UNIFORM:
-        return torch.where(distance < limit, 1.0, -1.0).to(dtype)
-    length = distance.to(dtype)
-    if norm == 2:
-        length = length.sqrt()
-    return (1 - torch.tensor(slope, dtype=dtype, device=device) * length).clamp_min(-1)
+    return torch.where(distance < limit, 1.0, -1.0).to(dtype)
 
 
 def template_matrix(table: Tensor, height: int, width: int) -> Tensor:

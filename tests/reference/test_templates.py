@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -53,6 +54,48 @@ def test_the_matrix_of_templates_holds_each_of_them(height, width, norm, beta):
         torch.testing.assert_close(
             matrix[mu].view(height, width), torch.tensor(want, dtype=torch.float64)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_values_are_rounded_correctly_whatever_pytorchs_square_root_does(norm, dtype, monkeypatch):
+    """On some processors it is that of a library which is a unit in the last place off."""
+
+    def off(root):
+        return lambda x: torch.nextafter(root(x), torch.full_like(x, math.inf))
+
+    for owner in (torch, torch.Tensor):
+        monkeypatch.setattr(owner, "sqrt", off(owner.sqrt))
+    height, width, beta = 31, 23, 1.7
+    template = PartTemplate(norm, beta=beta)
+    arguments = template.arguments(height, width, torch.empty(0, dtype=dtype))
+    got = templates.offset_table(*arguments, height, width, dtype, torch.device("cpu"))
+    number = np.float64 if dtype == torch.float64 else np.float32
+
+    def value(di, dj):
+        # Rounding a double's square root to float32 is right for integers as small as these.
+        distance = abs(di) + abs(dj) if norm == "l1" else math.sqrt(di * di + dj * dj)
+        return max(number(1) - number(beta / max(height, width)) * number(distance), number(-1))
+
+    want = [[value(i, j) for j in range(1 - width, width)] for i in range(1 - height, height)]
+    assert got.dtype == dtype
+    assert np.array_equal(got.numpy(), np.array(want))
+    if dtype == torch.float32:
+        assert torch.equal(template.table(height, width), got)
+
+
+def test_a_function_takes_distances_that_are_rounded_correctly(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: x * math.nan)
+    seen = []
+
+    def profile(distance):
+        seen.append(distance)
+        return 1 - distance
+
+    PartTemplate("l2", profile).table(9, 5)
+    want = [[math.hypot(i, j) for j in range(-4, 5)] for i in range(-8, 9)]
+    assert seen[0].dtype == torch.float64
+    torch.testing.assert_close(seen[0], torch.tensor(want, dtype=torch.float64), rtol=1e-15, atol=0)
 
 
 def test_a_table_is_read_at_the_offset_from_the_peak():
