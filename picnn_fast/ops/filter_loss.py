@@ -86,11 +86,14 @@ class FilterLoss(torch.autograd.Function):
         ctx.others = len(others)
         ctx.with_grad = others[-1]
         ctx.mark_non_differentiable(grad, *state)
+        ctx.set_materialize_grads(False)
         return loss, grad, *state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return None, *(None,) * ctx.others
         (grad,) = ctx.saved_tensors
         if not ctx.with_grad:
             raise ValueError("with_grad: got False, want True for maps that are differentiated")

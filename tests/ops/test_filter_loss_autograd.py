@@ -130,6 +130,26 @@ def test_the_gradient_may_be_asked_for_twice_but_not_differentiated(backend: Bac
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_loss_that_nothing_uses_sends_nothing_back(backend: Backend, estimator):
+    x = leaf(backend.device)
+    loss = Unused.apply(filter_loss(x, PartTemplate(), **options(estimator, x)))
+    (grad,) = torch.autograd.grad(loss.sum() + x.sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+
+
+class Unused(torch.autograd.Function):
+    """Without a gradient for its input, whatever becomes of the output."""
+
+    @staticmethod
+    def forward(ctx: object, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_no_gradient_is_computed_unless_it_is_asked_for(backend: Backend, estimator):
     x = leaf(backend.device)
     expected = filter_loss(x, PartTemplate(), **options(estimator, x))
