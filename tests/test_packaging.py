@@ -161,7 +161,7 @@ def test_cuda_kernels_compile_for_hopper_without_a_warning(
     extension = setuptools.Extension("picnn_fast._C", sources=[])
     command = build.NinjaBuild(setuptools.Distribution())
     (tmp_path / "build.ninja").write_text(command.ninja_file(extension, tmp_path))
-    objects = [f"cuda_{source.stem}.o" for source in (ROOT / "csrc/cuda").glob("*.cu")]
+    objects = [f"cuda_{source.stem}.o" for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     assert objects
     _run(Path(ninja.BIN_DIR) / "ninja", *objects, cwd=tmp_path)
     assert all((tmp_path / name).exists() for name in objects)
