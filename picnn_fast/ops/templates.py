@@ -119,11 +119,13 @@ class PartTemplate:
                 raise ValueError(f"x: got maps with {name} = {side}, want 1 to {MOST_SIDE}")
         norm = 1 if self.norm == "l1" else 2
         n = max(height, width)
-        if self.profile == "gradient":
+        # Nothing but a name is compared: of a tensor, torch.compile may not (torch 2.11).
+        profile = self.profile if isinstance(self.profile, str) else None
+        if profile == "gradient":
             # At 2 all but the peak is -1 already; more would overflow float32.
             slope = min((4.0 if self.beta is None else self.beta) / n, 2.0)
             return None, reference.GRADIENT, norm, slope, 0
-        if self.profile == "uniform":
+        if profile == "uniform":
             gamma = 2.0 if self.gamma is None else self.gamma
             radius = gamma * n / (2.0 if self.beta is None else self.beta)
             # Beyond every distance there is, all radii are alike.
