@@ -142,7 +142,7 @@ OTHERS_COLOUR = "#888888"
 def _densities(axis: Any, separation: float) -> None:
     means, deviations = mixture(separation)
     x = torch.linspace(-6, 8, 400, dtype=torch.float64)
-    densities = torch.distributions.Normal(means, deviations).log_prob(x[:, None]).exp()
+    densities = torch.distributions.Normal(means, deviations).log_prob(x[:, None]).exp().numpy()
     axis.fill_between(x, densities[:, 0], color="#e08e45", alpha=0.45, linewidth=0)
     axis.plot(x, densities[:, 0], color="#e08e45", linewidth=1.8, label="class 0", zorder=3)
     axis.plot(x, densities[:, 1:], color=OTHERS_COLOUR, linewidth=0.9)
