@@ -10,31 +10,7 @@ import pytest
 import torch
 
 import picnn_fast
-from benchmarks import bias, filter_loss, gpu, harness, masking, mutual_information
-
-
-def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    assert gpu.main(["--smoke"]) == 0
-    printed = capfd.readouterr().out
-    for title in (
-        "parity: exit 0",
-        "bernoulli_mask, forward",
-        "class_gate, forward",
-        "late masking",
-        "training step",
-        "mutual_information, knn",
-        "peak memory",
-        "histogram_update",
-        "soft_histogram, forward",
-        "template_mask, forward",
-        "filter_loss, forward",
-        "| over direct |",
-    ):
-        assert title in printed
-    assert not list(tmp_path.iterdir())
+from benchmarks import bias, filter_loss, harness, masking, mutual_information
 
 
 def test_the_bias_script_runs_and_draws(
@@ -63,12 +39,6 @@ def test_the_closed_form_agrees_with_known_values() -> None:
     assert bias.closed_form(*apart, "label") == pytest.approx(math.log(4), abs=1e-9)
     entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
     assert bias.closed_form(*apart, "class") == pytest.approx(entropy, abs=1e-9)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_gpu_script_refuses_a_machine_without_one(capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([]) == 2
-    assert "no CUDA device" in capfd.readouterr().err
 
 
 def test_candidates_are_timed_in_turn() -> None:
