@@ -13,6 +13,7 @@ Writes ``benchmarks/results/mutual-information-bias.json`` and draws the ``.png`
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,10 +84,16 @@ def estimators() -> list[dict[str, Any]]:
     ]
 
 
-def measure(samples: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """Mean and standard deviation of every estimate, beside the closed form."""
+def measure(samples: tuple[int, ...], repeats: int, save: Callable[..., Any]) -> dict[str, Any]:
+    """Mean and standard deviation of every estimate, beside the closed form; ``save`` is given
+    what there is after each separation and number of samples."""
     generator = torch.Generator().manual_seed(0)
-    entries = []
+    entries: list[dict[str, Any]] = []
+    mixtures = [
+        {"separation": d, "means": mixture(d)[0].tolist(), "deviations": mixture(d)[1].tolist()}
+        for d in SEPARATIONS
+    ]
+    results = {"classes": CLASSES, "repeats": repeats, "mixtures": mixtures, "estimates": entries}
     for separation in SEPARATIONS:
         means, deviations = mixture(separation)
         truth = {target: closed_form(means, deviations, target) for target in TARGETS}
@@ -114,13 +121,10 @@ def measure(samples: tuple[int, ...], repeats: int) -> dict[str, Any]:
                             "standard_deviation": of_interest.std().item(),
                         }
                     )
+            save(results)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
-    mixtures = [
-        {"separation": d, "means": mixture(d)[0].tolist(), "deviations": mixture(d)[1].tolist()}
-        for d in SEPARATIONS
-    ]
-    return {"classes": CLASSES, "repeats": repeats, "mixtures": mixtures, "estimates": entries}
+    return results
 
 
 def select(results: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
@@ -257,13 +261,18 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.bias", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="few samples, nothing written: does it run?"
+        "--smoke", action="store_true", help="few samples, written only where --results says"
     )
+    harness.add_results_option(parser)
     options = parser.parse_args(arguments)
-    results = measure((100, TABLE_SAMPLES), 2) if options.smoke else measure(SAMPLES, REPEATS)
+    record = harness.Record(
+        harness.results_folder(options), NAME, command="python -m benchmarks.bias"
+    )
+    sizes = ((100, TABLE_SAMPLES), 2) if options.smoke else (SAMPLES, REPEATS)
+    results = measure(*sizes, record.save)
+    path = record.save(results, complete=True)
     print(report(results))
-    if not options.smoke:
-        path = harness.write_json(NAME, {"command": "python -m benchmarks.bias", **results})
+    if path is not None:
         draw(results, path.with_suffix(".png"))
         print(f"\nwritten to {path} and {path.with_suffix('.png').name}")
 

@@ -113,7 +113,7 @@ def bench_mask(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
 
     torch._dynamo.reset()
     compiled = torch.compile(plain)
-    times = harness.interleaved(
+    candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.mask(masked),
             "forward": lambda: masked(case.maps()),
@@ -122,10 +122,11 @@ def bench_mask(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
             "plain, compiled": lambda: case.mask(compiled),
             "clone": lambda: case.maps().clone(),
         },
-        rounds,
+        ("fused", "forward"),
         device,
-        backends={"reference": "reference"},
     )
+    backends["reference"] = "reference"
+    times = harness.interleaved(candidates, rounds, device, backends=backends)
 
     def share(name: str, passes: int) -> float:
         """Of the limit, where clone makes one pass."""
@@ -140,6 +141,7 @@ def bench_mask(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
             for name in ("reference", "plain", "plain, compiled")
         },
         "share_of_limit": {"forward": share("forward", 1), "fused": share("fused", 2)},
+        **harness.triton_ratios(times),
     }
 
 
@@ -190,7 +192,7 @@ def bench_loss(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
 
     torch._dynamo.reset()
     compiled = torch.compile(by_product)
-    times = harness.interleaved(
+    candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.loss(fused),
             "running": lambda: case.loss(by_state("running")),
@@ -200,10 +202,11 @@ def bench_loss(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
             "autograd": lambda: case.loss(by_product),
             "autograd, compiled": lambda: case.loss(compiled),
         },
-        rounds,
+        ("fused", "running", "target"),
         device,
-        backends={"reference": "reference"},
     )
+    backends["reference"] = "reference"
+    times = harness.interleaved(candidates, rounds, device, backends=backends)
     # Seconds a call: a few are enough.
     one_by_one = direct(case)
     slow = harness.interleaved(
@@ -222,6 +225,7 @@ def bench_loss(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
             **{name: harness.ratio(times, name, "fused") for name in others},
             "direct": harness.ratio(slow, "direct", "fused"),
         },
+        **harness.triton_ratios(times),
     }
 
 
@@ -261,29 +265,32 @@ def bench_memory(
     return {"shape": describe(shape), "multiple_of_maps": multiples}
 
 
-def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
-    """All measurements of both families."""
+def run(device: torch.device, *, smoke: bool, save: Callable[..., Any]) -> dict[str, Any]:
+    """All measurements of both families; ``save`` is given what there is after each."""
     shapes = SMOKE_SHAPES if smoke else CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     rounds = 3 if smoke else 50
-    masks = []
+    results: dict[str, Any] = {"masks": [], "losses": [], "memory": None, "step": None}
     for shape in shapes:
         print(f"template_mask {describe(shape)}", flush=True)
-        masks.append(bench_mask(shape, device, rounds))
-    losses = []
+        results["masks"].append(bench_mask(shape, device, rounds))
+        save(results)
     for shape in shapes:
         print(f"filter_loss {describe(shape)}", flush=True)
-        losses.append(bench_loss(shape, device, rounds))
+        results["losses"].append(bench_loss(shape, device, rounds))
+        save(results)
     print("extra memory", flush=True)
     candidates = ("fused",) if smoke else ("fused", "autograd", "direct")
-    memory = bench_memory(candidates, shapes[0], device)
+    results["memory"] = bench_memory(candidates, shapes[0], device)
+    save(results)
     print("training step", flush=True)
     if smoke:
-        step = harness.training_step("icnn", "small-cnn", 96, 2, 32, device, 3)
+        step = ("small-cnn", 96, 2, 32, device, 3)
     elif device.type == "cuda":
-        step = harness.training_step("icnn", "vgg16", 512, 64, 224, device, 30)
+        step = ("vgg16", 512, 64, 224, device, 30)
     else:
-        step = harness.training_step("icnn", "vgg16", 512, 4, 224, device, 9)
-    return {"masks": masks, "losses": losses, "memory": memory, "step": step}
+        step = ("vgg16", 512, 4, 224, device, 9)
+    results["step"] = harness.training_step("icnn", *step)
+    return results
 
 
 def report(results: dict[str, Any]) -> str:
@@ -312,7 +319,7 @@ def report(results: dict[str, Any]) -> str:
         "of the limit",
         "forward alone",
     ]
-    parts = [harness.table(header, rows)]
+    parts = [harness.table(header, rows), *harness.triton_table("template_mask", results["masks"])]
     rows = [
         [
             entry["shape"],
@@ -335,6 +342,7 @@ def report(results: dict[str, Any]) -> str:
         "target",
     ]
     parts.append(harness.table(header, rows))
+    parts += harness.triton_table("filter_loss", results["losses"])
     if results["memory"]:
         multiples = results["memory"]["multiple_of_maps"]
         row = [results["memory"]["shape"], *(f"{value:.1f}x" for value in multiples.values())]

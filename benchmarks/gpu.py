@@ -1,57 +1,170 @@
-"""Everything a borrowed GPU is good for, in one call under 10 minutes: ``make gpu``.
+"""What a borrowed GPU is good for, in commands of under 10 minutes each: ``make gpu``.
 
-    python -m benchmarks.gpu [--smoke]
+    python -m benchmarks.gpu PART [--started SECONDS] [--results FOLDER] [--smoke]
 
-The benchmarks, written to ``benchmarks/results``, then parity of all backends on the device.
-``--smoke`` goes through the same steps on the CPU with tiny sizes and writes nothing.
+Parts: ``parity`` of all backends on the device, the benchmarks ``bench`` and ``bench-more``. Each
+step of a part is a process of its own, so that one that fails, or takes too long, costs no other.
+The results folder gets what each printed, as it goes, and a line a step in ``gpu-report.txt``.
+``--smoke`` goes through the same steps on the CPU with tiny sizes.
 """
 
 import argparse
+import contextlib
+import datetime
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import picnn_fast
-from benchmarks import filter_loss, masking, mutual_information
+from benchmarks import harness
 
-LIMIT_SECONDS = 570
+LIMIT_SECONDS = 540  # of a part, the build included: a borrowed machine cuts off at 600
 ROOT = Path(__file__).parent.parent
+REPORT = "gpu-report.txt"
+PARTS = {
+    "parity": ("parity",),
+    "bench": ("masking", "filter_loss"),
+    "bench-more": ("mutual_information",),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command; ``least``: with fewer seconds left it is not begun."""
+
+    name: str
+    command: list[str]
+    least: float
+
+
+def steps(part: str, results: Path, *, smoke: bool) -> list[Step]:
+    """What ``part`` consists of."""
+    chosen = []
+    for name in PARTS[part]:
+        if name == "parity":
+            # By marker, wherever a test lives; names and short tracebacks for a log that is cut.
+            selection = ["-m", "gpu", "-n", "8", "tests"]
+            if smoke:
+                selection = ["-k", "known_answer", "-n", "2", "tests/reference/test_histogram.py"]
+            options = ["-v", "--tb=short", "--color=no", "-o", "addopts=--strict-markers"]
+            # The thread method ends a process that hangs in the driver too; xdist starts another.
+            options += ["--timeout=120", "--timeout-method=thread"]
+            options += [f"--junitxml={results / 'parity.xml'}"]
+            # Eight processes share the cores.
+            threads = f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 8)}"
+            command = ["env", threads, sys.executable, "-m", "pytest", *options, *selection]
+        else:
+            device = "cpu" if smoke else "cuda"
+            command = [sys.executable, "-m", f"benchmarks.{name}", "--device", device]
+            command += ["--results", str(results), *(["--smoke"] if smoke else [])]
+        chosen.append(Step(name, command, 1 if smoke else 30))
+    return chosen
+
+
+def run_step(step: Step, results: Path, seconds: float, environment: dict[str, str]) -> str:
+    """ "passed", or how it failed; what it prints goes to ``<name>.txt`` and to the output."""
+    with (results / f"{step.name}.txt").open("wb") as log:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+        def copy() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                print(line.decode(errors="replace"), end="", flush=True)
+
+        reader = threading.Thread(target=copy)
+        reader.start()
+        try:
+            code = process.wait(timeout=max(0.0, seconds))
+            outcome = f"failed, exit {code}" if code else "passed"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped, not finished in {seconds:.0f} s"
+        finally:
+            # Whatever it started goes with it: workers would hold the GPU.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reader.join()
+    return outcome
+
+
+def run_steps(
+    chosen: list[Step], results: Path, deadline: float, environment: dict[str, str]
+) -> bool:
+    """Every step until ``deadline``, in seconds of ``time.time()``; whether all passed.
+
+    A line of the report is written, and printed, as each ends.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    passed = True
+    for step in chosen:
+        began = time.time()
+        left = deadline - began
+        if left < step.least:
+            outcome = f"not run, {left:.0f} s are left and it needs {step.least:.0f}"
+        else:
+            try:
+                outcome = run_step(step, results, left, environment)
+            except Exception as error:
+                outcome = f"failed, {type(error).__name__}: {error}"
+        passed &= outcome == "passed"
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line = f"{now} {step.name}: {outcome}; {time.time() - began:.0f} s"
+        with (results / REPORT).open("a") as report:
+            report.write(line + "\n")
+        print(line, flush=True)
+    return passed
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
+    parser.add_argument(
+        "--started",
+        type=float,
+        default=time.time(),
+        help="when the command began, build included, in seconds since 1970",
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
+    harness.add_results_option(parser)
     options = parser.parse_args(arguments)
-    device = "cpu" if options.smoke else "cuda"
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"PART: got {', '.join(sorted(unknown))}, want {', '.join(PARTS)}")
     if not options.smoke:
         missing = {name: why for name, why in picnn_fast.build_info()["backends"].items() if why}
         if missing:
             print(f"a GPU with every backend is wanted; missing here: {missing}", file=sys.stderr)
             return 2
-    started = time.monotonic()
-    print(f"torch {torch.__version__} on {device}; {picnn_fast.build_info()}", flush=True)
-    # First what cannot be had elsewhere; then parity, in the time that is left.
-    for family in (masking, mutual_information, filter_loss):
-        family.main(["--device", device, *(["--smoke"] if options.smoke else [])])
-    print(f"benchmarks: {time.monotonic() - started:.0f} s", flush=True)
-    selection = ["-m", "gpu", "tests/ops"]
+    print(f"torch {torch.__version__}; {picnn_fast.build_info()}", flush=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if options.smoke:
-        selection = ["-k", "known_answer", "tests/reference"]
-    command = [sys.executable, "-m", "pytest", *selection]
-    try:
-        parity = subprocess.run(
-            command, cwd=ROOT, timeout=LIMIT_SECONDS - (time.monotonic() - started)
-        ).returncode
-    except subprocess.TimeoutExpired:
-        print(f"parity: not finished within {LIMIT_SECONDS} s of the start", file=sys.stderr)
-        parity = 1
-    print(f"parity: exit {parity}, {time.monotonic() - started:.0f} s in all")
-    return parity
+        # Triton's kernels on the CPU.
+        environment.setdefault("TRITON_INTERPRET", "1")
+    with tempfile.TemporaryDirectory() as nowhere:
+        results = (harness.results_folder(options) or Path(nowhere)).absolute()
+        passed = True
+        for part in options.parts or PARTS:
+            chosen = steps(part, results, smoke=options.smoke)
+            passed &= run_steps(chosen, results, options.started + LIMIT_SECONDS, environment)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ so that whatever else the machine does falls on all of them alike.
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ import torch
 import picnn_fast
 
 RESULTS = Path(__file__).parent / "results"
+VARIABLE = "PICNN_FAST_RESULTS"
 
 
 def keep_freed_memory() -> None:
@@ -38,28 +40,60 @@ def keep_freed_memory() -> None:
             raise RuntimeError("mallopt refused to keep freed memory")
 
 
-def _clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """Seconds one call takes: wall time on the CPU, events around the call on a GPU."""
-    if device.type == "cpu":
+# A sleep on the device hides the launches of the call that is timed; longer ones hide nothing more.
+LONGEST_SLEEP_SECONDS = 0.02
 
-        def wall(call: Callable[[], Any]) -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
 
-        return wall
+def sleep_cycles(host_seconds: float, cycles_per_second: float) -> int:
+    """Cycles the device sleeps before a call whose launches took ``host_seconds``: 1.5 times that,
+    but no longer than ``LONGEST_SLEEP_SECONDS``."""
+    return int(min(1.5 * host_seconds, LONGEST_SLEEP_SECONDS) * cycles_per_second)
 
-    def events(call: Callable[[], Any]) -> float:
+
+@functools.cache
+def clock_rate(device: torch.device) -> float:
+    """Cycles the device counts a second, as a sleep of known length measures it."""
+    cycles = 20_000_000
+    seconds = []
+    for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # About 20 ms of queued work, so that the launches of `call` are not what is timed.
-        torch.cuda._sleep(40_000_000)
         start.record()
-        call()
+        torch.cuda._sleep(cycles)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        seconds.append(start.elapsed_time(end) * 1e-3)
+    return cycles / statistics.median(seconds)
 
-    return events
+
+def _launched(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the host that one call takes: on a GPU, to launch it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _wall(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until all that one call does is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _events(call: Callable[[], Any], cycles: int) -> float:
+    """Seconds a GPU works for one call, its launches hidden behind a sleep of ``cycles``."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
 def interleaved(
@@ -68,26 +102,57 @@ def interleaved(
     device: torch.device,
     warmup: int = 3,
     backends: dict[str, str] | None = None,
+    wall: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress.
 
+    On a GPU those of the device, or with ``wall`` those of the host until the device is done.
     ``backends`` forces one for the candidates it names; switching is not timed.
     """
     keep_freed_memory()
-    clock = _clock(device)
+    events = device.type == "cuda" and not wall
+    host = dict.fromkeys(candidates, LONGEST_SLEEP_SECONDS)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warmup + rounds):
         for name, call in candidates.items():
             backend = (backends or {}).get(name)
             with picnn_fast.use_backend(backend) if backend else contextlib.nullcontext():
-                seconds = clock(call)
-            if index >= warmup:
-                times[name].append(seconds)
+                if index < warmup:
+                    host[name] = _launched(call, device)
+                elif events:
+                    cycles = sleep_cycles(host[name], clock_rate(device))
+                    times[name].append(_events(call, cycles))
+                else:
+                    times[name].append(_wall(call, device))
         if sys.stderr.isatty():
             print(f"\r  round {index + 1}/{warmup + rounds} ", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     return times
+
+
+TRITON = ", triton"
+
+
+def beside_triton(
+    candidates: dict[str, Callable[[], Any]], names: tuple[str, ...], device: torch.device
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """``candidates`` with those of ``names`` on Triton's kernels too, and the backends to force.
+
+    Nothing is added where Triton has no kernels for ``device``: on a CPU that is not interpreting.
+    """
+    serves = device.type == "cuda" or not torch.cuda.is_available()
+    if not serves or "triton" not in picnn_fast.available_backends():
+        return candidates, {}
+    added = {name + TRITON: candidates[name] for name in names}
+    return candidates | added, dict.fromkeys(added, "triton")
+
+
+def triton_ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """``{"triton_over_compiled": {name: ratio of times}}``, or empty."""
+    names = [name for name in times if name + TRITON in times]
+    ratios = {name: ratio(times, name + TRITON, name) for name in names}
+    return {"triton_over_compiled": ratios} if ratios else {}
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -175,20 +240,48 @@ def machine_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(family: str, device: torch.device, command: str, results: dict[str, Any]) -> Path:
-    """``results/<family>-<machine>.json``, replaced in one step."""
-    content = {"command": command, "machine": machine(device), **results}
-    return write_json(f"{family}-{machine_name(device)}", content)
-
-
-def write_json(name: str, content: dict[str, Any]) -> Path:
-    """``results/<name>.json``, replaced in one step."""
-    path = RESULTS / f"{name}.json"
+def write_json(folder: Path, name: str, content: dict[str, Any]) -> Path:
+    """``<folder>/<name>.json``, replaced in one step."""
+    path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
     return path
+
+
+def add_results_option(parser: argparse.ArgumentParser) -> None:
+    """``--results FOLDER``."""
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where results go; default: {VARIABLE}, else benchmarks/results",
+    )
+
+
+def results_folder(options: argparse.Namespace) -> Path | None:
+    """Where results go; None, nowhere: a smoke run that names no folder."""
+    if options.results is None and options.smoke:
+        return None
+    return options.results or Path(os.environ.get(VARIABLE) or RESULTS)
+
+
+class Record:
+    """A results file, written anew after every measurement, so that what ends early loses little.
+
+    It says ``"complete": false`` until the last one.
+    """
+
+    def __init__(self, folder: Path | None, name: str, **head: Any) -> None:
+        self.folder, self.name, self.head = folder, name, head
+
+    def save(self, results: dict[str, Any], *, complete: bool = False) -> Path | None:
+        """Write ``results``, those there are so far; without a folder, do nothing."""
+        if self.folder is None:
+            return None
+        state = {} if complete else {"complete": False}
+        return write_json(self.folder, self.name, {**self.head, **state, **results})
 
 
 def command_line(
@@ -198,19 +291,42 @@ def command_line(
     report: Callable[[dict[str, Any]], str],
     arguments: list[str] | None,
 ) -> None:
-    """``python -m benchmarks.<family>``: ``run(device, smoke=…)``, its report, its results file."""
+    """``python -m benchmarks.<family>``: ``run(device, smoke=…, save=…)``, report, results file."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{family}", description=description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, nothing written: does it run?"
+        "--smoke", action="store_true", help="tiny sizes, written only where --results says"
     )
+    add_results_option(parser)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    results = run(device, smoke=options.smoke)
+    record = Record(
+        results_folder(options),
+        f"{family}-{machine_name(device)}",
+        command=f"python -m benchmarks.{family} --device {options.device}",
+        machine=machine(device),
+    )
+    results = run(device, smoke=options.smoke, save=record.save)
+    path = record.save(results, complete=True)
     print(report(results))
-    if not options.smoke:
-        command = f"python -m benchmarks.{family} --device {options.device}"
-        print(f"\nwritten to {write(family, device, command, results)}")
+    if path is not None:
+        print(f"\nwritten to {path}")
+
+
+def triton_table(title: str, entries: list[dict[str, Any]]) -> list[str]:
+    """Triton's time over the compiled kernels', a table; none where Triton was not timed."""
+    entries = [entry for entry in entries if "triton_over_compiled" in entry]
+    if not entries:
+        return []
+    names = list(entries[0]["triton_over_compiled"])
+    rows = [
+        [
+            str(entry["shape"]) + (f" K={entry['classes']}" if "classes" in entry else ""),
+            *(f"{entry['triton_over_compiled'][name]:.2f}x" for name in names),
+        ]
+        for entry in entries
+    ]
+    return [table([f"{title}, Triton over compiled", *names], rows)]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

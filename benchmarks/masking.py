@@ -111,7 +111,7 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
     autograd = definition(case.seed)
     torch._dynamo.reset()
     compiled, plain_compiled = torch.compile(autograd), torch.compile(plain)
-    times = harness.interleaved(
+    candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.step(fused),
             "reference": lambda: case.step(fused),
@@ -121,10 +121,11 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
             "plain, compiled": lambda: case.step(plain_compiled),
             "clone": lambda: case.maps().clone(),
         },
-        rounds,
+        ("fused",),
         device,
-        backends={"reference": "reference"},
     )
+    backends["reference"] = "reference"
+    times = harness.interleaved(candidates, rounds, device, backends=backends)
     kept = statistics.fmean(
         functional.bernoulli_mask(case.maps(), case.logits, case.correspondence)[1]
         .float()
@@ -149,7 +150,7 @@ def bench_gate(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
 
     torch._dynamo.reset()
     compiled = torch.compile(multiplied)
-    times = harness.interleaved(
+    candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.step(gated),
             "reference": lambda: case.step(gated),
@@ -157,10 +158,11 @@ def bench_gate(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
             "plain, compiled": lambda: case.step(compiled),
             "clone": lambda: case.maps().clone(),
         },
-        rounds,
+        ("fused",),
         device,
-        backends={"reference": "reference"},
     )
+    backends["reference"] = "reference"
+    times = harness.interleaved(candidates, rounds, device, backends=backends)
     # Forward reads one and writes one, backward reads two and writes one.
     return against_the_limit(shape, case, times, 5)
 
@@ -181,8 +183,9 @@ def against_the_limit(
         "speedup": {
             name: harness.ratio(times, name, "fused")
             for name in times
-            if name not in ("fused", "clone")
+            if name not in ("fused", "clone") and not name.endswith(harness.TRITON)
         },
+        **harness.triton_ratios(times),
         "share_of_limit": statistics.median(shares),
     }
 
@@ -203,11 +206,14 @@ class Nothing(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 
-def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+def bench_late(
+    shape: Shape, device: torch.device, rounds: int, *, wall: bool = False
+) -> dict[str, Any]:
     """Masking the pooled maps against masking the maps and pooling them again.
 
     Beside them the parts that no masking of the pooled maps can do without, each alone: autograd's
     own cost, the draws, the checks of values with the draw of a seed, the kernels of the gradients.
+    With ``wall`` also the time of the host until a GPU is done, of which its launches are part.
     """
     case = Case(shape, device)
     logits, table = case.logits, case.correspondence
@@ -248,44 +254,56 @@ def bench_late(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         operators.bernoulli_parameters_backward(grad_mask, *values[1:], pseudo_label)
 
     parts = dict(zip(LATE_PARTS, (autograd, draws, validation, gradients), strict=True))
-    times = harness.interleaved({"maps": at_maps, "late": late, **parts}, rounds, device)
+    candidates, backends = harness.beside_triton(
+        {"maps": at_maps, "late": late}, ("maps", "late"), device
+    )
+    times = harness.interleaved(candidates | parts, rounds, device, backends=backends)
     times["parts"] = [sum(seconds) for seconds in zip(*(times[p] for p in parts), strict=True)]
-    return {
+    entry = {
         "shape": describe(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "speedup": harness.ratio(times, "maps", "late"),
         "speedup_of_parts": harness.ratio(times, "maps", "parts"),
+        **harness.triton_ratios(times),
     }
+    if wall:
+        times = harness.interleaved(candidates, rounds, device, backends=backends, wall=True)
+        entry["wall"] = {
+            "milliseconds": {name: harness.summary(values) for name, values in times.items()},
+            "speedup": harness.ratio(times, "maps", "late"),
+            **harness.triton_ratios(times),
+        }
+    return entry
 
 
-def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
-    """All measurements of the family."""
+def run(device: torch.device, *, smoke: bool, save: Callable[..., Any]) -> dict[str, Any]:
+    """All measurements of the family; ``save`` is given what there is after each."""
     cuda = device.type == "cuda"
     shapes = SMOKE_SHAPES if smoke else CUDA_SHAPES if cuda else CPU_SHAPES
     rounds = 3 if smoke else 50
+    results: dict[str, Any] = {"operators": [], "gates": [], "late": [], "step": None}
     # First: once torch.compile has run in a process, every Python call in it costs a little more.
-    late = []
     for shape in shapes[:2]:
         print(f"late masking {describe(shape)}", flush=True)
-        late.append(bench_late(shape, device, rounds))
-    operators = []
+        results["late"].append(bench_late(shape, device, rounds, wall=cuda or smoke))
+        save(results)
     for shape in shapes:
         print(f"operator {describe(shape)}", flush=True)
-        operators.append(bench_operator(shape, device, rounds))
-    gates = []
+        results["operators"].append(bench_operator(shape, device, rounds))
+        save(results)
     for shape in shapes:
         print(f"class gate {describe(shape)}", flush=True)
-        gates.append(bench_gate(shape, device, rounds))
+        results["gates"].append(bench_gate(shape, device, rounds))
+        save(results)
     print("training step", flush=True)
     if smoke:
-        step = harness.training_step(
-            "picnn", "resnet18" if cuda else "small-resnet", 128, 2, 32, device, 3
-        )
+        step = ("small-resnet", 128, 2, 32, device, 3)
     elif cuda:
-        step = harness.training_step("picnn", "resnet50", 128, 128, 224, device, 50)
+        step = ("resnet50", 128, 128, 224, device, 50)
     else:
-        step = harness.training_step("picnn", "resnet18", 128, 8, 224, device, 30)
-    return {"operators": operators, "gates": gates, "late": late, "step": step}
+        step = ("resnet18", 128, 8, 224, device, 30)
+    results["step"] = harness.training_step("picnn", *step)
+    return results
 
 
 def report(results: dict[str, Any]) -> str:
@@ -309,6 +327,7 @@ def report(results: dict[str, Any]) -> str:
             "of the limit",
         ]
         parts.append(harness.table(header, rows))
+        parts += harness.triton_table(title, results[part])
     rows = [
         [
             entry["shape"],
@@ -329,6 +348,22 @@ def report(results: dict[str, Any]) -> str:
         "speed-up of the parts",
     ]
     parts.append(harness.table(header, rows))
+    parts += harness.triton_table("late masking", results["late"])
+    walls = [
+        {"shape": entry["shape"], **entry["wall"]} for entry in results["late"] if "wall" in entry
+    ]
+    if walls:
+        rows = [
+            [
+                entry["shape"],
+                *(f"{entry['milliseconds'][name]['median']:.2f} ms" for name in ("maps", "late")),
+                f"{entry['speedup']:.1f}x",
+            ]
+            for entry in walls
+        ]
+        header = ["late masking, wall time", "masking the maps", "late", "speed-up"]
+        parts.append(harness.table(header, rows))
+        parts += harness.triton_table("late masking, wall time", walls)
     parts.append(harness.step_table(results["step"]))
     return "\n\n".join(parts)
 

@@ -163,13 +163,21 @@ def bench_knn(shape: KnnShape, device: torch.device) -> list[dict[str, Any]]:
         for classes, case in cases.items()
         for name, call in case["calls"].items()
     }
-    # Wall time on a GPU too: every call ends on the host.
-    times = harness.interleaved(calls, shape.rounds, torch.device("cpu"), warmup=1)
+    candidates, backends = harness.beside_triton(
+        calls, tuple(f"operator {classes}" for classes in cases), device
+    )
+    # Every call ends on the host, a GPU's too.
+    times = harness.interleaved(
+        candidates, shape.rounds, device, warmup=1, backends=backends, wall=True
+    )
     entries = []
     for classes, case in cases.items():
         scale = shape.filters * classes / shape.sampled_filters
         scaled = [seconds * scale for seconds in times[f"scikit-learn {classes}"]]
         whole = times[f"whole {classes}"]
+        names = {"operator": f"operator {classes}"}
+        names |= {name + harness.TRITON: other + harness.TRITON for name, other in names.items()}
+        operator = {name: times[other] for name, other in names.items() if other in times}
         entries.append(
             {
                 "shape": [shape.samples, shape.filters],
@@ -177,7 +185,7 @@ def bench_knn(shape: KnnShape, device: torch.device) -> list[dict[str, Any]]:
                 "sampled_filters": shape.sampled_filters,
                 "milliseconds": {
                     "whole": harness.summary(whole),
-                    "operator": harness.summary(times[f"operator {classes}"]),
+                    **{name: harness.summary(values) for name, values in operator.items()},
                     "scikit-learn, scaled": harness.summary(scaled),
                 },
                 "speedup": statistics.median(a / b for a, b in zip(scaled, whole, strict=True)),
@@ -185,6 +193,7 @@ def bench_knn(shape: KnnShape, device: torch.device) -> list[dict[str, Any]]:
                     times, f"whole {classes}", f"whole {shape.classes[0]}"
                 ),
                 "largest_difference": case["largest_difference"],
+                **harness.triton_ratios(operator),
             }
         )
     return entries
@@ -283,14 +292,15 @@ def bench_histogram(shape: HistogramShape, device: torch.device, rounds: int) ->
         )
 
     copies = itertools.cycle([torch.empty_like(x, dtype=shape.dtype) for x, _ in drawn])
-    candidates = {
+    candidates: dict[str, Callable[[], Any]] = {
         "steady": lambda: state.update(*next(batches)),
         "fresh": lambda: HistogramState(shape, device).update(*next(batches)),
         "plain": lambda: plain(*next(batches)),
         "copy": lambda: next(copies).copy_(next(batches)[0]),
         "sum": lambda: next(batches)[0].sum(),
     }
-    times = harness.interleaved(candidates, rounds, device)
+    candidates, backends = harness.beside_triton(candidates, ("steady", "fresh"), device)
+    times = harness.interleaved(candidates, rounds, device, backends=backends)
     over = {
         name: statistics.median(
             2 * ours / copy for ours, copy in zip(times[name], times["copy"], strict=True)
@@ -302,6 +312,7 @@ def bench_histogram(shape: HistogramShape, device: torch.device, rounds: int) ->
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "over_reading_once": over,
         "speedup": {"plain": harness.ratio(times, "plain", "steady")},
+        **harness.triton_ratios(times),
     }
 
 
@@ -358,16 +369,23 @@ def bench_soft(shape: HistogramShape, device: torch.device, rounds: int) -> dict
         "scatter": step(scatter),
         "scatter, compiled": step(torch.compile(scatter)),
     }
-    times = harness.interleaved(candidates, rounds, device, backends={"reference": "reference"})
+    candidates, backends = harness.beside_triton(candidates, ("fused",), device)
+    backends["reference"] = "reference"
+    times = harness.interleaved(candidates, rounds, device, backends=backends)
     return {
         "shape": str(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
-        "speedup": {name: harness.ratio(times, name, "fused") for name in times if name != "fused"},
+        "speedup": {
+            name: harness.ratio(times, name, "fused")
+            for name in times
+            if name != "fused" and not name.endswith(harness.TRITON)
+        },
+        **harness.triton_ratios(times),
     }
 
 
-def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
-    """All measurements of both families."""
+def run(device: torch.device, *, smoke: bool, save: Callable[..., Any]) -> dict[str, Any]:
+    """All measurements of both families; ``save`` is given what there is after each."""
     cuda = device.type == "cuda"
     knn_shapes = SMOKE_KNN_SHAPES if smoke else KNN_SHAPES
     histogram_shapes = (
@@ -375,21 +393,23 @@ def run(device: torch.device, *, smoke: bool) -> dict[str, Any]:
     )
     soft_shapes = SMOKE_HISTOGRAM_SHAPES if smoke else CUDA_SOFT_SHAPES if cuda else SOFT_SHAPES
     rounds = 3 if smoke else 30
+    results: dict[str, Any] = {"knn": [], "memory": [], "histogram": [], "soft": []}
     print("peak memory", flush=True)
-    memory = bench_memory(knn_shapes[-1], device)
-    knn = []
+    results["memory"] = bench_memory(knn_shapes[-1], device)
+    save(results)
     for shape in knn_shapes:
         print(f"knn [{shape.samples}, {shape.filters}] K={shape.classes}", flush=True)
-        knn += bench_knn(shape, device)
-    histogram = []
+        results["knn"] += bench_knn(shape, device)
+        save(results)
     for size in histogram_shapes:
         print(f"histogram_update {size}", flush=True)
-        histogram.append(bench_histogram(size, device, rounds))
-    soft = []
+        results["histogram"].append(bench_histogram(size, device, rounds))
+        save(results)
     for size in soft_shapes:
         print(f"soft_histogram {size}", flush=True)
-        soft.append(bench_soft(size, device, rounds))
-    return {"knn": knn, "memory": memory, "histogram": histogram, "soft": soft}
+        results["soft"].append(bench_soft(size, device, rounds))
+        save(results)
+    return results
 
 
 def duration(milliseconds: float) -> str:
@@ -429,6 +449,7 @@ def report(results: dict[str, Any]) -> str:
         "difference",
     ]
     parts = [harness.table(header, rows)]
+    parts += harness.triton_table("knn", results["knn"])
     if results["memory"]:
         rows = [
             [
@@ -460,6 +481,7 @@ def report(results: dict[str, Any]) -> str:
         "steady over plain",
     ]
     parts.append(harness.table(header, rows))
+    parts += harness.triton_table("histogram_update", results["histogram"])
     names = list(results["soft"][0]["speedup"])
     rows = [
         [
@@ -471,6 +493,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     header = ["soft_histogram, forward + backward", "fused", *(f"over {name}" for name in names)]
     parts.append(harness.table(header, rows))
+    parts += harness.triton_table("soft_histogram", results["soft"])
     return "\n\n".join(parts)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ SEEDS = (0, 1, 2)
 FIGURES = ("acc1", "acc2", "acc3", "mis")
 
 
-def measure(weights: tuple[float, ...], seeds: tuple[int, ...], **options: Any) -> dict[str, Any]:
-    """Test figures of every weight and seed."""
-    runs = []
+def measure(
+    weights: tuple[float, ...], seeds: tuple[int, ...], save: Callable[..., Any], **options: Any
+) -> dict[str, Any]:
+    """Test figures of every weight and seed; ``save`` is given what there is after each."""
+    runs: list[dict[str, Any]] = []
     for seed in seeds:
         for weight in weights:
             if sys.stderr.isatty():
@@ -40,6 +43,7 @@ def measure(weights: tuple[float, ...], seeds: tuple[int, ...], **options: Any) 
             with tempfile.TemporaryDirectory() as folder:
                 metrics = fit(config, Path(folder), progress=False)
             runs.append({"weight": weight, "seed": seed, **metrics})
+            save({"runs": runs})
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     return {"runs": runs}
@@ -67,19 +71,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.mutual_information_loss", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--smoke", action="store_true", help="an epoch each, nothing written")
+    parser.add_argument(
+        "--smoke", action="store_true", help="an epoch each, written only where --results says"
+    )
+    harness.add_results_option(parser)
     options = parser.parse_args(arguments)
+    record = harness.Record(
+        harness.results_folder(options),
+        NAME,
+        command="python -m benchmarks.mutual_information_loss",
+        machine=harness.machine(torch.device("cpu")),
+    )
     if options.smoke:
-        print(report(measure((0.0, 1.0), (0,), epochs=1, num_filters=10)))
-        return
-    results = measure(WEIGHTS, SEEDS)
+        results = measure((0.0, 1.0), (0,), record.save, epochs=1, num_filters=10)
+    else:
+        results = measure(WEIGHTS, SEEDS, record.save)
+    path = record.save(results, complete=True)
     print(report(results))
-    content = {
-        "command": "python -m benchmarks.mutual_information_loss",
-        "machine": harness.machine(torch.device("cpu")),
-        **results,
-    }
-    print(f"\nwritten to {harness.write_json(NAME, content)}")
+    if path is not None:
+        print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

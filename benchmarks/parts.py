@@ -14,6 +14,7 @@ import dataclasses
 import multiprocessing
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
@@ -87,10 +88,14 @@ def _run(config: TrainConfig) -> dict[str, float]:
 
 
 def measure(
-    configs: dict[str, TrainConfig], seeds: tuple[int, ...], output: Path, processes: int
+    configs: dict[str, TrainConfig],
+    seeds: tuple[int, ...],
+    output: Path,
+    processes: int,
+    save: Callable[..., Any],
 ) -> dict[str, Any]:
-    """Test figures of every network and seed."""
-    runs = []
+    """Test figures of every network and seed; ``save`` is given what there is after each."""
+    runs: list[dict[str, Any]] = []
     # Fork would copy a process whose thread pool is gone.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -107,6 +112,7 @@ def measure(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+            save({"runs": runs})
             print(f"  {count} of {len(jobs)}: {name}, seed {seed}", file=sys.stderr, flush=True)
     runs.sort(key=lambda run: (run["seed"], list(configs).index(run["network"])))
     return {"runs": runs}
@@ -198,27 +204,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--processes", type=int, default=torch.get_num_threads(), help="trainings side by side"
     )
-    parser.add_argument("--smoke", action="store_true", help="two short trainings, not written")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two short trainings, written where --results says"
+    )
+    harness.add_results_option(parser)
     options = parser.parse_args(arguments)
-    output = Path(options.output)
+    output, folder = Path(options.output), harness.results_folder(options)
+    record = harness.Record(
+        folder,
+        NAME,
+        command="python -m benchmarks.parts",
+        machine=harness.machine(torch.device("cpu")),
+        options=CONFIG.as_dict(),
+    )
     if options.smoke:
         short = {"image_size": 16, "epochs": 1, "num_filters": 8}
         pair = {
             name: dataclasses.replace(networks()[name], **short)
             for name in ("std", "l1 running 0.003")
         }
-        print(report(measure(pair, (0,), output, 1)))
-        return
-    results = measure(networks(), SEEDS, output, options.processes)
+        results = measure(pair, (0,), output, 1, record.save)
+    else:
+        results = measure(networks(), SEEDS, output, options.processes, record.save)
+    path = record.save(results, complete=True)
     print(report(results))
-    draw(output, harness.RESULTS / NAME)
-    content = {
-        "command": "python -m benchmarks.parts",
-        "machine": harness.machine(torch.device("cpu")),
-        "options": CONFIG.as_dict(),
-        **results,
-    }
-    print(f"\nwritten to {harness.write_json(NAME, content)}")
+    if folder is not None and not options.smoke:
+        draw(output, folder / NAME)
+    if path is not None:
+        print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -168,9 +170,91 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(previous)
 
 
+# What comes with the extras; a test file that needs one that is missing is skipped, but not in CI.
+OPTIONAL = frozenset(
+    {
+        "captum",
+        "h5py",
+        "lightning",
+        "matplotlib",
+        "PIL",
+        "rich",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "torchmetrics",
+        "torchvision",
+        "yaml",
+    }
+)
+
+
+def missing_package(error: BaseException | None) -> str | None:
+    """The optional package for want of which an import failed, if that is why."""
+    while error is not None:
+        package = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and package in OPTIONAL:
+            return package
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class Module(pytest.Module):
+    """A test file, which an optional package that is missing does not keep others from running."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            package = missing_package(error)
+            if package is None or IN_CI:
+                raise
+            pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    module: pytest.Module = Module.from_parent(parent, path=module_path)
+    return module
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_GPU:
         return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        marker = item.get_closest_marker("gpu")
+        if marker and not marker.kwargs.get("else_cpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+# What ended this process's use of the GPU: after a device-side assert every call fails.
+_gpu_lost: str | None = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What goes wrong on a GPU comes to light later; here at the end of the test that did it."""
+    global _gpu_lost
+    if not (HAS_GPU and item.get_closest_marker("gpu")):
+        return (yield)
+    try:
+        result = yield
+        torch.cuda.synchronize()
+        return result
+    except Exception as failure:
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            _gpu_lost = f"{item.nodeid} ended this process's use of the GPU: {error}"
+            failure.add_note(_gpu_lost)
+        raise
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Once the report is out, a process whose GPU is lost runs no other test."""
+    if _gpu_lost is None:
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Another worker takes its place, and the tests that were left to it.
+        print(f"\n{_gpu_lost}; its worker ends here", file=sys.__stderr__, flush=True)
+        os._exit(1)
+    pytest.exit(_gpu_lost, returncode=1)

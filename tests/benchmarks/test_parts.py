@@ -42,10 +42,11 @@ def test_every_network_is_trained_with_every_seed_and_reported(
         configs.append(config)
         return {**METRICS, "location_instability": 0.1 + config.seed / 100}
 
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    drawn = []
     monkeypatch.setattr(parts, "_run", train)
-    monkeypatch.setattr(parts, "draw", lambda output, folder: None)
-    parts.main(["--output", str(tmp_path / "runs")])
+    monkeypatch.setattr(parts, "draw", lambda output, folder: drawn.append(folder))
+    parts.main(["--output", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    assert drawn == [tmp_path / parts.NAME]
     content = json.loads((tmp_path / f"{parts.NAME}.json").read_text())
     assert len(content["runs"]) == len(configs) == 3 * len(parts.networks())
     assert len({config.output for config in configs}) == len(configs)
@@ -66,10 +67,12 @@ def test_an_error_ends_the_experiment_at_once(
             time.sleep(0.2)  # while the first error is seen to
         raise ValueError("no luck")
 
+    saved: list[object] = []
     monkeypatch.setattr(parts, "_run", train)
     with pytest.raises(ValueError, match="no luck"):
-        parts.measure(parts.networks(), parts.SEEDS, tmp_path, 1)
+        parts.measure(parts.networks(), parts.SEEDS, tmp_path, 1, saved.append)
     assert len(started) < 3 * len(parts.networks())
+    assert not saved
 
 
 def test_the_networks_are_those_the_names_say() -> None:
@@ -90,7 +93,11 @@ def test_a_short_run_trains_measures_and_draws(
         name: dataclasses.replace(parts.networks()[name], **short)
         for name in ("std", "l1 batch 0.003")
     }
-    results = parts.measure(pair, (0,), tmp_path / "runs", 1)
+    saved = []
+    results = parts.measure(
+        pair, (0,), tmp_path / "runs", 1, lambda partial: saved.append(len(partial["runs"]))
+    )
+    assert saved == [1, 2]
     assert [entry["network"] for entry in results["runs"]] == list(pair)
     assert all(set(parts.FIGURES) <= entry.keys() for entry in results["runs"])
     parts.draw(tmp_path / "runs", tmp_path / "pictures")

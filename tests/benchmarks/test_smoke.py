@@ -2,37 +2,15 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import bias, filter_loss, gpu, harness, masking, mutual_information
-
-
-def test_the_gpu_script_goes_through_all_its_steps_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    assert gpu.main(["--smoke"]) == 0
-    printed = capfd.readouterr().out
-    for title in (
-        "parity: exit 0",
-        "bernoulli_mask, forward",
-        "class_gate, forward",
-        "late masking",
-        "training step",
-        "mutual_information, knn",
-        "peak memory",
-        "histogram_update",
-        "soft_histogram, forward",
-        "template_mask, forward",
-        "filter_loss, forward",
-        "| over direct |",
-    ):
-        assert title in printed
-    assert not list(tmp_path.iterdir())
+import picnn_fast
+from benchmarks import bias, filter_loss, harness, masking, mutual_information
 
 
 def test_the_bias_script_runs_and_draws(
@@ -63,12 +41,6 @@ def test_the_closed_form_agrees_with_known_values() -> None:
     assert bias.closed_form(*apart, "class") == pytest.approx(entropy, abs=1e-9)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_gpu_script_refuses_a_machine_without_one(capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([]) == 2
-    assert "no CUDA device" in capfd.readouterr().err
-
-
 def test_candidates_are_timed_in_turn() -> None:
     order: list[str] = []
     times = harness.interleaved(
@@ -86,15 +58,128 @@ def test_ratios_are_medians_over_rounds() -> None:
     assert harness.ratio(times, "slow", "fast") == 2.0
 
 
-def test_results_name_the_command_and_the_machine(
+def test_results_are_written_after_every_measurement_and_name_command_and_machine(
+    tmp_path: Path,
+) -> None:
+    seen = []
+
+    def run(device, *, smoke, save):
+        for count in (1, 2):
+            save({"late": [0.5] * count})
+            (path,) = tmp_path.iterdir()
+            seen.append((path, json.loads(path.read_text())))
+        return {"late": [0.5] * 3}
+
+    harness.command_line("family", "", run, str, ["--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    assert path.name == f"family-{harness.machine_name(torch.device('cpu'))}.json"
+    assert content["command"] == "python -m benchmarks.family --device cpu"
+    assert content["machine"]["torch"] == torch.__version__
+    assert "complete" not in content
+    assert [len(partial["late"]) for _, partial in seen] == [1, 2]
+    assert all(partial["complete"] is False for _, partial in seen)
+    assert {earlier for earlier, _ in seen} == {path}
+
+
+def test_a_measurement_that_fails_leaves_those_before_it(tmp_path: Path) -> None:
+    def run(device, *, smoke, save):
+        save({"late": [0.5]})
+        raise ValueError("no luck")
+
+    with pytest.raises(ValueError, match="no luck"):
+        harness.command_line("family", "", run, str, ["--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    assert (content["complete"], content["late"]) == (False, [0.5])
+
+
+def test_results_go_where_the_variable_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    path = harness.write("masking", torch.device("cpu"), "a command", {"late": []})
-    content = json.loads(path.read_text())
-    assert content["command"] == "a command"
-    assert content["machine"]["torch"] == torch.__version__
-    assert [path] == list(tmp_path.iterdir())
+    def run(device, *, smoke, save):
+        return {}
+
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "default")
+    harness.command_line("family", "", run, str, [])
+    monkeypatch.setenv(harness.VARIABLE, str(tmp_path / "variable"))
+    harness.command_line("family", "", run, str, [])
+    harness.command_line("family", "", run, str, ["--results", str(tmp_path / "option")])
+    harness.command_line("family", "", run, str, ["--smoke"])
+    folders = {path.name: len(list(path.iterdir())) for path in tmp_path.iterdir()}
+    assert folders == {"default": 1, "variable": 1, "option": 1}
+
+
+def test_the_device_sleeps_one_and_a_half_times_as_long_as_the_host_takes_to_launch() -> None:
+    assert harness.sleep_cycles(200e-6, 1e9) == pytest.approx(300_000, abs=1)
+    longest = int(harness.LONGEST_SLEEP_SECONDS * 1e9)
+    assert harness.sleep_cycles(30.0, 1e9) == longest
+
+
+def test_a_gpu_is_timed_by_its_events_or_by_the_host_until_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device that counts a thousand cycles a millisecond, and works 5 ms a call."""
+    work = {"done": 0.0, "queued": 0.0, "sleeps": []}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = work["queued"]
+
+        def synchronize(self) -> None:
+            work["done"] = work["queued"]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.at - self.at) * 1e3
+
+    def sleep(cycles: int) -> None:
+        work["queued"] += cycles / 1e6
+        work["sleeps"].append(cycles)
+
+    def synchronize(device: torch.device) -> None:
+        work["done"] = work["queued"]
+
+    def call() -> None:
+        work["queued"] += 5e-3
+        time.sleep(1e-3)  # launches
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    harness.clock_rate.cache_clear()
+    device = torch.device("cuda")
+    try:
+        assert harness.clock_rate(device) == pytest.approx(1e6)
+        work["sleeps"].clear()
+        times = harness.interleaved({"call": call}, 3, device, warmup=2)
+    finally:
+        harness.clock_rate.cache_clear()
+    assert times["call"] == pytest.approx([5e-3] * 3)
+    assert len(work["sleeps"]) == 3
+    assert all(1500 <= cycles <= 20_000 for cycles in work["sleeps"])
+    work["sleeps"].clear()
+    times = harness.interleaved({"call": call}, 2, device, warmup=1, wall=True)
+    assert min(times["call"]) >= 1e-3
+    assert work["done"] == work["queued"]
+    assert not work["sleeps"]
+
+
+def test_triton_is_timed_beside_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    calls = {"fused": lambda: None, "plain": lambda: None}
+    monkeypatch.setattr(picnn_fast, "available_backends", lambda: ("reference", "triton"))
+    candidates, backends = harness.beside_triton(calls, ("fused",), torch.device("cuda"))
+    assert list(candidates) == ["fused", "plain", "fused, triton"]
+    assert backends == {"fused, triton": "triton"}
+    times = {"fused": [2.0, 2.0], "plain": [9.0, 9.0], "fused, triton": [3.0, 3.0]}
+    entry = {"shape": "a shape", **harness.triton_ratios(times)}
+    assert entry["triton_over_compiled"] == {"fused": 1.5}
+    assert "| a shape                      | 1.50x |" in harness.triton_table("family", [entry])[0]
+    monkeypatch.setattr(picnn_fast, "available_backends", lambda: ("reference", "cpp"))
+    assert harness.beside_triton(calls, ("fused",), cpu) == (calls, {})
 
 
 RESULTS = harness.RESULTS
@@ -107,6 +192,7 @@ def test_the_readme_shows_the_committed_measurements(family: ModuleType) -> None
     assert paths
     for path in paths:
         content = json.loads(path.read_text())
+        assert content.get("complete", True), f"{path.name} is not finished"
         assert family.report(content) in README
         assert content["command"] in README
 

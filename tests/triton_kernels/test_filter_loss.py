@@ -87,6 +87,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @ESTIMATORS
+@pytest.mark.gpu(else_cpu=True)
 def test_statistics_carry_from_tile_to_tile(estimator: Estimator, small_tiles: None) -> None:
     """Two tiles of samples, of templates and of positions, their largest responses anywhere."""
     x = torch.randn(19, 2, 3, 6, generator=torch.Generator().manual_seed(0)).double()
@@ -105,6 +106,7 @@ def test_statistics_carry_from_tile_to_tile(estimator: Estimator, small_tiles: N
 
 @ESTIMATORS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.gpu(else_cpu=True)
 def test_what_is_not_finite_ends_where_the_reference_has_it(
     estimator: Estimator, value: float, small_tiles: None
 ) -> None:
@@ -131,6 +133,7 @@ class LargestNew(TorchDispatchMode):
 
 
 @ESTIMATORS
+@pytest.mark.gpu(else_cpu=True)
 def test_responses_are_never_stored(estimator: Estimator) -> None:
     x = torch.rand(9, 2, 3, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with LargestNew() as made:
@@ -141,6 +144,7 @@ def test_responses_are_never_stored(estimator: Estimator) -> None:
     assert made.most > x.numel()
 
 
+@pytest.mark.gpu(else_cpu=True)
 def test_assigned_to_no_template_reads_within_the_table() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, 4, 2, 3, generator=generator).to(DEVICE)

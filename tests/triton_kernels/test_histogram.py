@@ -45,6 +45,7 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype() -> None:
 @pytest.mark.parametrize("programs", [1, 6])
 @pytest.mark.parametrize("slots", [0, 64, 4096])
 @pytest.mark.parametrize("order", ["c_order", "f_order"])
+@pytest.mark.gpu(else_cpu=True)
 def test_tiles_and_tables_do_not_matter(
     programs: int, slots: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +75,7 @@ def test_tiles_and_tables_do_not_matter(
     torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=0)
 
 
+@pytest.mark.gpu(else_cpu=True)
 def test_nothing_is_written_when_a_value_is_not_finite() -> None:
     device = "cuda" if HAS_GPU else "cpu"
     state = [t.to(device) for t in fresh(4, 6, 2)]

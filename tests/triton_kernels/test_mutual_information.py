@@ -34,6 +34,7 @@ def test_every_kernel_compiles_for_hopper_without_fused_multiply_adds() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["samples_kernel", "few_others_kernel"])
+@pytest.mark.gpu(else_cpu=True)
 def test_launcher_forbids_fused_multiply_adds(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
 
@@ -48,6 +49,7 @@ def test_launcher_forbids_fused_multiply_adds(kernel: str, monkeypatch: pytest.M
     assert [options["enable_fp_fusion"] for options in launches] == [False]
 
 
+@pytest.mark.gpu(else_cpu=True)
 def test_programs_that_share_filters_and_classes_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -64,6 +66,7 @@ def test_programs_that_share_filters_and_classes_give_the_same_bits(
     assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
 
 
+@pytest.mark.gpu(else_cpu=True)
 def test_refusals_name_the_argument() -> None:
     device = "cuda" if HAS_GPU else "cpu"
     values = torch.zeros(1, 4, dtype=torch.float64, device=device)

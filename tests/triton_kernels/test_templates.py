@@ -36,6 +36,7 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype_without_fused_multiply_
     assert not any(int(line[-1]) for line in compiled)
 
 
+@pytest.mark.gpu(else_cpu=True)
 def test_launcher_forbids_fused_multiply_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
 
@@ -53,6 +54,7 @@ def test_launcher_forbids_fused_multiply_adds(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.gpu(else_cpu=True)
 def test_maps_longer_than_a_tile_give_the_same_bits(
     dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +84,7 @@ def test_maps_longer_than_a_tile_give_the_same_bits(
     )
 
 
+@pytest.mark.gpu(else_cpu=True)
 def test_a_peak_off_the_map_reads_within_the_table() -> None:
     grad = torch.rand(1, 4, 3, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     profile = torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) + 1

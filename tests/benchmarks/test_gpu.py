@@ -1,0 +1,230 @@
+"""A borrowed GPU is not wasted: each step alone, reports as they come, tests that stand apart."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, harness
+
+ROOT = Path(gpu.__file__).parent.parent
+
+
+def python(name: str, code: str, least: float = 0.0) -> gpu.Step:
+    return gpu.Step(name, [sys.executable, "-c", code], least)
+
+
+def run(steps: list[gpu.Step], folder: Path, seconds: float) -> tuple[bool, list[str]]:
+    passed = gpu.run_steps(steps, folder, time.time() + seconds, dict(os.environ))
+    lines = (folder / gpu.REPORT).read_text().splitlines()
+    return passed, [line.split(" ", 1)[1] for line in lines]
+
+
+def test_a_step_that_fails_costs_no_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    absent = gpu.Step("absent", [str(tmp_path / "nothing")], 0)
+    steps = [python("bad", "raise ValueError('no luck')"), absent, python("good", "print('here')")]
+    passed, lines = run(steps, tmp_path, 60)
+    assert not passed
+    bad, absent_line, good = lines
+    assert bad.startswith("bad: failed, exit 1; ")
+    assert absent_line.startswith("absent: failed, FileNotFoundError")
+    assert good.startswith("good: passed; ")
+    assert "no luck" in (tmp_path / "bad.txt").read_text()
+    assert (tmp_path / "good.txt").read_text() == "here\n"
+    assert "here" in capfd.readouterr().out
+
+
+def test_a_step_over_its_limit_is_stopped_with_all_it_started(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; print('begun', flush=True);"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    )
+    began = time.monotonic()
+    passed, lines = run([python("slow", code), python("late", "print('no')", 5)], tmp_path, 3)
+    assert time.monotonic() - began < 60
+    assert not passed
+    assert lines[0].startswith("slow: stopped, not finished in 3 s; ")
+    assert (tmp_path / "slow.txt").read_text() == "begun\n"
+    # No time is left, and none is made up: it is reported, not begun.
+    assert lines[1].startswith("late: not run, ")
+    assert not (tmp_path / "late.txt").exists()
+
+
+def test_the_time_limit_counts_from_the_start_that_is_passed_in(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long_ago = str(time.time() - gpu.LIMIT_SECONDS - 5)
+    arguments = ["parity", "bench", "--smoke", "--started", long_ago, "--results", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [gpu.REPORT]
+    report = (tmp_path / gpu.REPORT).read_text()
+    assert [line.split()[1:4] for line in report.splitlines()] == [
+        ["parity:", "not", "run,"],
+        ["masking:", "not", "run,"],
+        ["filter_loss:", "not", "run,"],
+    ]
+
+
+def test_parity_runs_in_parallel_and_reports_names_as_they_come(tmp_path: Path) -> None:
+    assert gpu.main(["parity", "--smoke", "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "parity.txt").read_text()
+    assert "[gw1]" in text
+    assert "PASSED tests/reference/test_histogram.py::" in text
+    assert 'failures="0"' in (tmp_path / "parity.xml").read_text()
+    assert " parity: passed; " in (tmp_path / gpu.REPORT).read_text()
+
+
+def test_on_a_gpu_parity_comes_first_and_takes_every_test_with_the_marker(tmp_path: Path) -> None:
+    assert next(iter(gpu.PARTS)) == "parity"
+    (step,) = gpu.steps("parity", tmp_path, smoke=False)
+    assert step.command[-5:] == ["-m", "gpu", "-n", "8", "tests"]
+    assert any(option.startswith("--timeout=") for option in step.command)
+    for part in ("bench", "bench-more"):
+        for step in gpu.steps(part, tmp_path, smoke=False):
+            assert step.command[-4:] == ["--device", "cuda", "--results", str(tmp_path)]
+
+
+@pytest.mark.parametrize("part", ["bench", "bench-more"])
+def test_the_benchmarks_go_through_all_their_steps_on_the_cpu(
+    part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main([part, "--smoke", "--results", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    titles = {
+        "bench": (
+            "bernoulli_mask, forward",
+            "bernoulli_mask, Triton over compiled",
+            "class_gate, forward",
+            "class_gate, Triton over compiled",
+            "late masking, wall time",
+            "late masking, Triton over compiled",
+            "training step",
+            "template_mask, forward",
+            "template_mask, Triton over compiled",
+            "filter_loss, forward",
+            "filter_loss, Triton over compiled",
+            "| over direct |",
+        ),
+        "bench-more": (
+            "mutual_information, knn",
+            "knn, Triton over compiled",
+            "peak memory",
+            "histogram_update, Triton over compiled",
+            "soft_histogram, forward",
+            "soft_histogram, Triton over compiled",
+        ),
+    }
+    for title in titles[part]:
+        assert title in printed
+    for family in gpu.PARTS[part]:
+        (path,) = tmp_path.glob(f"{family}-*.json")
+        assert json.loads(path.read_text()).get("complete", True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_gpu_script_refuses_a_machine_without_one(capfd: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert "no CUDA device" in capfd.readouterr().err
+
+
+def test_smoke_writes_nothing_unless_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "PARTS", {"parity": ()})
+    assert gpu.main(["--smoke"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_tests_are_found_wherever_they_live_without_captum(tmp_path: Path) -> None:
+    code = (
+        "import sys, pytest; sys.modules['captum'] = None;"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', 'tests',"
+        " '-p', 'no:cacheprovider', '-o', 'addopts=--strict-markers']))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    found = {line.rsplit("::", 1)[0] for line in done.stdout.splitlines() if "::" in line}
+    families = ("filter_loss", "histogram", "mutual_information", "templates")
+    assert {f"tests/triton_kernels/test_{family}.py" for family in families} <= found
+    assert {f"tests/ops/test_{family}_parity.py" for family in families} <= found
+    assert "tests/test_functional_mutual_information.py" in found
+
+
+LOST = """
+import torch
+
+torch.cuda.is_available = lambda: True
+asserted = []
+
+
+def synchronize(device=None):
+    if asserted:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+torch.cuda.synchronize = synchronize
+from tests.conftest import pytest_runtest_call, pytest_runtest_logfinish  # noqa: E402, F401
+"""
+TESTS = """
+import pytest
+from conftest import asserted
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a():
+    pass
+
+
+def test_b():
+    asserted.append(True)
+
+
+def test_c():
+    pass
+"""
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_an_error_of_the_gpu_falls_on_its_test_and_its_process_runs_no_other(
+    parallel: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "conftest.py").write_text(LOST)
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", *(["-n", "1"] if parallel else []), "."],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert "test_it.py::test_b ended this process's use of the GPU" in printed
+    assert "device-side assert triggered" in printed
+    assert "test_a" in printed
+    if parallel:
+        # A worker in its place runs what was left.
+        assert "PASSED test_it.py::test_c" in printed
+        assert "FAILED test_it.py::test_b" in printed
+        assert "FAILED test_it.py::test_c" not in printed
+    else:
+        assert "test_it.py::test_c" not in printed
