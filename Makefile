@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# pyenv runs a Python that is not its default only when it is told to.
+OLDEST_PYTHON ?= env PYENV_VERSION=3.12 python3.12
+OLDEST_VENV ?= .venv-oldest
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
@@ -9,7 +12,7 @@ lint test: export PICNN_FAST_WERROR ?= 1
 
 .PHONY: help demo test lint bench gpu clean build
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/'
 
 demo: $(VENV)/.built ## train an ordinary network and a PICNN on digits; figures and pictures in runs/demo
 	$(BIN)/picnn-fast demo
@@ -36,7 +39,7 @@ gpu: ## with PYTHON's own packages (torch, pytest …): build, parity and benchm
 	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove what was built, the environment included
-	rm -rf $(VENV) build dist picnn_fast.egg-info picnn_fast/_C*.so
+	rm -rf $(VENV) $(OLDEST_VENV) build dist picnn_fast.egg-info picnn_fast/_C*.so
 
 build: $(VENV)/.built ## the environment and the compiled core
 
@@ -49,4 +52,33 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(BIN)/python setup.py build_ext --inplace
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The same for the oldest versions. A build in place is one Python's, so theirs is another Python.
+.PHONY: test-oldest test-oldest-quick oldest-python
+test-oldest test-oldest-quick: export PICNN_FAST_WERROR ?= 1
+
+test-oldest: $(OLDEST_VENV)/.built ## the whole test suite with the oldest versions that are claimed
+	$(OLDEST_VENV)/bin/python -m pytest
+
+test-oldest-quick: $(OLDEST_VENV)/.built ## of these the operators, models and command line
+	$(OLDEST_VENV)/bin/python -m pytest tests/ops tests/models tests/test_cli.py
+
+TAG := -c 'import sys; print(sys.implementation.cache_tag)'
+oldest-python:
+	@tag=$$($(OLDEST_PYTHON) $(TAG) 2>/dev/null) || { echo "OLDEST_PYTHON: '$(OLDEST_PYTHON)'" \
+		"does not run; want python3.12 on PATH or the variable set" >&2; exit 1; }; \
+	[ "$$tag" != "$$($(PYTHON) $(TAG))" ] || { echo "OLDEST_PYTHON: got $$tag, which PYTHON is" \
+		"too; want another, or both would build the same file" >&2; exit 1; }
+
+$(OLDEST_VENV)/.packages: pyproject.toml constraints-oldest.txt | oldest-python
+	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	@echo "Installing the oldest versions of PyTorch and the rest (about 5 GB unpacked) …"
+	$(OLDEST_VENV)/bin/python -m pip install -c constraints-oldest.txt \
+		torch torchvision setuptools ninja pybind11 numpy
+	@touch $@
+
+$(OLDEST_VENV)/.built: $(OLDEST_VENV)/.packages $(SOURCES)
+	$(OLDEST_VENV)/bin/python setup.py build_ext --inplace
+	$(OLDEST_VENV)/bin/python -m pip install -c constraints-oldest.txt --no-build-isolation -e '.[dev]'
 	@touch $@

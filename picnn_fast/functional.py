@@ -8,7 +8,6 @@ from torch import Tensor
 
 from picnn_fast.ops import checks
 from picnn_fast.ops import filter_loss as _filter_loss
-from picnn_fast.ops import histogram as _histogram
 from picnn_fast.ops import masking as _masking
 from picnn_fast.ops import templates as _templates
 from picnn_fast.ops.filter_loss import FilterLossState
@@ -200,7 +199,8 @@ def mutual_information(
       two. Faster; too high by about (bins in use - 1) / 2M, which ``bias_correction`` takes off.
     - "soft_histogram": from linear binning, where a sample is shared out between the two nearest
       of ``bins`` bin centres, evenly from least to greatest activation; differentiable in
-      ``activations``, with the centres as constants.
+      ``activations``, with the centres as constants. Second derivatives are without bound where a
+      sample is at a centre, as the least and the greatest are.
 
     Args:
         activations: ``[M, N]``, M samples of N filters, maps averaged over their positions;
@@ -419,7 +419,9 @@ def _soft_histogram(
     # Samples of a constant filter lie below the first centre, where the gradient is 0.
     low = least - width / 2
     width = torch.where(width == 0, 1, width)
-    counts = _histogram.SoftHistogram.apply(activations, labels, low, width, bins, num_classes)
+    counts = torch.ops.picnn_fast.soft_histogram.default(
+        activations, labels, low, width, bins, num_classes
+    )
     return _histogram_reference.plug_in(counts, target, bias_correction)
 
 
@@ -504,6 +506,7 @@ def filter_loss(
         TypeError: unsupported dtype; a template or state that is none.
         ValueError: no maps ``[B, N, h, w]``, maps without a position, shapes or devices that
             disagree, an option of another estimator.
+        RuntimeError: the gradient is differentiated: there are no second derivatives.
 
     Source:
         Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, eq. 1-4.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from picnn_fast import functional
 from picnn_fast.functional import mutual_information, mutual_information_score
+from picnn_fast.reference import histogram as histogram_reference
 
 ESTIMATORS = ("knn", "histogram", "soft_histogram")
 
@@ -181,16 +182,48 @@ def test_a_filter_that_separates_the_classes_tells_the_entropies(estimator: str)
     assert joint[1] < 0.05
 
 
-def test_soft_histogram_is_differentiable_and_descends() -> None:
+def within_fixed_ends() -> tuple[Tensor, Tensor, Tensor]:
+    """Activations in double precision, two more that set their range, and the labels of all."""
     activations, labels = sample()
-    activations.requires_grad_()
-    before = mutual_information(activations, labels, 3, estimator="soft_histogram", bins=8)
-    (gradient,) = torch.autograd.grad(before.sum(), activations)
-    assert gradient.isfinite().all()
-    with torch.no_grad():
-        moved = activations + 0.1 * gradient / gradient.abs().max()
-    after = mutual_information(moved, labels, 3, estimator="soft_histogram", bins=8)
-    assert after.sum() > before.sum()
+    ends = torch.tensor([[-1.0], [9.0]], dtype=torch.float64).expand(2, activations.shape[1])
+    return activations.double(), ends, torch.cat([labels, labels[:2]])
+
+
+def test_a_step_along_the_soft_gradient_gains_what_it_says() -> None:
+    activations, ends, labels = within_fixed_ends()
+
+    def information(activations: Tensor) -> Tensor:
+        x = torch.cat([activations, ends])
+        return mutual_information(x, labels, 3, estimator="soft_histogram", bins=8).sum()
+
+    before = information(activations.requires_grad_())
+    (gradient,) = torch.autograd.grad(before, activations)
+    step = 1e-6
+    gain = (information(activations + step * gradient) - before).item()
+    assert gain > 0
+    assert gain == pytest.approx(step * gradient.square().sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["class", "label"])
+def test_soft_second_derivatives_are_those_of_the_definition(target: Any) -> None:
+    activations, ends, labels = within_fixed_ends()
+    activations, labels = activations[:12, :2], torch.cat([labels[:12], labels[-2:]])
+    width = torch.full((2,), 10 / 7, dtype=torch.float64)
+    low = -1 - width / 2
+
+    def ours(activations: Tensor) -> Tensor:
+        x = torch.cat([activations, ends[:, :2]])
+        options: dict[str, Any] = {"estimator": "soft_histogram", "bins": 8, "target": target}
+        return mutual_information(x, labels, 3, **options).square().sum()
+
+    def definition(activations: Tensor) -> Tensor:
+        x = torch.cat([activations, ends[:, :2]])
+        counts = histogram_reference.soft_histogram(x, labels, low, width, 8, 3)
+        return histogram_reference.plug_in(counts, target).square().sum()
+
+    one, two = (torch.autograd.functional.hessian(f, activations) for f in (ours, definition))
+    assert two.any()
+    torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
 
 
 def test_a_constant_filter_has_no_gradient() -> None:

@@ -1,15 +1,21 @@
 """The package as users get it: wheel from an sdist, editable, and without a compiler."""
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
+import ninja
 import pytest
+import setuptools
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import picnn_fast
 import picnn_fast.triton_kernels
@@ -117,3 +123,45 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_it_left_out(
 def test_this_editable_install_finds_the_triton_kernels_in_the_source_tree() -> None:
     assert Path(picnn_fast.__file__).parent.parent == ROOT
     assert Path(picnn_fast.triton_kernels.__file__).parent == ROOT / "triton_kernels"
+
+
+def test_every_requirement_is_tested_at_its_lower_bound() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = settings["project"]
+    extras = project["optional-dependencies"]
+    required = settings["build-system"]["requires"] + project["dependencies"]
+    claimed = {}
+    for requirement in map(Requirement, required + extras["train"] + extras["report"]):
+        (bound,) = requirement.specifier
+        assert bound.operator == ">=", f"{requirement}: want one lower bound"
+        claimed[requirement.name] = Version(bound.version)
+    pins = map(Requirement, (ROOT / "constraints-oldest.txt").read_text().splitlines()[1:])
+    tested = {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+    assert tested.pop("triton"), "it comes with torch"
+    assert tested == claimed
+
+
+def test_cuda_kernels_compile_for_hopper_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rules of setup.py itself, so that what compiles here compiles there.
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("picnn_fast_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setenv("PICNN_FAST_CUDA", "1")
+    monkeypatch.setenv("PICNN_FAST_WERROR", "1")
+    monkeypatch.setattr(build, "CUDA_ARCHITECTURES", ("90",))
+    try:
+        build.find_nvcc()
+    except SystemExit as reason:
+        pytest.skip(str(reason))
+    extension = setuptools.Extension("picnn_fast._C", sources=[])
+    command = build.NinjaBuild(setuptools.Distribution())
+    (tmp_path / "build.ninja").write_text(command.ninja_file(extension, tmp_path))
+    objects = [f"cuda_{source.stem}.o" for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    assert objects
+    _run(Path(ninja.BIN_DIR) / "ninja", *objects, cwd=tmp_path)
+    assert all((tmp_path / name).exists() for name in objects)

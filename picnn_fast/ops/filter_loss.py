@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from picnn_fast.ops import checks, registry
 from picnn_fast.ops.layout import readable
@@ -81,16 +81,26 @@ class FilterLoss(torch.autograd.Function):
     def _forward(ctx: Any, operator: Any, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
         with registry.below_autograd():
             loss, grad, *state = operator(x, *others)
+        # Differentiable, so that whoever differentiates the gradient comes to backward again.
         ctx.save_for_backward(grad)
         ctx.dtype = x.dtype
         ctx.others = len(others)
         ctx.with_grad = others[-1]
-        ctx.mark_non_differentiable(grad, *state)
+        ctx.mark_non_differentiable(*state)
+        ctx.set_materialize_grads(False)
         return loss, grad, *state
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_grad is not None:
+            raise RuntimeError(
+                "filter_loss: got its gradient to differentiate, want first derivatives alone:"
+                " double backward is not offered"
+            )
+        if grad_loss is None:
+            return None, *(None,) * ctx.others
         (grad,) = ctx.saved_tensors
         if not ctx.with_grad:
             raise ValueError("with_grad: got False, want True for maps that are differentiated")
@@ -109,6 +119,16 @@ class RunningFilterLoss(FilterLoss):
     def forward(ctx: Any, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
         operator = torch.ops.picnn_fast.filter_loss_running.default
         return FilterLoss._forward(ctx, operator, x, *others)
+
+
+def _detached(function: type[FilterLoss]) -> Callable[..., tuple[Tensor, ...]]:
+    """``function``, its gradient a constant to the caller."""
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        loss, grad, *state = function.apply(*arguments)
+        return loss, grad.detach(), *state
+
+    return call
 
 
 def _fake_loss(x: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -153,7 +173,7 @@ registry.define(
     f"filter_loss(Tensor x, {ARGUMENTS}, float tau, bool with_grad) -> (Tensor loss, Tensor grad)",
     reference=reference.filter_loss,
     fake=_fake_filter_loss,
-    autograd=BatchFilterLoss.apply,
+    autograd=_detached(BatchFilterLoss),
 )
 registry.define(
     "filter_loss",
@@ -162,7 +182,7 @@ registry.define(
     " -> (Tensor loss, Tensor grad, Tensor log_mean_, Tensor log_ratio_)",
     reference=reference.filter_loss_running,
     fake=_fake_filter_loss_running,
-    autograd=RunningFilterLoss.apply,
+    autograd=_detached(RunningFilterLoss),
 )
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from picnn_fast.ops import checks, registry
 from picnn_fast.reference import histogram as reference
@@ -42,13 +41,6 @@ registry.define(
 )
 registry.define(
     "histogram",
-    "soft_histogram(Tensor activations, Tensor labels, Tensor low, Tensor width, SymInt bins,"
-    " SymInt num_classes) -> Tensor",
-    reference=reference.soft_histogram,
-    fake=_fake_soft_histogram,
-)
-registry.define(
-    "histogram",
     "soft_histogram_backward(Tensor grad_counts, Tensor activations, Tensor labels, Tensor low,"
     " Tensor width) -> Tensor",
     reference=reference.soft_histogram_backward,
@@ -69,30 +61,34 @@ class SoftHistogram(torch.autograd.Function):
         bins: int,
         num_classes: int,
     ) -> Tensor:
-        inputs = (activations, labels, low, width, bins, num_classes)
-        counts: Tensor = torch.ops.picnn_fast.soft_histogram(*inputs)
-        SoftHistogram.save(ctx, inputs, counts)
+        ctx.save_for_backward(activations, labels, low, width)
+        with registry.below_autograd():
+            counts: Tensor = torch.ops.picnn_fast.soft_histogram.default(
+                activations, labels, low, width, bins, num_classes
+            )
         return counts
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-
-    @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_counts: Tensor) -> tuple[Tensor | None, ...]:
         grad = None
         if ctx.needs_input_grad[0]:
-            grad = torch.ops.picnn_fast.soft_histogram_backward(grad_counts, *ctx.saved_tensors)
+            # With create_graph the gradient is to have one itself, which the definition's has.
+            backward = (
+                reference.soft_histogram_backward
+                if torch.is_grad_enabled()
+                else torch.ops.picnn_fast.soft_histogram_backward.default
+            )
+            grad = backward(grad_counts, *ctx.saved_tensors)
         return grad, None, None, None, None, None
 
 
-# The operator itself is differentiable too, by the same code.
-torch.library.register_autograd(
-    "picnn_fast::soft_histogram",
-    SoftHistogram.backward,
-    setup_context=SoftHistogram.save,
-    lib=registry.library,
+registry.define(
+    "histogram",
+    "soft_histogram(Tensor activations, Tensor labels, Tensor low, Tensor width, SymInt bins,"
+    " SymInt num_classes) -> Tensor",
+    reference=reference.soft_histogram,
+    fake=_fake_soft_histogram,
+    autograd=SoftHistogram.apply,
 )
 
 
@@ -215,7 +211,7 @@ def soft_histogram(
                 " filter"
             )
         checks.same_device(name, value, "activations", activations)
-    counts: Tensor = SoftHistogram.apply(
+    counts: Tensor = torch.ops.picnn_fast.soft_histogram.default(
         activations,
         labels.to(torch.int64),
         low.detach().to(dtype),

@@ -1,10 +1,10 @@
 """Operators of the masking family: PICNN's Bernoulli mask and CSG's class gate."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from picnn_fast.ops import checks, registry
 from picnn_fast.ops.layout import readable
@@ -39,11 +39,38 @@ def _fake_masking_backward(
 
 
 def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the maps and of the mask."""
+    """Gradients of the maps and of the mask.
+
+    Gradients are recorded in a backward pass with ``create_graph`` alone: these then have gradients
+    themselves.
+    """
+    if torch.is_grad_enabled():
+        rows = torch.arange(len(mask), device=mask.device)
+        grad_features = torch.ops.picnn_fast.class_gate.default(readable(grad_masked), mask, rows)
+        products = features.to(mask.dtype) * grad_masked.to(mask.dtype)
+        return grad_features, products.reshape(*mask.shape, math.prod(features.shape[2:])).sum(-1)
     grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.masking_backward.default(
         readable(grad_masked), features, mask
     )
     return grads
+
+
+def _parameters_gradient(
+    grad_z: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the logits and of the correspondence, as ``_maps_gradient``."""
+    if not torch.is_grad_enabled():
+        grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_parameters_backward.default(
+            grad_z, logits, correspondence, pseudo_label
+        )
+        return grads
+    y1 = logits.softmax(-1)
+    one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
+    with torch.autocast(logits.device.type, enabled=False):
+        grad_y1 = grad_z @ correspondence.T
+        # Straight through: the one-hot label carries the gradient of the softmax here too.
+        grad_correspondence = (one_hot + y1 - y1.detach()).T @ grad_z
+    return y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True)), grad_correspondence
 
 
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,7 +102,6 @@ class BernoulliMask(torch.autograd.Function):
         return masked, mask, pseudo_label
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_masked: Tensor | None, grad_mask: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
@@ -92,8 +118,7 @@ class BernoulliMask(torch.autograd.Function):
         grad_logits = grad_correspondence = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dtype = torch.promote_types(logits.dtype, correspondence.dtype)
-            parameters_backward = torch.ops.picnn_fast.bernoulli_parameters_backward.default
-            grad_logits, grad_correspondence = parameters_backward(
+            grad_logits, grad_correspondence = _parameters_gradient(
                 _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
             )
             grad_logits = _as(grad_logits, logits.dtype)
@@ -112,7 +137,6 @@ class ClassGate(torch.autograd.Function):
         return masked
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
         features, gate, labels = ctx.saved_tensors
         grad_features, grad_rows = _maps_gradient(grad_masked, features, gate[labels])

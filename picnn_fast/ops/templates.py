@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from picnn_fast.ops import checks, registry
 from picnn_fast.ops.layout import readable
@@ -120,11 +119,13 @@ class PartTemplate:
                 raise ValueError(f"x: got maps with {name} = {side}, want 1 to {MOST_SIDE}")
         norm = 1 if self.norm == "l1" else 2
         n = max(height, width)
-        if self.profile == "gradient":
+        # Nothing but a name is compared: of a tensor, torch.compile may not (torch 2.11).
+        profile = self.profile if isinstance(self.profile, str) else None
+        if profile == "gradient":
             # At 2 all but the peak is -1 already; more would overflow float32.
             slope = min((4.0 if self.beta is None else self.beta) / n, 2.0)
             return None, reference.GRADIENT, norm, slope, 0
-        if self.profile == "uniform":
+        if profile == "uniform":
             gamma = 2.0 if self.gamma is None else self.gamma
             radius = gamma * n / (2.0 if self.beta is None else self.beta)
             # Beyond every distance there is, all radii are alike.
@@ -198,14 +199,41 @@ class TemplateMask(torch.autograd.Function):
         return masked, peak
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_masked: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (1 + len(ctx.template))
         if grad_masked is None:
             return None, *nothing
-        peak, table = ctx.saved_tensors
-        backward = torch.ops.picnn_fast.template_mask_backward.default
-        return backward(readable(grad_masked), peak, table, *ctx.template), *nothing
+        return _masked_again(grad_masked, *ctx.saved_tensors, *ctx.template), *nothing
+
+
+class _MaskedAgain(torch.autograd.Function):
+    """The product with a mask that is known, which is its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, peak: Tensor, *template: Any) -> Tensor:
+        table, *ctx.template = template
+        ctx.save_for_backward(peak, table)
+        with registry.below_autograd():
+            masked: Tensor = torch.ops.picnn_fast.template_mask_backward.default(
+                values, peak, *template
+            )
+        return masked
+
+    @staticmethod
+    def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _masked_again(grad_masked, *ctx.saved_tensors, *ctx.template)
+        return grad, *(None,) * (2 + len(ctx.template))
+
+
+def _masked_again(values: Tensor, peak: Tensor, *template: Any) -> Tensor:
+    """``values`` times the mask, differentiable where gradients are recorded (create_graph)."""
+    values = readable(values)
+    masked: Tensor = (
+        _MaskedAgain.apply(values, peak, *template)
+        if torch.is_grad_enabled()
+        else torch.ops.picnn_fast.template_mask_backward.default(values, peak, *template)
+    )
+    return masked
 
 
 def _fake_template_mask(

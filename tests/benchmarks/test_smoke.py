@@ -118,9 +118,20 @@ def test_the_readme_shows_the_committed_bias() -> None:
 
 
 def test_the_readme_shows_the_committed_demo() -> None:
-    metrics = json.loads((RESULTS / "demo" / "metrics.json").read_text())
-    rows = [
-        [method.upper(), *(f"{values[name]:.3f}" for name in ("acc1", "acc2", "acc3", "mis"))]
-        for method, values in metrics.items()
-    ]
+    shown = json.loads((RESULTS / "demo" / "metrics.json").read_text())
+    seeds = json.loads((RESULTS / "demo" / "seeds.json").read_text())
+    assert {run["seed"] for run in seeds["runs"]} == {0, 1, 2}
+    assert seeds["command"] in README
+    names = ("acc1", "acc2", "acc3", "mis")
+    rows = []
+    for method, values in shown.items():
+        rows.append([method.upper(), *(f"{values[name]:.3f}" for name in names)])
+        every = [values, *(run[method] for run in seeds["runs"])]
+        ends = (
+            (min(run[name] for run in every), max(run[name] for run in every)) for name in names
+        )
+        rows.append(["least to greatest", *(f"{low:.3f} to {high:.3f}" for low, high in ends)])
     assert harness.table(["", "ACC1", "ACC2", "ACC3", "MIS"], rows) in README
+    first = [shown, *(run for run in seeds["runs"] if run["seed"] == 0)]
+    one, two, three = (f"{run['picnn']['acc3']:.3f}" for run in first)
+    assert f"seed 0 alone ends at an ACC3 of {one}, {two} or {three}." in README

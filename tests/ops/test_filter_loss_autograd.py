@@ -118,15 +118,61 @@ def test_without_categories_every_image_is_of_every_filter(backend: Backend):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_gradient_may_be_asked_for_twice_but_not_differentiated(backend: Backend, estimator):
+def test_the_gradient_may_be_asked_for_twice(backend: Backend, estimator):
     x = leaf(backend.device)
     loss = filter_loss(x, PartTemplate(), **options(estimator, x))
     (first,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
     (double,) = torch.autograd.grad(2 * loss.sum(), x, retain_graph=True)
     torch.testing.assert_close(double, 2 * first)
-    (again,) = torch.autograd.grad(loss.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        again.sum().backward()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_second_derivatives_are_refused_never_zero(backend: Backend, estimator):
+    x = leaf(backend.device)
+
+    def total(x: Tensor) -> Tensor:
+        return filter_loss(x, PartTemplate(), **options(estimator, x)).sum()
+
+    refused = pytest.raises(RuntimeError, match=r"^filter_loss: .* double backward is not offered$")
+    for function in (total, lambda x: total(x).square(), lambda x: total(x) + x.pow(3).sum()):
+        with refused:
+            torch.autograd.functional.hessian(function, x)
+        (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
+        with refused:
+            torch.autograd.grad(grad.square().sum(), x, retain_graph=True)
+        with refused:
+            grad.square().sum().backward()
+
+
+def test_the_gradient_is_differentiable_in_the_weight_of_the_loss(backend: Backend):
+    x = leaf(backend.device)
+    weight = torch.tensor([1.0, -2.5], dtype=x.dtype, device=x.device, requires_grad=True)
+    loss = filter_loss(x, PartTemplate())
+    (plain,) = torch.autograd.grad(loss, x, torch.ones_like(loss), retain_graph=True)
+    (grad,) = torch.autograd.grad((loss * weight).sum(), x, create_graph=True)
+    (got,) = torch.autograd.grad(grad.square().sum(), weight)
+    assert got.all()
+    torch.testing.assert_close(got, 2 * weight.detach() * plain.square().sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_loss_that_nothing_uses_sends_nothing_back(backend: Backend, estimator):
+    x = leaf(backend.device)
+    loss = Unused.apply(filter_loss(x, PartTemplate(), **options(estimator, x)))
+    (grad,) = torch.autograd.grad(loss.sum() + x.sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+
+
+class Unused(torch.autograd.Function):
+    """Without a gradient for its input, whatever becomes of the output."""
+
+    @staticmethod
+    def forward(ctx: object, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -1,13 +1,13 @@
 """Masking family under autograd, torch.compile, autocast and opcheck, on every backend."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from picnn_fast.functional import bernoulli_mask, class_gate, gumbel_mask
 from tests.conftest import Backend
@@ -265,16 +265,116 @@ def test_an_inplace_layer_may_follow_under_compile(backend: Backend, layout):
     )
 
 
-def test_differentiating_twice_is_refused(backend: Backend):
-    features, logits, correspondence = inputs(backend.device)
-    labels = torch.tensor([0, 1, 2], device=backend.device)
-    for masked in (
-        bernoulli_mask(features, logits, correspondence, seed=SEED)[0],
-        class_gate(features, correspondence, labels),
-    ):
-        (grad,) = torch.autograd.grad(masked.square().sum(), features, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+# Second derivatives -------------------------------------------------------------------------------
+
+
+def assert_same_second_derivatives(
+    backend: Backend,
+    got: Callable[..., Tensor],
+    expected: Callable[..., Tensor],
+    leaves: tuple[Tensor, ...],
+    tolerance: float = 1e-10,
+) -> None:
+    """Hessians and gradients of a gradient penalty of two functions that return a number.
+
+    Where kernels are slow, the penalty alone: a product with the Hessian.
+    """
+    if not backend.slow:
+        one, two = (torch.autograd.functional.hessian(f, leaves) for f in (got, expected))
+        for row, want in zip(one, two, strict=True):
+            torch.testing.assert_close(row, want, rtol=tolerance, atol=tolerance)
+    penalties = []
+    for f in (got, expected):
+        grads = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+        penalties.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+    assert all(grad.any() for grad in penalties[1])
+    torch.testing.assert_close(*penalties, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("through", ["masked", "mask", "both"])
+@pytest.mark.parametrize("layout", ["maps", "tokens", "vectors"])
+def test_bernoulli_second_derivatives_are_the_straight_through_definition(
+    backend: Backend, layout, through
+):
+    features, *parameters = inputs(backend.device, size=(1, 2))
+    x, channel_dim = laid_out(features, layout)
+    _, mask, label = bernoulli_mask(x, *parameters, seed=SEED, channel_dim=channel_dim)
+    assert 0 < mask.sum() < mask.numel()
+
+    def loss(masked: Tensor, z: Tensor) -> Tensor:
+        total = masked.new_zeros(())
+        if through != "mask":
+            weight = torch.arange(masked.numel(), device=masked.device).view_as(masked)
+            total = total + (masked.sin() * weight).sum()
+        if through != "masked":
+            total = total + (z.exp() * torch.arange(z.numel(), device=z.device).view_as(z)).sum()
+        return total
+
+    def ours(x: Tensor, *parameters: Tensor) -> Tensor:
+        return loss(*bernoulli_mask(x, *parameters, seed=SEED, channel_dim=channel_dim)[:2])
+
+    def definition(x: Tensor, *parameters: Tensor) -> Tensor:
+        _, z = straight_through(torch.zeros_like(mask), *parameters, mask, label)
+        return loss(x * per_channel(z, x, channel_dim), z)
+
+    if through == "mask":  # nothing depends on the maps
+        assert_same_second_derivatives(
+            backend,
+            lambda *leaves: ours(x, *leaves),
+            lambda *leaves: definition(x, *leaves),
+            (*parameters,),
+        )
+    else:
+        assert_same_second_derivatives(backend, ours, definition, (x, *parameters))
+
+
+@pytest.mark.parametrize("layout", ["maps", "tokens", "vectors"])
+def test_class_gate_second_derivatives_are_those_of_the_product(backend: Backend, layout):
+    features, _, gate = inputs(backend.device, size=(1, 2))
+    x, channel_dim = laid_out(features, layout)
+    gate = gate.detach().index_fill(1, torch.tensor([1], device=x.device), 0).requires_grad_()
+    labels = torch.tensor([3, 0, 3], device=x.device)
+    weight = torch.arange(x.numel(), device=x.device).view_as(x)
+    assert_same_second_derivatives(
+        backend,
+        lambda x, g: (class_gate(x, g, labels, channel_dim=channel_dim).sin() * weight).sum(),
+        lambda x, g: ((x * per_channel(g[labels], x, channel_dim)).sin() * weight).sum(),
+        (x, gate),
+    )
+    assert gradgradcheck(
+        lambda x, g: class_gate(x, g, labels, channel_dim=channel_dim),
+        (x, gate),
+        fast_mode=backend.slow,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_that_have_gradients_are_the_usual_ones(backend: Backend, dtype):
+    features, logits, correspondence = inputs(backend.device, dtype)
+    # Whole numbers: sums are exact in whatever order. Infinity in a filter that the gate drops.
+    x = features.detach().mul(4).round().requires_grad_()
+    gate = torch.arange(4.0, device=x.device)[:, None].expand(4, FILTERS).clone().requires_grad_()
+    labels = torch.tensor([3, 0, 3], device=x.device)
+    weight = torch.arange(x.numel(), device=x.device).view_as(x).to(dtype) % 7 - 3
+    gate_weight = weight.clone()
+    gate_weight[1, 0] = torch.inf
+    masked, mask, _ = bernoulli_mask(x, logits, correspondence, seed=SEED)
+    gated = class_gate(x, gate, labels)
+    leaves = (x, logits, correspondence, gate)
+    outputs, weights = (masked, mask, gated), (weight, mask.detach() * 2, gate_weight)
+    usual, differentiable = (
+        torch.autograd.grad(outputs, leaves, weights, retain_graph=True, create_graph=graph)
+        for graph in (False, True)
+    )
+    assert usual[0].isfinite().all()
+    for one, two in zip(usual, differentiable, strict=True):
+        assert one.any()
+        assert two.requires_grad
+        eps = torch.finfo(one.dtype).eps
+        torch.testing.assert_close(two, one, rtol=4 * eps, atol=4 * eps, equal_nan=True)
+
+
+# Beside autograd ----------------------------------------------------------------------------------
 
 
 def test_operators_called_directly_are_differentiable(backend: Backend):

@@ -185,11 +185,23 @@ def test_maps_too_many_to_keep_are_left_out_with_a_warning(config, monkeypatch):
     assert "part_interpretability" not in metrics
 
 
-def test_the_default_icnn_learns_digits(tmp_path):
-    config = TrainConfig(
-        method="icnn", epochs=8, accelerator="cpu", output=str(tmp_path / "digits")
-    )
-    assert train(config, progress=False)["acc1"] > 0.8
+def test_the_default_icnn_fits_a_batch_of_digits():
+    config = TrainConfig(method="icnn", accelerator="cpu")
+    torch.manual_seed(0)
+    data = build_data(config)
+    data.setup("fit")
+    network = build_network(config, data).train()
+    images, labels = (part[:32] for part in next(iter(data.train_dataloader())))
+    optimizer = torch.optim.AdamW(network.parameter_groups(config.lr, config.correspondence_lr))
+    losses = []
+    for _ in range(40):
+        terms = network.loss_terms(network(images), labels)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        losses.append(terms["discrimination"].item())
+    # From log 10 = 2.3 to 0.1 to 0.3 in this many steps on one batch, whatever the seed.
+    assert losses[-1] < losses[0] / 2
 
 
 def test_labels_of_one_category_are_0_and_1(config):

@@ -132,11 +132,11 @@ def test_killed_process_lets_go_of_the_folder(tmp_path):
     code = (
         "import sys, time; from picnn_fast.training.run_folder import RunFolder\n"
         "with RunFolder(sys.argv[1], 'train', {'seed': 0}).writing() as work:\n"
-        "    (work / 'half.txt').write_text('half'); time.sleep(60)"
+        "    (work / 'half.txt').write_text('half'); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder.path)])
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not (folder.work / "half.txt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
