@@ -88,7 +88,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         return torch.stack(list(self.loss_terms(output, labels).values())).sum()
 
     def filter_maps(self, images: Tensor) -> Tensor:
-        """The target layer's maps as the head takes them: ``[B, N, h, w]``, or by ``channel_dim``."""
+        """The target layer's maps as the head takes them, ``[B, N, h, w]`` or by ``channel_dim``."""
         maps: Tensor = self.features(images)
         self.masked_head.check_maps(maps)
         return maps
@@ -111,15 +111,16 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         lr = checks.non_negative("lr", lr)
         return [{"params": list(self.parameters()), "lr": lr, "name": "network"}]
 
-    def begin_epoch(self, epoch: int, batches: int) -> None:
+    def begin_epoch(self, epoch: int, batches: int | None = None) -> None:
         """Told by the training loop before each epoch.
 
         Args:
             epoch: from 1.
-            batches: steps of that epoch, on each rank.
+            batches: of that epoch, on each rank; None where it is not known beforehand.
         """
         checks.integer("epoch", epoch, 1)
-        checks.integer("batches", batches, 1)
+        if batches is not None:
+            checks.integer("batches", batches, 1)
 
     def after_step(self) -> None:
         """Told by the training loop after each step of the optimiser."""

@@ -250,7 +250,7 @@ class ICNN(InterpretableNetwork):
             "filter_loss": self.filter_loss_weight * torch.stack(terms).sum() / self.epoch,
         }
 
-    def begin_epoch(self, epoch: int, batches: int) -> None:
+    def begin_epoch(self, epoch: int, batches: int | None = None) -> None:
         """The weight of the filter loss falls with the epoch; see ``InterpretableNetwork``."""
         super().begin_epoch(epoch, batches)
         self.epoch.fill_(epoch)

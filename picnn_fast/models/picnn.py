@@ -184,7 +184,8 @@ class PICNN(InterpretableNetwork):
 
     def ownership(self) -> Tensor:
         """P ``[K, N]``: the probability that a filter belongs to a class."""
-        return self.correspondence().detach()
+        probabilities: Tensor = self.correspondence()
+        return probabilities.detach()
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The network, and W apart, named "correspondence".

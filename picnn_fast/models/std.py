@@ -105,7 +105,8 @@ class STD(InterpretableNetwork):
 
     def ownership(self) -> Tensor:
         """P ``[K, N]``, random."""
-        return self.correspondence()
+        probabilities: Tensor = self.correspondence()
+        return probabilities
 
     def options(self) -> Mapping[str, object]:
         return {"masks_late": self.masked_head.late, "channel_dim": self.channel_dim}

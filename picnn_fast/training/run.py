@@ -491,10 +491,17 @@ def _network(config: TrainConfig, num_classes: int, in_channels: int) -> Interpr
                 f"task: got logistic with method {config.method}, want softmax or single, or"
                 " method icnn"
             )
-        extras = {"normalization": config.normalization, "mask_at": config.mask_at}
+        extras = {
+            "normalization": config.normalization,
+            "mask_at": config.mask_at,
+            "inserted_activation": config.inserted_activation,
+        }
     if config.method == "picnn":
         extras |= {
             "sampling": config.sampling,
+            "initial": config.initial,
+            "correspondence_lr": config.correspondence_lr,
+            "correspondence_weight_decay": config.correspondence_weight_decay,
             "interpretation_loss_on": config.interpretation_loss_on,
             "interpretation_weight": config.interpretation_weight,
         }
@@ -516,7 +523,6 @@ def _module(config: TrainConfig, network: InterpretableNetwork) -> Interpretable
     return InterpretableModule(
         network,
         lr=config.lr,
-        correspondence_lr=config.correspondence_lr,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
         warmup_epochs=config.warmup_epochs,
