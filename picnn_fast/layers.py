@@ -44,19 +44,19 @@ class TemplateMask(nn.Module):
         return f"{self.template}, scale={self.scale!r}"
 
 
-def inserted_convolution(
+def with_target_layer(
     features: nn.Module,
-    in_channels: int,
+    in_channels: int | None,
     num_filters: int,
     *,
     activation: str = "relu",
     channel_dim: int = 1,
-) -> nn.Sequential:
+) -> nn.Module:
     """``features`` and a new target layer: a 3x3 convolution (padding 1, bias, no batch norm).
 
     Args:
         features: images to maps ``[B, in_channels, h, w]``.
-        in_channels: of those maps.
+        in_channels: of those maps; None inserts nothing.
         num_filters: of the convolution.
         activation: after it: "relu", or "none", as in PICNN's published code: maps have both signs.
         channel_dim: the filter axis that the network is told of; 1 alone will do.
@@ -64,11 +64,17 @@ def inserted_convolution(
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range.
     """
+    checks.one_of("inserted_activation", activation, ("relu", "none"))
+    if in_channels is None:
+        if activation != "relu":
+            raise ValueError(
+                f"inserted_activation: got {activation!r}, want 'relu': no convolution is inserted"
+            )
+        return features
     if not isinstance(features, nn.Module):
         raise TypeError(f"features: got {type(features).__name__}, want a torch.nn.Module")
     checks.integer("in_channels", in_channels, 1)
     checks.integer("num_filters", num_filters, 1)
-    checks.one_of("inserted_activation", activation, ("relu", "none"))
     if channel_dim != 1:
         raise ValueError(
             f"in_channels: got {in_channels} with channel_dim={channel_dim}, want None:"

@@ -88,7 +88,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         return torch.stack(list(self.loss_terms(output, labels).values())).sum()
 
     def filter_maps(self, images: Tensor) -> Tensor:
-        """The target layer's maps as the head takes them, ``[B, N, h, w]`` or by ``channel_dim``."""
+        """Maps as the head takes them, ``[B, N, h, w]`` or as ``channel_dim`` says."""
         maps: Tensor = self.features(images)
         self.masked_head.check_maps(maps)
         return maps

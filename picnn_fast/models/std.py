@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from picnn_fast.layers import inserted_convolution
+from picnn_fast.layers import with_target_layer
 from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
 from picnn_fast.models.correspondence import Correspondence
 
@@ -64,14 +64,13 @@ class STD(InterpretableNetwork):
         mask_at: Literal["auto", "maps", "late"] = "auto",
         channel_dim: int = 1,
     ) -> None:
-        if in_channels is not None:
-            features = inserted_convolution(
-                features,
-                in_channels,
-                num_filters,
-                activation=inserted_activation,
-                channel_dim=channel_dim,
-            )
+        features = with_target_layer(
+            features,
+            in_channels,
+            num_filters,
+            activation=inserted_activation,
+            channel_dim=channel_dim,
+        )
         super().__init__(
             features, head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim
         )

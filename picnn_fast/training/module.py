@@ -33,9 +33,10 @@ _TRAIN, _EVALUATE = 0, 1
 class InterpretableModule(L.LightningModule):
     """Trains a network such as ``PICNN`` or ``STD``, and measures ACC1, ACC2, ACC3 and MIS.
 
-    AdamW. Logged: ``train/loss`` and its terms ``train/<term>``, ``val/acc1`` … ``val/acc3`` after every epoch, and
-    ``test/acc1`` … ``test/acc3`` and ``test/mis``. All random draws follow from ``seed``, epoch and
-    rank, so a run that resumes from an epoch's checkpoint ends like one never interrupted.
+    AdamW. Logged: ``train/loss`` and its terms ``train/<term>``, ``val/acc1`` … ``val/acc3`` after
+    every epoch, and ``test/acc1`` … ``test/acc3`` and ``test/mis``. All random draws follow from
+    ``seed``, epoch and rank, so a run that resumes from an epoch's checkpoint ends like one never
+    interrupted.
 
     Args:
         network: the network, also at ``.network``.

@@ -124,7 +124,7 @@ def check(config: TrainConfig) -> SeededDataModule:
         image = data.test_set[0][0]
     try:
         with torch.no_grad():
-            activations = network(image[None]).activations
+            activations = getattr(network(image[None]), "activations", ())
         if isinstance(data, PartDataModule):
             receptive_field(network.features, (image.shape[1], image.shape[2]))
     except (RuntimeError, ValueError) as error:
