@@ -13,7 +13,7 @@ class PathwayAccuracy(Metric):
     """Accuracies of the discrimination pathway and of the masked ones (PICNN, "Evaluation Metric").
 
     - acc1: the discrimination pathway, every filter;
-    - acc2: the mask drawn for the pseudo-label (``PathwayOutput.masked_logits``);
+    - acc2: the mask drawn for the pseudo-label (``PICNNOutput.masked_logits``);
     - acc3: the complement of a mask drawn for the true label, ``1 - model.class_mask(labels)``.
       The lower, the more a class depends on its own filters.
 

@@ -1,9 +1,10 @@
 """Interpretable networks: one file a method, one common protocol (``InterpretableNetwork``)."""
 
 from picnn_fast.models.backbones import BACKBONES
-from picnn_fast.models.base import InterpretableNetwork, PathwayOutput
+from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.models.factory import METHODS, make_interpretable
-from picnn_fast.models.icnn import ICNN, TemplateMask
+from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.receptive_field import ReceptiveField, receptive_field
 from picnn_fast.models.std import STD
@@ -14,10 +15,9 @@ __all__ = [
     "METHODS",
     "PICNN",
     "STD",
+    "Correspondence",
     "InterpretableNetwork",
-    "PathwayOutput",
     "ReceptiveField",
-    "TemplateMask",
     "make_interpretable",
     "receptive_field",
 ]

@@ -17,7 +17,7 @@ from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
 from picnn_fast.ops import checks
 
-METHODS: dict[str, type[InterpretableNetwork]] = {"picnn": PICNN, "icnn": ICNN, "std": STD}
+METHODS: dict[str, type[InterpretableNetwork]] = {"std": STD, "picnn": PICNN, "icnn": ICNN}
 FILTERS_PER_CLASS = 12.8  # PICNN, figure 5
 
 
@@ -47,9 +47,9 @@ def make_interpretable(
         num_filters: N of the target layer. None: what the backbone yields for "icnn" and where no
             convolution is inserted (a pair without insertion must give it), else
             ``round(12.8 * num_classes)``.
-        insert_conv: True puts a new 3x3 convolution to ``num_filters`` channels and a ReLU after
-            the features, as in the published code of both papers; False takes the features' own
-            last maps.
+        insert_conv: True puts a new 3x3 convolution to ``num_filters`` channels after the
+            features, with a ReLU unless ``inserted_activation`` says otherwise; False takes the
+            features' own last maps.
         in_channels: channels that the features of a *pair* yield, wanted where a convolution is
             inserted; known for the other backbones.
         image_channels: of the images, for a *name*; None takes 1 for "small-resnet", else 3.
@@ -133,7 +133,8 @@ def make_interpretable(
             f" ({', '.join(map(repr, BACKBONES))}), a torchvision ResNet, VGG or AlexNet, or a pair"
             " (features, head) of modules"
         )
-    model = METHODS[method](
+    build: Any = METHODS[method]
+    model: InterpretableNetwork = build(
         features,
         head,
         num_classes,

@@ -1,53 +1,33 @@
 """ICNN: Interpretable CNN, whose top filters are pushed to stand for one object part each."""
 
 from collections import OrderedDict
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from picnn_fast import functional
+from picnn_fast.layers import TemplateMask
 from picnn_fast.losses import FilterLoss
-from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
+from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
 from picnn_fast.ops import checks
-from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
+from picnn_fast.ops.templates import PartTemplate, check_template
 
 TASKS = ("softmax", "logistic", "single")
 
 
-class TemplateMask(nn.Module):
-    """The mask layer: keeps of each map what lies around its peak (``functional.template_mask``).
+class ICNNOutput(NamedTuple):
+    """What a forward pass yields.
 
-    Args:
-        template: see ``PartTemplate``.
-        scale: what the peak is multiplied by, or "tau".
-
-    Raises:
-        TypeError, ValueError: a template that is none, a scale that is no number > 0.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast import PartTemplate
-        >>> from picnn_fast.models import TemplateMask
-        >>> layer = TemplateMask(PartTemplate("l2"))
-        >>> layer(torch.rand(2, 8, 14, 14)).shape
-        torch.Size([2, 8, 14, 14])
+    Attributes:
+        logits: ``[B, K]``.
+        maps: of the last interpretable layer, masked, as the head takes them.
+        activations: maps of the interpretable layers before their mask layers, one after the other.
     """
 
-    # A position of the output shows the same pixels as the one of the input.
-    elementwise = True
-
-    def __init__(self, template: PartTemplate, *, scale: float | Literal["tau"] = 1.0) -> None:
-        super().__init__()
-        self.template = check_template(template)
-        self.scale = check_scale(scale)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """``[B, N, h, w]`` to the same shape."""
-        return functional.template_mask(maps, self.template, scale=self.scale)[0]
-
-    def extra_repr(self) -> str:
-        return f"{self.template}, scale={self.scale!r}"
+    logits: Tensor
+    maps: Tensor
+    activations: tuple[Tensor, ...]
 
 
 class FilterCategories(nn.Module):
@@ -104,12 +84,11 @@ class ICNN(InterpretableNetwork):
     loss, taken of their maps before the mask.
 
     Loss = discrimination + sum over layers and filters of lambda·Loss_f. With t the epoch
-    (``self.epoch``, which the training loop sets) and x the filter's maps, lambda =
-    ``filter_loss_weight``/t · mean_b max_ij x, renewed with every batch.
+    (``begin_epoch``) and x the filter's maps, lambda = ``filter_loss_weight``/t · mean_b max_ij x,
+    renewed with every batch.
 
-    The correspondence matrix is that of the filters' categories: P[c, i] = 1 where c is the
-    category of filter i, else 0. ``class_mask`` keeps a class's own filters, so ACC2 and ACC3 are
-    measured as for the other methods.
+    A filter belongs to its category: ``ownership`` is 1 there, else 0, and ``class_mask`` keeps a
+    class's own filters.
 
     The paper's tau suits activations of tens, as in its networks. Where they are about 1, as after
     batch norm, every exp(s) is 1 and the filter loss does next to nothing: give the template a tau
@@ -160,7 +139,7 @@ class ICNN(InterpretableNetwork):
         torch.Size([8])
     """
 
-    _weight: Tensor
+    epoch: Tensor
 
     def __init__(
         self,
@@ -177,17 +156,7 @@ class ICNN(InterpretableNetwork):
         momentum: float = 0.1,
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
-        super().__init__(features, head, num_classes, num_filters)
         template = PartTemplate() if template is None else check_template(template)
-        self.task = checks.one_of("task", task, TASKS)
-        if task == "single" and num_classes != 2:
-            raise ValueError(
-                f"num_classes: got {num_classes} with task='single', want 2: the rest and the"
-                " category"
-            )
-        self.filter_loss_weight = checks.non_negative("filter_loss_weight", filter_loss_weight)
-        self.register_buffer("_weight", torch.tensor(0.0), persistent=False)
-        self.epoch = 1
         layers: OrderedDict[str, nn.Module] = OrderedDict(top=features)
         layers["top_mask"] = TemplateMask(template, scale=mask_scale)
         widths = [num_filters]
@@ -196,7 +165,16 @@ class ICNN(InterpretableNetwork):
             layers["conv"] = nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1)
             layers["relu"] = nn.ReLU()
             layers["mask"] = TemplateMask(template, scale=mask_scale)
-        self.features = nn.Sequential(layers)
+        super().__init__(nn.Sequential(layers), head, num_classes, num_filters)
+        self.task = checks.one_of("task", task, TASKS)
+        if task == "single" and num_classes != 2:
+            raise ValueError(
+                f"num_classes: got {num_classes} with task='single', want 2: the rest and the"
+                " category"
+            )
+        self.filter_loss_weight = checks.non_negative("filter_loss_weight", filter_loss_weight)
+        # A tensor: a compiled step would be compiled anew for each number.
+        self.register_buffer("epoch", torch.tensor(1))
         self.filter_losses = nn.ModuleList(
             FilterLoss(template, width, estimator=estimator, momentum=momentum) for width in widths
         )
@@ -204,13 +182,8 @@ class ICNN(InterpretableNetwork):
             FilterCategories(num_classes, width, momentum) for width in widths
         )
 
-    def _make_correspondence(self) -> None:
-        """There is no W: the categories say which filter belongs to which class."""
-        self.correspondence_weight = None
-
-    @property
-    def correspondence(self) -> Tensor:
-        """P ``[K, N]`` float32: 1 for a filter's category, else 0."""
+    def ownership(self) -> Tensor:
+        """``[K, N]`` float32: 1 for a filter's category, else 0."""
         classes = torch.arange(self.num_classes, device=self.filter_category.device)
         return (classes[:, None] == self.filter_category).float()
 
@@ -228,8 +201,8 @@ class ICNN(InterpretableNetwork):
         assert isinstance(categories, FilterCategories)
         return categories
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
-        """Logits, maps and activations; the other fields of ``PathwayOutput`` are None.
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> ICNNOutput:
+        """Logits, maps and activations.
 
         Args:
             images: ``[B, C, H, W]``, whatever ``features`` take.
@@ -240,10 +213,9 @@ class ICNN(InterpretableNetwork):
             if isinstance(layer, TemplateMask):
                 activations.append(maps)
             maps = layer(maps)
-        logits = self.head_logits(maps)
-        return PathwayOutput(logits, maps=maps, activations=tuple(activations))
+        return ICNNOutput(self.head_logits(maps), maps, tuple(activations))
 
-    def loss_terms(self, output: PathwayOutput, labels: Tensor) -> dict[str, Tensor]:
+    def loss_terms(self, output: ICNNOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination``, and ``filter_loss``: the weighted sum over both layers.
 
         In training mode the categories and running estimates take in the batch.
@@ -256,7 +228,7 @@ class ICNN(InterpretableNetwork):
             TypeError: labels that are not integers.
             ValueError: labels of another shape or out of range, or an output of another model.
         """
-        checks.labels("labels", labels, len(output.logits), self.num_classes)
+        check_output(output, ICNNOutput, labels, self.num_classes)
         if len(output.activations) != len(self.filter_losses):
             raise ValueError(
                 f"output: got {len(output.activations)} layers of activations, want"
@@ -275,19 +247,13 @@ class ICNN(InterpretableNetwork):
             terms.append((peaks.sum(0) / max(len(maps), 1) * loss).sum())
         return {
             "discrimination": self._discrimination(output.logits, labels),
-            "filter_loss": self._weight * torch.stack(terms).sum(),
+            "filter_loss": self.filter_loss_weight * torch.stack(terms).sum() / self.epoch,
         }
 
-    @property
-    def epoch(self) -> int:
-        """The epoch training is in, from 1; the training loop sets it."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self._epoch = checks.integer("epoch", value, 1)
-        # A tensor: a compiled step would be compiled anew for each number.
-        self._weight.fill_(self.filter_loss_weight / value)
+    def begin_epoch(self, epoch: int, batches: int | None = None) -> None:
+        """The weight of the filter loss falls with the epoch; see ``InterpretableNetwork``."""
+        super().begin_epoch(epoch, batches)
+        self.epoch.fill_(epoch)
 
     def _discrimination(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.task != "logistic":  # of two logits, cross entropy is the logistic loss
@@ -297,11 +263,5 @@ class ICNN(InterpretableNetwork):
         each = nn.functional.binary_cross_entropy_with_logits(logits, own, reduction="none")
         return each.sum(1).mean()
 
-    def extra_repr(self) -> str:
-        options: dict[str, Any] = {
-            "num_classes": self.num_classes,
-            "num_filters": self.num_filters,
-            "task": self.task,
-            "filter_loss_weight": self.filter_loss_weight,
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+    def options(self) -> Mapping[str, object]:
+        return {"task": self.task, "filter_loss_weight": self.filter_loss_weight}

@@ -1,13 +1,34 @@
 """PICNN: a pathway that makes each filter of the target layer stand for a class."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from picnn_fast.functional import bernoulli_mask, gumbel_mask
-from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
+from picnn_fast.layers import with_target_layer
+from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.ops import checks
+
+
+class PICNNOutput(NamedTuple):
+    """What a forward pass yields. A named tuple, so that torch.compile, DDP and pytrees see inside.
+
+    Attributes:
+        logits: ``[B, K]`` of the discrimination pathway.
+        masked_logits: ``[B, K]`` of the interpretation pathway.
+        mask: ``[B, N]`` that masked the filters; carries the gradient to P and to the logits.
+        pseudo_label: ``[B]`` int64 drawn from softmax(logits).
+        maps: of the target layer, as ``filter_maps`` yields them.
+    """
+
+    logits: Tensor
+    masked_logits: Tensor
+    mask: Tensor
+    pseudo_label: Tensor
+    maps: Tensor
 
 
 class PICNN(InterpretableNetwork):
@@ -18,8 +39,17 @@ class PICNN(InterpretableNetwork):
     The correspondence matrix P = softmax(W) learns along by straight-through gradients.
 
     Args:
-        features, head, num_classes, num_filters, in_channels, normalization, mask_at, channel_dim:
-            see ``InterpretableNetwork``.
+        features, head, num_classes, num_filters, channel_dim: see ``InterpretableNetwork``.
+        in_channels: channels of ``features``: a new target layer is put after them, a 3x3
+            convolution to ``num_filters`` channels. None inserts nothing.
+        inserted_activation: of that layer: "relu", or "none", as in the published code, where maps
+            have both signs.
+        normalization, initial: of the correspondence matrix, see ``Correspondence``.
+        correspondence_lr: learning rate of W; None follows the network's, as published. At 100
+            times the network's (tuned on the digits) P soon is near 0 and 1; on photographs the
+            pattern of the mask alone then names the class.
+        correspondence_weight_decay: of W; None follows the optimiser's, as published.
+        mask_at: where masks are applied, see ``MaskedHead``.
         sampling: "bernoulli", or "gumbel": Gumbel-softmax at temperature 0.01, the paper's
             ablation (table 4), for ``normalization="class_softmax"`` alone. ``class_mask`` is a
             Bernoulli draw either way: a filter's chance in one row is the same.
@@ -45,13 +75,13 @@ class PICNN(InterpretableNetwork):
         >>> features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 4))
         >>> model = PICNN(features, head, num_classes=4, num_filters=20, in_channels=8)
-        >>> optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3, correspondence_lr=0.1))
+        >>> optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
         >>> images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 3])
         >>> output = model(images)
         >>> model.loss(output, labels).backward()
         >>> optimizer.step()
-        >>> output.logits.shape, output.mask.shape, model.masks_late
-        (torch.Size([2, 4]), torch.Size([2, 20]), True)
+        >>> output.logits.shape, output.mask.shape, model.ownership().shape
+        (torch.Size([2, 4]), torch.Size([2, 20]), torch.Size([4, 20]))
         >>> model.discriminator()(images).shape
         torch.Size([2, 4])
     """
@@ -64,23 +94,36 @@ class PICNN(InterpretableNetwork):
         num_filters: int,
         *,
         in_channels: int | None = None,
-        sampling: str = "bernoulli",
-        normalization: str = "class_softmax",
-        interpretation_loss_on: str = "correct",
+        inserted_activation: Literal["relu", "none"] = "relu",
+        sampling: Literal["bernoulli", "gumbel"] = "bernoulli",
+        normalization: Literal["class_softmax", "sigmoid"] = "class_softmax",
+        initial: Literal["uniform", "published"] = "uniform",
+        interpretation_loss_on: Literal["correct", "all"] = "correct",
         interpretation_weight: float = 2.0,
-        mask_at: str = "auto",
+        correspondence_lr: float | None = None,
+        correspondence_weight_decay: float | None = None,
+        mask_at: Literal["auto", "maps", "late"] = "auto",
         channel_dim: int = 1,
     ) -> None:
-        super().__init__(
+        features = with_target_layer(
             features,
-            head,
-            num_classes,
+            in_channels,
             num_filters,
-            in_channels=in_channels,
-            normalization=normalization,
-            mask_at=mask_at,
+            activation=inserted_activation,
             channel_dim=channel_dim,
         )
+        super().__init__(
+            features, head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim
+        )
+        self.correspondence = Correspondence(
+            num_classes, num_filters, normalization=normalization, initial=initial
+        )
+        if correspondence_lr is not None:
+            checks.positive("correspondence_lr", correspondence_lr)
+        if correspondence_weight_decay is not None:
+            checks.non_negative("correspondence_weight_decay", correspondence_weight_decay)
+        self.correspondence_lr = correspondence_lr
+        self.correspondence_weight_decay = correspondence_weight_decay
         self.sampling = checks.one_of("sampling", sampling, ("bernoulli", "gumbel"))
         if sampling == "gumbel" and normalization != "class_softmax":
             raise ValueError(
@@ -94,27 +137,24 @@ class PICNN(InterpretableNetwork):
             "interpretation_weight", interpretation_weight
         )
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> PICNNOutput:
         """Both pathways, in training and in evaluation alike (``discriminator()`` runs one alone).
 
         Args:
             images: ``[B, C, H, W]``, whatever ``features`` take.
             labels: not used; the pseudo-label keeps the label from leaking (paper, figure 4).
-
-        Returns:
-            All fields of ``PathwayOutput`` but ``activations``. ``mask`` carries the gradient to P
-            and to the logits.
         """
         maps = self.filter_maps(images)
-        shared, layers = self._shared_maps(maps)
-        logits = self._classify(layers, shared, keep=True)
+        shared, layers = self.masked_head.share(self.head, maps)
+        logits = self.masked_head.classify(layers, shared)
         sample = bernoulli_mask if self.sampling == "bernoulli" else gumbel_mask
         masked, mask, pseudo_label = sample(
-            shared, logits, self.correspondence, channel_dim=self.channel_dim
+            shared, logits, self.correspondence(), channel_dim=self.channel_dim
         )
-        return PathwayOutput(logits, self._classify(layers, masked), mask, pseudo_label, maps)
+        masked_logits = self.masked_head.classify(layers, masked)
+        return PICNNOutput(logits, masked_logits, mask, pseudo_label, maps)
 
-    def loss_terms(self, output: PathwayOutput, labels: Tensor) -> dict[str, Tensor]:
+    def loss_terms(self, output: PICNNOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination`` (eq. 1) and ``interpretation`` (eq. 2, times λ); they sum to eq. 3.
 
         Args:
@@ -125,22 +165,13 @@ class PICNN(InterpretableNetwork):
             TypeError: labels that are not integers.
             ValueError: labels of another shape or out of range, or an output of another model.
         """
-        logits, masked_logits, pseudo_label = (
-            output.logits,
-            output.masked_logits,
-            output.pseudo_label,
-        )
-        if masked_logits is None or pseudo_label is None:
-            raise ValueError(
-                "output: got no masked_logits or pseudo_label, want the output of PICNN's forward"
-            )
-        checks.labels("labels", labels, len(logits), self.num_classes)
-        discrimination = cross_entropy(logits, labels).mean()
-        interpretation = cross_entropy(masked_logits, labels)
+        check_output(output, PICNNOutput, labels, self.num_classes)
+        discrimination = cross_entropy(output.logits, labels).mean()
+        interpretation = cross_entropy(output.masked_logits, labels)
         if self.interpretation_loss_on == "correct":
             # Weights, not indexing: no host sync, no shape that depends on data, and every
             # parameter keeps a (zero) gradient where no pseudo-label is right.
-            correct = pseudo_label == labels
+            correct = output.pseudo_label == labels
             total = torch.where(correct, interpretation, 0.0).sum()
             interpretation = total / correct.sum().clamp_min(1)
         else:
@@ -150,11 +181,26 @@ class PICNN(InterpretableNetwork):
             "interpretation": self.interpretation_weight * interpretation,
         }
 
-    def extra_repr(self) -> str:
-        options: dict[str, Any] = {
+    def ownership(self) -> Tensor:
+        """P ``[K, N]``: the probability that a filter belongs to a class."""
+        probabilities: Tensor = self.correspondence()
+        return probabilities.detach()
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The network, and W apart, named "correspondence".
+
+        Args:
+            lr: of the network, and of W where ``correspondence_lr`` is None.
+        """
+        return self.correspondence.parameter_groups(
+            super().parameter_groups(lr), self.correspondence_lr, self.correspondence_weight_decay
+        )
+
+    def options(self) -> Mapping[str, object]:
+        return {
+            "masks_late": self.masked_head.late,
+            "channel_dim": self.channel_dim,
             "sampling": self.sampling,
             "interpretation_loss_on": self.interpretation_loss_on,
             "interpretation_weight": self.interpretation_weight,
         }
-        own = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return f"{super().extra_repr()}, {own}"

@@ -1,21 +1,35 @@
 """STD: the ordinary network that interpretable ones are compared with."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
-from picnn_fast.models.base import InterpretableNetwork, PathwayOutput, cross_entropy
-from picnn_fast.ops import checks
+from torch import Tensor, nn
+
+from picnn_fast.layers import with_target_layer
+from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.models.correspondence import Correspondence
+
+
+class STDOutput(NamedTuple):
+    """What a forward pass yields: logits ``[B, K]`` and the target layer's maps."""
+
+    logits: Tensor
+    maps: Tensor
 
 
 class STD(InterpretableNetwork):
     """The same network trained by cross entropy alone; its correspondence matrix stays random.
 
-    P is drawn as PICNN's is at the start and never trained (a buffer), so that ``class_mask`` and
+    P is drawn as PICNN's is at the start and never trained, so that ``class_mask`` and
     ``head_logits`` measure ACC2 and ACC3 of an ordinary network, as in the papers' STD rows.
 
     Args:
-        features, head, num_classes, num_filters, in_channels, normalization, mask_at, channel_dim:
-            see ``InterpretableNetwork``.
+        features, head, num_classes, num_filters, channel_dim: see ``InterpretableNetwork``.
+        in_channels: channels of ``features``: a new target layer is put after them, a 3x3
+            convolution to ``num_filters`` channels. None inserts nothing.
+        inserted_activation: of that layer, "relu" or "none" (PICNN's published code).
+        normalization: of the random matrix, see ``Correspondence``.
+        mask_at: where masks are applied, see ``MaskedHead``.
 
     Raises:
         TypeError, ValueError: see ``InterpretableNetwork``.
@@ -37,22 +51,44 @@ class STD(InterpretableNetwork):
         torch.Size([2, 4])
     """
 
-    def _make_correspondence(self) -> None:
-        """Make W, a buffer."""
-        weight = torch.rand(self.num_classes, self.num_filters)
-        self.register_buffer("correspondence_weight", weight)
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Module,
+        num_classes: int,
+        num_filters: int,
+        *,
+        in_channels: int | None = None,
+        inserted_activation: Literal["relu", "none"] = "relu",
+        normalization: Literal["class_softmax", "sigmoid"] = "class_softmax",
+        mask_at: Literal["auto", "maps", "late"] = "auto",
+        channel_dim: int = 1,
+    ) -> None:
+        features = with_target_layer(
+            features,
+            in_channels,
+            num_filters,
+            activation=inserted_activation,
+            channel_dim=channel_dim,
+        )
+        super().__init__(
+            features, head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim
+        )
+        self.correspondence = Correspondence(
+            num_classes, num_filters, normalization=normalization, trained=False
+        )
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> PathwayOutput:
-        """The logits and the maps; the other fields of ``PathwayOutput`` are empty.
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> STDOutput:
+        """Logits and maps.
 
         Args:
             images: ``[B, C, H, W]``, whatever ``features`` take.
             labels: not used.
         """
         maps = self.filter_maps(images)
-        return PathwayOutput(self.head_logits(maps), maps=maps)
+        return STDOutput(self.head_logits(maps), maps)
 
-    def loss_terms(self, output: PathwayOutput, labels: Tensor) -> dict[str, Tensor]:
+    def loss_terms(self, output: STDOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination`` alone: the mean cross entropy of the logits.
 
         Args:
@@ -61,7 +97,15 @@ class STD(InterpretableNetwork):
 
         Raises:
             TypeError: labels that are not integers.
-            ValueError: labels of another shape or out of range.
+            ValueError: labels of another shape or out of range, or an output of another model.
         """
-        checks.labels("labels", labels, len(output.logits), self.num_classes)
+        check_output(output, STDOutput, labels, self.num_classes)
         return {"discrimination": cross_entropy(output.logits, labels).mean()}
+
+    def ownership(self) -> Tensor:
+        """P ``[K, N]``, random."""
+        probabilities: Tensor = self.correspondence()
+        return probabilities
+
+    def options(self) -> Mapping[str, object]:
+        return {"masks_late": self.masked_head.late, "channel_dim": self.channel_dim}

@@ -172,10 +172,28 @@ class TrainConfig:
         least=1,
     )
     lr: float = _option(1e-3, "learning rate of the network", above=0)
-    correspondence_lr: float = _option(
-        0.1, "learning rate of the correspondence matrix (picnn)", above=0, methods=("picnn",)
+    correspondence_lr: float | None = _option(
+        None,
+        "learning rate of the correspondence matrix (picnn); none: that of the network",
+        above=0,
+        methods=("picnn",),
     )
-    weight_decay: float = _option(0.01, "AdamW's, on the network alone", least=0)
+    correspondence_weight_decay: float | None = _option(
+        None, "of the matrix (picnn); none: that of the network", least=0, methods=("picnn",)
+    )
+    initial: str = _option(
+        "uniform",
+        "start of the matrix (picnn): uniform, or flatter, as in the published code",
+        choices=("uniform", "published"),
+        methods=("picnn",),
+    )
+    inserted_activation: str = _option(
+        "relu",
+        "after the inserted convolution (picnn, std); none: as in PICNN's published code",
+        choices=("relu", "none"),
+        methods=("picnn", "std"),
+    )
+    weight_decay: float = _option(0.01, "AdamW's", least=0)
     schedule: str = _option("cosine", "learning rates over the run", choices=("cosine", "constant"))
     warmup_epochs: int = _option(
         0, "epochs over which the learning rates rise to their full value", least=0

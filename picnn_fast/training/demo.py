@@ -95,10 +95,13 @@ def demo_folder(output: str | Path, *, seed: int, epochs: int) -> RunFolder:
 
 def draw(run: Path, output: Path, seed: int) -> None:
     """The three pictures of the demonstration in ``run``, into ``output``."""
-    matrices, cams = {}, {}
+    matrices: dict[str, torch.Tensor] = {}
+    cams = {}
     for method, title in TITLES.items():
         network, config, class_names = load_checkpoint(run / method / CHECKPOINT)
-        matrices[_MATRIX_TITLES[method]] = network.correspondence
+        ownership = network.ownership()
+        assert ownership is not None
+        matrices[_MATRIX_TITLES[method]] = ownership
         data = build_data(config)
         data.setup("test")
         test = torch.utils.data.default_collate(list(data.test_set))  # type: ignore[call-overload]

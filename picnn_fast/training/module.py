@@ -33,17 +33,16 @@ _TRAIN, _EVALUATE = 0, 1
 class InterpretableModule(L.LightningModule):
     """Trains a network such as ``PICNN`` or ``STD``, and measures ACC1, ACC2, ACC3 and MIS.
 
-    AdamW, with a learning rate of its own for the correspondence matrix. Logged: ``train/loss``
-    and its terms ``train/<term>``, ``val/acc1`` … ``val/acc3`` after every epoch, and
-    ``test/acc1`` … ``test/acc3`` and ``test/mis``. All random draws follow from ``seed``, epoch and
-    rank, so a run that resumes from an epoch's checkpoint ends like one never interrupted.
+    AdamW. Logged: ``train/loss`` and its terms ``train/<term>``, ``val/acc1`` … ``val/acc3`` after
+    every epoch, and ``test/acc1`` … ``test/acc3`` and ``test/mis``. All random draws follow from
+    ``seed``, epoch and rank, so a run that resumes from an epoch's checkpoint ends like one never
+    interrupted.
 
     Args:
         network: the network, also at ``.network``.
         lr: learning rate of the network.
-        correspondence_lr: learning rate of the correspondence matrix, which needs about 100 times
-            that of the network to move.
-        weight_decay: AdamW's; the correspondence matrix has none.
+        weight_decay: AdamW's. Groups of parameters with a rate or a decay of their own are the
+            network's matter (``parameter_groups``).
         schedule: "cosine" lets both rates fall to 0 over the run, epoch by epoch;
             "constant" keeps them.
         warmup_epochs: over the first of them both rates rise linearly, epoch by epoch.
@@ -69,7 +68,6 @@ class InterpretableModule(L.LightningModule):
         network: InterpretableNetwork,
         *,
         lr: float = 1e-3,
-        correspondence_lr: float = 0.1,
         weight_decay: float = 0.01,
         schedule: str = "cosine",
         warmup_epochs: int = 0,
@@ -77,16 +75,14 @@ class InterpretableModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("lr", lr), ("correspondence_lr", correspondence_lr)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}: got {value}, want a number > 0")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr: got {lr}, want a number > 0")
         if not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay: got {weight_decay}, want a number >= 0")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: got {schedule!r}, want one of {', '.join(SCHEDULES)}")
         self.network = network
         self.lr = lr
-        self.correspondence_lr = correspondence_lr
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.warmup_epochs = checks.integer("warmup_epochs", warmup_epochs, 0)
@@ -105,8 +101,7 @@ class InterpretableModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
-            self.network.parameter_groups(self.lr, self.correspondence_lr),
-            weight_decay=self.weight_decay,
+            self.network.parameter_groups(self.lr), weight_decay=self.weight_decay
         )
         epochs = self.trainer.max_epochs
         if self.schedule == "constant":
@@ -131,7 +126,14 @@ class InterpretableModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(derive_seed(self.seed, _TRAIN, self.current_epoch, self.global_rank))
-        self.network.epoch = self.current_epoch + 1
+        batches = self.trainer.num_training_batches
+        self.network.begin_epoch(
+            self.current_epoch + 1, int(batches) if 0 < batches < math.inf else None
+        )
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        self.network.after_step()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -160,9 +162,10 @@ class InterpretableModule(L.LightningModule):
 
     def _check_finite(self, loss: Tensor) -> None:
         if not loss.isfinite():
-            rates = f"lr ({self.lr})"
-            if isinstance(self.network.correspondence_weight, torch.nn.Parameter):
-                rates += f" or correspondence_lr ({self.correspondence_lr})"
+            rates = " or ".join(
+                f"{'' if group['name'] == 'network' else group['name'] + '_'}lr ({group['lr']})"
+                for group in self.network.parameter_groups(self.lr)
+            )
             raise DivergenceError(
                 f"train/loss is {loss.item()} in epoch {self.current_epoch + 1}:"
                 f" training diverged; lower {rates}, or use precision 32-true"
@@ -214,7 +217,7 @@ def pathway_logits(
     """Logits behind ACC1, ACC2 and ACC3, each ``[B, K]`` (PICNN, section "Metrics").
 
     Args:
-        network: PICNN, or STD with its random correspondence matrix.
+        network: one that gives filters to classes (``ownership``).
         maps: filter maps ``[B, N, h, w]``.
         labels: true classes ``[B]``.
 
@@ -226,7 +229,9 @@ def pathway_logits(
     logits = network.head_logits(maps)
     # Maps of no size: the pseudo-label alone is wanted.
     empty = logits.new_empty(len(logits), network.num_filters, 0)
-    _, _, pseudo_label = bernoulli_mask(empty, logits, network.correspondence)
+    ownership = network.ownership()
+    assert ownership is not None
+    _, _, pseudo_label = bernoulli_mask(empty, logits, ownership)
     masked = network.head_logits(maps, network.class_mask(pseudo_label))
     complement = network.head_logits(maps, 1 - network.class_mask(labels))
     return logits, masked, complement

@@ -124,7 +124,7 @@ def check(config: TrainConfig) -> SeededDataModule:
         image = data.test_set[0][0]
     try:
         with torch.no_grad():
-            activations = network(image[None]).activations
+            activations = getattr(network(image[None]), "activations", ())
         if isinstance(data, PartDataModule):
             receptive_field(network.features, (image.shape[1], image.shape[2]))
     except (RuntimeError, ValueError) as error:
@@ -491,10 +491,17 @@ def _network(config: TrainConfig, num_classes: int, in_channels: int) -> Interpr
                 f"task: got logistic with method {config.method}, want softmax or single, or"
                 " method icnn"
             )
-        extras = {"normalization": config.normalization, "mask_at": config.mask_at}
+        extras = {
+            "normalization": config.normalization,
+            "mask_at": config.mask_at,
+            "inserted_activation": config.inserted_activation,
+        }
     if config.method == "picnn":
         extras |= {
             "sampling": config.sampling,
+            "initial": config.initial,
+            "correspondence_lr": config.correspondence_lr,
+            "correspondence_weight_decay": config.correspondence_weight_decay,
             "interpretation_loss_on": config.interpretation_loss_on,
             "interpretation_weight": config.interpretation_weight,
         }
@@ -516,7 +523,6 @@ def _module(config: TrainConfig, network: InterpretableNetwork) -> Interpretable
     return InterpretableModule(
         network,
         lr=config.lr,
-        correspondence_lr=config.correspondence_lr,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
         warmup_epochs=config.warmup_epochs,

@@ -49,7 +49,7 @@ def test_filters_and_their_complement_split_the_attribution(network, images):
 def test_pathways_follow_the_correspondence_matrix(network, images):
     own = torch.eye(3).repeat_interleave(2, 1)
     with torch.no_grad():
-        network.correspondence_weight.copy_(200 * own)
+        network.correspondence.weight.copy_(200 * own)
     cam = pathway_grad_cam(network, images, LABELS)
     assert torch.equal(cam.all_filters, grad_cam(network, images, LABELS))
     assert torch.equal(cam.class_filters, grad_cam(network, images, LABELS, own[LABELS]))

@@ -1,4 +1,4 @@
-"""What holds for every interpretable network: parts, masks, late masking, checks at the door."""
+"""Masks, late masking and checks at the door, where filters are drawn by a matrix."""
 
 import copy
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from picnn_fast.models import PICNN, STD, InterpretableNetwork
-from picnn_fast.models.base import split_pooling
+from picnn_fast.models import PICNN, STD, Correspondence, InterpretableNetwork
+from picnn_fast.models.masked_head import layers_of, leading_pooling
 
 CLASSES, FILTERS = 3, 6
 METHODS = (PICNN, STD)
@@ -72,11 +72,11 @@ def forward_and_gradients(model: InterpretableNetwork) -> tuple[object, list[Ten
 @pytest.mark.parametrize("sampling", ["bernoulli", "gumbel"])
 @pytest.mark.parametrize("head", AVERAGING)
 def test_late_masking_behind_averages_equals_masking_the_maps(head: str, sampling: str) -> None:
-    late = build(AVERAGING[head], sampling=sampling, interpretation_loss_on="all")
-    maps = copy.deepcopy(late)
-    maps.mask_at = "maps"
-    assert late.masks_late
-    assert not maps.masks_late
+    options = {"sampling": sampling, "interpretation_loss_on": "all"}
+    late = build(AVERAGING[head], **options)
+    maps = build(AVERAGING[head], mask_at="maps", **options)
+    assert late.masked_head.late
+    assert not maps.masked_head.late
     output, gradients = forward_and_gradients(late)
     expected, expected_gradients = forward_and_gradients(maps)
     assert 0 < output.mask.mean() < 1
@@ -88,9 +88,8 @@ def test_late_masking_behind_averages_equals_masking_the_maps(head: str, samplin
 @pytest.mark.parametrize("head", MAXIMA)
 def test_late_masking_behind_maxima_gives_the_same_logits(head: str, sampling: str) -> None:
     late = build(MAXIMA[head], sampling=sampling)
-    maps = copy.deepcopy(late)
-    maps.mask_at = "maps"
-    assert late.masks_late
+    maps = build(MAXIMA[head], sampling=sampling, mask_at="maps")
+    assert late.masked_head.late
     output, _ = forward_and_gradients(late)
     expected, _ = forward_and_gradients(maps)
     assert 0 < output.mask.mean() < 1
@@ -101,14 +100,14 @@ def test_late_masking_behind_maxima_gives_the_same_logits(head: str, sampling: s
 def test_late_masking_behind_maxima_has_the_same_gradients_where_no_filter_is_dropped(
     head: str,
 ) -> None:
-    late = build(MAXIMA[head], normalization="sigmoid", interpretation_loss_on="all")
+    options = {"normalization": "sigmoid", "interpretation_loss_on": "all"}
+    late, maps = (build(MAXIMA[head], mask_at=at, **options) for at in ("auto", "maps"))
     with torch.no_grad():
-        late.correspondence_weight += 10  # probabilities near 1: their gradients stay above 0
-    maps = copy.deepcopy(late)
-    maps.mask_at = "maps"
+        for model in (late, maps):
+            model.correspondence.weight += 10  # probabilities near 1: their gradients stay above 0
     output, gradients = forward_and_gradients(late)
     assert output.mask.min() == 1
-    assert late.correspondence_weight.grad.abs().max() > 0
+    assert late.correspondence.weight.grad.abs().max() > 0
     torch.testing.assert_close(gradients, forward_and_gradients(maps)[1])
 
 
@@ -119,12 +118,13 @@ def test_gradients_follow_the_straight_through_definition(head: str) -> None:
     parameters = list(model.parameters())
 
     # z = mask + (p - stop_grad(p)), p = ỹ @ P, ỹ = onehot + (y1 - stop_grad(y1)), on pooled maps.
-    pooling, rest = (nn.Sequential(*layers) for layers in split_pooling(model.head))
+    layers, count = layers_of(model.head), leading_pooling(model.head)
+    pooling, rest = nn.Sequential(*layers[:count]), nn.Sequential(*layers[count:])
     pooled = pooling(model.features(images()))
     logits = rest(pooled)
     y1 = logits.softmax(-1)
     one_hot = nn.functional.one_hot(output.pseudo_label, CLASSES) + y1 - y1.detach()
-    p = one_hot @ model.correspondence_weight.softmax(0)
+    p = one_hot @ model.correspondence.weight.softmax(0)
     z = output.mask.detach() + p - p.detach()
     masked_logits = rest(pooled * z[:, :, None, None])
     loss = nn.functional.cross_entropy(logits, LABELS)
@@ -180,7 +180,7 @@ def test_late_is_refused_and_auto_falls_back_where_a_head_does_not_start_with_po
     with pytest.raises(ValueError, match=r"mask_at: got 'late'.*pooling"):
         PICNN(nn.Identity(), head, 3, 6, mask_at="late")
     model = PICNN(nn.Identity(), head, 3, 6)
-    assert not model.masks_late
+    assert not model.masked_head.late
 
 
 def test_late_is_refused_where_filters_are_not_axis_1() -> None:
@@ -224,7 +224,7 @@ def test_class_mask_draws_the_rows_of_the_labels() -> None:
     model = build(normalization="sigmoid")
     rows = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
     with torch.no_grad():
-        model.correspondence_weight.copy_(torch.where(rows == 1, 1e4, -1e4))
+        model.correspondence.weight.copy_(torch.where(rows == 1, 1e4, -1e4))
     mask = model.class_mask(LABELS)
     assert not mask.requires_grad
     torch.testing.assert_close(mask, rows[LABELS].double())
@@ -237,7 +237,7 @@ def test_class_mask_keeps_filters_as_often_as_their_probability_says(
 ) -> None:
     model = build(method=method)
     draws = 20_000
-    p = model.correspondence.detach()
+    p = model.ownership()
     for label in range(CLASSES):
         mask = model.class_mask(torch.full((draws,), label), seed=label)
         assert set(mask.unique().tolist()) == {0.0, 1.0}
@@ -276,15 +276,15 @@ def test_an_empty_batch_passes() -> None:
 
 def test_normalizations() -> None:
     softmax, sigmoid = build(), build(normalization="sigmoid")
-    torch.testing.assert_close(softmax.correspondence.sum(0), torch.ones(FILTERS).double())
-    weight = sigmoid.correspondence_weight
-    torch.testing.assert_close(sigmoid.correspondence, 1 / (1 + (-weight).exp()))
+    torch.testing.assert_close(softmax.correspondence().sum(0), torch.ones(FILTERS).double())
+    weight = sigmoid.correspondence.weight
+    torch.testing.assert_close(sigmoid.correspondence(), 1 / (1 + (-weight).exp()))
 
 
 def test_the_matrix_starts_uniform_in_0_to_1() -> None:
     torch.manual_seed(0)
     model = PICNN(nn.Identity(), nn.Identity(), num_classes=100, num_filters=1000)
-    weight = model.correspondence_weight.detach()
+    weight = model.correspondence.weight.detach()
     assert weight.min() >= 0
     assert weight.max() < 1
     counts = torch.histc(weight, bins=10, min=0, max=1) / weight.numel()
@@ -300,7 +300,7 @@ def test_the_discriminator_is_the_discrimination_pathway(
     torch.testing.assert_close(network(images()), model(images()).logits)
     own = dict(model.named_parameters())
     assert all(own[name] is parameter for name, parameter in network.named_parameters())
-    assert set(own) - {"correspondence_weight"} == dict(network.named_parameters()).keys()
+    assert set(own) - {"correspondence.weight"} == dict(network.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -329,27 +329,64 @@ def test_std_and_picnn_exchange_state() -> None:
     picnn, std = build(method=PICNN), build(method=STD)
     std.load_state_dict(picnn.state_dict())
     torch.testing.assert_close(std(images()).logits, picnn(images()).logits)
-    torch.testing.assert_close(std.correspondence, picnn.correspondence.detach())
+    torch.testing.assert_close(std.ownership(), picnn.ownership())
 
 
-def test_parameter_groups_keep_the_matrix_apart() -> None:
-    model = build()
-    groups = model.parameter_groups(lr=0.5, correspondence_lr=0.25)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
-    network, matrix = optimizer.param_groups
-    assert (network["lr"], network["weight_decay"]) == (0.5, 0.1)
-    assert (matrix["lr"], matrix["weight_decay"]) == (0.25, 0.0)
-    assert len(matrix["params"]) == 1
-    assert matrix["params"][0] is model.correspondence_weight
-    assert {id(p) for group in groups for p in group["params"]} == {
-        id(p) for p in model.parameters()
-    }
-    (std,) = build(method=STD).parameter_groups(lr=0.5, correspondence_lr=0.25)
+def test_the_matrix_follows_the_networks_rate_and_decay_unless_it_has_its_own() -> None:
+    for own, want in (
+        ({}, (0.5, 0.1)),
+        ({"correspondence_lr": 0.25}, (0.25, 0.1)),
+        ({"correspondence_weight_decay": 0.0}, (0.5, 0.0)),
+    ):
+        model = build(**own)
+        optimizer = torch.optim.AdamW(model.parameter_groups(lr=0.5), weight_decay=0.1)
+        network, matrix = optimizer.param_groups
+        assert (network["lr"], network["weight_decay"]) == (0.5, 0.1)
+        assert (matrix["lr"], matrix["weight_decay"]) == want
+        assert len(matrix["params"]) == 1
+        assert matrix["params"][0] is model.correspondence.weight
+    (std,) = build(method=STD).parameter_groups(lr=0.5)
     assert len(std["params"]) == len(network["params"])
     with pytest.raises(ValueError, match="correspondence_lr: got -1"):
-        model.parameter_groups(lr=0.5, correspondence_lr=-1)
+        build(correspondence_lr=-1)
     with pytest.raises(ValueError, match="lr: got nan"):
-        model.parameter_groups(lr=float("nan"), correspondence_lr=1)
+        model.parameter_groups(lr=float("nan"))
+
+
+def test_the_published_start_is_the_softmax_of_uniform_numbers() -> None:
+    torch.manual_seed(0)
+    uniform = Correspondence(10, 1000).weight
+    torch.manual_seed(0)
+    published = Correspondence(10, 1000, initial="published")
+    torch.testing.assert_close(published.weight, uniform.softmax(0))
+    p = published()
+    assert p.min() > 0.094
+    assert p.max() < 0.11  # softmax of numbers within [0, .3]
+
+
+def test_without_an_activation_the_inserted_layer_yields_both_signs() -> None:
+    head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    for method in METHODS:
+        options = {"in_channels": 4, "inserted_activation": "none"}
+        model = method(nn.Conv2d(2, 4, 1), head, 3, 6, **options).double()
+        maps = model.filter_maps(images())
+        assert maps.min() < 0 < maps.max()
+        mask = model.class_mask(LABELS, seed=0)
+        torch.testing.assert_close(
+            model.head_logits(maps, mask), head(maps * mask[:, :, None, None])
+        )
+        with pytest.raises(ValueError, match="inserted_activation: got 'none', want 'relu'"):
+            method(nn.Identity(), head, 3, 6, inserted_activation="none")
+
+
+def test_a_head_that_pools_no_more_is_refused_and_other_layers_may_be_exchanged() -> None:
+    model = build()
+    model.head[2] = nn.Linear(FILTERS, CLASSES).double()
+    maps = model.filter_maps(images())
+    torch.testing.assert_close(model.head_logits(maps), model.head(maps))
+    model.head[0] = nn.Conv2d(FILTERS, FILTERS, 6).double()
+    with pytest.raises(ValueError, match="head: got Conv2d where it pooled"):
+        model(images())
 
 
 def test_an_inserted_target_layer_is_a_convolution_and_a_relu() -> None:

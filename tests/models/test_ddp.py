@@ -23,9 +23,8 @@ def build() -> PICNN:
     # No batch norm: its statistics are per rank, so gradients would rightly differ.
     features = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(FILTERS, CLASSES))
-    return PICNN(
-        features, head, CLASSES, FILTERS, in_channels=5, interpretation_loss_on="all"
-    ).double()
+    options = {"interpretation_loss_on": "all", "correspondence_lr": 0.1}
+    return PICNN(features, head, CLASSES, FILTERS, in_channels=5, **options).double()
 
 
 def joined_batch() -> dict[str, Tensor]:
@@ -48,7 +47,7 @@ class GivenMasks(nn.Module):
 
     def forward(self, images: Tensor, drawn: Tensor, mask: Tensor) -> Any:
         maps = self.model.filter_maps(images)
-        p = self.model.correspondence[drawn]
+        p = self.model.correspondence()[drawn]
         z = mask + p - p.detach()
         return self.model.head_logits(maps), self.model.head_logits(maps, z)
 
@@ -79,7 +78,7 @@ def rank_main(rank: int, folder: Path) -> None:
         model = build()
         model.interpretation_loss_on = "correct"
         network = DistributedDataParallel(model)
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3, correspondence_lr=0.1))
+        optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
         torch.manual_seed(7)
         images = joined["images"]
         for step in range(3):

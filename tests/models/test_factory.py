@@ -22,7 +22,7 @@ def test_a_name_makes_a_model_with_a_late_mask(method: str, kind: type[nn.Module
     model = make_interpretable("small-resnet", method, num_classes=10)
     assert type(model) is kind
     assert model.num_filters == 128
-    assert model.masks_late
+    assert model.masked_head.late
     images, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
     output = model(images)
     model.loss(output, labels).backward()
@@ -76,7 +76,7 @@ def test_options_reach_the_model() -> None:
     model = make_interpretable(
         "small-resnet", "picnn", num_classes=3, image_channels=3, mask_at="maps", sampling="gumbel"
     )
-    assert (model.mask_at, model.sampling) == ("maps", "gumbel")
+    assert (model.masked_head.late, model.sampling) == (False, "gumbel")
     assert model(torch.randn(2, 3, 8, 8)).logits.shape == (2, 3)
 
 
@@ -90,7 +90,7 @@ def test_the_model_is_made_on_the_device_of_the_backbone() -> None:
 @pytest.mark.parametrize(
     ("backbone", "options", "error", "message"),
     [
-        ("small-resnet", {"method": "csgg"}, ValueError, "method: got 'csgg', want one of 'picnn'"),
+        ("small-resnet", {"method": "csgg"}, ValueError, "method: got 'csgg', want one of 'std'"),
         ("resnet19", {}, ValueError, "backbone: got 'resnet19', want one of 'small-resnet'"),
         (nn.Linear(2, 3), {}, TypeError, "backbone: got Linear, want a name"),
         ((1, 2, 3), {}, TypeError, "backbone: got tuple"),

@@ -8,8 +8,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from picnn_fast import PartTemplate, functional
+from picnn_fast.layers import TemplateMask
 from picnn_fast.losses import FilterLoss
-from picnn_fast.models import ICNN, TemplateMask, make_interpretable
+from picnn_fast.models import ICNN, make_interpretable
 from picnn_fast.models.icnn import FilterCategories
 
 LABELS = torch.tensor([0, 2, 1, 2])
@@ -54,7 +55,7 @@ def test_without_an_inserted_convolution_the_top_layer_alone_is_interpretable():
 @pytest.mark.parametrize("epoch", [1, 4])
 def test_lambda_is_the_mean_peak_over_the_epoch(epoch):
     model = build(filter_loss_weight=3.0)
-    model.epoch = epoch
+    model.begin_epoch(epoch)
     output = model(images())
     terms = model.loss_terms(output, LABELS)
     expected = 0.0
@@ -153,9 +154,9 @@ def test_class_masks_keep_the_filters_of_the_class():
     model.loss_terms(model(images()), LABELS)
     mask = model.class_mask(LABELS)
     torch.testing.assert_close(mask, (model.filter_category == LABELS[:, None]).float())
-    torch.testing.assert_close(model.correspondence.sum(0), torch.ones(6))
-    assert "correspondence_weight" not in model.state_dict()
-    (group,) = model.parameter_groups(1e-3, 0.1)
+    torch.testing.assert_close(model.ownership().sum(0), torch.ones(6))
+    assert not [name for name in model.state_dict() if "correspondence" in name]
+    (group,) = model.parameter_groups(1e-3)
     assert len(group["params"]) == len(list(model.parameters()))
 
 
@@ -197,7 +198,7 @@ def test_a_half_model_keeps_sums_and_estimates_in_single_precision(estimator):
 @pytest.mark.parametrize("epoch", [0, 1.5])
 def test_epochs_count_from_one(epoch):
     with pytest.raises((TypeError, ValueError), match="epoch: got"):
-        build().epoch = epoch
+        build().begin_epoch(epoch)
 
 
 def test_maps_of_another_size_than_remembered_are_refused():
@@ -230,7 +231,8 @@ def test_a_training_step_compiles_into_one_graph_for_all_epochs(estimator):
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for epoch in range(1, 13):
-        model.epoch = other.epoch = epoch
+        model.begin_epoch(epoch)
+        other.begin_epoch(epoch)
         expected = other.loss(other(images()), LABELS)
         torch.testing.assert_close(compiled(images(), LABELS), expected)
     # The running estimates are made in the first step.

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from picnn_fast.models import PICNN, PathwayOutput
+from picnn_fast.models import PICNN
+from picnn_fast.models.picnn import PICNNOutput
+from picnn_fast.models.std import STDOutput
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -35,7 +37,9 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> list[float]:
 def test_loss_conventions_by_hand(pseudo_label: list[int], weight: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, masked_logits = torch.randn(2, 4, 3, generator=generator).double()
-    output = PathwayOutput(logits, masked_logits, torch.ones(4, 6), torch.tensor(pseudo_label))
+    output = PICNNOutput(
+        logits, masked_logits, torch.ones(4, 6), torch.tensor(pseudo_label), torch.ones(4, 6, 1, 1)
+    )
     plain = negative_log_likelihood(logits, LABELS)
     masked = negative_log_likelihood(masked_logits, LABELS)
     right = [
@@ -62,7 +66,7 @@ def test_defaults_are_the_published_ones() -> None:
     assert model.interpretation_weight == 2
     assert model.interpretation_loss_on == "correct"
     assert model.sampling == "bernoulli"
-    assert model.normalization == "class_softmax"
+    assert model.correspondence.normalization == "class_softmax"
 
 
 def test_no_right_pseudo_label_gives_zero_gradients_not_missing_ones() -> None:
@@ -114,16 +118,16 @@ def test_every_step_moves_a_filter_to_the_class_it_speaks_for() -> None:
         head[2].weight.copy_(15 * own)
         for layer in (model.features, head[2]):
             layer.bias.zero_()
-    _, group = model.parameter_groups(lr=0.02, correspondence_lr=0.1)
+    _, group = model.parameter_groups(lr=0.02)
     optimizer = torch.optim.Adam([group])
     for _ in range(20):
-        before = model.correspondence.detach()
+        before = model.ownership()
         output = model(x)
         assert torch.equal(output.pseudo_label, labels)
         optimizer.zero_grad()
         model.loss(output, labels).backward()
         optimizer.step()
-        moved = model.correspondence.detach() - before
+        moved = model.ownership() - before
         assert (moved[own] > 0).all()
         assert (moved[~own] < 0).all()
 
@@ -148,14 +152,14 @@ def test_compiles_whole(sampling: str, mask_at: str, convention: str) -> None:
     model = small(sampling=sampling, mask_at=mask_at, interpretation_loss_on=convention)
     twin = copy.deepcopy(model)
 
-    def step(model: PICNN, images: Tensor, labels: Tensor) -> tuple[PathwayOutput, Tensor]:
+    def step(model: PICNN, images: Tensor, labels: Tensor) -> tuple[PICNNOutput, Tensor]:
         output = model(images)
         return output, model.loss(output, labels)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     output, loss = compiled(model, images(), LABELS)
     loss.backward()
-    assert isinstance(output, PathwayOutput)
+    assert isinstance(output, PICNNOutput)
     # Random numbers of compiled code need not be those of eager code: compare given the mask.
     maps = twin.filter_maps(images())
     torch.testing.assert_close(output.logits, twin.head_logits(maps))
@@ -177,7 +181,7 @@ def test_autocast(dtype: torch.dtype, mask_at: str) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32, name
         assert parameter.grad.isfinite().all(), name
-    assert model.correspondence_weight.grad.abs().max() > 0
+    assert model.correspondence.weight.grad.abs().max() > 0
     torch.testing.assert_close(
         output.logits.float(), model.head_logits(model.filter_maps(images())), atol=0.02, rtol=0.02
     )
@@ -185,9 +189,9 @@ def test_autocast(dtype: torch.dtype, mask_at: str) -> None:
 
 def test_a_bfloat16_model_has_probabilities_and_steps() -> None:
     model = small().bfloat16()
-    assert model.correspondence.dtype == torch.float32
+    assert model.correspondence().dtype == torch.float32
     model.loss(model(images().bfloat16()), LABELS).backward()
-    assert model.correspondence_weight.grad.isfinite().all()
+    assert model.correspondence.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("mask_at", ["maps", "late"])
@@ -245,8 +249,8 @@ def test_tokens_of_a_vision_transformer(sampling: str) -> None:
         sampling=sampling,
         interpretation_loss_on="all",
     )
-    maps.correspondence_weight = tokens.correspondence_weight
-    assert not tokens.masks_late
+    maps.correspondence.weight = tokens.correspondence.weight
+    assert not tokens.masked_head.late
     assert tokens.filter_maps(images()).shape == (4, 4, 6)
     gradients = []
     for model in (tokens, maps):
@@ -254,7 +258,7 @@ def test_tokens_of_a_vision_transformer(sampling: str) -> None:
         model.zero_grad()
         model.output = model(images())
         model.loss(model.output, LABELS).backward()
-        gradients.append([conv.weight.grad, linear.weight.grad, model.correspondence_weight.grad])
+        gradients.append([conv.weight.grad, linear.weight.grad, model.correspondence.weight.grad])
     torch.testing.assert_close(tokens.output[:4], maps.output[:4])
     torch.testing.assert_close(*gradients)
     mask = tokens.class_mask(LABELS, seed=0)
@@ -283,5 +287,5 @@ def test_bad_options_are_refused(
 
 
 def test_the_output_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="output: got no masked_logits"):
-        small().loss(PathwayOutput(torch.zeros(4, 3)), LABELS)
+    with pytest.raises(ValueError, match="output: got STDOutput, want a PICNNOutput"):
+        small().loss(STDOutput(torch.zeros(4, 3), torch.zeros(4, 6, 1, 1)), LABELS)

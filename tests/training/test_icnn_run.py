@@ -87,7 +87,7 @@ def test_the_weight_of_the_filter_loss_falls_with_the_epoch(config, monkeypatch)
     original = ICNN.loss_terms
 
     def note(self, *arguments):
-        epochs.append(self.epoch)
+        epochs.append(self.epoch.item())
         return original(self, *arguments)
 
     monkeypatch.setattr(ICNN, "loss_terms", note)
@@ -192,7 +192,7 @@ def test_the_default_icnn_fits_a_batch_of_digits():
     data.setup("fit")
     network = build_network(config, data).train()
     images, labels = (part[:32] for part in next(iter(data.train_dataloader())))
-    optimizer = torch.optim.AdamW(network.parameter_groups(config.lr, config.correspondence_lr))
+    optimizer = torch.optim.AdamW(network.parameter_groups(config.lr))
     losses = []
     for _ in range(40):
         terms = network.loss_terms(network(images), labels)

@@ -14,12 +14,12 @@ from picnn_fast.training.config import DivergenceError
 from picnn_fast.training.module import InterpretableModule, pathway_logits, pool
 
 
-def _network(method="picnn"):
+def _network(method="picnn", **options):
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     return make_interpretable(
-        (features, head), method, num_classes=3, num_filters=6, insert_conv=False
+        (features, head), method, num_classes=3, num_filters=6, insert_conv=False, **options
     )
 
 
@@ -40,7 +40,11 @@ def _trainer(**options):
 
 
 def test_each_group_has_its_learning_rate_and_both_fall_to_zero():
-    module = InterpretableModule(_network(), lr=1e-3, correspondence_lr=0.1, weight_decay=0.05)
+    module = InterpretableModule(
+        _network(correspondence_lr=0.1, correspondence_weight_decay=0.0),
+        lr=1e-3,
+        weight_decay=0.05,
+    )
     seen = []
 
     class Watch(L.Callback):
@@ -56,7 +60,7 @@ def test_each_group_has_its_learning_rate_and_both_fall_to_zero():
 
 
 def test_constant_schedule_keeps_the_rates():
-    module = InterpretableModule(_network(), schedule="constant")
+    module = InterpretableModule(_network(correspondence_lr=0.1), schedule="constant")
     trainer = _trainer(max_epochs=1)
     trainer.fit(module, _loader(), _loader())
     assert [g["lr"] for g in trainer.optimizers[0].param_groups] == [1e-3, 0.1]
@@ -67,9 +71,9 @@ def test_correspondence_matrix_of_picnn_moves_and_that_of_std_does_not():
     for method in ("picnn", "std"):
         network = _network(method)
         network.interpretation_loss_on = "all"  # whatever pseudo-labels are drawn
-        before = network.correspondence.detach().clone()
+        before = network.ownership().clone()
         _trainer(max_epochs=1).fit(InterpretableModule(network), _loader(), _loader())
-        moved[method] = not torch.equal(before, network.correspondence)
+        moved[method] = not torch.equal(before, network.ownership())
     assert moved == {"picnn": True, "std": False}
 
 
@@ -99,7 +103,7 @@ def test_evaluation_repeats_whatever_was_drawn_before():
 @pytest.mark.parametrize(
     ("method", "advice"),
     [
-        ("picnn", r"lower lr \(0.001\) or correspondence_lr \(0.1\)"),
+        ("picnn", r"lower lr \(0.001\) or correspondence_lr \(0.001\)"),
         ("std", r"lower lr \(0.001\),"),
     ],
 )
@@ -117,7 +121,7 @@ def test_pathways_use_the_filters_their_names_say():
     # Each class owns two filters for certain, and the classifier is certain of the label.
     own = torch.eye(3).repeat_interleave(2, 1)
     with torch.no_grad():
-        network.correspondence_weight.copy_(200 * own)
+        network.correspondence.weight.copy_(200 * own)
         network.head[2].weight.copy_(50 * own)
         network.head[2].bias.zero_()
     maps = own[labels][:, :, None, None].expand(3, 6, 4, 4)
@@ -131,7 +135,6 @@ def test_pathways_use_the_filters_their_names_say():
     ("options", "name"),
     [
         ({"lr": 0}, "lr"),
-        ({"correspondence_lr": float("nan")}, "correspondence_lr"),
         ({"weight_decay": -1}, "weight_decay"),
         ({"schedule": "linear"}, "schedule"),
         ({"mutual_information_weight": -1}, "mutual_information_weight"),

@@ -1,0 +1,309 @@
+"""What every method of METHODS owes to training loops, metrics and pictures, on a few backbones.
+
+A method that is added to the registry is tested here without a test being written; so is the
+README's example of one.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import picnn_fast
+from picnn_fast.models import METHODS, InterpretableNetwork, make_interpretable
+
+CLASSES = 3
+LABELS = torch.tensor([0, 2, 1, 2, 0])
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+    return features, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES))
+
+
+def plain_pair() -> dict[str, Any]:
+    return {"backbone": pair(), "num_filters": 6, "insert_conv": False}
+
+
+def inserted_pair() -> dict[str, Any]:
+    return {"backbone": pair(), "num_filters": 6, "in_channels": 6}
+
+
+def small_network() -> dict[str, Any]:
+    return {"backbone": "small-resnet", "image_channels": 3, "num_filters": 12}
+
+
+def part_network() -> dict[str, Any]:
+    return {"backbone": "small-cnn", "num_filters": 10}
+
+
+BACKBONES: tuple[Callable[[], dict[str, Any]], ...] = (
+    plain_pair,
+    inserted_pair,
+    small_network,
+    part_network,
+)
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def example() -> type[InterpretableNetwork]:
+    """The README's method, which it registers as "groups"."""
+    (block,) = re.findall(r"^```python\n(from typing.*?)^```", README.read_text(), re.S | re.M)
+    assert sum(bool(line.strip()) for line in block.splitlines()) < 40
+    namespace: dict[str, Any] = {"__name__": "readme", "picnn_fast": picnn_fast, "torch": torch}
+    exec(compile(block, "README.md", "exec"), namespace)
+    kind: type[InterpretableNetwork] = METHODS.pop("groups")
+    return kind
+
+
+@pytest.fixture(params=[*METHODS, "groups"])
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in METHODS:
+        monkeypatch.setitem(METHODS, request.param, example())
+    return str(request.param)
+
+
+@pytest.fixture(params=BACKBONES, ids=lambda backbone: backbone.__name__)
+def build(request: pytest.FixtureRequest, method: str) -> Callable[..., InterpretableNetwork]:
+    def make(**options: Any) -> InterpretableNetwork:
+        torch.manual_seed(0)
+        return make_interpretable(method=method, num_classes=CLASSES, **(request.param() | options))
+
+    return make
+
+
+def images(batch: int = 5) -> Tensor:
+    return torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def run(model: InterpretableNetwork, x: Tensor | None = None) -> Any:
+    torch.manual_seed(2)
+    return model(images() if x is None else x, LABELS)
+
+
+def test_the_output_is_a_named_tuple_with_logits_and_maps(build) -> None:
+    model = build().eval()
+    output = run(model)
+    assert isinstance(output, tuple)
+    assert output.logits.shape == (5, CLASSES)
+    torch.testing.assert_close(output.maps, model.filter_maps(images()))
+    assert output.maps.shape[model.channel_dim] == model.num_filters
+    torch.testing.assert_close(model.head_logits(output.maps), output.logits)
+
+
+def test_a_step_reaches_every_parameter_and_the_loss_is_the_sum_of_its_terms(build) -> None:
+    model, other = build(), build()
+    for network in (model, other):
+        network.begin_epoch(1, 3)
+    terms = other.loss_terms(run(other), LABELS)
+    assert all(term.ndim == 0 and term.isfinite() for term in terms.values())
+    loss = model.loss(run(model), LABELS)
+    torch.testing.assert_close(loss, sum(terms.values()))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_every_parameter_is_in_one_named_group(build) -> None:
+    model = build()
+    groups = model.parameter_groups(0.25)
+    assert groups[0]["name"] == "network"
+    assert groups[0]["lr"] == 0.25
+    names = [group["name"] for group in groups]
+    assert len(set(names)) == len(names)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in model.parameters()}
+    torch.optim.SGD(groups)
+    with pytest.raises(ValueError, match="lr: got -1"):
+        model.parameter_groups(-1)
+
+
+def test_a_step_and_an_epoch_are_told_and_counted_from_one(build) -> None:
+    model = build()
+    for epoch in (1, 2, 7):
+        model.begin_epoch(epoch, 4)
+        model.begin_epoch(epoch)  # an epoch of unknown length
+    model.after_step()
+    with pytest.raises(ValueError, match="epoch: got 0"):
+        model.begin_epoch(0, 4)
+    with pytest.raises(ValueError, match="batches: got 0"):
+        model.begin_epoch(1, 0)
+
+
+def test_a_schedule_is_in_the_state_dict(build) -> None:
+    model, other = build(), build()
+    model.begin_epoch(5, 4)
+    model.loss(run(model), LABELS)
+    other.load_state_dict(model.state_dict())
+    losses = [network.loss(run(network), LABELS) for network in (model, other)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+def test_filters_belong_to_classes_or_to_none(build) -> None:
+    model = build()
+    model.loss(run(model), LABELS)
+    ownership = model.ownership()
+    if ownership is None:
+        with pytest.raises(ValueError, match="class_mask"):
+            model.class_mask(LABELS)
+        return
+    assert ownership.shape == (CLASSES, model.num_filters)
+    assert not ownership.requires_grad
+    assert ownership.min() >= 0
+    assert ownership.max() <= 1
+    mask = model.class_mask(LABELS, seed=3)
+    assert mask.shape == (5, model.num_filters)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    torch.testing.assert_close(model.class_mask(LABELS, seed=3), mask)
+    # What belongs to a class for certain is kept, what never does is dropped.
+    sure = ownership[LABELS]
+    assert (mask[sure == 1] == 1).all()
+    assert (mask[sure == 0] == 0).all()
+
+
+def test_masked_logits_are_those_of_masked_maps(build) -> None:
+    model = build().eval()
+    maps = model.filter_maps(images())
+    mask = torch.rand(5, model.num_filters, generator=torch.Generator().manual_seed(3)).round()
+    expected = model.head(maps * mask[:, :, None, None])
+    torch.testing.assert_close(model.head_logits(maps, mask), expected)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        nn.LeakyReLU(0.5, inplace=True),
+        nn.SiLU(inplace=True),
+        nn.Hardswish(inplace=True),
+        nn.Sequential(nn.Identity(), nn.Dropout(0.5), nn.ReLU6(inplace=True)),
+        nn.Dropout(0.5, inplace=True),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_head_that_writes_in_place_leaves_the_maps_alone(method: str, first: nn.Module) -> None:
+    features, head = pair()
+    head = nn.Sequential(copy.deepcopy(first), *head)
+    model = make_interpretable(
+        (features, head), method, num_classes=CLASSES, num_filters=6, insert_conv=False
+    )
+    maps = model.filter_maps(images() - 0.5)
+    before = maps.clone()
+    model.head_logits(maps)
+    torch.testing.assert_close(maps, before, rtol=0, atol=0)
+    torch.testing.assert_close(run(model, images() - 0.5).maps, before, rtol=0, atol=0)
+
+
+def test_the_discriminator_is_the_plain_network(build) -> None:
+    model = build().eval()
+    network = model.discriminator()
+    torch.testing.assert_close(network(images()), run(model).logits)
+    own = dict(model.named_parameters())
+    assert all(own[name] is parameter for name, parameter in network.named_parameters())
+
+
+def test_copies_and_restored_states_give_the_same_and_are_apart(build) -> None:
+    model, other = build(), build()
+    model.loss(run(model), LABELS)
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.data.zero_()
+    other.load_state_dict(model.state_dict())
+    for network in (model, other):
+        network.eval()
+    for twin in (other, copy.deepcopy(model)):
+        torch.testing.assert_close(run(twin), run(model), rtol=0, atol=0)
+        for parameter in twin.parameters():
+            parameter.data.zero_()
+        assert run(twin).logits.abs().max() == 0
+    assert run(model).logits.abs().max() > 0
+
+
+def test_no_images_pass(build) -> None:
+    model = build().eval()
+    assert model(images(0)).logits.shape == (0, CLASSES)
+    if model.ownership() is not None:
+        mask = model.class_mask(LABELS[:0])
+        assert model.head_logits(model.filter_maps(images(0)), mask).shape == (0, CLASSES)
+
+
+def test_a_step_under_autocast_keeps_a_loss_of_single_precision(build) -> None:
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(run(model), LABELS)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_training_step_compiles_into_one_graph(method: str) -> None:
+    torch.compiler.reset()
+
+    def build() -> InterpretableNetwork:
+        torch.manual_seed(0)
+        return make_interpretable(method=method, num_classes=CLASSES, **plain_pair())
+
+    model, other = build(), build()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return model.loss(model(x, y), y)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for epoch in (1, 2, 3):
+        for network in (model, other):
+            network.begin_epoch(epoch, 1)
+        torch.manual_seed(4)
+        got = compiled(images(), LABELS)
+        torch.manual_seed(4)
+        expected = other.loss(other(images(), LABELS), LABELS)
+        torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
+
+
+def test_wrong_labels_and_outputs_of_other_methods_are_refused(build) -> None:
+    model = build()
+    output = run(model)
+    for labels, error in (
+        (LABELS[:3], ValueError),
+        (LABELS + 1, ValueError),
+        (LABELS.double(), TypeError),
+        (LABELS.tolist(), TypeError),
+    ):
+        with pytest.raises(error, match="labels: got"):
+            model.loss(output, labels)
+    with pytest.raises(ValueError, match="output: got tuple, want a"):
+        model.loss_terms((output.logits, output.maps), LABELS)
+    with pytest.raises(TypeError, match="mask: got list"):
+        model.head_logits(output.maps, [1.0])
+
+
+def test_its_options_are_keywords_with_defaults_that_the_docstring_explains(method: str) -> None:
+    kind = METHODS[method]
+    options = {
+        name: parameter
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    text = inspect.getdoc(kind) or ""
+    for name, parameter in options.items():
+        assert parameter.default is not parameter.empty, name
+        assert re.search(rf"\b{name}\b", text), f"{method} does not explain {name}"
+    with pytest.raises(TypeError, match="wrong: method"):
+        make_interpretable(method=method, num_classes=CLASSES, wrong=1, **plain_pair())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_it_says_where_it_comes_from(method: str) -> None:
+    module = Path(inspect.getfile(METHODS[method]))
+    assert module.name == f"{method}.py"
+    assert "Source:" in (inspect.getdoc(METHODS[method]) or "")
