@@ -186,7 +186,7 @@ def training_step(
             backbone, name, num_classes=10, num_filters=num_filters, image_channels=3
         )
         model.to(device=device, memory_format=layout)
-        optimizer = torch.optim.SGD(model.parameter_groups(1e-3, 0.1))
+        optimizer = torch.optim.SGD(model.parameter_groups(1e-3))
 
         def step(model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.zero_grad(set_to_none=True)
