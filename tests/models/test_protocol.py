@@ -7,6 +7,8 @@ README's example of one.
 import copy
 import inspect
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,10 @@ def example() -> type[InterpretableNetwork]:
     """The README's method, which it registers as "groups"."""
     (block,) = re.findall(r"^```python\n(from typing.*?)^```", README.read_text(), re.S | re.M)
     assert sum(bool(line.strip()) for line in block.splitlines()) < 40
-    namespace: dict[str, Any] = {"__name__": "readme", "picnn_fast": picnn_fast, "torch": torch}
-    exec(compile(block, "README.md", "exec"), namespace)
+    # A module by that name, which the compiler of older versions of torch looks up.
+    module = sys.modules.setdefault("readme", types.ModuleType("readme"))
+    vars(module).update(picnn_fast=picnn_fast, torch=torch)
+    exec(compile(block, "README.md", "exec"), vars(module))
     kind: type[InterpretableNetwork] = METHODS.pop("groups")
     return kind
 
