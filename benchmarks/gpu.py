@@ -53,7 +53,7 @@ def steps(part: str, results: Path, *, smoke: bool) -> list[Step]:
             # By marker, wherever a test lives; names and short tracebacks for a log that is cut.
             selection = ["-m", "gpu", "-n", "8", "tests"]
             if smoke:
-                selection = ["-k", "known_answer", "-n", "2", "tests/reference/test_histogram.py"]
+                selection = ["-k", "known_answer", "-n", "2", "tests/reference/test_masking.py"]
             options = ["-v", "--tb=short", "--color=no", "-o", "addopts=--strict-markers"]
             # The thread method ends a process that hangs in the driver too; xdist starts another.
             options += ["--timeout=120", "--timeout-method=thread"]

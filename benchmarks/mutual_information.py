@@ -88,7 +88,7 @@ CUDA_HISTOGRAM_SHAPES = (
 # Batches of training.
 SOFT_SHAPES = (HistogramShape(128, 128, 10, 16), HistogramShape(1024, 512, 100, 16))
 CUDA_SOFT_SHAPES = (HistogramShape(1024, 512, 100, 16), HistogramShape(4096, 2048, 1000, 16))
-SMOKE_KNN_SHAPES = (KnnShape(60, 4, (2, 5), 2, 2),)
+SMOKE_KNN_SHAPES = (KnnShape(30, 2, (2, 3), 1, 2),)
 SMOKE_HISTOGRAM_SHAPES = (HistogramShape(60, 4, 3, 8),)
 
 
@@ -226,14 +226,15 @@ def peak_memory(
     return (peak - before) / activations.nbytes + 1
 
 
-def bench_memory(shape: KnnShape, device: torch.device) -> list[dict[str, Any]]:
-    """Peak memory of both estimators with the most classes; on the CPU where Linux tells it."""
+def bench_memory(
+    estimators: tuple[Estimator, ...], shape: KnnShape, device: torch.device
+) -> list[dict[str, Any]]:
+    """Peak memory of each estimator with the most classes; on the CPU where Linux tells it."""
     if device.type == "cpu" and not Path("/proc/self/status").exists():
         return []
     size = (shape.samples, shape.filters, shape.classes[-1])
     spawn = multiprocessing.get_context("spawn")
     entries = []
-    estimators: tuple[Estimator, ...] = ("knn", "histogram")
     for estimator in estimators:
         with ProcessPoolExecutor(1, mp_context=spawn) as process:
             multiple = process.submit(peak_memory, estimator, *size, device).result()
@@ -395,7 +396,8 @@ def run(device: torch.device, *, smoke: bool, save: Callable[..., Any]) -> dict[
     rounds = 3 if smoke else 30
     results: dict[str, Any] = {"knn": [], "memory": [], "histogram": [], "soft": []}
     print("peak memory", flush=True)
-    results["memory"] = bench_memory(knn_shapes[-1], device)
+    estimators: tuple[Estimator, ...] = ("histogram",) if smoke else ("knn", "histogram")
+    results["memory"] = bench_memory(estimators, knn_shapes[-1], device)
     save(results)
     for shape in knn_shapes:
         print(f"knn [{shape.samples}, {shape.filters}] K={shape.classes}", flush=True)
