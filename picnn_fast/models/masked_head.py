@@ -24,7 +24,17 @@ _POOLING: dict[type[nn.Module], int] = {
     nn.MaxPool3d: 3,
 }
 # Layers that may hand on the memory they were given.
-_PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+_PASSING = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:

@@ -191,6 +191,7 @@ def test_masked_logits_are_those_of_masked_maps(build) -> None:
         nn.SiLU(inplace=True),
         nn.Hardswish(inplace=True),
         nn.Sequential(nn.Identity(), nn.Dropout(0.5), nn.ReLU6(inplace=True)),
+        nn.Sequential(nn.AlphaDropout(0.5), nn.ReLU6(inplace=True)),
         nn.Dropout(0.5, inplace=True),
     ],
     ids=lambda layer: type(layer).__name__,
@@ -201,11 +202,13 @@ def test_a_head_that_writes_in_place_leaves_the_maps_alone(method: str, first: n
     model = make_interpretable(
         (features, head), method, num_classes=CLASSES, num_filters=6, insert_conv=False
     )
-    maps = model.filter_maps(images() - 0.5)
-    before = maps.clone()
-    model.head_logits(maps)
-    torch.testing.assert_close(maps, before, rtol=0, atol=0)
-    torch.testing.assert_close(run(model, images() - 0.5).maps, before, rtol=0, atol=0)
+    for training in (True, False):  # in evaluation dropout hands on what it was given
+        model.train(training)
+        maps = model.filter_maps(images() - 0.5)
+        before = maps.clone()
+        model.head_logits(maps)
+        torch.testing.assert_close(maps, before, rtol=0, atol=0)
+        torch.testing.assert_close(run(model, images() - 0.5).maps, before, rtol=0, atol=0)
 
 
 def test_the_discriminator_is_the_plain_network(build) -> None:
