@@ -12,22 +12,13 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from picnn_fast._extras import extra, install_command
 from picnn_fast._version import __version__
-from picnn_fast.training.config import (
-    ConfigError,
-    DivergenceError,
-    TrainConfig,
-    option_type,
-    options,
-    read_yaml,
-    refuse_unused,
-)
 
 # What a shell reports of a process ended by Ctrl-C and by SIGTERM.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -40,28 +31,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: in place of ``sys.argv[1:]``.
     """
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    if "_ARGCOMPLETE" in os.environ:
+        arguments = _words_to_complete()
+    parser = argparse.ArgumentParser(
+        prog="picnn-fast", description="Interpretable convolutional networks.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"picnn-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, meaning) in _COMMANDS.items():
+        commands.add_parser(name, help=meaning, add_help=False)
+    args, rest = parser.parse_known_args(arguments)
+    command: str = args.command
     try:
-        with _terminable(args.command):
-            status: int = args.run(args)
-        return status
+        with _terminable(command):
+            return _COMMANDS[command][0](rest)
     except _expected_errors() as error:
-        print(f"picnn-fast {args.command}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        print(f"picnn-fast {command}: error: {error}", file=sys.stderr)
+        return 2 if type(error).__name__ == "ConfigError" else 1
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
         if isinstance(stop, SystemExit) and stop.code not in (1, _TERMINATED):
             raise
         # One of several processes speaks for all.
-        if args.command in ("demo", "train") and os.environ.get("LOCAL_RANK", "0") == "0":
+        if command in ("demo", "train") and os.environ.get("LOCAL_RANK", "0") == "0":
             print(
-                f"\npicnn-fast {args.command}: interrupted; the same command goes on from the"
+                f"\npicnn-fast {command}: interrupted; the same command goes on from the"
                 " last complete epoch",
                 file=sys.stderr,
             )
         terminated = isinstance(stop, SystemExit) and stop.code == _TERMINATED
         return _TERMINATED if terminated else _INTERRUPTED
+
+
+def _words_to_complete() -> list[str]:
+    """What has been typed; argcomplete is told that the command is the program."""
+    words = os.environ["COMP_LINE"].split()[1:]
+    if words and words[0] in _COMMANDS:
+        os.environ["_ARGCOMPLETE"] = "2"
+    return words[:1] + [word for word in words[1:] if word not in ("-h", "--help")]
 
 
 @contextmanager
@@ -85,106 +92,40 @@ def _terminable(command: str) -> Iterator[None]:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says all a user needs, without a traceback."""
-    from picnn_fast.training.run_folder import RunFolderError
+    ours: tuple[type[Exception], ...] = ()
+    # Known only to those who can have raised them.
+    if "picnn_fast.training.options" in sys.modules:
+        from picnn_fast.training.module import DivergenceError
+        from picnn_fast.training.options import ConfigError
+        from picnn_fast.training.run_folder import RunFolderError
 
-    return ConfigError, RunFolderError, DivergenceError, OSError, ImportError
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="picnn-fast", description="Interpretable convolutional networks."
-    )
-    parser.add_argument("--version", action="version", version=f"picnn-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    demo = commands.add_parser(
-        "demo",
-        help="train an ordinary network and a PICNN on handwritten digits, and compare them",
-        description="Train an ordinary network (STD) and a PICNN on scikit-learn's handwritten"
-        " digits, and show accuracy through all filters (ACC1), through those drawn for a"
-        " pseudo-label, itself drawn from the softmax (ACC2), without those of the true class"
-        " (ACC3), and the mutual information score (MIS). An interrupted demo goes on"
-        " when started again.",
-    )
-    demo.add_argument(
-        "--output", default="runs/demo", help=_default("folder of the results", "runs/demo")
-    )
-    demo.add_argument(
-        "--seed", type=_at_least(0), default=0, help=_default("of everything random", 0)
-    )
-    demo.add_argument(
-        "--epochs", type=_at_least(1), default=30, help=_default("of each network", 30)
-    )
-    _add_overwrite(demo)
-    demo.set_defaults(run=_demo)
-
-    train = commands.add_parser(
-        "train",
-        help="train and evaluate one network",
-        description="Train and evaluate one network. Options come from --config, and flags"
-        " override it. An interrupted run goes on when started again with the same options.",
-    )
-    train.add_argument("--config", metavar="FILE", help="YAML file, one 'option: value' a line")
-    for field in options():
-        _add_option(train, field)
-    _add_overwrite(train)
-    train.set_defaults(run=_train)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure a trained network on a test split",
-        description="Measure ACC1, ACC2, ACC3 and MIS of trained networks on the test split; of"
-        " data with part annotations also location instability and part interpretability.",
-    )
-    evaluate.add_argument(
-        "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt file"
-    )
-    evaluate.add_argument(
-        "--data", help="whatever train takes, of the same classes (default: that of the training)"
-    )
-    evaluate.add_argument(
-        "--batch-size", type=_at_least(1), help="images a step (default: that of the training)"
-    )
-    evaluate.add_argument(
-        "--seed", type=_at_least(0), help="of the masks drawn (default: that of the training)"
-    )
-    evaluate.add_argument(
-        "--accelerator",
-        choices=("auto", "cpu", "gpu", "mps"),
-        default="auto",
-        help=_default("device type", "auto"),
-    )
-    evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    evaluate.set_defaults(run=_evaluate)
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="show what is installed, and what serves each operator",
-        description="Show versions, devices, which backend serves which operator, and why any"
-        " is missing.",
-    )
-    doctor.set_defaults(run=_doctor)
-    return parser
+        ours = (ConfigError, RunFolderError, DivergenceError)
+    return *ours, OSError, ImportError
 
 
-def _default(text: str, value: Any) -> str:
-    return f"{text} (default: {value})"
+def _print_table(figures: dict[str, dict[str, float | str]], title: str) -> None:
+    from picnn_fast.evaluation import FIGURES, format_figure
+
+    with extra("train"):
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    had = [k for k in FIGURES if any(not isinstance(v[k], str) for v in figures.values())]
+    for key in had:
+        arrow = {"higher": "↑", "lower": "↓"}[FIGURES[key].better]
+        table.add_column(f"{FIGURES[key].heading} {arrow}", justify="right", no_wrap=True)
+    for name, values in figures.items():
+        table.add_row(escape(name), *(format_figure(values, key) for key in had))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for key, figure in FIGURES.items():
+        reasons = {str(v[key]): None for v in figures.values() if isinstance(v[key], str)}
+        console.print(f"  {figure.heading}: {figure.meaning}", *(f"({r})" for r in reasons))
 
 
-def _at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, want an integer >= {least}")
-        return value
-
-    return number
-
-
-def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+def _add_overwrite(parser: Any) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -192,140 +133,144 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
-    kind, optional = option_type(field)
-    flag = "--" + field.name.replace("_", "-")
-    default = field.default
-    shown = "none" if default is None else default
-    if kind is bool:
-        shown = "yes" if default else "no"
-    text = _default(field.metadata["help"].replace("%", "%%"), shown)
-    if kind is bool:
-        parser.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-        )
-        return
-
-    def convert(value: str) -> Any:
-        if optional and value == "none":
-            return None
-        try:
-            return kind(value)
-        except ValueError as error:
-            wanted = {int: "an integer", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"got {value!r}, want {wanted}") from error
-
-    parser.add_argument(
-        flag,
-        type=convert,
-        choices=field.metadata["choices"],
-        default=argparse.SUPPRESS,
-        metavar=None if field.metadata["choices"] else field.name.rsplit("_", 1)[-1].upper(),
-        help=text,
-    )
+def _say_complete() -> None:
+    print("This run was complete already. Redo it with --overwrite.")
 
 
-def _print_table(metrics: dict[str, dict[str, float]], title: str) -> None:
-    with extra("train"):
-        from rich.console import Console
-        from rich.table import Table
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name, meaning in (
-        ("ACC1", "all filters"),
-        ("ACC2", "filters of the\ndrawn pseudo-label"),
-        ("ACC3", "without those of\nthe true class"),
-        ("MIS", "nats"),
-    ):
-        table.add_column(f"{name}\n{meaning}", justify="right")
-    keys = ["acc1", "acc2", "acc3", "mis"]
-    for key, heading in (
-        ("location_instability", "location\ninstab."),
-        ("part_interpretability", "part\ninterpr."),
-    ):
-        if any(key in values for values in metrics.values()):
-            keys.append(key)
-            table.add_column(heading, justify="right")
-    for name, values in metrics.items():
-        figures = (f"{values[key]:.3f}" if key in values else "-" for key in keys)
-        table.add_row(name.upper() if name in ("std", "picnn", "icnn") else name, *figures)
-    Console().print(table)
-
-
-def _demo(args: argparse.Namespace) -> int:
+def _demo(arguments: Sequence[str]) -> int:
     from picnn_fast.training.demo import demo_folder, run_demo
+    from picnn_fast.training.options import parse
 
-    folder = demo_folder(args.output, seed=args.seed, epochs=args.epochs)
-    complete = not args.overwrite and folder.complete()
-    metrics = run_demo(args.output, seed=args.seed, epochs=args.epochs, overwrite=args.overwrite)
-    _print_table(metrics, "Test split, 360 handwritten digits")
+    def add(parser: Any) -> None:
+        parser.add_argument("--output", type=str, default="runs/demo", help="folder of the results")
+        parser.add_argument("--seed", type=int, default=0, help="of everything random")
+        parser.add_argument("--epochs", type=int, default=30, help="of each network")
+        _add_overwrite(parser)
+
+    args = parse(
+        arguments,
+        prog="picnn-fast demo",
+        description="Train an ordinary network (STD) and a PICNN on scikit-learn's handwritten"
+        " digits, and show accuracy through all filters (ACC1), through those drawn for a"
+        " pseudo-label, itself drawn from the softmax (ACC2), without those of the true class"
+        " (ACC3), and the mutual information score (MIS). An interrupted demo goes on"
+        " when started again.",
+        groups=(),
+        common=False,
+        add=add,
+    )
+    output, same = args["output"], {"seed": args["seed"], "epochs": args["epochs"]}
+    complete = not args["overwrite"] and demo_folder(output, **same).complete()
+    figures = run_demo(output, overwrite=args["overwrite"], **same)
+    _print_table(figures, "Test split, 360 handwritten digits")
     for name, meaning in (
         ("correspondence.png", "which filters belong to which class"),
         ("curves.png", "losses and accuracies over training"),
         ("gradcam.png", "what all, class and complementary filters see"),
         ("metrics.json", "the figures above"),
     ):
-        print(f"  {Path(args.output) / name}: {meaning}")
+        print(f"  {Path(output) / name}: {meaning}")
     if complete:
         _say_complete()
     return 0
 
 
-def _say_complete() -> None:
-    print("This run was complete already. Redo it with --overwrite.")
-
-
-def _train(args: argparse.Namespace) -> int:
-    file = {} if args.config is None else read_yaml(args.config)
-    flags = {f.name: getattr(args, f.name) for f in options() if hasattr(args, f.name)}
-    config = TrainConfig(**(file | flags))
-    # A file may spell out the defaults of other methods too, as the record of a finished run does.
-    defaults = TrainConfig().as_dict()
-    refuse_unused({k: v for k, v in file.items() if v != defaults[k]} | flags)
+def _train(arguments: Sequence[str]) -> int:
+    from picnn_fast.training.options import Options, parse
     from picnn_fast.training.run import train, train_folder
 
-    complete = not args.overwrite and train_folder(config).complete()
-    metrics = train(config, overwrite=args.overwrite)
-    if not metrics:  # a process beside the first one
+    args = parse(
+        arguments,
+        prog="picnn-fast train",
+        description="Train and evaluate one network. Options come from --config, and flags"
+        " override it. An interrupted run goes on when started again with the same options.",
+        add=_add_overwrite,
+    )
+    del args["config"]
+    overwrite = args.pop("overwrite")
+    options = Options(**args)
+    complete = not overwrite and train_folder(options).complete()
+    figures = train(options, overwrite=overwrite)
+    if not figures:  # a process beside the first one
         return 0
-    _print_table({config.method: metrics}, f"Test split of {config.data}")
-    print(f"  {config.output}: metrics.json, last.ckpt, csv/ and tensorboard/")
+    _print_table({options.method["name"]: figures}, f"Test split of {options.data['name']}")
+    print(f"  {options.output}: metrics.json, last.ckpt, csv/ and tensorboard/")
     if complete:
         _say_complete()
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(arguments: Sequence[str]) -> int:
     import dataclasses
 
-    from picnn_fast.training.run import build_data, evaluate, find_checkpoints, load_checkpoint
+    from picnn_fast.evaluation import evaluate
+    from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
+    from picnn_fast.training.launch import device_of
+    from picnn_fast.training.options import ConfigError, parse
+    from picnn_fast.training.run import build_data
 
-    path = Path(args.path)
-    overrides = {
-        key: getattr(args, key)
-        for key in ("data", "batch_size", "seed")
-        if getattr(args, key) is not None
+    def add(parser: Any) -> None:
+        parser.add_argument(
+            "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt"
+        )
+        parser.add_argument(
+            "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
+        )
+        parser.add_argument(
+            "--seed", type=int | None, default=None, help="of the masks drawn; null: as trained"
+        )
+        parser.add_argument("--draws", type=int, default=8, help="masks drawn for each image")
+        parser.add_argument(
+            "--accelerator",
+            type=Literal["auto", "cpu", "gpu", "mps"],
+            default="auto",
+            help="device type",
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+
+    described: dict[str, Any] = {
+        "prog": "picnn-fast evaluate",
+        "description": "Measure trained networks on a test split: of other data of the same"
+        " classes, where --data says so, else of the data of the training.",
+        "common": False,
+        "add": add,
     }
-    metrics = {}
+    help_asked = any(token in ("-h", "--help") for token in arguments)
+    data_given = any(token.startswith("--data") for token in arguments)
+    groups = ("data",) if help_asked or data_given else ()
+    args = parse(arguments, groups=groups, **described)
+    path = Path(args["path"])
+    figures = {}
     for checkpoint in find_checkpoints(path):
-        network, config, class_names = load_checkpoint(checkpoint)
-        config = dataclasses.replace(config, **overrides)
-        data = build_data(dataclasses.replace(config, task="softmax", category=None))
-        if config.category is not None and config.category in data.class_names:
-            data.single_out(config.category)
+        network, options, class_names = load_checkpoint(checkpoint)
+        if data_given:
+            # What is not given is as in the training.
+            args = parse(arguments, groups=groups, defaults={"data": options.data}, **described)
+        overrides = {
+            key: args[key] for key in ("data", "batch_size", "seed") if args.get(key) is not None
+        }
+        options = dataclasses.replace(options, **overrides)
+        data = build_data(dataclasses.replace(options, category=None))
+        if options.category is not None and options.category in data.class_names:
+            data.single_out(options.category)
         if list(data.class_names) != class_names:
             raise ConfigError(
-                f"data: {config.data} has other classes ({_few(data.class_names)}) than"
+                f"data: {options.data['name']} has other classes ({_few(data.class_names)}) than"
                 f" {checkpoint} was trained on ({_few(class_names)})"
             )
-        name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else config.method
-        metrics[config.method if name == "." else name] = evaluate(
-            network, data, seed=config.seed, accelerator=args.accelerator
+        name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
+        figures[options.method["name"] if name == "." else name] = evaluate(
+            network,
+            data,
+            seed=options.seed,
+            draws=args["draws"],
+            device=device_of(args["accelerator"]),
+            progress=sys.stdout.isatty() and not args["json"],
         )
-    if args.json:
-        print(json.dumps(metrics, indent=2))
+    if args["json"]:
+        print(json.dumps(figures, indent=2))
     else:
-        _print_table(metrics, f"Test split of {config.data}")
+        _print_table(figures, f"Test split of {options.data['name']}")
     return 0
 
 
@@ -333,7 +278,12 @@ def _few(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _doctor(arguments: Sequence[str]) -> int:
+    argparse.ArgumentParser(
+        prog="picnn-fast doctor",
+        description="Show versions, devices, which backend serves which operator, and why any is"
+        " missing.",
+    ).parse_args(arguments)
     import torch
 
     import picnn_fast
@@ -347,6 +297,7 @@ def _doctor(args: argparse.Namespace) -> int:
         ("torchvision", "train"),
         ("lightning", "train"),
         ("torchmetrics", "train"),
+        ("jsonargparse", "train"),
         ("scikit-learn", "train"),
         ("matplotlib", "report"),
         ("captum", "report"),
@@ -383,3 +334,14 @@ def _doctor(args: argparse.Namespace) -> int:
         served = ", ".join(f"{device}: {backend}" for device, backend in devices.items())
         print(f"  {operator:<32}{served}")
     return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "demo": (
+        _demo,
+        "train an ordinary network and a PICNN on digits, and compare them",
+    ),
+    "train": (_train, "train and evaluate one network"),
+    "evaluate": (_evaluate, "measure a trained network on a test split"),
+    "doctor": (_doctor, "show what is installed, and what serves each operator"),
+}

@@ -5,10 +5,11 @@ from picnn_fast._extras import extra
 with extra("train"):
     from picnn_fast.metrics.mutual_information import MutualInformationScore
     from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
-    from picnn_fast.metrics.pathway import PathwayAccuracy
+    from picnn_fast.metrics.pathway import MeanOverDraws, PathwayAccuracy
 
 __all__ = [
     "LocationInstability",
+    "MeanOverDraws",
     "MutualInformationScore",
     "PartInterpretability",
     "PathwayAccuracy",

@@ -1,6 +1,6 @@
-"""ACC1, ACC2, ACC3: accuracy by all filters, by a class's own and by all the others."""
+"""Accuracy of a pathway whose filters are drawn: its mean over draws and their standard error."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,16 +9,28 @@ from torchmetrics import Metric
 from picnn_fast.ops import checks
 
 
-class PathwayAccuracy(Metric):
-    """Accuracies of the discrimination pathway and of the masked ones (PICNN, "Evaluation Metric").
+class MeanOverDraws(NamedTuple):
+    """A figure that rests on random draws.
 
-    - acc1: the discrimination pathway, every filter;
-    - acc2: the mask drawn for the pseudo-label (``PICNNOutput.masked_logits``);
-    - acc3: the complement of a mask drawn for the true label, ``1 - model.class_mask(labels)``.
-      The lower, the more a class depends on its own filters.
+    Attributes:
+        mean: over the draws.
+        standard_error: of that mean, by the spread of the draws; NaN for a single one.
+    """
+
+    mean: Tensor
+    standard_error: Tensor
+
+
+class PathwayAccuracy(Metric):
+    """Accuracy by some of the filters (PICNN, "Experimental Settings"), as masks are drawn anew.
+
+    ACC1 is that of all filters, a single draw; ACC2 that of the mask drawn for the pseudo-label;
+    ACC3 that of the complement of a mask drawn for the true label, ``1 -
+    model.class_mask(labels)``: the lower, the more a class depends on its own filters.
 
     Args:
         num_classes: K.
+        draws: S, masks drawn for each image.
         **kwargs: of ``torchmetrics.Metric``.
 
     Source:
@@ -27,35 +39,33 @@ class PathwayAccuracy(Metric):
     Example:
         >>> import torch
         >>> from picnn_fast.metrics import PathwayAccuracy
-        >>> metric = PathwayAccuracy(num_classes=2)
-        >>> labels = torch.tensor([0, 1])
-        >>> right, wrong = torch.eye(2), 1 - torch.eye(2)
-        >>> metric.update(right, right, wrong, labels)
-        >>> {name: value.item() for name, value in metric.compute().items()}
-        {'acc1': 1.0, 'acc2': 1.0, 'acc3': 0.0}
+        >>> metric = PathwayAccuracy(num_classes=2, draws=2)
+        >>> right = torch.eye(2)
+        >>> metric.update(torch.stack([right, 1 - right]), torch.tensor([0, 1]))
+        >>> mean, standard_error = metric.compute()
+        >>> round(mean.item(), 2), round(standard_error.item(), 2)
+        (0.5, 0.5)
     """
 
     is_differentiable = False
-    higher_is_better = None  # acc3 is better low
+    higher_is_better = None  # ACC3 is better low
     full_state_update = False
 
     correct: Tensor
     total: Tensor
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, draws: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_classes = checks.integer("num_classes", num_classes, 1)
-        self.add_state("correct", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
+        self.draws = checks.integer("draws", draws, 1)
+        self.add_state("correct", torch.zeros(draws, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(
-        self, logits: Tensor, masked_logits: Tensor, complement_logits: Tensor, labels: Tensor
-    ) -> None:
+    def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
         Args:
-            logits, masked_logits, complement_logits: ``[B, K]`` by all filters, by those drawn for
-                the pseudo-label, by all but those drawn for the true label; any floating dtype.
+            logits: ``[S, B, K]`` of each draw; ``[B, K]`` where there is one. Any floating dtype.
             labels: ``[B]`` integers in [0, K).
 
         Raises:
@@ -64,24 +74,20 @@ class PathwayAccuracy(Metric):
         """
         checks.tensor("labels", labels)
         checks.labels("labels", labels, labels.numel(), self.num_classes)
-        wanted = (len(labels), self.num_classes)
-        given = {
-            "logits": logits,
-            "masked_logits": masked_logits,
-            "complement_logits": complement_logits,
-        }
-        for name, value in given.items():
-            checks.floating(name, value)
-            if tuple(value.shape) != wanted:
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, want {wanted}:"
-                    " the batch of labels and num_classes"
-                )
-        correct = [(value.argmax(-1) == labels).sum() for value in given.values()]
-        self.correct += torch.stack(correct).to(self.correct.device)
+        checks.floating("logits", logits)
+        wanted = (self.draws, len(labels), self.num_classes)
+        if tuple(logits.shape) != wanted and (self.draws, *logits.shape) != (1, *wanted[1:]):
+            raise ValueError(
+                f"logits: got shape {tuple(logits.shape)}, want {wanted}: draws, the batch of"
+                " labels and num_classes"
+            )
+        right = logits.reshape(wanted).argmax(-1) == labels
+        self.correct += right.sum(-1).to(self.correct.device)
         self.total += len(labels)
 
-    def compute(self) -> dict[str, Tensor]:
-        """``{"acc1", "acc2", "acc3"}``, scalars in [0, 1]; NaN before the first sample."""
-        acc1, acc2, acc3 = (self.correct / self.total).unbind()
-        return {"acc1": acc1, "acc2": acc2, "acc3": acc3}
+    def compute(self) -> MeanOverDraws:
+        """Scalars; a mean in [0, 1], NaN before the first sample."""
+        each = self.correct.double() / self.total
+        mean = each.mean()
+        variance = (each - mean).square().sum() / (self.draws - 1)  # of one draw 0 / 0
+        return MeanOverDraws(mean, (variance / self.draws).sqrt())

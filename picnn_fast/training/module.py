@@ -1,54 +1,55 @@
 """The Lightning module that trains and evaluates an interpretable network."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    SequentialLR,
-)
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import derive_seed
-from picnn_fast.functional import bernoulli_mask
+from picnn_fast.evaluation import FIGURES, Observation, pool
 from picnn_fast.losses import MutualInformationLoss
-from picnn_fast.metrics import MutualInformationScore, PathwayAccuracy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
-from picnn_fast.training.config import DivergenceError
 
 with extra("train"):
     import lightning as L
 
-SCHEDULES = ("cosine", "constant")
-# Numbers that keep the draws of training, validation and testing apart.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+# Numbers that keep the draws of training and validation apart.
 _TRAIN, _EVALUATE = 0, 1
 
 
-class InterpretableModule(L.LightningModule):
-    """Trains a network such as ``PICNN`` or ``STD``, and measures ACC1, ACC2, ACC3 and MIS.
+class DivergenceError(RuntimeError):
+    """Training diverged: the loss is no finite number; the message says what may help."""
 
-    AdamW. Logged: ``train/loss`` and its terms ``train/<term>``, ``val/acc1`` … ``val/acc3`` after
-    every epoch, and ``test/acc1`` … ``test/acc3`` and ``test/mis``. All random draws follow from
-    ``seed``, epoch and rank, so a run that resumes from an epoch's checkpoint ends like one never
-    interrupted.
+
+class InterpretableModule(L.LightningModule):
+    """Trains an interpretable network by the terms of its loss.
+
+    Logged: ``train/loss`` and its terms ``train/<term>``; of the validation images, where there
+    are any, ``val/acc1``, and ``val/acc2`` and ``val/acc3`` where filters belong to classes, after
+    every epoch. All random draws follow from ``seed``, epoch and rank, so a run that resumes from
+    an epoch's checkpoint ends like one never interrupted.
 
     Args:
         network: the network, also at ``.network``.
         lr: learning rate of the network.
-        weight_decay: AdamW's. Groups of parameters with a rate or a decay of their own are the
-            network's matter (``parameter_groups``).
-        schedule: "cosine" lets both rates fall to 0 over the run, epoch by epoch;
-            "constant" keeps them.
-        warmup_epochs: over the first of them both rates rise linearly, epoch by epoch.
+        optimizer: a class of ``torch.optim``, or what else takes groups of parameters. Groups with
+            a rate or a decay of their own are the network's matter (``parameter_groups``).
+        schedule: "cosine" lets all rates fall over the run, epoch by epoch; "constant" keeps them.
+        schedule_floor: share of each rate that the cosine ends at, in [0, 1].
+        warmup_epochs: over the first of them all rates rise linearly, epoch by epoch.
         mutual_information_weight: of ``MutualInformationLoss`` on the pooled filter maps of each
             batch (of each rank), logged as the term ``train/mutual_information``; 0 leaves it out.
-        seed: of the masks drawn in training and in evaluation.
+        seed: of the masks drawn in training and in validation.
 
     Raises:
         ValueError: an argument out of range.
@@ -68,31 +69,34 @@ class InterpretableModule(L.LightningModule):
         network: InterpretableNetwork,
         *,
         lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        schedule: str = "cosine",
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.AdamW,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule_floor: float = 0.0,
         warmup_epochs: int = 0,
         mutual_information_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr: got {lr}, want a number > 0")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay: got {weight_decay}, want a number >= 0")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: got {schedule!r}, want one of {', '.join(SCHEDULES)}")
         self.network = network
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.schedule = schedule
+        self.lr = checks.positive("lr", lr)
+        self.make_optimizer = optimizer
+        self.schedule = checks.one_of("schedule", schedule, ("cosine", "constant"))
+        if not 0 <= schedule_floor <= 1:
+            raise ValueError(f"schedule_floor: got {schedule_floor}, want a number in [0, 1]")
+        self.schedule_floor = schedule_floor
         self.warmup_epochs = checks.integer("warmup_epochs", warmup_epochs, 0)
         self.mutual_information_weight = checks.non_negative(
             "mutual_information_weight", mutual_information_weight
         )
         self.mutual_information = MutualInformationLoss(network.num_classes)
         self.seed = seed
-        self.accuracy = PathwayAccuracy(network.num_classes)
-        self.mis = MutualInformationScore(network.num_classes)
+        self.figures = nn.ModuleDict(
+            {
+                name: figure.metric(network, None, 1)
+                for name, figure in FIGURES.items()
+                if figure.each_epoch and figure.needs(network, None) is None
+            }
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, K]`` of the discrimination pathway."""
@@ -100,25 +104,22 @@ class InterpretableModule(L.LightningModule):
         return logits
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            self.network.parameter_groups(self.lr), weight_decay=self.weight_decay
-        )
+        optimizer = self.make_optimizer(self.network.parameter_groups(self.lr))
         epochs = self.trainer.max_epochs
-        if self.schedule == "constant":
-            if self.warmup_epochs == 0:
-                return optimizer
-            scheduler: LRScheduler = ConstantLR(optimizer, factor=1.0)
-        elif epochs is None or epochs < 1:
+        if self.schedule == "cosine" and (epochs is None or epochs < 1):
             raise ValueError(f"schedule: 'cosine' with max_epochs={epochs}, want max_epochs >= 1")
-        else:
-            # By epochs: counting steps would start the workers before a resumed epoch is known.
-            falling = max(epochs - self.warmup_epochs, 1)
-            scheduler = CosineAnnealingLR(optimizer, T_max=falling)
-        if self.warmup_epochs > 0:
-            first = 1 / (self.warmup_epochs + 1)
-            rise = LinearLR(optimizer, start_factor=first, total_iters=self.warmup_epochs)
-            scheduler = SequentialLR(optimizer, [rise, scheduler], milestones=[self.warmup_epochs])
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+        def share(epoch: int) -> float:
+            if epoch < self.warmup_epochs:
+                return (epoch + 1) / (self.warmup_epochs + 1)
+            if self.schedule == "constant":
+                return 1.0
+            falling = max((epochs or 0) - self.warmup_epochs, 1)
+            cosine = (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / falling)) / 2
+            return self.schedule_floor + (1 - self.schedule_floor) * cosine
+
+        # By epochs: counting steps would start the workers before a resumed epoch is known.
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, share)}
 
     def on_train_start(self) -> None:
         # The first epoch after resuming has no on_train_epoch_start.
@@ -172,66 +173,19 @@ class InterpretableModule(L.LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        torch.manual_seed(derive_seed(self.seed, _EVALUATE, self.global_rank))
-        self.accuracy.reset()
+        for metric in self.figures.values():
+            metric.reset()  # type: ignore[operator]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self._update_accuracy(self.network.filter_maps(images), labels)
+        # Ranks seeded alike draw apart.
+        seen = Observation(
+            self.network, images, labels, seed=derive_seed(self.seed, _EVALUATE, batch_idx)
+        )
+        for name, metric in self.figures.items():
+            FIGURES[name].update(metric, seen)
 
     def on_validation_epoch_end(self) -> None:
-        values = {f"val/{name}": value for name, value in self.accuracy.compute().items()}
-        self.log_dict(values, prog_bar=True, sync_dist=True)
-
-    def on_test_epoch_start(self) -> None:
-        self.on_validation_epoch_start()
-        self.mis.reset()
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        maps = self.network.filter_maps(images)
-        self._update_accuracy(maps, labels)
-        self.mis.update(pool(maps, self.network.channel_dim), labels)
-
-    def on_test_epoch_end(self) -> None:
-        values = {f"test/{name}": value for name, value in self.accuracy.compute().items()}
-        self.log_dict({**values, "test/mis": self.mis.compute()})
-
-    def _update_accuracy(self, maps: Tensor, labels: Tensor) -> None:
-        logits, masked, complement = pathway_logits(self.network, maps, labels)
-        self.accuracy.update(logits, masked, complement, labels)
-
-
-def pool(maps: Tensor, channel_dim: int) -> Tensor:
-    """Global average pooling to ``[B, N]``, wherever the filter axis is.
-
-    In float32 at least: means rounded to a half type would tie.
-    """
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    return maps.movedim(channel_dim, 1).flatten(2).mean(-1, dtype=dtype)
-
-
-def pathway_logits(
-    network: InterpretableNetwork, maps: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits behind ACC1, ACC2 and ACC3, each ``[B, K]`` (PICNN, section "Metrics").
-
-    Args:
-        network: one that gives filters to classes (``ownership``).
-        maps: filter maps ``[B, N, h, w]``.
-        labels: true classes ``[B]``.
-
-    Returns:
-        Logits of all filters; of a mask drawn for the pseudo-label, itself drawn from the softmax
-        of the first; of the complement of a mask drawn for the true label. Draws come from torch's
-        generator.
-    """
-    logits = network.head_logits(maps)
-    # Maps of no size: the pseudo-label alone is wanted.
-    empty = logits.new_empty(len(logits), network.num_filters, 0)
-    ownership = network.ownership()
-    assert ownership is not None
-    _, _, pseudo_label = bernoulli_mask(empty, logits, ownership)
-    masked = network.head_logits(maps, network.class_mask(pseudo_label))
-    complement = network.head_logits(maps, 1 - network.class_mask(labels))
-    return logits, masked, complement
+        for name, metric in self.figures.items():
+            value = metric.compute().mean  # type: ignore[operator]
+            self.log(f"val/{name}", value, prog_bar=True, sync_dist=True)

@@ -146,11 +146,11 @@ class RunFolder:
     def _differing(self, record: dict[str, Any]) -> list[str]:
         if record["kind"] != self.kind:
             return [f"a {record['kind']} run, not a {self.kind} run"]
-        keys = sorted(self.config.keys() | record["config"].keys())
+        then, now = _flat(record["config"]), _flat(self.config)
         return [
-            f"{key} {record['config'].get(key)!r}, now {self.config.get(key)!r}"
-            for key in keys
-            if record["config"].get(key) != self.config.get(key)
+            f"{key} {then.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
         ]
 
     def _same(self, record: dict[str, Any], folder: Path) -> None:
@@ -230,3 +230,12 @@ class RunFolder:
             shutil.rmtree(replaced)
         else:
             os.rename(self.work, self.path)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their whole names, as on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

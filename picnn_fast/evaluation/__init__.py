@@ -1,0 +1,16 @@
+"""The figures a trained network is measured by: one record each, and the loop that walks them."""
+
+from picnn_fast.evaluation.figures import FIGURES, Figure, check_figures, format_figure
+from picnn_fast.evaluation.loop import Figures, evaluate
+from picnn_fast.evaluation.observation import Observation, pool
+
+__all__ = [
+    "FIGURES",
+    "Figure",
+    "Figures",
+    "Observation",
+    "check_figures",
+    "evaluate",
+    "format_figure",
+    "pool",
+]

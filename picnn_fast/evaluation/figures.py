@@ -1,0 +1,202 @@
+"""FIGURES: a record a figure says what it is called, what it needs and how it is computed."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.data.parts import PartDataModule
+from picnn_fast.evaluation.observation import Observation
+from picnn_fast.metrics import (
+    LocationInstability,
+    MutualInformationScore,
+    PartInterpretability,
+    PathwayAccuracy,
+)
+from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.receptive_field import ReceptiveField, receptive_field
+
+# Of the maps that part interpretability has to keep; it needs somewhat more to compute.
+MOST_MAP_BYTES = 3 << 29
+NOT_AVAILABLE = "n/a: "
+STANDARD_ERROR = "_standard_error"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of evaluation.
+
+    Attributes:
+        heading: over its column of a table.
+        meaning: what it measures, and its unit, in a few words.
+        better: which way is better.
+        metric: network, data, draws to a new ``torchmetrics`` metric, whose ``compute`` yields a
+            scalar or a ``MeanOverDraws``.
+        update: adds an observation to the metric.
+        needs: why the figure cannot be had of a network and data, or None where it can.
+        each_epoch: whether it is quick enough to be taken of the validation images every epoch.
+    """
+
+    heading: str
+    meaning: str
+    better: Literal["higher", "lower"]
+    metric: Callable[[InterpretableNetwork, Any, int], Metric]
+    update: Callable[[Any, Observation], None]
+    needs: Callable[[InterpretableNetwork, Any], str | None] = lambda network, data: None
+    each_epoch: bool = False
+
+
+def _needs_ownership(network: InterpretableNetwork, data: object) -> str | None:
+    if network.ownership() is None:
+        return f"{type(network).__name__} gives no filter to a class"
+    return None
+
+
+def _field(network: InterpretableNetwork, data: PartDataModule) -> ReceptiveField:
+    return receptive_field(network.features, data.part_sets["test"].image_size)
+
+
+def _needs_parts(kind: str) -> Callable[[InterpretableNetwork, SeededDataModule], str | None]:
+    def needs(network: InterpretableNetwork, data: SeededDataModule) -> str | None:
+        if not isinstance(data, PartDataModule):
+            return "the data has no part annotations"
+        if not getattr(data.part_sets["test"], f"{kind}_names"):
+            return f"the data has no {kind}s"
+        if network.channel_dim != 1:
+            return "the maps are not [B, N, h, w]"
+        try:
+            field = _field(network, data)
+        except ValueError as error:
+            return str(error)
+        samples = len(data.part_sets["test"])
+        size = samples * network.num_filters * math.prod(field.map_size) * 4
+        if kind == "part" and size > MOST_MAP_BYTES:
+            return (
+                f"the maps of {samples} images would take more than {MOST_MAP_BYTES / 2**30:g} GiB"
+            )
+        return None
+
+    return needs
+
+
+def _part_metric(
+    kind: type[LocationInstability] | type[PartInterpretability], names: str
+) -> Callable[[InterpretableNetwork, PartDataModule, int], Metric]:
+    def metric(network: InterpretableNetwork, data: PartDataModule, draws: int) -> Metric:
+        count = len(getattr(data.part_sets["test"], names))
+        # Of one category's images alone, where one was singled out (ICNN, tables 1 and 3).
+        classes = 1 if data.category is not None else data.num_classes
+        return kind(network.num_filters, count, _field(network, data), num_classes=classes)
+
+    return metric
+
+
+def _update_parts(annotation: str) -> Callable[[Metric, Observation], None]:
+    def update(metric: Any, seen: Observation) -> None:
+        parts = seen.parts
+        assert parts is not None
+        maps, labels = seen.maps, seen.labels
+        annotations = getattr(parts, annotation)
+        if metric.num_classes != seen.network.num_classes:  # the category, label 1
+            shown = labels == 1
+            if not shown.any():
+                return
+            maps, annotations, labels = maps[shown], annotations[shown], labels[shown] - 1
+        metric.update(maps, annotations, labels)
+
+    return update
+
+
+def _accuracy(network: InterpretableNetwork, data: object, draws: int) -> Metric:
+    return PathwayAccuracy(network.num_classes, draws)
+
+
+FIGURES: dict[str, Figure] = {
+    "acc1": Figure(
+        heading="ACC1",
+        meaning="accuracy by all filters",
+        better="higher",
+        metric=lambda network, data, draws: PathwayAccuracy(network.num_classes),
+        update=lambda metric, seen: metric.update(seen.logits, seen.labels),
+        each_epoch=True,
+    ),
+    "acc2": Figure(
+        heading="ACC2",
+        meaning="by those drawn for the pseudo-label",
+        better="higher",
+        metric=_accuracy,
+        update=lambda metric, seen: metric.update(seen.masked_logits, seen.labels),
+        needs=_needs_ownership,
+        each_epoch=True,
+    ),
+    "acc3": Figure(
+        heading="ACC3",
+        meaning="without those of the true class",
+        better="lower",
+        metric=_accuracy,
+        update=lambda metric, seen: metric.update(seen.complement_logits, seen.labels),
+        needs=_needs_ownership,
+        each_epoch=True,
+    ),
+    "mis": Figure(
+        heading="MIS",
+        meaning="mutual information score, nats",
+        better="higher",
+        metric=lambda network, data, draws: MutualInformationScore(network.num_classes),
+        update=lambda metric, seen: metric.update(seen.pooled, seen.labels),
+    ),
+    "location_instability": Figure(
+        heading="location instab.",
+        meaning="of a filter's peak about the landmarks, image diagonals",
+        better="lower",
+        metric=_part_metric(LocationInstability, "landmark_names"),
+        update=_update_parts("landmarks"),
+        needs=_needs_parts("landmark"),
+    ),
+    "part_interpretability": Figure(
+        heading="part interpr.",
+        meaning="share of images whose part a filter finds",
+        better="higher",
+        metric=_part_metric(PartInterpretability, "part_names"),
+        update=_update_parts("part_masks"),
+        needs=_needs_parts("part"),
+    ),
+}
+
+
+def check_figures(values: object) -> None:
+    """
+    Raises:
+        ValueError: values that are not those ``evaluate`` returns.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"got {type(values).__name__}, want a mapping of figures")
+    for name in FIGURES:
+        value = values.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number and not (isinstance(value, str) and value.startswith(NOT_AVAILABLE)):
+            raise ValueError(f"{name} is {value!r}, want a number, or text {NOT_AVAILABLE!r}…")
+
+
+def format_figure(values: Mapping[str, float | str], name: str) -> str:
+    """One figure for a table: three decimals, its standard error, or "n/a"."""
+    value = values.get(name, NOT_AVAILABLE)
+    if isinstance(value, str):
+        return NOT_AVAILABLE.rstrip(": ")
+    error = values.get(name + STANDARD_ERROR)
+    return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+
+
+def as_numbers(name: str, value: Tensor | Iterable[Tensor]) -> dict[str, float | str]:
+    """What a metric computed, by name: the value, its standard error, or why there is none."""
+    mean, *spread = [value] if isinstance(value, Tensor) else value
+    if mean.isnan():
+        return {name: f"{NOT_AVAILABLE}too few images of it to tell"}
+    values: dict[str, float | str] = {name: mean.item()}
+    if spread and not spread[0].isnan():
+        values[name + STANDARD_ERROR] = spread[0].item()
+    return values

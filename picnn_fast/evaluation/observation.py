@@ -1,0 +1,95 @@
+"""A batch of images as the figures see it: what several of them need is computed once."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from picnn_fast.data.loading import derive_seed
+from picnn_fast.data.parts import PartSample
+from picnn_fast.functional import bernoulli_mask
+from picnn_fast.models.base import InterpretableNetwork
+
+# Numbers that keep apart what is drawn for one batch.
+_PSEUDO_LABEL, _PSEUDO_LABEL_MASK, _LABEL_MASK = range(3)
+
+
+class Observation:
+    """Images of one batch, and what a network makes of them.
+
+    Every draw follows from ``seed``, and none from torch's generator, which is left as it was.
+
+    Args:
+        network: in eval mode.
+        images: ``[B, C, H, W]`` as the network takes them.
+        labels: ``[B]`` integers in [0, K).
+        seed: of the masks drawn; each batch wants one of its own.
+        draws: S, masks drawn for each image.
+        parts: the same images with their annotations, where the data has them.
+    """
+
+    def __init__(
+        self,
+        network: InterpretableNetwork,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        seed: int,
+        draws: int = 1,
+        parts: PartSample | None = None,
+    ) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.seed, self.draws, self.parts = seed, draws, parts
+
+    @cached_property
+    def maps(self) -> Tensor:
+        """Of the target layer, ``[B, N, h, w]`` or as the network's ``channel_dim`` says."""
+        return self.network.filter_maps(self.images)
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """Spatial means of the maps, ``[B, N]``."""
+        return pool(self.maps, self.network.channel_dim)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """``[B, K]`` of all filters: the pathway of ACC1."""
+        return self.network.head_logits(self.maps)
+
+    @cached_property
+    def masked_logits(self) -> Tensor:
+        """``[S, B, K]`` of masks drawn for pseudo-labels, themselves drawn from the softmax of
+        ``logits``: the pathway of ACC2 (PICNN, eq. 7 to 10)."""
+        # Maps of no size: the pseudo-label alone is wanted.
+        empty = self.logits.new_empty(len(self.logits), self.network.num_filters, 0)
+        ownership = self.network.ownership()
+        if ownership is None:
+            raise ValueError(f"{type(self.network).__name__} gives no filter to a class")
+        each = []
+        for draw in range(self.draws):
+            seed = derive_seed(self.seed, _PSEUDO_LABEL, draw)
+            label = bernoulli_mask(empty, self.logits, ownership, seed=seed)[2]
+            seed = derive_seed(self.seed, _PSEUDO_LABEL_MASK, draw)
+            mask = self.network.class_mask(label, seed=seed)
+            each.append(self.network.head_logits(self.maps, mask))
+        return torch.stack(each)
+
+    @cached_property
+    def complement_logits(self) -> Tensor:
+        """``[S, B, K]`` without the filters drawn for the true label: the pathway of ACC3."""
+        each = []
+        for draw in range(self.draws):
+            mask = self.network.class_mask(
+                self.labels, seed=derive_seed(self.seed, _LABEL_MASK, draw)
+            )
+            each.append(self.network.head_logits(self.maps, 1 - mask))
+        return torch.stack(each)
+
+
+def pool(maps: Tensor, channel_dim: int) -> Tensor:
+    """Global average pooling to ``[B, N]``, wherever the filter axis is.
+
+    In float32 at least: means rounded to a half type would tie.
+    """
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    return maps.movedim(channel_dim, 1).flatten(2).mean(-1, dtype=dtype)

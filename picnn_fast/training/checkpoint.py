@@ -1,0 +1,174 @@
+"""Checkpoints: written whole or not at all, and read back as a network with its options."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from picnn_fast._extras import extra
+from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.models import make_interpretable
+from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.training.options import ConfigError, Options, qualified
+from picnn_fast.training.run_folder import RunFolderError
+
+with extra("train"):
+    import lightning as L
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+CHECKPOINT = "last.ckpt"
+_SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
+_PREFIX = "network."  # of the network's parameters in the module that trains it
+
+
+def build_network(options: Options, num_classes: int, in_channels: int) -> InterpretableNetwork:
+    """The network that options ask for.
+
+    Args:
+        options: of the run.
+        num_classes: K.
+        in_channels: of the images.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+    try:
+        return make_interpretable(
+            options.backbone["name"],
+            options.method["name"],
+            num_classes=num_classes,
+            num_filters=options.num_filters,
+            insert_conv=options.insert_conv,
+            image_channels=in_channels,
+            **options.arguments("backbone"),
+            **options.arguments("method"),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(qualified(error, "method", options.method["name"])) from error
+
+
+class SaveOptions(Callback):
+    """Adds to a checkpoint what is needed to build its network again."""
+
+    def __init__(self, options: Options, data: SeededDataModule) -> None:
+        self.saved = {
+            "config": options.as_dict(),
+            "num_classes": data.num_classes,
+            "in_channels": data.in_channels,
+            "class_names": list(data.class_names),
+        }
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[_SAVED] = self.saved
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that a kill leaves whole, and that are told in a line where they are not.
+
+    Lightning moves a file over from the system's temporary folder, which may copy: a kill then
+    leaves half a checkpoint. Here it is renamed within its folder.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        try:
+            content = read_checkpoint(Path(path))
+        except RunFolderError as error:
+            raise RunFolderError(f"{error}; remove {Path(path).parent} to start anew") from error
+        return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of ``train``, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RunFolderError: not a checkpoint of picnn-fast, damaged, or of another version's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        saved = content[_SAVED]["config"]
+    except PermissionError as error:
+        raise RunFolderError(f"checkpoint: cannot read {path}: {error.strerror}") from error
+    except Exception as error:
+        raise RunFolderError(f"checkpoint: {path} is not one of picnn-fast train") from error
+    if isinstance(saved, dict) and isinstance(saved.get("method"), str):
+        raise RunFolderError(
+            f"checkpoint: {path} is of an earlier picnn_fast, which had other names for its"
+            " options; train it again"
+        )
+    return content  # type: ignore[no-any-return]
+
+
+def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, list[str]]:
+    """The network in a checkpoint of ``train``, with its options and the names of its classes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RunFolderError: not a checkpoint of picnn-fast, damaged, or of another version's.
+
+    Example:
+        >>> from picnn_fast.training.checkpoint import load_checkpoint
+        >>> network, options, names = load_checkpoint("runs/demo/picnn/last.ckpt")  # doctest: +SKIP
+    """
+    content = read_checkpoint(Path(path))
+    try:
+        saved = content[_SAVED]
+        options = Options(**saved["config"])
+        network = build_network(options, saved["num_classes"], saved["in_channels"])
+        network.load_state_dict(
+            {
+                name.removeprefix(_PREFIX): value
+                for name, value in content["state_dict"].items()
+                if name.startswith(_PREFIX)
+            }
+        )
+        class_names = [str(name) for name in saved["class_names"]]
+    except (AttributeError, ConfigError, KeyError, RuntimeError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise RunFolderError(
+            f"checkpoint: {path} is damaged, or of another version of picnn-fast: {text}"
+        ) from error
+    return network.eval(), options, class_names
+
+
+def find_checkpoints(path: str | Path) -> list[Path]:
+    """The checkpoints of a run: the file itself, ``path/last.ckpt``, or one per sub-folder.
+
+    Hidden folders, such as those of interrupted runs, do not count.
+
+    Raises:
+        FileNotFoundError: none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    direct = path / CHECKPOINT
+    found = [direct] if direct.is_file() else sorted(path.glob(f"[!.]*/{CHECKPOINT}"))
+    if not found:
+        raise FileNotFoundError(
+            f"run: {path} holds no {CHECKPOINT}; want a checkpoint, or the folder of a run"
+        )
+    return found

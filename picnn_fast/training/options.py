@@ -1,0 +1,487 @@
+"""The options of a training run, read from flags, YAML or Python by jsonargparse.
+
+What a method, a backbone, a data set or an optimiser can be told is the signature of its class, and
+its help that class's docstring: no list is kept here.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from picnn_fast._extras import extra
+from picnn_fast.data import DATA
+from picnn_fast.models.backbones import BACKBONES
+from picnn_fast.models.factory import METHODS, make_interpretable
+from picnn_fast.training.module import OPTIMIZERS
+
+with extra("train"):
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used; the message names it, what it got and what it wants."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Options that hang on a name: ``--method picnn --method.sampling gumbel``.
+
+    Attributes:
+        rows: name to the class or function whose signature tells the options.
+        taken: parameters that are no options, for the run gives them itself.
+    """
+
+    rows: Mapping[str, Any]
+    taken: frozenset[str]
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """The options of what ``name`` names."""
+        parameters = inspect.signature(self.rows[name]).parameters
+        return {
+            key: parameter
+            for key, parameter in parameters.items()
+            if key not in self.taken and parameter.kind is not parameter.VAR_KEYWORD
+        }
+
+
+# Of make_interpretable's parameters, what belongs to the backbone itself.
+_OF_BACKBONES = {"weights", "layer"}
+GROUPS: dict[str, Group] = {
+    "method": Group(
+        METHODS,
+        frozenset({"features", "head", "num_classes", "num_filters", "in_channels", "channel_dim"}),
+    ),
+    "backbone": Group(
+        dict.fromkeys(BACKBONES, make_interpretable),
+        frozenset(inspect.signature(make_interpretable).parameters.keys() - _OF_BACKBONES),
+    ),
+    "data": Group(DATA, frozenset({"batch_size", "seed"})),
+    # Its rate is an option by itself: torch's own may be a tensor.
+    "optimizer": Group(
+        OPTIMIZERS,
+        frozenset({"params", "lr", "foreach", "maximize", "capturable", "differentiable", "fused"}),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a training run, checked, with every default filled in.
+
+    ``method``, ``backbone``, ``data`` and ``optimizer`` are given as a name, or as a mapping of
+    "name" and of the options of what it names; they are mappings once here.
+
+    Args:
+        method: how filters are made interpretable.
+        backbone: network below the target layer.
+        data: images to train and test on.
+        optimizer: of torch, with its learning rate ``lr``.
+        output: folder the finished run appears in; must not hold another.
+        num_filters: filters of the target layer; null: as many as the backbone yields (icnn, or
+            without insert_conv), else 12.8 times the number of classes.
+        insert_conv: put a new 3x3 convolution of num_filters after the backbone.
+        category: class that is told from all others, which then count as one.
+        mutual_information_weight: weight of the mutual information between filters and classes as
+            a loss.
+        epochs: passes over the training images.
+        batch_size: images a step, on each device; a single image left over in an epoch is not
+            trained on.
+        schedule: learning rates over the run, changed every epoch: cosine to schedule_floor times
+            the rate, or constant.
+        schedule_floor: share of the learning rate that the cosine ends at.
+        warmup_epochs: epochs over which the learning rates rise to their full value.
+        seed: of initial weights, order, augmentation and masks.
+        precision: of the arithmetic.
+        accelerator: device type.
+        devices: how many of them on each machine; null: 1, or as many as torchrun or SLURM started
+            processes.
+        strategy: across devices, as Lightning names it.
+
+    Raises:
+        ConfigError: an option that there is not, of the wrong type, or out of range.
+
+    Example:
+        >>> from picnn_fast.training.options import Options
+        >>> options = Options(method={"name": "picnn", "sampling": "gumbel"}, epochs=5)
+        >>> options.method["sampling"], options.method["initial"], options.optimizer["name"]
+        ('gumbel', 'uniform', 'adamw')
+    """
+
+    method: Any = "picnn"
+    backbone: Any = "small-resnet"
+    data: Any = "digits"
+    optimizer: Any = "adamw"
+    output: str = "runs/train"
+    num_filters: int | None = None
+    insert_conv: bool = True
+    category: str | None = None
+    mutual_information_weight: float = 0.0
+    epochs: int = 30
+    batch_size: int = 64
+    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule_floor: float = 0.0
+    warmup_epochs: int = 0
+    seed: int = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: int | None = None
+    strategy: Literal["auto", "ddp"] = "auto"
+
+    def __post_init__(self) -> None:
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names, content = _with_names(given)
+        parser = build_parser(names)
+        try:
+            parsed = parser.parse_object(content).as_dict()
+        except ArgumentError as error:
+            _refuse(error, names)
+        for name in given:
+            # As they are read back from a file.
+            object.__setattr__(self, name, json.loads(json.dumps(parsed[name])))
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                kind = "an integer" if isinstance(least, int) else "a number"
+                limit = f" and <= {most}" if most < math.inf else ""
+                raise ConfigError(f"{name}: got {value}, want {kind} >= {least}{limit}")
+        if not 0 < self.optimizer["lr"] < math.inf:
+            raise ConfigError(f"optimizer.lr: got {self.optimizer['lr']}, want a number > 0")
+
+    def identity(self) -> dict[str, Any]:
+        """The options that make two runs the same run: all but the output folder."""
+        return {name: value for name, value in self.as_dict().items() if name != "output"}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All options, nested as in a YAML file."""
+        return dataclasses.asdict(self)
+
+    def arguments(self, group: str) -> dict[str, Any]:
+        """Keyword arguments for what ``group`` ("method", "data" …) names."""
+        names = {group: getattr(self, group)["name"]}
+        parser = build_parser(names, groups=[group], common=False)
+        built = parser.instantiate(parser.parse_object({group: getattr(self, group)}))
+        values = built[group].as_dict()
+        del values["name"]
+        return dict(values)
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "num_filters": (1, math.inf),
+    "mutual_information_weight": (0.0, sys.float_info.max),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "schedule_floor": (0.0, 1.0),
+    "warmup_epochs": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "devices": (1, 1024),
+}
+
+
+def build_parser(
+    names: Mapping[str, str],
+    *,
+    prog: str = "picnn-fast train",
+    description: str | None = None,
+    groups: Sequence[str] = tuple(GROUPS),
+    common: bool = True,
+) -> ArgumentParser:
+    """The parser of a run whose method, backbone, data and optimiser have these names.
+
+    Args:
+        names: group to name.
+        prog, description: for the help.
+        groups: those whose options are taken in.
+        common: whether the options outside groups are.
+    """
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    if common:
+        parser.add_argument(
+            "--config",
+            action="config",
+            help="YAML file, or the run.json of a run. Flags override it; one that names another"
+            " method, backbone, data or optimizer leaves out what the file says of that one",
+        )
+        parser.add_class_arguments(Options, skip=set(GROUPS))
+    for key in groups:
+        rows, name = GROUPS[key].rows, names[key]
+        parser.add_argument(
+            f"--{key}.name",
+            type=Literal[tuple(rows)],
+            default=name,
+            help=f"also --{key} NAME; --{key}.help NAME tells the options of each",
+        )
+        if key == "optimizer":
+            parser.add_argument("--optimizer.lr", type=float, default=1e-3, help="learning rate")
+        parameters = inspect.signature(rows[name]).parameters.keys()
+        skip: set[str | int] = set(parameters - GROUPS[key].options(name).keys())
+        if inspect.isclass(rows[name]):
+            parser.add_class_arguments(rows[name], key, skip=skip, instantiate=False)
+        else:
+            parser.add_function_arguments(rows[name], key, skip=skip)
+    # A file for one group alone: ``--method NAME`` means something else here.
+    for action in parser._actions:
+        if action.option_strings and action.option_strings[0][2:] in groups:
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def parse(
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    groups: Sequence[str] = tuple(GROUPS),
+    common: bool = True,
+    defaults: Mapping[str, Any] | None = None,
+    add: Callable[[ArgumentParser], None] = lambda parser: None,
+) -> dict[str, Any]:
+    """Read a command line.
+
+    Args:
+        arguments: flags and their values.
+        prog, description, groups, common: see ``build_parser``.
+        defaults: of the groups, as in ``Options``, where they are not those of a run.
+        add: adds the command's own arguments.
+
+    Returns:
+        Every argument, the groups' nested as in a YAML file.
+
+    Raises:
+        ConfigError: an argument that there is not, of the wrong type, or a file that cannot be
+            read.
+        SystemExit: help or the configuration was asked for, and has been printed.
+    """
+    tokens = [_spelled(token) for token in arguments]
+    content, tokens, source = _without_configs(tokens) if common else ({}, tokens, "")
+    start: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
+    start = {key: start[key] for key in groups} | dict(defaults or {})
+    names, start = _with_names(start)
+    given, content = _with_names(content, source)
+    names |= given
+    for key in groups:
+        for i, token in enumerate(tokens):
+            flag, equals, value = token.partition("=")
+            if flag == f"--{key}.name" and (equals or i + 1 < len(tokens)):
+                value = value if equals else tokens[i + 1]
+                if value != names[key]:
+                    content.pop(key, None)
+                names[key] = value
+        _check_name(key, names[key])
+        _answer_help(key, tokens, names)
+    parser = build_parser(names, prog=prog, description=description, groups=groups, common=common)
+    add(parser)
+    for key, values in start.items():
+        if values["name"] == names[key]:
+            parser.set_defaults({f"{key}.{option}": value for option, value in values.items()})
+    try:
+        if content:
+            parser.parse_object(content)
+    except ArgumentError as error:
+        _refuse(error, names, source)
+    try:
+        file = ["--config", json.dumps(content)] if content else []
+        return dict(parser.parse_args([*file, *tokens]).as_dict())
+    except ArgumentError as error:
+        _refuse(error, names)
+
+
+def _spelled(token: str) -> str:
+    """``--num-filters`` as ``--num_filters``, and ``--method`` as ``--method.name``."""
+    if not token.startswith("--"):
+        return token
+    flag, equals, value = token.partition("=")
+    flag = "--" + flag[2:].replace("-", "_")
+    return (f"{flag}.name" if flag[2:] in GROUPS else flag) + equals + value
+
+
+def _answer_help(key: str, tokens: Sequence[str], names: Mapping[str, str]) -> None:
+    """``--method.help NAME`` prints the options of that method alone, and ends."""
+    for i, token in enumerate(tokens):
+        flag, _, name = token.partition("=")
+        if flag == f"--{key}.help":
+            following = tokens[i + 1] if i + 1 < len(tokens) else "--"
+            name = name or (names[key] if following.startswith("--") else following)
+            _check_name(key, name)
+            print(build_parser({key: name}, groups=[key], common=False).format_help(), end="")
+            raise SystemExit(0)
+
+
+def _without_configs(tokens: Sequence[str]) -> tuple[dict[str, Any], list[str], str]:
+    """What the files after ``--config`` say, a later one over an earlier; the other tokens."""
+    content: dict[str, Any] = {}
+    rest, sources = [], []
+    walk = iter(tokens)
+    for token in walk:
+        flag, equals, path = token.partition("=")
+        if flag != "--config":
+            rest.append(token)
+            continue
+        if not equals:
+            path = next(walk, "")
+        content |= read_yaml(path)
+        sources.append(path)
+    return content, rest, ", ".join(sources)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file, or from the record ``run.json`` of a run.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not YAML: {_one_line(error)}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config: {path} holds a {type(content).__name__}, want option: value")
+    if content.get("program") == "picnn_fast" and isinstance(content.get("config"), Mapping):
+        content = content["config"]
+    return {str(key): value for key, value in content.items()}
+
+
+def _with_names(
+    values: Mapping[str, Any], source: str = ""
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The names of the groups among ``values``, and the values with groups as mappings."""
+    names, content = {}, dict(values)
+    for key in GROUPS.keys() & values.keys():
+        group = values[key]
+        if isinstance(group, Mapping):
+            default = next(f.default for f in dataclasses.fields(Options) if f.name == key)
+            content[key] = group = {"name": default, **group}
+        elif isinstance(group, str):
+            content[key] = group = {"name": group}
+        else:
+            raise ConfigError(
+                f"{_of(source)}{key}: got {group!r}, want a name, or a mapping with 'name' and"
+                " options"
+            )
+        names[key] = group["name"]
+        _check_name(key, names[key], source)
+    return names, content
+
+
+def _check_name(key: str, name: object, source: str = "") -> None:
+    rows = GROUPS[key].rows
+    if name not in rows:
+        raise ConfigError(
+            f"{_of(source)}{key}: got {name!r}, want one of {', '.join(rows)}{_hint(name, rows)}"
+        )
+
+
+def qualified(error: Exception, key: str, name: str) -> str:
+    """An error of what ``name`` names, whose argument is said as the option it is."""
+    argument = str(error).partition(":")[0]
+    return f"{key}.{error}" if argument in GROUPS[key].options(name) else str(error)
+
+
+def _refuse(error: ArgumentError, names: Mapping[str, str], source: str = "") -> NoReturn:
+    """What jsonargparse says over several lines, as one: option, what it got, what it wants."""
+    text = str(error)
+    found = re.match(r'Parser key "([\w.]+)":', text)
+    if found:
+        key = found[1]
+        got = re.search(r"(?:Got|Given) value: (.*)$", text, re.DOTALL)
+        value = got[1].strip() if got else "nothing"
+        wanted = _annotation(key, names)
+        if wanted is inspect.Parameter.empty:
+            message = f"{key}: {_one_line(text.removeprefix(found[0]))}"
+        else:
+            near = _hint(value, [str(c) for c in _literals(wanted)])
+            message = f"{key}: got {value!r}, want {_described(wanted)}{near}"
+        raise ConfigError(_of(source) + message) from error
+    found = re.match(r"the following arguments are required: ([\w.]+)", text)
+    found = found or re.match(r"Option '([\w.]+)' is required", text)
+    if found:
+        wanted = _described(_annotation(found[1], names))
+        raise ConfigError(f"{_of(source)}{found[1]}: got nothing, want {wanted}") from error
+    found = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    unknown = f"{found[1]}.{found[2]}" if found else None
+    found = re.match(r"Option '([\w.-]+)' is not accepted", text)
+    unknown = found[1] if found else unknown
+    found = re.match(r"unrecognized arguments: (?:.*? )?--([\w.]+)", text)
+    unknown = found[1] if found else unknown
+    if unknown is not None:
+        raise ConfigError(_of(source) + _unknown(unknown, names)) from error
+    raise ConfigError(_of(source) + _one_line(text).removeprefix("argument --")) from error
+
+
+def _unknown(option: str, names: Mapping[str, str]) -> str:
+    key, _, name = option.partition(".")
+    if key in names and name:
+        group = GROUPS[key]
+        owners = [row for row in group.rows if name.partition(".")[0] in group.options(row)]
+        if owners:
+            wanted = " or ".join(owners)
+            return f"{option}: {key} {names[key]} has no such option, want {key} {wanted}"
+    known = [field.name for field in dataclasses.fields(Options)]
+    for group_name, row in names.items():
+        known += [f"{group_name}.{o}" for o in ("name", *GROUPS[group_name].options(row))]
+    owners = [f"{group}.{option}" for group in names if f"{group}.{option}" in known]
+    near = f"; did you mean {owners[0]!r}?" if owners else _hint(option, known)
+    return f"{option}: there is no such option{near or '; --help lists all there are'}"
+
+
+def _annotation(option: str, names: Mapping[str, str]) -> Any:
+    """The type of an option; empty where it is not one of ours."""
+    key, _, name = option.partition(".")
+    if not name:
+        hints = typing.get_type_hints(Options)
+        return hints.get(key, inspect.Parameter.empty)
+    if option == "optimizer.lr":
+        return float
+    parameter = GROUPS[key].options(names[key]).get(name) if key in names else None
+    return inspect.Parameter.empty if parameter is None else parameter.annotation
+
+
+def _described(annotation: Any) -> str:
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if annotation in words:
+        return words[annotation]
+    if annotation in (None, types.NoneType):
+        return "null"
+    if typing.get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(annotation)))}"
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " or ".join(_described(kind) for kind in typing.get_args(annotation))
+    if inspect.isclass(annotation) and typing.get_origin(annotation) is None:
+        return f"a {annotation.__name__}"
+    return str(annotation)
+
+
+def _literals(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) is Literal:
+        return list(typing.get_args(annotation))
+    return [value for kind in typing.get_args(annotation) for value in _literals(kind)]
+
+
+def _hint(got: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(got), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _of(source: str) -> str:
+    return f"config {source}: " if source else ""
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

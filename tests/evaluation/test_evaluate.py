@@ -1,0 +1,178 @@
+"""FIGURES, and the loop that walks them over a test split."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.feature_selection import mutual_info_classif
+
+from picnn_fast import evaluation
+from picnn_fast.data import DATA
+from picnn_fast.evaluation import FIGURES, check_figures, evaluate, figures, format_figure
+from picnn_fast.metrics import LocationInstability, PartInterpretability
+from picnn_fast.models import make_interpretable
+from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.receptive_field import receptive_field
+
+PARTS = {"location_instability", "part_interpretability"}
+
+
+def _animals(**options):
+    data = DATA["part-animals"](
+        batch_size=5, seed=0, image_size=32, train_images=6, **{"test_images": 12, **options}
+    )
+    data.setup()
+    return data
+
+
+def _network(classes=6):
+    torch.manual_seed(0)
+    return make_interpretable("small-cnn", "icnn", num_classes=classes, num_filters=8)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = DATA["digits"](batch_size=64, seed=0)
+    data.setup()
+    torch.manual_seed(0)
+    return make_interpretable("small-resnet", "picnn", num_classes=10, num_filters=8), data
+
+
+def test_every_record_is_a_number_or_says_why_not(digits):
+    values = evaluate(*digits)
+    check_figures(values)
+    assert {name for name in FIGURES if isinstance(values[name], str)} == PARTS
+    assert {name for name in values if name not in FIGURES} == {
+        "acc2_standard_error",
+        "acc3_standard_error",
+    }
+    assert values["location_instability"] == "n/a: the data has no part annotations"
+
+
+def test_figures_repeat_with_the_seed_whatever_was_drawn_before(digits):
+    torch.manual_seed(1)
+    first = evaluate(*digits, seed=3, draws=2)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert evaluate(*digits, seed=3, draws=2) == first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mis_of_the_test_split_is_scikit_learns(digits):
+    network, data = digits
+    images, labels = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
+    with torch.no_grad():
+        pooled = network.eval().filter_maps(images).mean((2, 3)).double().numpy()
+    rows = [
+        mutual_info_classif(pooled, labels == c, discrete_features=False, random_state=0)
+        for c in range(10)
+    ]
+    expected = np.stack(rows).max(0).mean()
+    assert evaluate(network, data)["mis"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_method_without_ownership_has_no_figure_that_needs_it(digits, monkeypatch):
+    network, data = digits
+    monkeypatch.setattr(type(network), "ownership", InterpretableNetwork.ownership)
+    values = evaluate(network, data)
+    for name in ("acc2", "acc3"):
+        assert values[name] == "n/a: PICNN gives no filter to a class"
+    assert isinstance(values["acc1"], float)
+
+
+def test_part_figures_are_the_metrics_of_all_test_images():
+    network, data = _network(), _animals()
+    values = evaluate(network, data)
+    samples = data.part_sets["test"]
+    field = receptive_field(network.features, samples.image_size)
+    wanted = {
+        "location_instability": (LocationInstability, samples.landmark_names, "landmarks"),
+        "part_interpretability": (PartInterpretability, samples.part_names, "part_masks"),
+    }
+    for name, (kind, names, annotation) in wanted.items():
+        metric = kind(network.num_filters, len(names), field, num_classes=6)
+        with torch.no_grad():
+            for batch in data.part_loader("test"):
+                maps = network.filter_maps(data.normalise(batch.image))
+                metric.update(maps, getattr(batch, annotation), batch.label)
+        assert values[name] == metric.compute().item()
+
+
+def test_parts_of_one_category_are_measured_on_its_images_alone():
+    data = _animals(test_images=18)
+    cow = data.class_names.index("cow")
+    data.single_out("cow")
+    network = _network(2).eval()
+    samples = data.part_sets["test"]
+    field = receptive_field(network.features, samples.image_size)
+    metric = LocationInstability(network.num_filters, len(samples.landmark_names), field)
+    with torch.no_grad():
+        for batch in data.part_loader("test"):
+            cows = batch.label == cow
+            if cows.any():
+                maps = network.filter_maps(data.normalise(batch.image[cows]))
+                metric.update(maps, batch.landmarks[cows])
+    assert evaluate(network, data)["location_instability"] == metric.compute().item() > 0
+
+
+def test_what_too_few_images_cannot_tell_says_so():
+    values = evaluate(_network(), _animals(test_images=6))  # one a class
+    assert values["location_instability"] == "n/a: too few images of it to tell"
+    assert isinstance(values["part_interpretability"], float)
+
+
+def test_a_category_without_test_images_has_no_part_figures():
+    data = _animals(test_images=4)
+    data.single_out("sheep")
+    values = evaluate(_network(2), data)
+    assert {values[name] for name in PARTS} == {"n/a: the test split has no image of it"}
+
+
+def test_maps_too_many_to_keep_are_not_kept(monkeypatch):
+    monkeypatch.setattr(figures, "MOST_MAP_BYTES", 1000)
+    values = evaluate(_network(), _animals())
+    assert values["part_interpretability"].startswith("n/a: the maps of 12 images would take more")
+    assert isinstance(values["location_instability"], float)
+
+
+def test_a_record_added_is_measured_and_shown(digits, monkeypatch):
+    class Fixed(torch.nn.Module):
+        update_called = True
+
+        def compute(self):
+            return torch.tensor(0.25)
+
+    record = dataclasses.replace(
+        FIGURES["mis"], metric=lambda *a: Fixed(), update=lambda metric, seen: None
+    )
+    monkeypatch.setitem(FIGURES, "quarter", record)
+    values = evaluate(*digits)
+    assert format_figure(values, "quarter") == "0.250"
+    check_figures(values)
+    del values["quarter"]
+    with pytest.raises(ValueError, match="quarter is None, want a number"):
+        check_figures(values)
+
+
+def test_figures_are_written_with_their_standard_error():
+    values = {"acc2": 0.5, "acc2_standard_error": 0.0125, "acc3": "n/a: none", "acc1": 1.0}
+    assert [format_figure(values, name) for name in ("acc1", "acc2", "acc3", "mis")] == [
+        "1.000",
+        "0.500 ± 0.013",
+        "n/a",
+        "n/a",
+    ]
+
+
+@pytest.mark.parametrize("values", [None, [], {}, {"acc1": "high"}, dict.fromkeys(FIGURES, True)])
+def test_what_are_no_figures_is_refused(values):
+    with pytest.raises(ValueError, match="want a"):
+        check_figures(values)
+
+
+def test_bad_arguments_are_refused_by_name(digits):
+    for options in ({"seed": -1}, {"draws": 0}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: got"):
+            evaluate(*digits, **options)
+    assert evaluation.pool is not None

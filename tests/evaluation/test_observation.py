@@ -1,0 +1,69 @@
+"""What figures see of a batch: the pathways, pooled maps, and draws of their own."""
+
+import pytest
+import torch
+from torch import nn
+
+from picnn_fast.evaluation import Observation, pool
+from picnn_fast.models import make_interpretable
+
+
+def _network(method="picnn"):
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return make_interpretable(
+        (features, head), method, num_classes=3, num_filters=6, insert_conv=False
+    ).eval()
+
+
+@torch.no_grad()
+def test_pathways_use_the_filters_their_names_say():
+    network = _network()
+    labels = torch.tensor([0, 1, 2])
+    # Each class owns two filters for certain, and the classifier is certain of the label.
+    own = torch.eye(3).repeat_interleave(2, 1)
+    with torch.no_grad():
+        network.correspondence.weight.copy_(200 * own)
+        network.head[2].weight.copy_(50 * own)
+        network.head[2].bias.zero_()
+    network.features = nn.Identity()
+    maps = own[labels][:, :, None, None].expand(3, 6, 4, 4)
+    seen = Observation(network, maps, labels, seed=0, draws=2)
+    expected = 100 * torch.eye(3)
+    torch.testing.assert_close(seen.logits, expected)
+    torch.testing.assert_close(seen.masked_logits, expected.expand(2, 3, 3))
+    torch.testing.assert_close(seen.complement_logits, torch.zeros(2, 3, 3))
+
+
+@torch.no_grad()
+def test_draws_follow_from_the_seed_and_differ_from_one_another():
+    network = _network()
+    images, labels = torch.rand(16, 1, 4, 4), torch.arange(16) % 3
+    before = torch.get_rng_state()
+    first, again, other = (
+        Observation(network, images, labels, seed=seed, draws=2) for seed in (1, 1, 2)
+    )
+    for name in ("masked_logits", "complement_logits"):
+        a, b, c = (getattr(seen, name) for seen in (first, again, other))
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+        assert not torch.equal(a[0], a[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_features_run_once_however_many_figures_look():
+    network, calls = _network(), []
+    network.features.register_forward_hook(lambda *arguments: calls.append(1))
+    seen = Observation(network, torch.rand(2, 1, 4, 4), torch.tensor([0, 1]), seed=0)
+    for name in ("logits", "masked_logits", "complement_logits", "pooled", "maps"):
+        getattr(seen, name)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_a_half_type_are_averaged_in_single_precision(dtype):
+    maps = torch.rand(4, 5, 7, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(pool(maps, 1), maps.float().mean((2, 3)))
+    torch.testing.assert_close(pool(maps.movedim(1, -1), -1), maps.float().mean((2, 3)))

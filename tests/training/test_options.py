@@ -1,0 +1,205 @@
+"""Options of a run: from Python, flags and YAML, with one-line refusals."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+
+from picnn_fast.models import METHODS
+from picnn_fast.training.options import GROUPS, ConfigError, Options, parse
+
+
+def _parse(*arguments):
+    values = parse(arguments, prog="picnn-fast train", description="")
+    del values["config"]
+    return Options(**values)
+
+
+def _yaml(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_gives_options(tmp_path):
+    path = _yaml(
+        tmp_path,
+        "method: {name: std, mask_at: late}\noptimizer: {lr: 1e-4}\nepochs: 3\n"
+        "data:\n  augment: no\nnum_filters:\n",
+    )
+    options = _parse("--config", str(path))
+    assert (options.method["name"], options.method["mask_at"]) == ("std", "late")
+    assert (options.optimizer["name"], options.optimizer["lr"]) == ("adamw", 1e-4)
+    assert (options.epochs, options.data["augment"], options.num_filters) == (3, False, None)
+
+
+def test_a_name_alone_stands_for_a_group(tmp_path):
+    path = _yaml(tmp_path, "method: icnn\nbackbone: small-cnn\n")
+    from_file, from_flags = (
+        _parse("--config", str(path)),
+        _parse("--method", "icnn", "--backbone=small-cnn"),
+    )
+    assert from_file == from_flags == Options(method="icnn", backbone={"name": "small-cnn"})
+
+
+def test_flags_go_over_files_wherever_they_stand(tmp_path):
+    path = _yaml(tmp_path, "method: {name: picnn, sampling: gumbel}\nepochs: 3\nseed: 5\n")
+    options = _parse("--epochs", "4", "--config", str(path), "--method.initial", "published")
+    assert (options.epochs, options.seed) == (4, 5)
+    assert (options.method["sampling"], options.method["initial"]) == ("gumbel", "published")
+
+
+def test_a_flag_that_names_another_method_leaves_out_what_the_file_says_of_one(tmp_path):
+    path = _yaml(tmp_path, "method: {name: picnn, sampling: gumbel}\nepochs: 3\n")
+    assert _parse("--config", str(path), "--method", "std") == Options(method="std", epochs=3)
+
+
+def test_a_later_file_goes_over_an_earlier_one(tmp_path):
+    first = _yaml(tmp_path, "epochs: 3\nseed: 5\n")
+    second = tmp_path / "second.yaml"
+    second.write_text("epochs: 4\n")
+    options = _parse("--config", str(first), f"--config={second}")
+    assert (options.epochs, options.seed) == (4, 5)
+
+
+def test_empty_yaml_is_all_defaults(tmp_path):
+    assert _parse("--config", str(_yaml(tmp_path, ""))) == _parse() == Options()
+
+
+def test_the_record_of_a_run_is_taken_as_a_file(tmp_path):
+    options = Options(method={"name": "icnn", "template": {"norm": "l2"}}, epochs=2)
+    record = {"program": "picnn_fast", "kind": "train", "config": options.identity()}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(record))
+    assert _parse("--config", str(path)) == options
+
+
+def test_hyphens_are_taken_for_underscores():
+    assert _parse("--num-filters", "7", "--batch-size=3") == Options(num_filters=7, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"config .*run.yaml: epoch: there is no such option; did you mean 'epochs'"),
+        ("batch-size: 3", "batch-size: there is no such option; did you mean 'batch_size'"),
+        ("zzz: 3", "zzz: there is no such option; --help lists all there are"),
+        ("sampling: gumbel", "sampling: there is no such option; did you mean 'method.sampling'"),
+        ("method: {samplng: gumbel}", "did you mean 'method.sampling'"),
+        ("method: {name: std, template: {norm: l1}}", "method std has no such option, want .*icnn"),
+        ("method: 3", "method: got 3, want a name, or a mapping"),
+        ("method: picn", "method: got 'picn', want one of std, .*; did you mean 'picnn'"),
+        ("epochs: many", "epochs: got 'many', want an integer"),
+        ("- 1", "holds a list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_yaml_is_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        _parse("--config", str(_yaml(tmp_path, text)))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read '.*none\.yaml': No such file"):
+        _parse("--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epocs 3", "epocs: there is no such option; did you mean 'epochs'"),
+        ("--method picn", "method: got 'picn', want one of .*; did you mean 'picnn'"),
+        ("--method.sampling gumble", "got 'gumble', want one of bernoulli, gumbel; did you mean"),
+        ("--method std --method.sampling gumbel", "method std has no such option, want .*picnn"),
+        ("--method.template.norm l1", "method picnn has no such option, want method icnn"),
+        ("--optimizer.momentum 0.9", "optimizer adamw has no such option, want optimizer sgd"),
+        ("--data.image_size 8", "data digits has no such option, want data folder or"),
+        ("--data folder", "data.root: got nothing, want text"),
+        ("--epochs x", "epochs: got 'x', want an integer"),
+        ("--num_filters 2.5", "num_filters: got '2.5', want an integer or null"),
+        ("--optimizer.lr fast", "optimizer.lr: got 'fast', want a number"),
+        ("--epochs", "epochs: expected one argument"),
+        ("stray", "unrecognized arguments: stray"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(flags, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        _parse(*flags.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 0}, "epochs: got 0, want an integer >= 1"),
+        ({"epochs": 1.5}, "epochs: got '1.5', want an integer"),
+        ({"epochs": True}, "epochs: got 'True', want an integer"),
+        ({"optimizer": {"lr": 0.0}}, "optimizer.lr: got 0.0, want a number > 0"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr: got nan"),
+        ({"method": "cnn"}, "method: got 'cnn', want one of std, picnn, icnn"),
+        ({"insert_conv": 3}, "insert_conv: got '3', want true or false"),
+        ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
+        ({"seed": 2**32}, "seed: got 4294967296, want an integer >= 0 and <= 4294967295"),
+        ({"schedule_floor": 1.5}, "schedule_floor: got 1.5, want a number >= 0.0 and <= 1"),
+        ({"mutual_information_weight": -1.0}, "mutual_information_weight: got -1.0, want a number"),
+        ({"method": {"name": "std", "initial": "uniform"}}, "method.initial: method std has no"),
+    ],
+)
+def test_bad_values_are_refused_by_name(given, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        Options(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_options_of_a_method_are_its_keyword_only_signature(method):
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name in ("in_channels", "channel_dim"):  # of the network that a run builds
+        keywords.pop(name, None)
+    assert {**keywords, "name": method} == Options(method=method).method
+
+
+def test_options_that_are_replaced_are_checked_again():
+    options = Options(method={"name": "picnn", "sampling": "gumbel"})
+    assert dataclasses.replace(options, method="std").method["name"] == "std"
+    with pytest.raises(ConfigError, match=r"^method\.sampling: got 'none'"):
+        dataclasses.replace(options, method={**options.method, "sampling": "none"})
+
+
+def test_arguments_are_what_the_signature_takes():
+    options = Options(method={"name": "icnn", "template": {"norm": "l2", "tau": 0.1}})
+    template = options.arguments("method")["template"]
+    assert (template.norm, template.profile, template.tau) == ("l2", "gradient", 0.1)
+    assert "name" not in options.arguments("method")
+
+
+def test_options_survive_a_file():
+    options = Options(method="icnn", optimizer="adam", epochs=4)
+    assert Options(**json.loads(json.dumps(options.as_dict()))) == options
+
+
+def test_output_is_no_part_of_what_makes_a_run():
+    assert Options(output="a").identity() == Options(output="b").identity()
+    assert Options(seed=1).identity() != Options(seed=2).identity()
+
+
+@pytest.mark.parametrize("key", GROUPS)
+def test_every_row_of_every_group_can_be_told_its_options(key, capsys):
+    for name in GROUPS[key].rows:
+        with pytest.raises(SystemExit) as stop:
+            _parse(f"--{key}.help", name)
+        assert stop.value.code == 0
+        out = capsys.readouterr().out
+        for option in GROUPS[key].options(name):
+            assert f"--{key}.{option}" in out
+
+
+def test_printed_configuration_is_read_back(capsys, tmp_path):
+    flags = ("--method", "icnn", "--method.template.norm", "l2", "--epochs", "3")
+    with pytest.raises(SystemExit):
+        _parse(*flags, "--print_config")
+    path = _yaml(tmp_path, capsys.readouterr().out)
+    assert _parse("--config", str(path)) == _parse(*flags)
