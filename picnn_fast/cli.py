@@ -235,17 +235,19 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "common": False,
         "add": add,
     }
-    help_asked = any(token in ("-h", "--help") for token in arguments)
-    data_given = any(token.startswith("--data") for token in arguments)
-    groups = ("data",) if help_asked or data_given else ()
-    args = parse(arguments, groups=groups, **described)
+    if any(token in ("-h", "--help") for token in arguments):
+        parse(arguments, groups=("data",), **described)
+    # What can be said of the data hangs on the checkpoint, which has to be found first.
+    rest, of_data = _without_data(arguments)
+    args = parse(rest, groups=(), **described)
     path = Path(args["path"])
     figures = {}
     for checkpoint in find_checkpoints(path):
         network, options, class_names = load_checkpoint(checkpoint)
-        if data_given:
+        if of_data:
             # What is not given is as in the training.
-            args = parse(arguments, groups=groups, defaults={"data": options.data}, **described)
+            defaults = {"data": options.data}
+            args = parse(arguments, groups=("data",), defaults=defaults, **described)
         overrides = {
             key: args[key] for key in ("data", "batch_size", "seed") if args.get(key) is not None
         }
@@ -272,6 +274,19 @@ def _evaluate(arguments: Sequence[str]) -> int:
     else:
         _print_table(figures, f"Test split of {options.data['name']}")
     return 0
+
+
+def _without_data(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments but ``--data`` and its options, and whether there were any."""
+    rest: list[str] = []
+    walk = iter(arguments)
+    for token in walk:
+        if token.partition("=")[0] == "--data" or token.startswith("--data."):
+            if "=" not in token:
+                next(walk, None)
+        else:
+            rest.append(token)
+    return rest, len(rest) < len(arguments)
 
 
 def _few(names: list[str]) -> str:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from picnn_fast._extras import extra
-from picnn_fast.data.parts import PartSample
+from picnn_fast.data.loading import readers
+from picnn_fast.data.parts import PartDataModule, PartSample
 from picnn_fast.data.photographs import (
     Photograph,
     PhotographedParts,
@@ -162,3 +163,41 @@ def _rows(path: Path, columns: int) -> NDArray[np.float64]:
         if rows.shape[1] != columns:
             raise ValueError(f"they hold {rows.shape[1]}")
         return rows
+
+
+def cub(
+    root: str,
+    *,
+    image_size: int = 224,
+    batch_size: int = 64,
+    seed: int = 0,
+    augment: bool = True,
+    validation: float = 0.1,
+    validation_seed: int = 0,
+    num_workers: int | None = None,
+) -> PartDataModule:
+    """Birds of CUB-200-2011 with their landmarks, see ``CUB200``.
+
+    Args:
+        root: folder of the data set.
+        image_size: side, pixels.
+        batch_size: images a step (a process, when there are several).
+        seed: of the order of the images, and of the flips.
+        augment: flip half of the training images left to right.
+        validation: share of the training images held out to validate on.
+        validation_seed: of their choice.
+        num_workers: processes that read images; None: up to 8, one a processor.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``CUB200`` and ``PartDataModule``.
+    """
+    return PartDataModule(
+        CUB200(root, "train", image_size=image_size),
+        CUB200(root, "test", image_size=image_size),
+        batch_size,
+        seed=seed,
+        flip=augment,
+        validation=validation,
+        validation_seed=validation_seed,
+        num_workers=readers(num_workers),
+    )

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.data.loading import SeededDataModule, readers
 
 with extra("train"):
     from sklearn.datasets import load_digits
@@ -19,7 +19,7 @@ _SPLIT_SEED = 0
 
 
 class DigitsDataModule(SeededDataModule):
-    """1797 grey 8x8 digits in 10 classes: 1437 to train on, 360 to test on.
+    """Handwritten digits, 1797 grey ones of 8x8 in 10 classes: 1437 to train on, 360 to test on.
 
     The split is stratified and always the same; images are ``[1, 8, 8]`` float32 in [0, 1], labels
     int64.
@@ -28,7 +28,9 @@ class DigitsDataModule(SeededDataModule):
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the shifts.
         max_shift: training images move by up to this many pixels along each axis, filled with 0.
-        num_workers: 0 is fastest here, the images are in memory.
+        validation: share of the training images held out to validate on.
+        validation_seed: of their choice.
+        num_workers: processes that read images; None: 0, fastest for images in memory.
 
     Source:
         UCI "Optical Recognition of Handwritten Digits", as ``sklearn.datasets.load_digits``.
@@ -36,7 +38,6 @@ class DigitsDataModule(SeededDataModule):
     Example:
         >>> from picnn_fast.data import DigitsDataModule
         >>> data = DigitsDataModule(batch_size=64)
-        >>> data.setup("fit")
         >>> images, labels = next(iter(data.train_dataloader()))
         >>> images.shape, labels.shape
         (torch.Size([64, 1, 8, 8]), torch.Size([64]))
@@ -46,15 +47,20 @@ class DigitsDataModule(SeededDataModule):
     in_channels = 1
 
     def __init__(
-        self, batch_size: int = 64, *, seed: int = 0, max_shift: int = 0, num_workers: int = 0
+        self,
+        batch_size: int = 64,
+        *,
+        seed: int = 0,
+        max_shift: int = 1,
+        validation: float = 0.1,
+        validation_seed: int = 0,
+        num_workers: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, readers(num_workers, in_memory=True), seed)
         if not 0 <= max_shift < IMAGE_SIZE:
             raise ValueError(f"max_shift: got {max_shift}, want 0 to {IMAGE_SIZE - 1} pixels")
         self.max_shift = max_shift
         self.class_names = [str(digit) for digit in range(10)]
-
-    def setup(self, stage: str | None = None) -> None:
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).float().view(-1, 1, IMAGE_SIZE, IMAGE_SIZE) / 16
         targets = torch.from_numpy(labels).long()
@@ -63,6 +69,7 @@ class DigitsDataModule(SeededDataModule):
         )
         self.train_set = TensorDataset(images[train], targets[train])
         self.test_set = TensorDataset(images[test], targets[test])
+        self.hold_out(targets[train].tolist(), self.train_set, validation, validation_seed)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Random shifts, in training only; drawn from torch's generator."""

@@ -1,5 +1,6 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from picnn_fast._extras import extra
 
 with extra("train"):
     import lightning as L
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,21 +30,58 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def readers(num_workers: int | None, *, in_memory: bool = False) -> int:
+    """How many processes read images: as many as asked for, or as suits the data."""
+    if num_workers is not None:
+        return num_workers
+    return 0 if in_memory else min(8, os.cpu_count() or 1)
+
+
+def held_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split the images of a training set class by class, by a seed of its own.
+
+    Args:
+        labels: of each image.
+        share: of each class that is held out, rounded, in [0, 1); at least one image of a class
+            that has two or more.
+        seed: of the choice.
+
+    Returns:
+        Indices of the images kept and of those held out, ascending.
+    """
+    classes = np.asarray(labels)
+    draw = np.random.default_rng(seed)
+    out: list[int] = []
+    for label in np.unique(classes) if share > 0 else ():
+        members = draw.permutation(np.flatnonzero(classes == label))
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        out += members[:count].tolist()
+    kept = np.setdiff1d(np.arange(len(classes)), out)
+    return kept.tolist(), sorted(out)
+
+
 def _seed_worker(worker: int, sampler: DistributedSampler[Any]) -> None:
     torch.manual_seed(derive_seed(sampler.seed, sampler.epoch, sampler.rank, worker))
 
 
 class SeededDataModule(L.LightningDataModule):
-    """Data module over ``train_set`` and ``test_set``, which ``setup`` provides.
+    """Data module over ``train_set``, ``validation_set`` and ``test_set``.
 
-    The test split is also what is validated on after every epoch: nothing is chosen by it.
+    What is validated on after every epoch is a share of the training images, or a folder of its
+    own, and never the test split.
+
+    Attributes:
+        validation_set: None where there are no validation images.
+        validation_source: which images these are, in a few words.
     """
 
     num_classes: int
     in_channels: int
     class_names: list[str]
     train_set: Dataset[Any]
+    validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
+    validation_source = "none"
     # Of the class told from all others, or None: labels are class indices.
     category: int | None = None
 
@@ -59,6 +97,34 @@ class SeededDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Sets that are quick to make are there already; the others are listed here, once."""
+
+    def hold_out(self, labels: Sequence[int], plain: Dataset[Any], share: float, seed: int) -> None:
+        """Take validation images out of ``train_set``.
+
+        Args:
+            labels: of the training images.
+            plain: the training images without augmentation.
+            share: of each class, in [0, 1).
+            seed: of the choice.
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise ValueError(f"validation: got {share!r}, want a share in [0, 1)")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"validation_seed: got {seed!r}, want an integer >= 0")
+        kept, out = held_out(labels, share, seed)
+        if not out:
+            why = "validation is 0" if share == 0 else "no class has two training images"
+            self.validation_source = f"none: {why}"
+            return
+        self.train_set = Subset(self.train_set, kept)
+        self.validation_set = Subset(plain, out)
+        self.validation_source = f"{len(out)} of the {len(labels)} training images, seed {seed}"
 
     def single_out(self, name: str) -> None:
         """From now on tell one class, label 1, from all others, label 0 (ICNN's single category).
@@ -110,12 +176,15 @@ class SeededDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.test_dataloader()
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return [] if self.validation_set is None else self._in_order(self.validation_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
+        return self._in_order(self.test_set)
+
+    def _in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
         return DataLoader(
-            self.test_set,
+            images,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             generator=torch.Generator(),

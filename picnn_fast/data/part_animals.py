@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from picnn_fast.data.parts import PartDataset, PartSample, bounding_boxes, centres
+from picnn_fast.data.loading import readers
+from picnn_fast.data.parts import PartDataModule, PartDataset, PartSample, bounding_boxes, centres
 from picnn_fast.ops import checks
 
 Floats = NDArray[np.float32]
@@ -463,3 +464,42 @@ class PartAnimals(PartDataset):
             object_mask=object_mask,
             box=bounding_boxes(object_mask[None])[0],
         )
+
+
+def part_animals(
+    *,
+    image_size: int = 128,
+    train_images: int = 2000,
+    test_images: int = 1200,
+    batch_size: int = 64,
+    seed: int = 0,
+    augment: bool = True,
+    validation: float = 0.1,
+    validation_seed: int = 0,
+    num_workers: int | None = None,
+) -> PartDataModule:
+    """Drawn animals with their parts annotated, see ``PartAnimals``.
+
+    Args:
+        image_size: side, pixels.
+        train_images, test_images: how many are drawn.
+        batch_size: images a step (a process, when there are several).
+        seed: of the order of the images, and of the flips.
+        augment: flip half of the training images left to right.
+        validation: share of the training images held out to validate on.
+        validation_seed: of their choice.
+        num_workers: processes that read images; None: 0, they are in memory.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``PartAnimals`` and ``PartDataModule``.
+    """
+    return PartDataModule(
+        PartAnimals("train", train_images, image_size=image_size),
+        PartAnimals("test", test_images, image_size=image_size),
+        batch_size,
+        seed=seed,
+        flip=augment,
+        validation=validation,
+        validation_seed=validation_seed,
+        num_workers=readers(num_workers, in_memory=True),
+    )

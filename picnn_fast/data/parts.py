@@ -80,6 +80,8 @@ class PartDataModule(SeededDataModule):
         seed: of the order of the images, and of the flips.
         num_workers: processes that read images.
         flip: half of the training images, drawn anew every epoch, are flipped left to right.
+        validation: share of the training images held out to validate on.
+        validation_seed: of their choice.
         mean, std: per colour, on a scale of [0, 1]; ImageNet's by default.
 
     Raises:
@@ -108,6 +110,8 @@ class PartDataModule(SeededDataModule):
         seed: int = 0,
         num_workers: int = 0,
         flip: bool = True,
+        validation: float = 0.0,
+        validation_seed: int = 0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -131,6 +135,8 @@ class PartDataModule(SeededDataModule):
         self.test_set = _Labelled(test_set)
         self.class_names = train_set.classes
         self.num_classes = len(self.class_names)
+        labels = [train_set.label(index) for index in range(len(train_set))]
+        self.hold_out(labels, self.train_set, validation, validation_seed)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalisation; random flips, in training only, drawn from torch's generator."""

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from picnn_fast.data.parts import PartSample, bounding_boxes, centres
+from picnn_fast.data.loading import readers
+from picnn_fast.data.parts import PartDataModule, PartSample, bounding_boxes, centres
 from picnn_fast.data.photographs import (
     Photograph,
     PhotographedParts,
@@ -200,3 +201,43 @@ def _mask(item: Any) -> Tensor:
     if mask.ndim != 2:
         raise ValueError(f"a mask of shape {mask.shape}, want two axes")
     return torch.from_numpy(mask != 0)
+
+
+def voc_part(
+    root: str,
+    *,
+    image_size: int = 224,
+    min_area: int = 2500,
+    batch_size: int = 64,
+    seed: int = 0,
+    augment: bool = True,
+    validation: float = 0.1,
+    validation_seed: int = 0,
+    num_workers: int | None = None,
+) -> PartDataModule:
+    """Animals of PASCAL VOC Part with their parts, see ``VOCPart``.
+
+    Args:
+        root: folder of the data set.
+        image_size: side, pixels.
+        min_area: of an object's box, square pixels of the photograph; smaller ones are left out.
+        batch_size: images a step (a process, when there are several).
+        seed: of the order of the images, and of the flips.
+        augment: flip half of the training images left to right.
+        validation: share of the training images held out to validate on.
+        validation_seed: of their choice.
+        num_workers: processes that read images; None: up to 8, one a processor.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``VOCPart`` and ``PartDataModule``.
+    """
+    return PartDataModule(
+        VOCPart(root, "train", image_size=image_size, min_area=min_area),
+        VOCPart(root, "test", image_size=image_size, min_area=min_area),
+        batch_size,
+        seed=seed,
+        flip=augment,
+        validation=validation,
+        validation_seed=validation_seed,
+        num_workers=readers(num_workers),
+    )

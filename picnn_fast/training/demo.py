@@ -27,7 +27,7 @@ _MATRIX_TITLES = {"std": "STD: random, not trained", "picnn": "PICNN: learned"}
 # Shifts would blur which filter tells which class of such small images apart, and lower MIS.
 # The rate of the correspondence matrix is the digits' own, found by trials.
 COMMON: dict[str, Any] = {
-    "data": {"name": "digits", "augment": False},
+    "data": {"name": "digits", "max_shift": 0},
     "optimizer": {"name": "adamw", "weight_decay": 0.0},
     "num_filters": 128,
 }

@@ -325,6 +325,7 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*but have no `val_dataloader`.*")
+        warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
         try:
             yield
         finally:

@@ -8,9 +8,7 @@ from picnn_fast.data.digits import shift
 
 
 def _ready(**options):
-    data = DigitsDataModule(**options)
-    data.setup()
-    return data
+    return DigitsDataModule(**{"validation": 0.0, **options})
 
 
 def test_split_is_fixed_stratified_and_whatever_the_seed():
@@ -79,6 +77,8 @@ def test_shifts_differ_between_images_and_repeat_with_the_seed():
 @pytest.mark.parametrize(
     ("options", "name"),
     [
+        ({"validation": 1.0}, "validation"),
+        ({"validation_seed": -1}, "validation_seed"),
         ({"batch_size": 0}, "batch_size"),
         ({"num_workers": -1}, "num_workers"),
         ({"seed": 1.5}, "seed"),

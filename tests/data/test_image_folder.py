@@ -22,7 +22,7 @@ def _batch(loader):
 
 
 def test_images_are_square_normalised_and_labelled_by_folder(root):
-    data = ImageFolderDataModule(root, batch_size=8, image_size=16, num_workers=0)
+    data = ImageFolderDataModule(root, batch_size=8, image_size=16, num_workers=0, validation=0)
     data.setup()
     images, labels = _batch(data.test_dataloader())
     assert images.shape == (4, 3, 16, 16)
@@ -38,7 +38,9 @@ def test_augmentation_is_in_training_alone_and_can_be_turned_off(root):
     Image.effect_noise((40, 40), 80).convert("RGB").save(root / "train" / "ant" / "0.png")
 
     def first(augment, seed):
-        data = ImageFolderDataModule(root, image_size=8, augment=augment, num_workers=0)
+        data = ImageFolderDataModule(
+            root, image_size=8, augment=augment, num_workers=0, validation=0
+        )
         data.setup()
         torch.manual_seed(seed)
         return data.train_set[0][0]
@@ -53,7 +55,7 @@ def test_workers_repeat_their_draws_with_seed_and_epoch(root):
 
     def epoch(seed, number, torch_seed):
         torch.manual_seed(torch_seed)
-        data = ImageFolderDataModule(root, image_size=8, seed=seed, num_workers=1)
+        data = ImageFolderDataModule(root, image_size=8, seed=seed, num_workers=1, validation=0)
         data.setup()
         loader = data.train_dataloader()
         loader.sampler.set_epoch(number)
@@ -66,7 +68,7 @@ def test_workers_repeat_their_draws_with_seed_and_epoch(root):
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(5, [5]), (4, [4, 2]), (1, [1] * 6)])
 def test_a_single_image_left_over_is_not_trained_on(root, batch_size, batches):
-    data = ImageFolderDataModule(root, batch_size, image_size=8, num_workers=0)
+    data = ImageFolderDataModule(root, batch_size, image_size=8, num_workers=0, validation=0)
     data.setup()
     assert [len(labels) for _, labels in data.train_dataloader()] == batches
     assert sum(len(labels) for _, labels in data.test_dataloader()) == 4
@@ -98,8 +100,81 @@ def test_classes_must_agree(root):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"image_size": 0}, "image_size"), ({"mean": (0.5,)}, "mean"), ({"std": (1, 0, 1)}, "std")],
+    [
+        ({"image_size": 0}, "image_size"),
+        ({"resize": 100}, "resize"),
+        ({"crop": "left"}, "crop"),
+        ({"test_crop": "none"}, "test_crop"),
+        ({"padding": 4}, "padding"),
+        ({"color_jitter": (-1, 0, 0, 0)}, "color_jitter"),
+        ({"validation": 1.5}, "validation"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"std": (1, 0, 1)}, "std"),
+    ],
 )
 def test_bad_options_are_refused_by_name(root, options, name):
     with pytest.raises(ValueError, match=f"^{name}: got"):
         ImageFolderDataModule(root, **options)
+
+
+def _striped(path, width=60, height=20):
+    """Red, green and blue thirds from left to right."""
+    image = Image.new("RGB", (width, height))
+    for third, colour in enumerate(((255, 0, 0), (0, 255, 0), (0, 0, 255))):
+        image.paste(colour, (third * width // 3, 0, (third + 1) * width // 3, height))
+    image.save(path)
+
+
+def _seen(root, split="test", **options):
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "num_workers": 0, "validation": 0}
+    data = ImageFolderDataModule(root, image_size=20, **plain, **options)
+    data.setup()
+    return {"test": data.test_set, "train": data.train_set}[split][0][0]
+
+
+def test_testing_crops_the_middle_or_stretches_the_whole(root):
+    _striped(root / "test" / "ant" / "0.png")
+    middle = _seen(root)
+    assert middle.mean((1, 2)).tolist() == pytest.approx([0, 1, 0], abs=0.05)
+    whole = _seen(root, test_crop="stretch")
+    assert whole.mean((1, 2)).tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+    wider = _seen(root, resize=40)  # the middle half of the height, a sixth of the width
+    assert wider[1].mean() == pytest.approx(1, abs=0.05)
+
+
+def test_training_crops_as_it_is_told(root):
+    _striped(root / "train" / "ant" / "0.png")
+    torch.manual_seed(0)
+    assert torch.equal(
+        _seen(root, "train", crop="none", flip=False), _seen(root, "train", augment=False)
+    )
+    starts = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        starts.add(_seen(root, "train", crop="random", flip=False).argmax(0)[10].sum().item())
+    assert len(starts) > 3
+    torch.manual_seed(0)
+    padded = [_seen(root, "train", crop="random", padding=30, flip=False) for _ in range(8)]
+    assert any((image.sum(0) == 0).any() for image in padded)
+
+
+def test_flips_and_colours_change_when_asked_alone(root):
+    _striped(root / "train" / "ant" / "0.png", 20)
+    still = _seen(root, "train", crop="none", flip=False)
+    for options in ({"flip": True}, {"flip": False, "color_jitter": (0.4, 0.4, 0.4, 0.1)}):
+        torch.manual_seed(1)
+        images = [_seen(root, "train", crop="none", **options) for _ in range(6)]
+        assert any(not torch.equal(image, still) for image in images)
+    assert torch.equal(still, _seen(root, "train", crop="none", flip=False))
+
+
+@pytest.mark.parametrize("name", ["validation", "val"])
+def test_a_folder_of_validation_images_is_taken(root, name):
+    for kind in ("ant", "bee"):
+        (root / name / kind).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(root / name / "bee" / "x.png")
+    (root / name / "ant" / "x.png").symlink_to(root / name / "bee" / "x.png")
+    data = ImageFolderDataModule(root, image_size=8, num_workers=0)
+    data.setup()
+    assert (len(data.train_set), len(data.validation_set), len(data.test_set)) == (6, 2, 4)
+    assert data.validation_source == f"the 2 of {root / name}"

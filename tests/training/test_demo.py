@@ -9,10 +9,8 @@ from picnn_fast.training.demo import run_demo
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    small = dataclasses.replace(
-        demo.CONFIG, num_filters=10, batch_size=512, epochs=1, accelerator="cpu"
-    )
-    monkeypatch.setattr(demo, "CONFIG", small)
+    small = {**demo.COMMON, "num_filters": 10, "batch_size": 512, "accelerator": "cpu"}
+    monkeypatch.setattr(demo, "COMMON", small)
 
 
 def test_interrupted_demo_goes_on_with_the_network_that_was_missing(monkeypatch, tmp_path):
@@ -20,10 +18,10 @@ def test_interrupted_demo_goes_on_with_the_network_that_was_missing(monkeypatch,
     with monkeypatch.context() as patch:
         fit = demo.fit
 
-        def power_cut(config, folder, *, progress):
-            if config.method == "picnn":
+        def power_cut(run, *, progress):
+            if run.options.method["name"] == "picnn":
                 raise KeyboardInterrupt
-            return fit(config, folder, progress=progress)
+            return fit(run, progress=progress)
 
         patch.setattr(demo, "fit", power_cut)
         with pytest.raises(KeyboardInterrupt):
@@ -40,13 +38,8 @@ def test_interrupted_demo_goes_on_with_the_network_that_was_missing(monkeypatch,
     assert [p.name for p in tmp_path.iterdir()] == ["demo"]
 
 
-def test_both_networks_are_trained_alike(monkeypatch, tmp_path):
-    configs = []
-
-    monkeypatch.setattr(demo, "fit", lambda config, folder, progress: configs.append(config) or {})
-    monkeypatch.setattr(demo, "write_json", lambda path, content: None)  # no folder of a network
-    monkeypatch.setattr(demo, "draw", lambda run, output, seed: None)
-    run_demo(tmp_path / "demo", seed=3, epochs=2, say=lambda line: None)
-    std, picnn = configs
-    assert dataclasses.replace(std, method="picnn", output=picnn.output) == picnn
-    assert (std.method, picnn.method, std.seed, std.epochs) == ("std", "picnn", 3, 2)
+def test_both_networks_are_trained_alike(tmp_path):
+    std, picnn = demo.demo_options(tmp_path, seed=3, epochs=2).values()
+    assert dataclasses.replace(std, method=picnn.method, output=picnn.output) == picnn
+    assert (std.method["name"], picnn.method["name"]) == ("std", "picnn")
+    assert (std.seed, std.epochs) == (3, 2)

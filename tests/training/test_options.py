@@ -26,12 +26,12 @@ def test_yaml_gives_options(tmp_path):
     path = _yaml(
         tmp_path,
         "method: {name: std, mask_at: late}\noptimizer: {lr: 1e-4}\nepochs: 3\n"
-        "data:\n  augment: no\nnum_filters:\n",
+        "data:\n  max_shift: 0\nnum_filters:\n",
     )
     options = _parse("--config", str(path))
     assert (options.method["name"], options.method["mask_at"]) == ("std", "late")
     assert (options.optimizer["name"], options.optimizer["lr"]) == ("adamw", 1e-4)
-    assert (options.epochs, options.data["augment"], options.num_filters) == (3, False, None)
+    assert (options.epochs, options.data["max_shift"], options.num_filters) == (3, 0, None)
 
 
 def test_a_name_alone_stands_for_a_group(tmp_path):
