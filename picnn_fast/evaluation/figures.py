@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
-from torchmetrics import Metric
 
+from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule
 from picnn_fast.evaluation.observation import Observation
@@ -19,6 +19,9 @@ from picnn_fast.metrics import (
 )
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.receptive_field import ReceptiveField, receptive_field
+
+with extra("train"):
+    from torchmetrics import Metric
 
 # Of the maps that part interpretability has to keep; it needs somewhat more to compute.
 MOST_MAP_BYTES = 3 << 29

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -291,11 +292,23 @@ def parse(
             parser.parse_object(content)
     except ArgumentError as error:
         _refuse(error, names, source)
+    if "_ARGCOMPLETE" in os.environ:
+        _offer_values(parser, names)
     try:
         file = ["--config", json.dumps(content)] if content else []
         return dict(parser.parse_args([*file, *tokens]).as_dict())
     except ArgumentError as error:
         _refuse(error, names)
+
+
+def _offer_values(parser: ArgumentParser, names: Mapping[str, str]) -> None:
+    """Have argcomplete offer the values that an option lists, of which jsonargparse tells none."""
+    for action in parser._actions:
+        option = action.option_strings[0][2:] if action.option_strings else ""
+        key = option.removesuffix(".name")
+        rows = list(GROUPS[key].rows) if key in GROUPS else []
+        values = rows or [str(value) for value in _literals(_annotation(option, names))]
+        action.completer = lambda values=values, **context: values  # type: ignore[attr-defined]
 
 
 def _spelled(token: str) -> str:
