@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from picnn_fast._extras import extra
+from picnn_fast.backbones import receptive_field
 from picnn_fast.data import (
     CUB200,
     AnimalPart,
@@ -34,7 +35,6 @@ from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.models.receptive_field import receptive_field
 from picnn_fast.ops.templates import PartTemplate
 from picnn_fast.training.config import ConfigError, TrainConfig, options
 from picnn_fast.training.module import InterpretableModule
