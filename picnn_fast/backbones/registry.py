@@ -152,9 +152,9 @@ def cut(
         if all(hasattr(backbone, name) for name in ("forward_features", "forward_head")):
             return split_halves(backbone)
     raise TypeError(
-        f"backbone: got {type(backbone).__name__}, want a name"
-        f" ({', '.join(map(repr, BACKBONES))}), a module with layer=, the name of the layer"
-        " behind which it is cut, or a pair (features, head) of modules"
+        f"backbone: got {type(backbone).__name__}, want a name such as 'resnet18', a module with"
+        " layer=, the name of the layer behind which it is cut, or a pair (features, head) of"
+        " modules"
     )
 
 

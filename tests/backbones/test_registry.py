@@ -1,5 +1,7 @@
 """What every row of BACKBONES owes, and torchvision's networks, changed ones included."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -101,37 +103,23 @@ def test_a_seed_draws_features_and_then_the_new_classifier() -> None:
 
 def test_a_row_is_all_it_takes_to_add_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     def plain(image_channels: int = 3) -> nn.Module:
-        conv = nn.Conv2d(image_channels, 6, 3)
-        return nn.Sequential(
-            conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
-        )
+        features = nn.Conv2d(image_channels, 6, 3), nn.ReLU()
+        return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
 
     monkeypatch.setitem(BACKBONES, "plain", Row(plain, "1"))
     model = make_interpretable("plain", num_classes=4, image_channels=2)
     assert model(torch.randn(2, 2, 8, 8)).logits.shape == (2, 4)
 
 
-def resnet(**changed: nn.Module) -> nn.Module:
+def changed(name: str, **modules: nn.Module) -> nn.Module:
     with torch.device("meta"):
-        network = torchvision.models.resnet18()
-    for name, module in changed.items():
-        setattr(network, name, module)
+        network = torchvision.models.get_model(name)
+    for child, module in modules.items():
+        setattr(network, child, module.to("meta"))
     return network
 
 
-def vgg(**changed: nn.Module) -> nn.Module:
-    with torch.device("meta"):
-        network = torchvision.models.vgg11()
-    for name, module in changed.items():
-        setattr(network, name, module)
-    return network
-
-
-def alexnet(classes: int) -> nn.Module:
-    with torch.device("meta"):
-        network = torchvision.models.alexnet()
-        network.classifier[6] = nn.Linear(4096, classes)
-    return network
+resnet, alexnet, vgg = (partial(changed, name) for name in ("resnet18", "alexnet", "vgg11"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +130,8 @@ def alexnet(classes: int) -> nn.Module:
         (resnet(fc=nn.Linear(512, 5)), [20]),
         (resnet(fc=nn.Sequential(nn.Dropout(), nn.Linear(512, 9), nn.Linear(9, 5))), [20, 9]),
         (resnet(avgpool=nn.Identity(), fc=nn.Linear(512 * 4, 5)), [80]),
-        (alexnet(5), [20 * 36, 4096, 4096]),
+        (alexnet(), [20 * 36, 4096, 4096]),
+        (alexnet(classifier=nn.Sequential(nn.Linear(9216, 7), nn.Linear(7, 5))), [20 * 36, 7]),
         (vgg(classifier=nn.Identity()), [20 * 49]),
         (vgg(classifier=nn.Linear(512 * 49, 5)), [20 * 49]),
         (vgg(avgpool=nn.Identity(), classifier=nn.Linear(512 * 4, 5)), [80]),
