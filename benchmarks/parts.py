@@ -23,9 +23,9 @@ import torch
 
 from benchmarks import harness
 from picnn_fast import PartTemplate
+from picnn_fast.backbones import receptive_field
 from picnn_fast.data import PartDataModule
 from picnn_fast.metrics import LocationInstability
-from picnn_fast.models.receptive_field import receptive_field
 from picnn_fast.report import plot_filter_images, plot_peak_heat_map, plot_template_gallery
 from picnn_fast.training.config import TrainConfig
 from picnn_fast.training.run import (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast.backbones.receptive_field import ReceptiveField, receptive_field
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule
 from picnn_fast.evaluation.observation import Observation
@@ -18,7 +19,6 @@ from picnn_fast.metrics import (
     PathwayAccuracy,
 )
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.models.receptive_field import ReceptiveField, receptive_field
 
 with extra("train"):
     from torchmetrics import Metric

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from picnn_fast.models.receptive_field import ReceptiveField
+from picnn_fast.backbones import ReceptiveField
 from picnn_fast.ops import checks
 
 # Elements that compute() works on at a time.
@@ -36,7 +36,7 @@ class _PartMetric(Metric):
         if not isinstance(receptive_field, ReceptiveField):
             raise TypeError(
                 f"receptive_field: got {type(receptive_field).__name__}, want a ReceptiveField,"
-                " as models.receptive_field.receptive_field gives"
+                " as backbones.receptive_field gives"
             )
         self.receptive_field = receptive_field
         self.add_state("labels", [], dist_reduce_fx="cat")
@@ -132,7 +132,7 @@ class LocationInstability(_PartMetric):
     Args:
         num_filters: N.
         num_landmarks: L.
-        receptive_field: of the maps, see ``models.receptive_field``.
+        receptive_field: of the maps, see ``backbones.receptive_field``.
         num_classes: K; 1 takes all images as of one category.
         images: most images for a filter, category and landmark, >= 2; 100 in the paper.
         **kwargs: of ``torchmetrics.Metric``.
@@ -147,7 +147,7 @@ class LocationInstability(_PartMetric):
     Example:
         >>> import torch
         >>> from picnn_fast.metrics import LocationInstability
-        >>> from picnn_fast.models.receptive_field import receptive_field
+        >>> from picnn_fast.backbones import receptive_field
         >>> field = receptive_field(torch.nn.Conv2d(3, 2, 4, stride=4), image_size=32)
         >>> metric = LocationInstability(2, 1, field)
         >>> maps = torch.zeros(2, 2, 8, 8)  # of two images
@@ -312,7 +312,7 @@ class PartInterpretability(_PartMetric):
     Args:
         num_filters: N.
         num_parts: P.
-        receptive_field: of the maps, see ``models.receptive_field``.
+        receptive_field: of the maps, see ``backbones.receptive_field``.
         num_classes: K; 1 takes all images as of one category.
         top: share of activations that are valid, in (0, 1).
         iou: of region and part, that association wants more than; in (0, 1).
@@ -333,7 +333,7 @@ class PartInterpretability(_PartMetric):
     Example:
         >>> import torch
         >>> from picnn_fast.metrics import PartInterpretability
-        >>> from picnn_fast.models.receptive_field import receptive_field
+        >>> from picnn_fast.backbones import receptive_field
         >>> field = receptive_field(torch.nn.Conv2d(3, 2, 4, stride=4), image_size=32)
         >>> metric = PartInterpretability(2, 1, field, top=0.02)
         >>> maps, masks = torch.zeros(4, 2, 8, 8), torch.zeros(4, 1, 32, 32, dtype=torch.bool)

@@ -1,23 +1,18 @@
 """Interpretable networks: one file a method, one common protocol (``InterpretableNetwork``)."""
 
-from picnn_fast.models.backbones import BACKBONES
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.models.factory import METHODS, make_interpretable
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
-from picnn_fast.models.receptive_field import ReceptiveField, receptive_field
 from picnn_fast.models.std import STD
 
 __all__ = [
-    "BACKBONES",
     "ICNN",
     "METHODS",
     "PICNN",
     "STD",
     "Correspondence",
     "InterpretableNetwork",
-    "ReceptiveField",
     "make_interpretable",
-    "receptive_field",
 ]

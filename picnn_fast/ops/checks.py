@@ -7,8 +7,9 @@ own kernel, without waiting for it. Like PyTorch's own ``bernoulli`` and ``nll_l
 check then surfaces as a device-side assert at the next synchronisation.
 """
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
     return value
+
+
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """For the error about a name that is none of these: " did you mean 'x'?", or nothing."""
+    near = difflib.get_close_matches(str(value), names, 1)
+    return f" did you mean {near[0]!r}?" if near else ""
 
 
 def tensor(name: str, value: object) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
-from picnn_fast.models.receptive_field import ReceptiveField
+from picnn_fast.backbones import ReceptiveField
 from picnn_fast.ops import checks
 from picnn_fast.report.figures import _DPI, _HEAT_COLOURS, _overlay, _without_frame
 
@@ -154,7 +154,7 @@ def plot_filter_images(
 
     Example:
         >>> import torch
-        >>> from picnn_fast.models.receptive_field import receptive_field
+        >>> from picnn_fast.backbones import receptive_field
         >>> from picnn_fast.report import plot_filter_images
         >>> layer = torch.nn.Conv2d(3, 4, 5, stride=4, padding=2)
         >>> images = torch.rand(3, 3, 32, 32)

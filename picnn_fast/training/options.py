@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from picnn_fast._extras import extra
+from picnn_fast.backbones import BACKBONES
 from picnn_fast.data import DATA
-from picnn_fast.models.backbones import BACKBONES
 from picnn_fast.models.factory import METHODS, make_interpretable
 from picnn_fast.training.module import OPTIMIZERS
 

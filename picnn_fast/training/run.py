@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from picnn_fast._extras import extra
+from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule
 from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.evaluation import Figures, check_figures, evaluate
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.models.receptive_field import receptive_field
 from picnn_fast.training.checkpoint import (
     CHECKPOINT,
     SaveOptions,

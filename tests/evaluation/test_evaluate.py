@@ -8,12 +8,12 @@ import torch
 from sklearn.feature_selection import mutual_info_classif
 
 from picnn_fast import evaluation
+from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.evaluation import FIGURES, check_figures, evaluate, figures, format_figure
 from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.models.receptive_field import receptive_field
 
 PARTS = {"location_instability", "part_interpretability"}
 

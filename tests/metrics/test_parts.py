@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from picnn_fast.backbones import ReceptiveField
 from picnn_fast.metrics import LocationInstability, PartInterpretability
-from picnn_fast.models.receptive_field import ReceptiveField
 
 FIELD = ReceptiveField((9, 7), (4, 3), (1.5, 2.0), (3, 4), (12, 13), (1.3, 0.8))
 FILTERS, LANDMARKS, PARTS = 3, 2, 3

@@ -91,8 +91,9 @@ def test_the_model_is_made_on_the_device_of_the_backbone() -> None:
     ("backbone", "options", "error", "message"),
     [
         ("small-resnet", {"method": "csgg"}, ValueError, "method: got 'csgg', want one of 'std'"),
-        ("resnet19", {}, ValueError, "backbone: got 'resnet19', want one of 'small-resnet'"),
-        (nn.Linear(2, 3), {}, TypeError, "backbone: got Linear, want a name"),
+        ("resnet19", {}, ValueError, r"backbone: got 'resnet19', did you mean 'resnet1.'\? want"),
+        ("small-resnet", {"method": "pcinn"}, ValueError, r"method: got 'pcinn', did you mean 'pi"),
+        (nn.Linear(2, 3), {}, TypeError, "backbone: got Linear, want a name.*layer="),
         ((1, 2, 3), {}, TypeError, "backbone: got tuple"),
         ((nn.Identity(), "head"), {"in_channels": 2}, TypeError, "head: got str"),
         (("features", nn.Identity()), {"in_channels": 2}, TypeError, "features: got str"),
@@ -106,6 +107,7 @@ def test_the_model_is_made_on_the_device_of_the_backbone() -> None:
         (pair(), {"insert_conv": False, "in_channels": 6}, ValueError, "in_channels: got 6"),
         (pair(), {"in_channels": 6, "image_channels": 3}, ValueError, "image_channels: got 3"),
         (pair(), {"in_channels": 6, "weights": "x"}, ValueError, "weights: got 'x'"),
+        (pair(), {"in_channels": 6, "layer": "0"}, ValueError, "layer: got '0' with a pair"),
         ("small-resnet", {"sampler": "x"}, TypeError, "sampler: method 'picnn' has no such option"),
         (
             "small-resnet",

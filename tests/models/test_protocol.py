@@ -42,6 +42,21 @@ def small_network() -> dict[str, Any]:
     return {"backbone": "small-resnet", "image_channels": 3, "num_filters": 12}
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 3, padding=1)
+        self.act, self.fc = nn.ReLU(), nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.act(self.left(images) + self.right(images))
+        return self.fc(maps.mean((2, 3)))
+
+
+def any_network() -> dict[str, Any]:
+    return {"backbone": Branches(), "layer": "act", "num_filters": 6}
+
+
 def part_network() -> dict[str, Any]:
     return {"backbone": "small-cnn", "num_filters": 10}
 
@@ -50,6 +65,7 @@ BACKBONES: tuple[Callable[[], dict[str, Any]], ...] = (
     plain_pair,
     inserted_pair,
     small_network,
+    any_network,
     part_network,
 )
 

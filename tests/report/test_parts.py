@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from picnn_fast.models.receptive_field import ReceptiveField
+from picnn_fast.backbones import ReceptiveField
 from picnn_fast.report import plot_filter_images, plot_peak_heat_map, plot_template_gallery
 
 FIELD = ReceptiveField((12, 12), (4, 4), (2.0, 2.0), (8, 8), (32, 32), (2.0, 2.0))

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from picnn_fast.models.backbones import ResidualBlock, small_resnet, split_resnet
-from picnn_fast.models.receptive_field import ReceptiveField, receptive_field
+from picnn_fast.backbones import ReceptiveField, ResidualBlock, cut, receptive_field, small_resnet
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -140,9 +139,10 @@ def test_centre_and_spread_are_those_of_the_weight_of_the_pixels() -> None:
     ("features", "size", "wanted", "maps"),
     [
         (lambda: torchvision.models.alexnet().features, 227, (195, 32, 31.5), 6),
-        (lambda: torchvision.models.alexnet().features[:12], 227, (163, 16, 15.5), 13),
+        (lambda: cut("alexnet").features, 227, (163, 16, 15.5), 13),
         (lambda: torchvision.models.vgg16().features, 224, (212, 32, 16.0), 7),
-        (lambda: split_resnet(torchvision.models.resnet18()).features, 224, (435, 32, 0.5), 7),
+        (lambda: cut("resnet18").features, 224, (435, 32, 0.5), 7),
+        (lambda: cut("resnet18", "layer4.1.relu").features, 224, (435, 32, 0.5), 7),  # a graph
         (lambda: small_resnet(3).features, 32, (13, 2, 0.5), 16),
     ],
 )

@@ -111,7 +111,7 @@ class ReceptiveField(NamedTuple):
             the largest.
 
     Example:
-        >>> from picnn_fast.models.receptive_field import ReceptiveField
+        >>> from picnn_fast.backbones import ReceptiveField
         >>> patches = ReceptiveField((16, 16), (16, 16), (8.0, 8.0), (14, 14), (224, 224))
         >>> patches.centres()[0, 13], patches.boxes()[0, 13]
         (tensor([216.,   8.]), tensor([208.,   0., 224.,  16.]))
@@ -213,7 +213,7 @@ def receptive_field(
 
     Example:
         >>> from torch import nn
-        >>> from picnn_fast.models.receptive_field import receptive_field
+        >>> from picnn_fast.backbones import receptive_field
         >>> features = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
         >>> field = receptive_field(features, 32)
         >>> field.size, field.stride, field.first_centre, field.map_size
