@@ -2,11 +2,99 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from picnn_fast import functional
 from picnn_fast.ops import checks
-from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
+from picnn_fast.ops.filter_loss import published_beta
+from picnn_fast.ops.templates import CENTERS, PartTemplate, check_scale, check_template
+
+
+class LearnedBeta(nn.Module):
+    """The beta of a gradient template, one a filter, which follows how far the maps spread.
+
+    As in the authors' published code of ICNN, on coordinates from -1 to 1: T / tau =
+    max(1 - beta·(2d / (n - 1)), -1), from 2 on. Every step moves it by rate / B of the way to
+    clip(3 / spread, 1.5, 3), B the batch. The spread of a filter is the mean of
+    sqrt(Σ|pos - mu|² x / Σ x), in positions, mu the rounded centre of mass, over the images of its
+    category, weighted by the strengths of ``functional.published_filter_loss``. A filter without
+    such an image in the batch, or without activations there, keeps its beta.
+
+    The published rate is 500 times the network's, which falls from 1e-4 to 1e-5; ours stays. Nor is
+    their optimiser's momentum taken over.
+
+    Args:
+        template: its norm counts; a gradient template.
+        num_filters: N.
+        rate: in (0, 1].
+
+    Attributes:
+        value: ``[N]``, a buffer.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong kind or out of range.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast import PartTemplate
+        >>> from picnn_fast.layers import LearnedBeta
+        >>> beta = LearnedBeta(PartTemplate(), num_filters=1)
+        >>> maps = torch.zeros(1, 1, 7, 7)
+        >>> maps[0, 0, 3, 3] = 1  # one position alone: towards 3
+        >>> beta.observe(maps, labels=torch.tensor([0]), filter_category=torch.tensor([0]))
+        >>> beta.step()
+        >>> beta.value
+        tensor([2.0500])
+    """
+
+    value: Tensor
+    following: Tensor
+
+    def __init__(self, template: PartTemplate, num_filters: int, rate: float = 0.05) -> None:
+        super().__init__()
+        self.template = check_template(template)
+        if not isinstance(template.profile, str) or template.profile != "gradient":
+            raise ValueError(f"template: got {template}, want a gradient template to learn beta of")
+        checks.integer("num_filters", num_filters, 1)
+        self.rate = checks.positive("rate", rate)
+        if rate > 1:
+            raise ValueError(f"rate: got {rate}, want a number in (0, 1]")
+        self.register_buffer("value", torch.full((num_filters,), 2.0))
+        self.register_buffer("following", self.value.clone(), persistent=False)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """``[N]`` as ``PartTemplate`` and ``functional.template_mask`` count beta, on such maps."""
+        n = max(height, width)
+        return self.value * (2 * n / max(n - 1, 1))
+
+    def observe(self, maps: Tensor, labels: Tensor, filter_category: Tensor) -> None:
+        """See where beta is to go; ``step`` takes it there.
+
+        Args:
+            maps: ``[B, N, h, w]`` before the mask.
+            labels: ``[B]`` integers, the images' categories.
+            filter_category: ``[N]`` integers, each filter's.
+        """
+        # Single precision at least, whatever ``half()`` made of the buffers: steps would be lost.
+        dtype = torch.promote_types(self.value.dtype, torch.float32)
+        self.value, self.following = self.value.to(dtype), self.following.to(dtype)
+        goal = published_beta(
+            maps,
+            self.template,
+            labels=labels,
+            filter_category=filter_category,
+            beta=self(*maps.shape[2:]),
+        ).to(dtype)
+        moved = self.value.lerp(goal, self.rate / max(len(maps), 1))
+        self.following.copy_(torch.where(goal.isfinite(), moved, self.value))
+
+    def step(self) -> None:
+        """Told after each step of the optimiser, when no backward pass needs the old beta."""
+        self.value.copy_(self.following)
+
+    def extra_repr(self) -> str:
+        return f"num_filters={len(self.value)}, rate={self.rate}"
 
 
 class TemplateMask(nn.Module):
@@ -15,9 +103,12 @@ class TemplateMask(nn.Module):
     Args:
         template: see ``PartTemplate``.
         scale: what the peak is multiplied by, or "tau".
+        center: "argmax" or "mass".
+        beta: of each filter, in place of the template's own; None keeps that.
 
     Raises:
-        TypeError, ValueError: a template that is none, a scale that is no number > 0.
+        TypeError, ValueError: a template that is none, a scale that is no number > 0, another
+            center.
 
     Example:
         >>> import torch
@@ -31,17 +122,30 @@ class TemplateMask(nn.Module):
     # A position of the output shows the same pixels as the one of the input.
     elementwise = True
 
-    def __init__(self, template: PartTemplate, *, scale: float | Literal["tau"] = 1.0) -> None:
+    def __init__(
+        self,
+        template: PartTemplate,
+        *,
+        scale: float | Literal["tau"] = 1.0,
+        center: Literal["argmax", "mass"] = "argmax",
+        beta: LearnedBeta | None = None,
+    ) -> None:
         super().__init__()
         self.template = check_template(template)
         self.scale = check_scale(scale)
+        checks.one_of("center", center, CENTERS)
+        self.center = center
+        self.beta = beta
 
     def forward(self, maps: Tensor) -> Tensor:
         """``[B, N, h, w]`` to the same shape."""
-        return functional.template_mask(maps, self.template, scale=self.scale)[0]
+        beta = None if self.beta is None else self.beta(*maps.shape[2:])
+        return functional.template_mask(
+            maps, self.template, scale=self.scale, center=self.center, beta=beta
+        )[0]
 
     def extra_repr(self) -> str:
-        return f"{self.template}, scale={self.scale!r}"
+        return f"{self.template}, scale={self.scale!r}, center={self.center!r}"
 
 
 def with_target_layer(

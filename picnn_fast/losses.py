@@ -11,7 +11,7 @@ from picnn_fast.ops import checks
 from picnn_fast.ops.filter_loss import ESTIMATORS
 from picnn_fast.ops.templates import PartTemplate, check_template
 
-__all__ = ["FilterLoss", "MutualInformationLoss"]
+__all__ = ["FilterLoss", "MutualInformationLoss", "PublishedFilterLoss"]
 
 
 class MutualInformationLoss(nn.Module):
@@ -220,3 +220,62 @@ class FilterLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.template}, num_filters={self.num_filters}, estimator={self.estimator!r}"
+
+
+class PublishedFilterLoss(nn.Module):
+    """The gradient of the authors' code in place of a filter loss's own, with what it remembers.
+
+    See ``functional.published_filter_loss``. The density of a category is the share of its images
+    among those seen so far in training, this batch included; with more than ten classes it is 1/K,
+    as published. The counts are of each rank; DistributedDataParallel hands rank 0's to all.
+
+    Args:
+        template: see ``PartTemplate``.
+        num_classes: K.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong kind or out of range.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast import PartTemplate
+        >>> from picnn_fast.losses import PublishedFilterLoss
+        >>> loss = PublishedFilterLoss(PartTemplate(), num_classes=2)
+        >>> labels, category = torch.tensor([0, 1]), torch.zeros(8, dtype=torch.int64)
+        >>> loss(torch.rand(2, 8, 7, 7), labels, category).shape
+        torch.Size([8])
+    """
+
+    counts: Tensor
+
+    def __init__(self, template: PartTemplate, num_classes: int) -> None:
+        super().__init__()
+        self.template = check_template(template)
+        self.num_classes = checks.integer("num_classes", num_classes, 1)
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    def forward(
+        self, x: Tensor, labels: Tensor, filter_category: Tensor, beta: Tensor | None = None
+    ) -> Tensor:
+        """Loss of each filter, ``[N]``; arguments as for ``functional.published_filter_loss``."""
+        checks.tensor("labels", labels)
+        checks.labels("labels", labels, len(x), self.num_classes)
+        one_hot = nn.functional.one_hot(labels.to(torch.int64), self.num_classes)
+        counts = self.counts + one_hot.sum(0)
+        if self.training:
+            self.counts.copy_(counts)
+        if self.num_classes > 10:
+            shares = torch.full_like(counts, 1 / self.num_classes, dtype=torch.float32)
+        else:
+            shares = counts / counts.sum()
+        return functional.published_filter_loss(
+            x,
+            self.template,
+            labels=labels,
+            filter_category=filter_category,
+            density=shares[filter_category],
+            beta=beta,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.template}, num_classes={self.num_classes}"

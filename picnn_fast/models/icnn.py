@@ -7,13 +7,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from picnn_fast.layers import TemplateMask
-from picnn_fast.losses import FilterLoss
+from picnn_fast.layers import LearnedBeta, TemplateMask
+from picnn_fast.losses import FilterLoss, PublishedFilterLoss
 from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.models.masked_head import layers_of, leading_pooling
 from picnn_fast.ops import checks
 from picnn_fast.ops.templates import PartTemplate, check_template
 
 TASKS = ("softmax", "logistic", "single")
+INITIAL = ("default", "published")
+ESTIMATORS = ("batch", "running", "target", "published")
 
 
 class ICNNOutput(NamedTuple):
@@ -40,6 +43,8 @@ class FilterCategories(nn.Module):
         num_classes: K.
         num_filters: N.
         momentum: share of a new batch, in (0, 1].
+        by: "sum"; or "max", which takes max_ij x_ij in its place and starts at 0.1 or more, as the
+            authors' published code does.
 
     Source:
         Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, section 3.
@@ -48,9 +53,12 @@ class FilterCategories(nn.Module):
     means: Tensor
     seen: Tensor
 
-    def __init__(self, num_classes: int, num_filters: int, momentum: float = 0.1) -> None:
+    def __init__(
+        self, num_classes: int, num_filters: int, momentum: float = 0.1, by: str = "sum"
+    ) -> None:
         super().__init__()
         self.momentum = momentum
+        self.by = checks.one_of("category_by", by, ("sum", "max"))
         self.register_buffer("means", torch.zeros(num_classes, num_filters))
         self.register_buffer("seen", torch.zeros(num_classes, 1, dtype=torch.bool))
 
@@ -60,13 +68,17 @@ class FilterCategories(nn.Module):
         labels = labels.to(torch.int64)
         # Single precision at least, whatever ``half()`` made of the buffer: sums would overflow.
         self.means = self.means.to(torch.promote_types(self.means.dtype, torch.float32))
-        sums = maps.detach().sum((2, 3), dtype=self.means.dtype)
-        total = torch.zeros_like(self.means).index_add_(0, labels, sums)
+        if self.by == "sum":
+            values = maps.detach().sum((2, 3), dtype=self.means.dtype)
+        else:
+            values = maps.detach().amax((2, 3)).to(self.means.dtype)
+        total = torch.zeros_like(self.means).index_add_(0, labels, values)
         ones = torch.ones_like(labels, dtype=total.dtype)[:, None]
         count = torch.zeros_like(total[:, :1]).index_add_(0, labels, ones)
         present = count > 0
         new = total / count.clamp_min(1)
-        mixed = torch.where(self.seen, self.means.lerp(new, self.momentum), new)
+        first = new if self.by == "sum" else new.clamp_min(0.1)
+        mixed = torch.where(self.seen, self.means.lerp(new, self.momentum), first)
         self.means.copy_(torch.where(present, mixed, self.means))
         self.seen.logical_or_(present)
 
@@ -85,7 +97,7 @@ class ICNN(InterpretableNetwork):
 
     Loss = discrimination + sum over layers and filters of lambda·Loss_f. With t the epoch
     (``begin_epoch``) and x the filter's maps, lambda = ``filter_loss_weight``/t · mean_b max_ij x,
-    renewed with every batch.
+    renewed with every batch; with ``estimator="published"`` ``filter_loss_weight``/t alone.
 
     A filter belongs to its category: ``ownership`` is 1 there, else 0, and ``class_mask`` keeps a
     class's own filters.
@@ -93,6 +105,12 @@ class ICNN(InterpretableNetwork):
     The paper's tau suits activations of tens, as in its networks. Where they are about 1, as after
     batch norm, every exp(s) is 1 and the filter loss does next to nothing: give the template a tau
     of 0.1 or so. "running" and "target" are bound to the size of the first images.
+
+    The defaults are the paper's text. The authors' published code has, beside other training,
+    ``center="mass"``, ``learn_beta=True``, ``mask_after_pool=True``, ``category_by="max"``,
+    ``estimator="published"`` and ``initial="published"``; ``PartTemplate(beta="published")`` where
+    beta is not learnt. It also scales the gradient of the task, with several categories by 0.2 (at
+    most ten) or 1/50: a ``filter_loss_weight`` of 5e-6 or 5e-5 keeps that proportion.
 
     Args:
         features: images to the maps of the top convolution after its activation.
@@ -102,20 +120,32 @@ class ICNN(InterpretableNetwork):
             inserted.
         in_channels: channels that ``features`` yield: inserts the second convolution, from as many
             to ``num_filters`` (the paper: the same number). None inserts nothing.
+        initial: of the inserted convolution: "default" for PyTorch's, or "published": weights
+            normal with deviation 0.01, no bias at first.
         template: of the mask layers and filter losses; None is the paper's, ``PartTemplate()``.
-        estimator: "batch", "running" or "target", see ``functional.filter_loss``. "target" uses
-            the categories.
+        center: of the masks, see ``functional.template_mask``: "argmax", or "mass" as published.
+        learn_beta: of the masks, and of "published" losses: one a filter, which follows how far its
+            maps spread, see ``LearnedBeta``; ``after_step`` takes it on. The other losses keep the
+            template's. Gradient templates alone.
+        mask_after_pool: put the second mask layer and filter loss behind the pooling that ``head``
+            starts with, which goes over to ``features``: up to its last max or average pooling of
+            a fixed window; ``head`` must be an ``nn.Sequential``.
+        estimator: "batch", "running" or "target", see ``functional.filter_loss``; "published", see
+            ``functional.published_filter_loss``. "target" and "published" use the categories.
+        category_by: the map's "sum", or its "max" as published, see ``FilterCategories``.
         task: "softmax": cross entropy over the classes; "logistic": the sum of K independent
             logistic losses; "single": one category against the rest, label 1 for its images and
             0 for the others, logistic loss of the difference of two logits (K = 2); every filter
             is of category 1.
-        filter_loss_weight: of lambda, >= 0. Lambda grows with the activations, which the loss
-            makes grow: too large a weight drowns the discrimination.
+        filter_loss_weight: of lambda, >= 0; None takes 0.003, and 1e-6 for "published". Lambda
+            grows with the activations, which the loss makes grow: too large a weight drowns the
+            discrimination.
         momentum: of the running estimates of filter loss and categories.
         mask_scale: what a mask layer multiplies the peak by: 1, or "tau" for the paper's text.
 
     Raises:
-        TypeError, ValueError: see ``InterpretableNetwork``; options out of range.
+        TypeError, ValueError: see ``InterpretableNetwork``; options out of range, or that do not go
+            together.
 
     Note:
         In ``forward``, hooks on ``features`` itself do not run, hooks on its layers do.
@@ -149,22 +179,37 @@ class ICNN(InterpretableNetwork):
         num_filters: int,
         *,
         in_channels: int | None = None,
+        initial: Literal["default", "published"] = "default",
         template: PartTemplate | None = None,
-        estimator: Literal["batch", "running", "target"] = "batch",
+        center: Literal["argmax", "mass"] = "argmax",
+        learn_beta: bool = False,
+        mask_after_pool: bool = False,
+        estimator: Literal["batch", "running", "target", "published"] = "batch",
+        category_by: Literal["sum", "max"] = "sum",
         task: Literal["softmax", "logistic", "single"] = "softmax",
-        filter_loss_weight: float = 0.003,
+        filter_loss_weight: float | None = None,
         momentum: float = 0.1,
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
         template = PartTemplate() if template is None else check_template(template)
+
+        def mask(width: int) -> TemplateMask:
+            beta = LearnedBeta(template, width) if learn_beta else None
+            return TemplateMask(template, scale=mask_scale, center=center, beta=beta)
+
         layers: OrderedDict[str, nn.Module] = OrderedDict(top=features)
-        layers["top_mask"] = TemplateMask(template, scale=mask_scale)
         widths = [num_filters]
-        if in_channels is not None:
+        if in_channels is None:
+            _refuse_without_convolution(initial, mask_after_pool)
+            layers["top_mask"] = mask(num_filters)
+        else:
             widths = [checks.integer("in_channels", in_channels, 1), num_filters]
-            layers["conv"] = nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1)
+            layers["top_mask"] = mask(in_channels)
+            layers["conv"] = _convolution(in_channels, num_filters, initial)
             layers["relu"] = nn.ReLU()
-            layers["mask"] = TemplateMask(template, scale=mask_scale)
+            if mask_after_pool:
+                layers["pool"], head = _split_behind_pooling(head)
+            layers["mask"] = mask(num_filters)
         super().__init__(nn.Sequential(layers), head, num_classes, num_filters)
         self.task = checks.one_of("task", task, TASKS)
         if task == "single" and num_classes != 2:
@@ -172,14 +217,20 @@ class ICNN(InterpretableNetwork):
                 f"num_classes: got {num_classes} with task='single', want 2: the rest and the"
                 " category"
             )
+        self.estimator = checks.one_of("estimator", estimator, ESTIMATORS)
+        if filter_loss_weight is None:
+            filter_loss_weight = 1e-6 if estimator == "published" else 0.003
         self.filter_loss_weight = checks.non_negative("filter_loss_weight", filter_loss_weight)
         # A tensor: a compiled step would be compiled anew for each number.
         self.register_buffer("epoch", torch.tensor(1))
         self.filter_losses = nn.ModuleList(
-            FilterLoss(template, width, estimator=estimator, momentum=momentum) for width in widths
+            PublishedFilterLoss(template, num_classes)
+            if estimator == "published"
+            else FilterLoss(template, width, estimator=estimator, momentum=momentum)
+            for width in widths
         )
         self.categories = nn.ModuleList(
-            FilterCategories(num_classes, width, momentum) for width in widths
+            FilterCategories(num_classes, width, momentum, category_by) for width in widths
         )
 
     def ownership(self) -> Tensor:
@@ -218,7 +269,8 @@ class ICNN(InterpretableNetwork):
     def loss_terms(self, output: ICNNOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination``, and ``filter_loss``: the weighted sum over both layers.
 
-        In training mode the categories and running estimates take in the batch.
+        In training mode the categories and running estimates take in the batch, and learnt betas
+        see where they are to go.
 
         Args:
             output: of ``forward``.
@@ -235,16 +287,21 @@ class ICNN(InterpretableNetwork):
                 f" {len(self.filter_losses)}: the output of this model's forward"
             )
         terms = []
-        for layer, maps in enumerate(output.activations):
+        for layer, (maps, beta) in enumerate(zip(output.activations, self._betas(), strict=True)):
+            filter_loss = self.filter_losses[layer]
             if self.training:
                 self._categories(layer).update(maps, labels)
-            filter_loss = self.filter_losses[layer]
-            if filter_loss.estimator == "target":
-                loss = filter_loss(maps, labels, self._category(layer))
+            category = self._category(layer)
+            if isinstance(filter_loss, PublishedFilterLoss):
+                betas = None if beta is None else beta(*maps.shape[2:])
+                terms.append(filter_loss(maps, labels, category, betas).sum())
             else:
-                loss = filter_loss(maps)
-            peaks = maps.detach().amax((2, 3)).to(loss.dtype)
-            terms.append((peaks.sum(0) / max(len(maps), 1) * loss).sum())
+                of_categories = (labels, category) if self.estimator == "target" else ()
+                loss = filter_loss(maps, *of_categories)
+                peaks = maps.detach().amax((2, 3)).to(loss.dtype)
+                terms.append((peaks.sum(0) / max(len(maps), 1) * loss).sum())
+            if self.training and beta is not None:
+                beta.observe(maps, labels, category)
         return {
             "discrimination": self._discrimination(output.logits, labels),
             "filter_loss": self.filter_loss_weight * torch.stack(terms).sum() / self.epoch,
@@ -255,6 +312,16 @@ class ICNN(InterpretableNetwork):
         super().begin_epoch(epoch, batches)
         self.epoch.fill_(epoch)
 
+    def after_step(self) -> None:
+        """Learnt betas move; see ``InterpretableNetwork``."""
+        for beta in self._betas():
+            if beta is not None:
+                beta.step()
+
+    def _betas(self) -> list[LearnedBeta | None]:
+        """Of each mask layer."""
+        return [mask.beta for mask in self.features.children() if isinstance(mask, TemplateMask)]
+
     def _discrimination(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.task != "logistic":  # of two logits, cross entropy is the logistic loss
             return cross_entropy(logits, labels).mean()
@@ -264,4 +331,41 @@ class ICNN(InterpretableNetwork):
         return each.sum(1).mean()
 
     def options(self) -> Mapping[str, object]:
-        return {"task": self.task, "filter_loss_weight": self.filter_loss_weight}
+        return {
+            "task": self.task,
+            "estimator": self.estimator,
+            "filter_loss_weight": self.filter_loss_weight,
+        }
+
+
+def _convolution(in_channels: int, num_filters: int, initial: str) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1)
+    if checks.one_of("initial", initial, INITIAL) == "published":
+        assert conv.bias is not None
+        nn.init.normal_(conv.weight, std=0.01)
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _refuse_without_convolution(initial: str, mask_after_pool: bool) -> None:
+    """Options of the second interpretable layer where there is none."""
+    if mask_after_pool:
+        raise ValueError("mask_after_pool: got True, want False: no convolution is inserted")
+    if checks.one_of("initial", initial, INITIAL) != "default":
+        raise ValueError(f"initial: got {initial!r}, want 'default': no convolution is inserted")
+
+
+def _split_behind_pooling(head: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
+    """A head up to the last pooling by a window that it starts with, and the rest of it."""
+    layers = layers_of(head)
+    last = 0
+    for position, layer in enumerate(layers[: leading_pooling(head)], start=1):
+        if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
+            last = position
+    if last == 0:
+        start = next((type(layer).__name__ for layer in layers), "nothing")
+        raise ValueError(
+            f"mask_after_pool: got True with a head that starts with {start}, want a head that is"
+            " an nn.Sequential starting with nn.MaxPool2d or nn.AvgPool2d; or False"
+        )
+    return nn.Sequential(*layers[:last]), nn.Sequential(*layers[last:])

@@ -10,9 +10,17 @@ from torch import Tensor
 
 from picnn_fast.ops import checks, registry
 from picnn_fast.ops.layout import readable
-from picnn_fast.ops.templates import ARGUMENTS, PartTemplate, check_maps, check_template
+from picnn_fast.ops.templates import (
+    ARGUMENTS,
+    PartTemplate,
+    check_beta,
+    check_maps,
+    check_template,
+    filter_tables,
+)
 from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
+from picnn_fast.reference.templates import centre_of_mass, templates_at
 
 ESTIMATORS = ("batch", "running", "target")
 
@@ -186,6 +194,21 @@ registry.define(
 )
 
 
+def _check_categories(x: Tensor, labels: Tensor, filter_category: Tensor) -> None:
+    for name, value, size, axis in (
+        ("labels", labels, len(x), "sample"),
+        ("filter_category", filter_category, x.shape[1], "filter"),
+    ):
+        checks.tensor(name, value)
+        if value.dtype not in checks.INTEGER:
+            raise TypeError(f"{name}: got dtype {value.dtype}, want integers, such as torch.int64")
+        if tuple(value.shape) != (size,):
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, want ({size},), one a {axis}"
+            )
+        checks.same_device(name, value, "x", x)
+
+
 def _check_options(
     x: Tensor,
     estimator: str,
@@ -205,20 +228,8 @@ def _check_options(
     elif (labels is None) != (filter_category is None):
         missing = "labels" if labels is None else "filter_category"
         raise ValueError(f"{missing}: got None, want both labels and filter_category, or neither")
-    for name, value, size, axis in (
-        ("labels", labels, len(x), "sample"),
-        ("filter_category", filter_category, x.shape[1], "filter"),
-    ):
-        if value is None:
-            continue
-        checks.tensor(name, value)
-        if value.dtype not in checks.INTEGER:
-            raise TypeError(f"{name}: got dtype {value.dtype}, want integers, such as torch.int64")
-        if tuple(value.shape) != (size,):
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, want ({size},), one a {axis}"
-            )
-        checks.same_device(name, value, "x", x)
+    if labels is not None and filter_category is not None:
+        _check_categories(x, labels, filter_category)
     if estimator == "batch":
         if state is not None:
             raise ValueError(
@@ -280,3 +291,52 @@ def filter_loss(
         state.log_mean.copy_(log_mean)
         state.log_ratio.copy_(log_ratio)
     return loss
+
+
+def published_filter_loss(
+    x: Tensor,
+    template: PartTemplate,
+    *,
+    labels: Tensor,
+    filter_category: Tensor,
+    density: Tensor,
+    beta: Tensor | None,
+) -> Tensor:
+    """See ``functional.published_filter_loss``."""
+    maps, _, templates, positive = _about_the_mass(x, template, labels, filter_category, beta)
+    checks.floating("density", density)
+    if tuple(density.shape) != (x.shape[1],):
+        raise ValueError(
+            f"density: got shape {tuple(density.shape)}, want ({x.shape[1]},), one a filter"
+        )
+    checks.same_device("density", density, "x", x)
+    return reference.published_filter_loss(maps, templates, positive, density.to(maps.dtype))
+
+
+@torch.no_grad()
+def published_beta(
+    x: Tensor, template: PartTemplate, *, labels: Tensor, filter_category: Tensor, beta: Tensor
+) -> Tensor:
+    """The beta that the authors' code moves each filter towards, see ``layers.LearnedBeta``."""
+    maps, centre, templates, positive = _about_the_mass(x, template, labels, filter_category, beta)
+    return reference.published_beta(maps, templates, positive, centre)
+
+
+def _about_the_mass(
+    x: Tensor,
+    template: PartTemplate,
+    labels: Tensor,
+    filter_category: Tensor,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maps to accumulate in; their centres of mass; the templates there; which are positive."""
+    check_maps(x)
+    _check_categories(x, labels, filter_category)
+    if beta is not None:
+        check_beta(beta, template, x)
+    with torch.no_grad():
+        centre = centre_of_mass(x)
+        tables = filter_tables(check_template(template), x, beta)
+        templates = templates_at(centre, tables, *x.shape[2:])
+    positive = labels[:, None] == filter_category
+    return x.to(templates.dtype), centre, templates, positive

@@ -17,6 +17,7 @@ from picnn_fast.reference.masking import accumulate_dtype
 MOST_SIDE = 2**15
 # How the operators' schemas take a template; ``PartTemplate.arguments`` yields it.
 ARGUMENTS = "Tensor? table, int profile, int norm, float slope, SymInt limit"
+CENTERS = ("argmax", "mass")
 
 Arguments = tuple[Tensor | None, int, int, float, int]
 
@@ -36,7 +37,9 @@ class PartTemplate:
     Args:
         norm: "l1" or "l2": the distance. Without effect on a tensor.
         profile: "gradient", "uniform", a function of the distance, or a tensor of offsets.
-        beta: None takes 4 for "gradient", 2 for "uniform"; of these two alone.
+        beta: None takes 4 for "gradient", 2 for "uniform"; of these two alone. "published", of
+            "gradient" alone: 4·n / (n - 1), the text's 4 on coordinates from -1 to 1, as the
+            authors' code has it.
         gamma: None takes 2; of "uniform" alone.
         tau: None takes 0.5 / n².
 
@@ -58,7 +61,7 @@ class PartTemplate:
 
     norm: Literal["l1", "l2"] = "l1"
     profile: Literal["gradient", "uniform"] | Callable[[Tensor], Tensor] | Tensor = "gradient"
-    beta: float | None = None
+    beta: float | Literal["published"] | None = None
     gamma: float | None = None
     tau: float | None = None
 
@@ -89,7 +92,8 @@ class PartTemplate:
                     f"{name}: got {value!r}, want None: it is an option of"
                     f" {' and '.join(map(repr, profiles))} profiles"
                 )
-            checks.positive(name, value)
+            if not (value == "published" and (name, self.profile) == ("beta", "gradient")):
+                checks.positive(name, value)
         if self.tau is not None:
             _float32("tau", self.tau)
 
@@ -122,11 +126,15 @@ class PartTemplate:
         # Nothing but a name is compared: of a tensor, torch.compile may not (torch 2.11).
         profile = self.profile if isinstance(self.profile, str) else None
         if profile == "gradient":
+            if self.beta == "published":
+                slope = 4.0 / max(n - 1, 1)
+            else:
+                slope = (4.0 if self.beta is None else self.beta) / n
             # At 2 all but the peak is -1 already; more would overflow float32.
-            slope = min((4.0 if self.beta is None else self.beta) / n, 2.0)
-            return None, reference.GRADIENT, norm, slope, 0
+            return None, reference.GRADIENT, norm, min(slope, 2.0), 0
         if profile == "uniform":
             gamma = 2.0 if self.gamma is None else self.gamma
+            assert not isinstance(self.beta, str)
             radius = gamma * n / (2.0 if self.beta is None else self.beta)
             # Beyond every distance there is, all radii are alike.
             limit = math.ceil(min(min(radius, 2.0**16) ** norm, 2.0**31 - 1))
@@ -305,8 +313,51 @@ def check_scale(scale: float | Literal["tau"]) -> float | Literal["tau"]:
     return _float32("scale", scale)
 
 
+def check_beta(beta: Tensor, template: PartTemplate, x: Tensor) -> None:
+    """A beta for each filter of the maps, of a gradient template."""
+    checks.floating("beta", beta)
+    if tuple(beta.shape) != (x.shape[1],):
+        raise ValueError(f"beta: got shape {tuple(beta.shape)}, want ({x.shape[1]},), one a filter")
+    checks.same_device("beta", beta, "x", x)
+    # A template's profile may be a tensor, which must not be compared.
+    if not isinstance(template.profile, str) or template.profile != "gradient":
+        raise ValueError(
+            f"beta: got a tensor with {template}, want a gradient template, or None: others have no"
+            " slope"
+        )
+
+
+def filter_tables(template: PartTemplate, x: Tensor, beta: Tensor | None) -> Tensor:
+    """The template's values in units of tau at each offset from its centre.
+
+    Args:
+        beta: ``[N]`` in place of the template's own, see ``check_beta``.
+
+    Returns:
+        ``[1 or N, 2h - 1, 2w - 1]`` in the accumulation type of ``x``, without gradient.
+    """
+    height, width = x.shape[2:]
+    dtype = accumulate_dtype(x.dtype)
+    table, profile, norm, slope, limit = template.arguments(height, width, x)
+    if beta is not None:
+        slopes = beta.detach().to(dtype) / max(height, width)
+    elif profile == reference.GRADIENT:
+        slopes = torch.full((1,), slope, dtype=dtype, device=x.device)
+    else:
+        values = reference.offset_table(
+            table, profile, norm, slope, limit, height, width, dtype, x.device
+        )
+        return values[None]
+    return reference.gradient_tables(slopes, norm, height, width)
+
+
 def template_mask(
-    x: Tensor, template: PartTemplate, *, scale: float | Literal["tau"]
+    x: Tensor,
+    template: PartTemplate,
+    *,
+    scale: float | Literal["tau"],
+    center: Literal["argmax", "mass"],
+    beta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See ``functional.template_mask``."""
     check_maps(x)
@@ -314,5 +365,12 @@ def template_mask(
     arguments = check_template(template).arguments(height, width, x)
     if check_scale(scale) == "tau":
         scale = template.tau_for(height, width)
-    masked, peak = torch.ops.picnn_fast.template_mask.default(readable(x), *arguments, scale)
-    return masked, peak
+    checks.one_of("center", center, CENTERS)
+    if beta is not None:
+        check_beta(beta, template, x)
+    if center == "argmax" and beta is None:
+        masked, peak = torch.ops.picnn_fast.template_mask.default(readable(x), *arguments, scale)
+        return masked, peak
+    maps = x.detach()
+    peak = reference.peaks(maps) if center == "argmax" else reference.centre_of_mass(maps)
+    return reference.mask_about(x, peak, filter_tables(template, x, beta), float(scale)), peak

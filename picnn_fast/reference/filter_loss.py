@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast.reference.masking import accumulate_dtype
-from picnn_fast.reference.templates import offset_table, template_matrix
+from picnn_fast.reference.templates import offset_table, spread_about, template_matrix
 
 
 def _templates(
@@ -153,3 +153,81 @@ def filter_loss_running(
     loss = -terms.sum((0, 2))
     grad = _gradient(x, -terms, templates, with_grad)
     return loss, grad, log_mean.contiguous(), log_ratio.contiguous()
+
+
+# Of the published gradient: what responses are divided by in exponents.
+ALPHA = 0.5
+
+
+def published_strength(x: Tensor, templates: Tensor, positive: Tensor) -> Tensor:
+    """How much each map counts in the gradient of the authors' code (not that of any loss).
+
+    With T the template about the map's centre of mass in units of tau, and means over positions,
+    s = mean(x·T) for an image of the filter's category and s = mean(-x), the response to T⁻, for
+    any other. Either way the strength is e^(s/alpha) (s - alpha·log Z + alpha), divided by its mean
+    over the images of the batch that are alike in this; Z is the mean over the batch of
+    e^(s'/alpha), where s' takes the template of another image and filter in place of the map's own:
+    the last for the first, images and filters both. T⁻ is the same for all.
+
+    Args:
+        x: maps ``[B, N, h, w]``, of the dtype of ``templates``.
+        templates: T, ``[B, N, h, w]``.
+        positive: ``[B, N]`` bool: the image is of the filter's category.
+
+    Returns:
+        ``[B, N]``.
+    """
+    others = (x * templates.flip(0, 1)).mean((2, 3))
+    negative = -x.mean((2, 3))
+    return torch.where(
+        positive,
+        _strength((x * templates).mean((2, 3)), others, positive),
+        _strength(negative, negative, ~positive),
+    )
+
+
+def _strength(responses: Tensor, others: Tensor, counted: Tensor) -> Tensor:
+    """``[B, N]``; 1 on average over those of a filter that are counted, 0 elsewhere."""
+    log_z = (others / ALPHA).logsumexp(0) - math.log(max(len(others), 1))
+    exponents = (responses / ALPHA).where(counted, -math.inf)
+    # A factor common to all of a filter cancels: no exponential exceeds 1.
+    strength = (exponents - exponents.logsumexp(0)).exp() * (responses - ALPHA * log_z + ALPHA)
+    strength = strength.where(counted, 0.0)
+    mean = strength.sum(0) / counted.sum(0)
+    return (strength / mean).where(counted, 0.0)
+
+
+def published_filter_loss(
+    x: Tensor, templates: Tensor, positive: Tensor, density: Tensor
+) -> Tensor:
+    """``[N]``: what has the published gradient, strengths and templates being constants.
+
+    -T·strength·.5/density for an image of the filter's category, strength·.5/(1 - density) at every
+    position for any other, divided by the batch.
+
+    Args:
+        x, templates, positive: see ``published_strength``.
+        density: ``[N]``, the share of images of the filter's category.
+    """
+    with torch.no_grad():
+        strength = published_strength(x, templates, positive)
+        weight = torch.where(positive, -0.5 * strength / density, 0.5 * strength / (1 - density))
+        toward = weight[..., None, None] * torch.where(positive[..., None, None], templates, 1.0)
+    return (x * toward).sum((0, 2, 3)) / max(len(x), 1)
+
+
+def published_beta(x: Tensor, templates: Tensor, positive: Tensor, centre: Tensor) -> Tensor:
+    """``[N]``: clip(3 / spread, 1.5, 3), on coordinates in [-1, 1], the goal of a filter's beta.
+
+    The spread, in positions, is the mean of ``spread_about`` over the images of the filter's
+    category, by ``published_strength``. NaN where there is none, or none with activations.
+
+    Args:
+        x, templates, positive: see ``published_strength``.
+        centre: of the maps.
+    """
+    spread = spread_about(x, centre)
+    counted = positive & spread.isfinite()
+    weight = published_strength(x, templates, positive).where(counted, 0.0)
+    mean = (weight * spread.where(counted, 0.0)).sum(0) / weight.sum(0)
+    return (3 / mean).clamp(1.5, 3)

@@ -103,6 +103,12 @@ def _masks(
     return values[di, dj] * scale
 
 
+def peaks(x: Tensor) -> Tensor:
+    """The first maximum in row-major order, NaN above all else: ``[B, N]`` int64."""
+    # For an empty batch torch's argmax has nothing to say about, but the shape is known.
+    return x.flatten(2).argmax(-1) if x.numel() else x.new_zeros(x.shape[:2], dtype=torch.int64)
+
+
 def template_mask(
     x: Tensor,
     table: Tensor | None,
@@ -114,13 +120,10 @@ def template_mask(
 ) -> tuple[Tensor, Tensor]:
     """Each map times the positive part of the template at its peak (ICNN, section 3).
 
-    The peak is the first maximum in row-major order, NaN above all else.
-
     Returns:
         masked, like ``x``; peak ``[B, N]`` int64, row · w + column.
     """
-    # For an empty batch torch's argmax has nothing to say about, but the shape is known.
-    peak = x.flatten(2).argmax(-1) if x.numel() else x.new_zeros(x.shape[:2], dtype=torch.int64)
+    peak = peaks(x)
     return template_mask_backward(x, peak, table, profile, norm, slope, limit, scale), peak
 
 
@@ -141,3 +144,77 @@ def template_mask_backward(
     mask = _masks(peak, table, profile, norm, slope, limit, scale, grad_masked)
     product = (grad_masked.to(mask.dtype) * mask).to(grad_masked.dtype)
     return torch.empty_like(grad_masked).copy_(product)
+
+
+def gradient_tables(slopes: Tensor, norm: int, height: int, width: int) -> Tensor:
+    """max(1 - slope·d, -1) for each of ``slopes`` ``[N]``: ``[N, 2 height - 1, 2 width - 1]``.
+
+    As ``offset_table`` has it for one slope, but for rounding; in the dtype of ``slopes``.
+    """
+    rows = torch.arange(1 - height, height, device=slopes.device)[:, None]
+    columns = torch.arange(1 - width, width, device=slopes.device)
+    if norm == 1:
+        distance = (rows.abs() + columns.abs()).to(slopes.dtype)
+    else:
+        distance = (rows * rows + columns * columns).to(slopes.dtype).sqrt()
+    return (1 - slopes[:, None, None] * distance).clamp_min(-1)
+
+
+def templates_at(centre: Tensor, tables: Tensor, height: int, width: int) -> Tensor:
+    """T_centre in units of tau at every position, ``[B, N, height, width]``.
+
+    Args:
+        centre: ``[B, N]`` int64, row · width + column.
+        tables: ``[1 or N, 2 height - 1, 2 width - 1]``, one for all filters or one for each.
+    """
+    windows = tables.unfold(1, height, 1).unfold(2, width, 1)  # a view [., h, w, h, w]
+    filters = torch.arange(len(tables), device=centre.device)
+    return windows[filters, height - 1 - centre // width, width - 1 - centre % width]
+
+
+def centre_of_mass(x: Tensor) -> Tensor:
+    """Where each map's mass Σ pos·x / Σ x comes to lie, rounded to a position.
+
+    The published code of ICNN counts positions from 1, rounds halves away from zero and takes 1
+    where the result is less, or no number. Counted from 0, row and column alike, that is
+    floor(Σ pos·x / Σ x + 1/2), at least 0. So a half goes up; a map whose sum is 0 (a map of
+    zeros above all) has its centre at 0; so has one with NaN or infinity, or whose sum overflows
+    the accumulation type. Where signs are mixed the quotient may lie beyond the map: it is brought
+    back to the nearest side, which the published code, made for maps after a ReLU, leaves out.
+    Negating a map changes nothing.
+
+    Args:
+        x: maps ``[B, N, h, w]``; sums are in float32 at least.
+
+    Returns:
+        ``[B, N]`` int64, row · w + column.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    row, column = (_centre(x.sum(other, dtype=dtype)) for other in (3, 2))
+    return row * x.shape[3] + column
+
+
+def _centre(weights: Tensor) -> Tensor:
+    """Along one axis: ``[B, N, side]`` to ``[B, N]``."""
+    side = weights.shape[2]
+    positions = torch.arange(side, dtype=weights.dtype, device=weights.device)
+    mean = (weights * positions).sum(2) / weights.sum(2)
+    return (mean + 0.5).floor().clamp(0, side - 1).nan_to_num(0.0).to(torch.int64)
+
+
+def spread_about(x: Tensor, centre: Tensor) -> Tensor:
+    """sqrt(Σ |pos - centre|² x / Σ x) of each map, in positions: ``[B, N]``; NaN where Σ x is 0."""
+    dtype = accumulate_dtype(x.dtype)
+    width = x.shape[3]
+    squares = torch.zeros(x.shape[:2], dtype=dtype, device=x.device)
+    for other, place in ((3, centre // width), (2, centre % width)):
+        weights = x.sum(other, dtype=dtype)
+        positions = torch.arange(weights.shape[2], dtype=dtype, device=x.device)
+        squares += ((positions - place[..., None]).square() * weights).sum(2)
+    return (squares / x.sum((2, 3), dtype=dtype)).sqrt()
+
+
+def mask_about(x: Tensor, centre: Tensor, tables: Tensor, scale: float) -> Tensor:
+    """Each map times scale·max(T_centre, 0); like ``x``, see ``templates_at``."""
+    mask = templates_at(centre, tables, x.shape[2], x.shape[3]).clamp_min(0) * scale
+    return (x.to(mask.dtype) * mask).to(x.dtype)

@@ -1,6 +1,7 @@
 """The reference's templates and masks against the paper's text in plain Python."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -152,3 +153,87 @@ def test_masks_keep_type_and_layout(dtype):
     assert masked.dtype == dtype
     assert masked.stride() == x.stride()
     assert (peak.dtype, peak.shape) == (torch.int64, (2, 3))
+
+
+def centre_counted_from_one(rows: list[list[float]]) -> tuple[int, int]:
+    """As the published code counts: from 1, halves away from zero, at least 1; then from 0."""
+    h, w = len(rows), len(rows[0])
+    total = sum(Fraction(value) for row in rows for value in row)
+    if total == 0:
+        return 0, 0
+    down = sum((i + 1) * Fraction(rows[i][j]) for i in range(h) for j in range(w)) / total
+    across = sum((j + 1) * Fraction(rows[i][j]) for i in range(h) for j in range(w)) / total
+    i, j = (
+        math.floor(place + Fraction(1, 2)) if place >= 0 else math.ceil(place - Fraction(1, 2))
+        for place in (down, across)
+    )
+    return min(max(i, 1), h) - 1, min(max(j, 1), w) - 1
+
+
+@given(st.data(), sides, sides, st.booleans())
+def test_the_centre_of_mass_is_rounded_as_in_the_published_code(data, height, width, positive):
+    drawn = st.floats(0, 8, width=16) if positive else values
+    rows = data.draw(
+        st.lists(st.lists(drawn, min_size=width, max_size=width), min_size=height, max_size=height)
+    )
+    x = torch.tensor(rows, dtype=torch.float64).view(1, 1, height, width)
+    got = divmod(templates.centre_of_mass(x).item(), width)
+    total = sum(Fraction(value) for row in rows for value in row)
+    if total == 0 and any(value for row in rows for value in row):
+        # Signs that cancel have no centre: anywhere on the map will do.
+        assert 0 <= got[0] < height
+        assert 0 <= got[1] < width
+    else:
+        assert got == centre_counted_from_one(rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ([1.0, 1.0], 1),  # 0.5 goes up, to 1
+        ([0.0, 1.0, 1.0], 2),
+        ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3),
+        ([3.0, 1.0], 0),
+        ([0.0, 0.0, 0.0], 0),
+        ([-1.0, -1.0], 1),
+        ([-1.0, 0.0, 2.0], 2),  # 4 lies beyond
+        ([2.0, 0.0, -1.0], 0),  # -2 as well
+        ([1.0, 0.0, -1.0], 0),  # -inf
+        ([-1.0, 0.0, 1.0], 2),
+        ([0.0, math.nan, 1.0], 0),
+        ([0.0, 1.0, math.inf], 0),
+        ([0.0, 3e38, 3e38], 0),  # their sum is infinite in single precision
+    ],
+)
+def test_halves_go_up_and_what_has_no_centre_is_put_at_the_first_position(row, column):
+    x = torch.tensor(row)
+    assert templates.centre_of_mass(x.view(1, 1, 1, -1)).item() == column
+    assert templates.centre_of_mass(x.view(1, 1, -1, 1)).item() == column
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_tables_by_slope_are_those_of_each_template(norm):
+    slopes = torch.tensor([0.1, 0.5, 1.3], dtype=torch.float64)
+    got = templates.gradient_tables(slopes, norm, 5, 3)
+    for table, slope in zip(got, slopes.tolist(), strict=True):
+        want = templates.offset_table(
+            None, templates.GRADIENT, norm, slope, 0, 5, 3, torch.float64, torch.device("cpu")
+        )
+        torch.testing.assert_close(table, want)
+
+
+def test_the_spread_is_the_root_of_the_mean_square_distance_from_the_centre():
+    x = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[1, 2] = 0
+    centre = torch.tensor([[0, 7, 19], [3, 11, 5]])
+    got = templates.spread_about(x, centre)
+    for b in range(2):
+        for n in range(3):
+            ci, cj = divmod(centre[b, n].item(), 5)
+            pairs = [(i, j) for i in range(4) for j in range(5)]
+            total = sum(x[b, n, i, j].item() for i, j in pairs)
+            moment = sum(((i - ci) ** 2 + (j - cj) ** 2) * x[b, n, i, j].item() for i, j in pairs)
+            if total == 0:
+                assert got[b, n].isnan()
+            else:
+                assert got[b, n].item() == pytest.approx(math.sqrt(moment / total))
