@@ -114,7 +114,9 @@ def cut(
         layer: behind which it is cut, see ``split``. None: that of the backbone's row, of the row
             whose family a given network is of, or between its ``forward_features`` and
             ``forward_head``.
-        image_channels, weights: for a name; see ``Row``. None: the network's own default.
+        image_channels: of the images, for a name. None: the network's own default.
+        weights: trained ones, for a name that torchvision has them for, e.g. "DEFAULT" or
+            "IMAGENET1K_V1".
 
     Raises:
         TypeError: a backbone that is neither, or of which the layer is not known.

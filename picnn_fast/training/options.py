@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from picnn_fast._extras import extra
-from picnn_fast.backbones import BACKBONES
+from picnn_fast.backbones import BACKBONES, cut
 from picnn_fast.data import DATA
-from picnn_fast.models.factory import METHODS, make_interpretable
+from picnn_fast.models.factory import METHODS
 from picnn_fast.training.module import OPTIMIZERS
 
 with extra("train"):
@@ -56,16 +56,14 @@ class Group:
         }
 
 
-# Of make_interpretable's parameters, what belongs to the backbone itself.
-_OF_BACKBONES = {"weights", "layer"}
 GROUPS: dict[str, Group] = {
     "method": Group(
         METHODS,
         frozenset({"features", "head", "num_classes", "num_filters", "in_channels", "channel_dim"}),
     ),
     "backbone": Group(
-        dict.fromkeys(BACKBONES, make_interpretable),
-        frozenset(inspect.signature(make_interpretable).parameters.keys() - _OF_BACKBONES),
+        dict.fromkeys(BACKBONES, cut),
+        frozenset({"backbone", "image_channels"}),
     ),
     "data": Group(DATA, frozenset({"batch_size", "seed"})),
     # Its rate is an option by itself: torch's own may be a tensor.
