@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from picnn_fast.training.demo import CONFIG
-from picnn_fast.training.run import fit
+from picnn_fast.training.demo import demo_options
+from picnn_fast.training.run import assemble, fit
 
 NAME = "mutual-information-loss"
 WEIGHTS = (0.0, 0.1, 1.0)
@@ -29,7 +29,12 @@ FIGURES = ("acc1", "acc2", "acc3", "mis")
 
 
 def measure(
-    weights: tuple[float, ...], seeds: tuple[int, ...], save: Callable[..., Any], **options: Any
+    weights: tuple[float, ...],
+    seeds: tuple[int, ...],
+    save: Callable[..., Any],
+    *,
+    epochs: int = 30,
+    **options: Any,
 ) -> dict[str, Any]:
     """Test figures of every weight and seed; ``save`` is given what there is after each."""
     runs: list[dict[str, Any]] = []
@@ -37,11 +42,15 @@ def measure(
         for weight in weights:
             if sys.stderr.isatty():
                 print(f"\r  seed {seed}, weight {weight:g} ", end="", file=sys.stderr)
-            config = dataclasses.replace(
-                CONFIG, seed=seed, mutual_information_weight=weight, accelerator="cpu", **options
-            )
             with tempfile.TemporaryDirectory() as folder:
-                metrics = fit(config, Path(folder), progress=False)
+                chosen = dataclasses.replace(
+                    demo_options(folder, seed=seed, epochs=epochs)["picnn"],
+                    mutual_information_weight=weight,
+                    accelerator="cpu",
+                    **options,
+                )
+                run = assemble(chosen, Path(folder), progress=False)
+                metrics = fit(run, progress=False)
             runs.append({"weight": weight, "seed": seed, **metrics})
             save({"runs": runs})
     if sys.stderr.isatty():

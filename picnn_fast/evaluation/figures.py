@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
@@ -98,11 +99,30 @@ def _part_metric(
     return metric
 
 
-def _update_parts(annotation: str) -> Callable[[Metric, Observation], None]:
+def _maps(seen: Observation) -> Tensor:
+    return seen.maps
+
+
+def _middle(seen: Observation) -> Tensor:
+    """Maps that peak in the middle of every image."""
+    maps = torch.zeros_like(seen.maps)
+    maps[..., (maps.shape[2] - 1) // 2, (maps.shape[3] - 1) // 2] = 1
+    return maps
+
+
+def _anywhere(seen: Observation) -> Tensor:
+    """Maps that peak anywhere, every place as likely as any other."""
+    draw = torch.Generator().manual_seed(seen.seed)
+    return torch.rand(seen.maps.shape, generator=draw).to(seen.maps.device)
+
+
+def _update_parts(
+    annotation: str, look: Callable[[Observation], Tensor] = _maps
+) -> Callable[[Metric, Observation], None]:
     def update(metric: Any, seen: Observation) -> None:
         parts = seen.parts
         assert parts is not None
-        maps, labels = seen.maps, seen.labels
+        maps, labels = look(seen), seen.labels
         annotations = getattr(parts, annotation)
         if metric.num_classes != seen.network.num_classes:  # the category, label 1
             shown = labels == 1
@@ -158,6 +178,22 @@ FIGURES: dict[str, Figure] = {
         better="lower",
         metric=_part_metric(LocationInstability, "landmark_names"),
         update=_update_parts("landmarks"),
+        needs=_needs_parts("landmark"),
+    ),
+    "location_instability_middle": Figure(
+        heading="… of the middle",
+        meaning="of filters that always peak in the middle, and say nothing of parts",
+        better="lower",
+        metric=_part_metric(LocationInstability, "landmark_names"),
+        update=_update_parts("landmarks", _middle),
+        needs=_needs_parts("landmark"),
+    ),
+    "location_instability_random": Figure(
+        heading="… at random",
+        meaning="of filters that peak anywhere",
+        better="lower",
+        metric=_part_metric(LocationInstability, "landmark_names"),
+        update=_update_parts("landmarks", _anywhere),
         needs=_needs_parts("landmark"),
     ),
     "part_interpretability": Figure(

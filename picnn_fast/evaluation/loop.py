@@ -58,9 +58,7 @@ def evaluate(
         for name, reason in reasons.items()
         if reason is None
     }
-    parts = isinstance(data, PartDataModule) and not (
-        reasons["location_instability"] and reasons["part_interpretability"]
-    )
+    parts = isinstance(data, PartDataModule)
     batches = data.part_loader("test") if parts else data.test_dataloader()  # type: ignore[attr-defined]
     for number, batch in enumerate(
         track(batches, "evaluating", transient=True, disable=not progress)

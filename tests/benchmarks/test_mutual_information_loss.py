@@ -22,7 +22,8 @@ def test_it_measures_every_weight_and_seed_and_names_itself(
 ) -> None:
     configs, seen = [], []
 
-    def fit(config, folder, *, progress):
+    def fit(run, *, progress):
+        config = run.options
         configs.append(config)
         seen.extend(json.loads(path.read_text()) for path in tmp_path.iterdir())
         mis = config.mutual_information_weight + config.seed / 100

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks import harness, parts
-from picnn_fast.training import run
 
 METRICS = {
+    "location_instability_middle": 0.05,
+    "location_instability_random": 0.15,
     "acc1": 0.5,
     "mis": 0.25,
     "location_instability": 0.1,
@@ -52,6 +53,8 @@ def test_every_network_is_trained_with_every_seed_and_reported(
     assert len({config.output for config in configs}) == len(configs)
     table = parts.report(content)
     assert "| CNN " in table
+    assert "| *a filter that always peaks in the middle* " in table
+    assert "| mask layers alone, l1, centre of mass " in table
     assert "| ICNN, l2, *target*, 0.003 " in table
     assert "| 0.1100               | 0.1000 to 0.1200 | 0.200 " in table
 
@@ -76,19 +79,24 @@ def test_an_error_ends_the_experiment_at_once(
 
 
 def test_the_networks_are_those_the_names_say() -> None:
-    networks = parts.networks()
-    assert networks["std"].method == "std"
-    assert networks["mask uniform-l1"].filter_loss_weight == 0
-    one = networks["l2 running 0.0003"]
-    assert (one.template, one.estimator, one.filter_loss_weight) == ("l2", "running", 0.0003)
+    methods = {name: options.method for name, options in parts.networks().items()}
+    assert methods["std"]["name"] == "std"
+    assert methods["mask uniform-l1"]["filter_loss_weight"] == 0
+    assert methods["mask uniform-l1"]["template"]["profile"] == "uniform"
+    one = methods["l2 running 0.0003"]
+    assert (one["estimator"], one["filter_loss_weight"]) == ("running", 0.0003)
+    assert (one["template"]["norm"], one["template"]["tau"]) == ("l2", 0.1)
+    centers = {name: method.get("center") for name, method in methods.items()}
+    assert {name for name in centers if centers[name] == "mass"} == {
+        name for name in methods if name.endswith(" mass")
+    }
 
 
 def test_a_short_run_trains_measures_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_threads: None
 ) -> None:
-    monkeypatch.setattr(run, "TRAIN_ANIMALS", 12)
-    monkeypatch.setattr(run, "TEST_ANIMALS", 12)
-    short = {"image_size": 32, "epochs": 1, "num_filters": 8}
+    small = {"image_size": 32, "train_images": 12, "test_images": 12}
+    short = {"data": {**parts.OPTIONS.data, **small}, "epochs": 1, "num_filters": 8}
     pair = {
         name: dataclasses.replace(parts.networks()[name], **short)
         for name in ("std", "l1 batch 0.003")

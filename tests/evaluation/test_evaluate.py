@@ -15,7 +15,7 @@ from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 
-PARTS = {"location_instability", "part_interpretability"}
+PARTS = {name for name in FIGURES if name.startswith(("location", "part"))}
 
 
 def _animals(**options):
@@ -99,6 +99,26 @@ def test_part_figures_are_the_metrics_of_all_test_images():
         assert values[name] == metric.compute().item()
 
 
+def test_filters_that_ignore_the_image_are_measured_beside():
+    network, data = _network(), _animals(test_images=24)
+    values = evaluate(network, data)
+    samples = data.part_sets["test"]
+    field = receptive_field(network.features, samples.image_size)
+    # A peak at one place, whatever the image: the spread of the landmarks about it alone.
+    height, width = field.map_size
+    place = torch.zeros(1, 1, height, width)
+    place[0, 0, (height - 1) // 2, (width - 1) // 2] = 1
+    middle = field.peaks(place)[1][0, 0]
+    landmarks = torch.stack([samples[i].landmarks for i in range(24)])
+    labels = torch.tensor([samples.label(i) for i in range(24)])
+    distances = (landmarks - middle).norm(dim=-1)
+    spread = torch.stack([distances[labels == c].std(0) for c in range(6)]).nanmean(1)
+    diagonal = 32 * 2**0.5
+    expected = (spread / diagonal).min().item()
+    assert values["location_instability_middle"] == pytest.approx(expected, rel=1e-5)
+    assert values["location_instability_random"] > values["location_instability_middle"]
+
+
 def test_parts_of_one_category_are_measured_on_its_images_alone():
     data = _animals(test_images=18)
     cow = data.class_names.index("cow")
@@ -118,7 +138,8 @@ def test_parts_of_one_category_are_measured_on_its_images_alone():
 
 def test_what_too_few_images_cannot_tell_says_so():
     values = evaluate(_network(), _animals(test_images=6))  # one a class
-    assert values["location_instability"] == "n/a: too few images of it to tell"
+    for name in PARTS - {"part_interpretability"}:
+        assert values[name] == "n/a: too few images of it to tell"
     assert isinstance(values["part_interpretability"], float)
 
 
