@@ -227,9 +227,11 @@ def build_parser(
         parameters = inspect.signature(rows[name]).parameters.keys()
         skip: set[str | int] = set(parameters - GROUPS[key].options(name).keys())
         if inspect.isclass(rows[name]):
-            parser.add_class_arguments(rows[name], key, skip=skip, instantiate=False)
+            parser.add_class_arguments(
+                rows[name], key, skip=skip, instantiate=False, fail_untyped=False
+            )
         else:
-            parser.add_function_arguments(rows[name], key, skip=skip)
+            parser.add_function_arguments(rows[name], key, skip=skip, fail_untyped=False)
     # A file for one group alone: ``--method NAME`` means something else here.
     for action in parser._actions:
         if action.option_strings and action.option_strings[0][2:] in groups:
