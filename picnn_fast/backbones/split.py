@@ -135,7 +135,8 @@ def split(network: nn.Module, layer: str) -> Split:
     Entered are the modules that hold the layer and, behind it, those that hold linear layers; any
     other is taken as it is, whatever its forward does. Features become, in order of preference:
     the one module that they are, an ``nn.Sequential`` of the children of one module under their
-    own names, an ``fx.GraphModule``. All use the network's own layers, not copies.
+    own names, an ``fx.GraphModule``. All use the network's own layers, not copies. Where a forward
+    that is entered asks for ``self.training``, it stays as it is in the network's present mode.
 
     Args:
         network: images ``[B, C, H, W]`` to logits.
@@ -277,7 +278,7 @@ def _write_views_as_flatten(graph: fx.Graph) -> None:
     """``x.view(x.size(0), -1)`` is ``torch.flatten(x, 1)``, without a second path from x."""
     for node in graph.nodes:
         is_view = node.op == "call_method" and node.target in ("view", "reshape")
-        if is_view and isinstance(node.args[1], fx.Node) and node.args[2:] == (-1,):
+        if is_view and node.args[2:] == (-1,) and isinstance(node.args[1], fx.Node):
             with graph.inserting_before(node):
                 flat = graph.call_function(torch.flatten, (node.args[0], 1))
             node.replace_all_uses_with(flat)
@@ -316,14 +317,16 @@ def _as_layers(node: fx.Node, network: nn.Module) -> list[nn.Module] | None:
         return None if args or options else [network.get_submodule(str(node.target))]
     if node.target in (torch.mean, "mean"):
         options = dict(zip(("dim", "keepdim"), args, strict=False)) | options
-        if _spatial(options.get("dim")):
+        if options.keys() <= {"dim", "keepdim"} and _spatial(options.get("dim")):
             flatten = [] if options.get("keepdim") else [nn.Flatten()]
             return [nn.AdaptiveAvgPool2d(1), *flatten]
-    kind, names = _LAYERS.get(node.target, (nn.Identity, ()))
-    options = dict(zip(names, args, strict=False)) | options
-    options.pop("training", None)
-    if kind is nn.Identity or len(args) > len(names) or not options.keys() <= set(names):
+    if node.target not in _LAYERS:
         return None
+    kind, names = _LAYERS[node.target]
+    options = dict(zip(names, args, strict=False)) | options
+    if len(args) > len(names) or not options.keys() <= set(names):
+        return None
+    options.pop("training", None)  # a layer follows its own mode
     if kind is nn.Flatten and options.get("start_dim") != 1:
         return None
     return [kind(**options)]
@@ -340,7 +343,7 @@ def _graph_module(
     graph = fx.Graph()
     made = {} if entry is None else {entry: graph.placeholder("maps")}
     for node in nodes:
-        # A constant of the trace, in training or not: the graph would never change its mode.
+        # Its argument ``training`` is a constant of the trace: it would not follow ``eval()``.
         if "training" in getattr(getattr(node.target, "__code__", None), "co_varnames", ()):
             raise ValueError(
                 f"backbone: got a {type(network).__name__} whose forward calls the function"
