@@ -291,7 +291,8 @@ def parse(
         if content:
             parser.parse_object(content)
     except ArgumentError as error:
-        _refuse(error, names, source)
+        if "required" not in str(error):  # a flag may say what the file does not
+            _refuse(error, names, source)
     if "_ARGCOMPLETE" in os.environ:
         _offer_values(parser, names)
     try:

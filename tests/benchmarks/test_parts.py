@@ -19,7 +19,6 @@ METRICS = {
     "mis": 0.25,
     "location_instability": 0.1,
     "part_interpretability": 0.2,
-    "epochs": 3.0,
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 
@@ -203,3 +204,24 @@ def test_printed_configuration_is_read_back(capsys, tmp_path):
         _parse(*flags, "--print_config")
     path = _yaml(tmp_path, capsys.readouterr().out)
     assert _parse("--config", str(path)) == _parse(*flags)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")))
+def test_every_recipe_is_taken_with_a_folder(path):
+    options = _parse("--config", str(path), "--data.root", "images")
+    assert options.data["root"] == "images"
+    assert path.stem in options.output
+
+
+def test_the_published_recipe_is_what_the_authors_code_does():
+    folder = Path(__file__).parents[2] / "configs"
+    options = _parse("--config", str(folder / "picnn-cifar10-published.yaml"), "--data.root=x")
+    assert (options.method["initial"], options.method["inserted_activation"]) == (
+        "published",
+        "none",
+    )
+    # The matrix follows the network's rate and decay.
+    assert options.method["correspondence_lr"] is None
+    assert options.method["correspondence_weight_decay"] is None
+    assert options.arguments("data")["color_jitter"] == (0.4, 0.4, 0.4, 0.1)
+    assert (options.optimizer["name"], options.optimizer["weight_decay"]) == ("adam", 1e-4)
