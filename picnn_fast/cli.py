@@ -289,6 +289,36 @@ def _without_data(arguments: Sequence[str]) -> tuple[list[str], bool]:
     return rest, len(rest) < len(arguments)
 
 
+def _convert(arguments: Sequence[str]) -> int:
+    from picnn_fast.training.checkpoint import convert
+    from picnn_fast.training.options import parse
+
+    def add(parser: Any) -> None:
+        parser.add_argument("source", metavar="SOURCE", help="file that the authors' code wrote")
+        parser.add_argument(
+            "target", metavar="TARGET", help="checkpoint to write, a new .ckpt file"
+        )
+        parser.add_argument(
+            "--root",
+            type=str,
+            required=True,
+            help="folder of the images it was trained on, train/<class>/… and test/<class>/…",
+        )
+
+    args = parse(
+        arguments,
+        prog="picnn-fast convert",
+        description="Turn a checkpoint of the authors' PICNN (spdj2271/PICNN, on ResNet-18) into"
+        " one of ours, with the same logits.",
+        groups=(),
+        common=False,
+        add=add,
+    )
+    convert(args["source"], args["target"], args["root"])
+    print(f"  {args['target']}: picnn-fast evaluate measures it")
+    return 0
+
+
 def _few(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
@@ -358,5 +388,6 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     ),
     "train": (_train, "train and evaluate one network"),
     "evaluate": (_evaluate, "measure a trained network on a test split"),
+    "convert": (_convert, "turn a checkpoint of the authors' PICNN into one of ours"),
     "doctor": (_doctor, "show what is installed, and what serves each operator"),
 }

@@ -26,7 +26,7 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "convert", "doctor"])
 def test_help_answers(capsys, command):
     status, out, _ = _main(capsys, command, "--help")
     assert status == 0
@@ -324,3 +324,45 @@ def test_sigterm_ends_with_its_status_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in err
     assert checkpoint.exists()
     assert not output.exists()
+
+
+def test_convert_writes_a_checkpoint_that_evaluate_takes(capsys, tmp_path):
+    from picnn_fast.models import make_interpretable
+
+    for split, count in (("train", 2), ("test", 3)):
+        for name in ("boat", "car"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.effect_noise((16, 16), 80).convert("RGB")
+                image.save(tmp_path / "images" / split / name / f"{i}.png")
+    network = make_interpretable(
+        "resnet18", "picnn", num_classes=2, num_filters=4, inserted_activation="none"
+    )
+    renamed = {
+        "features.0.conv1.": "backbone.0.",
+        "features.0.bn1.": "backbone.1.",
+        **{f"features.0.layer{i}.": f"backbone.{i + 3}." for i in range(1, 5)},
+        "features.1.": "backbone.8.",
+        "head.2.": "classifier.1.1.",
+        "correspondence.weight": "correlation",
+    }
+    model = {}
+    for name, value in network.state_dict().items():
+        prefix = next(prefix for prefix in renamed if name.startswith(prefix))
+        model["module." + renamed[prefix] + name.removeprefix(prefix)] = value
+    source, target = tmp_path / "theirs.pth", tmp_path / "ours.ckpt"
+    torch.save({"optimizer": {}, "model": model, "epoch": 1}, source)
+    root = ("--root", tmp_path / "images")
+    status, out, err = _main(capsys, "convert", source, target, *root)
+    assert (status, "evaluate measures it" in out) == (0, True), err
+    small = ("--data.image_size", 32, "--data.resize", 32, "--data.num_workers", 0)
+    status, out, err = _main(capsys, "evaluate", target, *small, "--json", "--accelerator", "cpu")
+    assert (status, json.loads(out)["picnn"]["acc1"] >= 0) == (0, True), err
+    status, _, err = _main(capsys, "convert", source, target, *root)
+    assert (status, "target: got" in err, "which exists" in err) == (2, True, True)
+    status, _, err = _main(capsys, "convert", tmp_path / "gone", tmp_path / "x.ckpt", *root)
+    assert (status, "source: cannot read" in err) == (2, True)
+    (tmp_path / "text").write_text("hello")
+    status, _, err = _main(capsys, "convert", tmp_path / "text", tmp_path / "x.ckpt", *root)
+    assert (status, "is no checkpoint of PICNN's" in err, err.count("\n")) == (2, True, 1)
+    assert not (tmp_path / "x.ckpt").exists()

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.data import ImageFolderDataModule, SeededDataModule
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.convert import published_picnn
 from picnn_fast.training.options import ConfigError, Options, qualified
 from picnn_fast.training.run_folder import RunFolderError
 
@@ -172,3 +173,53 @@ def find_checkpoints(path: str | Path) -> list[Path]:
             f"run: {path} holds no {CHECKPOINT}; want a checkpoint, or the folder of a run"
         )
     return found
+
+
+def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
+    """Write an authors' PICNN checkpoint as one of ours, which ``evaluate`` takes.
+
+    Args:
+        source: file of spdj2271/PICNN, a network on ResNet-18.
+        target: file to write; must not exist.
+        root: folder of the images it was trained on, ``train/<class>/…`` and ``test/<class>/…``:
+            names of the classes, and what ``evaluate`` measures on.
+
+    Raises:
+        ConfigError: another kind of file, classes that do not match, or a target that is there.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise ConfigError(f"target: got {target}, which exists; want a new file")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+        state = published_picnn(content)
+    except OSError as error:
+        raise ConfigError(f"source: cannot read {source}: {error.strerror}") from error
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(f"source: {source} is no checkpoint of PICNN's: {text}") from error
+    classes, filters = state["correspondence.weight"].shape
+    options = Options(
+        method={"name": "picnn", "initial": "published", "inserted_activation": "none"},
+        backbone="resnet18",
+        num_filters=filters,
+        data={"name": "folder", "root": str(Path(root).resolve()), "resize": 256},
+        output=str(target.parent),
+    )
+    try:
+        data = ImageFolderDataModule(root)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if data.num_classes != classes:
+        raise ConfigError(
+            f"root: got {data.num_classes} classes in {root}, want {classes}, those of {source}"
+        )
+    network = build_network(options, classes, data.in_channels)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"source: {source} is not a PICNN on ResNet-18: {text}") from error
+    saved: dict[str, Any] = {"state_dict": {_PREFIX + k: v for k, v in state.items()}}
+    saved[_SAVED] = SaveOptions(options, data).saved
+    WholeCheckpoints().save_checkpoint(saved, target)
