@@ -21,6 +21,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.harness import Effort
 from benchmarks.mutual_information import resident
 from picnn_fast import PartTemplate, functional
 from picnn_fast.reference import filter_loss as reference
@@ -46,7 +48,7 @@ CUDA_SHAPES: tuple[Shape, ...] = (
     (128, 512, 14, 14, torch.float32, torch.contiguous_format),
     (32, 512, 14, 14, torch.float32, torch.contiguous_format),
 )
-SMOKE_SHAPES: tuple[Shape, ...] = ((4, 8, 3, 3, torch.float32, torch.contiguous_format),)
+SMOKE_SHAPES: tuple[Shape, ...] = ((2, 2, 3, 3, torch.float32, torch.contiguous_format),)
 TEMPLATE = PartTemplate()
 SETS = 4
 
@@ -102,7 +104,7 @@ def describe(shape: Shape) -> str:
     return f"{sizes} {str(dtype).removeprefix('torch.')} {name}"
 
 
-def bench_mask(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+def bench_mask(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """The mask layer beside eager and compiled PyTorch, and its share of the copy limit."""
     case = Case(shape, device)
     bank = case.rows[:-1].view(-1, *shape[2:4]).div(TEMPLATE.tau_for(*shape[2:4])).clamp_min(0)
@@ -112,7 +114,7 @@ def bench_mask(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         return maps * bank[maps.detach().flatten(2).argmax(-1)]
 
     torch._dynamo.reset()
-    compiled = torch.compile(plain)
+    compiled = torch.compile(plain, backend=effort.compiler)
     candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.mask(masked),
@@ -126,7 +128,7 @@ def bench_mask(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         device,
     )
     backends["reference"] = "reference"
-    times = harness.interleaved(candidates, rounds, device, backends=backends)
+    times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
 
     def share(name: str, passes: int) -> float:
         """Of the limit, where clone makes one pass."""
@@ -142,6 +144,7 @@ def bench_mask(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         },
         "share_of_limit": {"forward": share("forward", 1), "fused": share("fused", 2)},
         **harness.triton_ratios(times),
+        **harness.wall_times(candidates, ("fused", "forward"), effort, device, backends),
     }
 
 
@@ -168,7 +171,7 @@ def direct(case: Case) -> Callable[[Tensor], Tensor]:
     return loss
 
 
-def bench_loss(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+def bench_loss(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """The filter loss beside its matrix products, the definition and the direct formulation."""
     case = Case(shape, device)
     by_product = definition(case)
@@ -191,7 +194,7 @@ def bench_loss(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         return lambda maps: functional.filter_loss(maps, TEMPLATE, estimator=estimator, state=state)
 
     torch._dynamo.reset()
-    compiled = torch.compile(by_product)
+    compiled = torch.compile(by_product, backend=effort.compiler)
     candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.loss(fused),
@@ -206,12 +209,12 @@ def bench_loss(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         device,
     )
     backends["reference"] = "reference"
-    times = harness.interleaved(candidates, rounds, device, backends=backends)
+    times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
     # Seconds a call: a few are enough.
     one_by_one = direct(case)
     slow = harness.interleaved(
         {"fused": lambda: case.loss(fused), "direct": lambda: case.loss(one_by_one)},
-        max(3, rounds // 10),
+        max(3, effort.rounds // 10),
         device,
         warmup=1,
     )
@@ -226,6 +229,7 @@ def bench_loss(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
             "direct": harness.ratio(slow, "direct", "fused"),
         },
         **harness.triton_ratios(times),
+        **harness.wall_times(candidates, ("fused", "running", "target"), effort, device, backends),
     }
 
 
@@ -265,31 +269,30 @@ def bench_memory(
     return {"shape": describe(shape), "multiple_of_maps": multiples}
 
 
-def run(device: torch.device, *, smoke: bool, save: Callable[..., Any]) -> dict[str, Any]:
-    """All measurements of both families; ``save`` is given what there is after each."""
+def run(
+    device: torch.device, *, smoke: bool, measure: Callable[..., AbstractContextManager[None]]
+) -> dict[str, Any]:
+    """All measurements of both families, each within ``measure(results, title)``."""
     shapes = SMOKE_SHAPES if smoke else CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
-    rounds = 3 if smoke else 50
+    effort = Effort.of(50, device, smoke=smoke)
     results: dict[str, Any] = {"masks": [], "losses": [], "memory": None, "step": None}
     for shape in shapes:
-        print(f"template_mask {describe(shape)}", flush=True)
-        results["masks"].append(bench_mask(shape, device, rounds))
-        save(results)
+        with measure(results, f"template_mask {describe(shape)}"):
+            results["masks"].append(bench_mask(shape, device, effort))
     for shape in shapes:
-        print(f"filter_loss {describe(shape)}", flush=True)
-        results["losses"].append(bench_loss(shape, device, rounds))
-        save(results)
-    print("extra memory", flush=True)
+        with measure(results, f"filter_loss {describe(shape)}"):
+            results["losses"].append(bench_loss(shape, device, effort))
     candidates = ("fused",) if smoke else ("fused", "autograd", "direct")
-    results["memory"] = bench_memory(candidates, shapes[0], device)
-    save(results)
-    print("training step", flush=True)
+    with measure(results, "extra memory"):
+        results["memory"] = bench_memory(candidates, shapes[0], device)
     if smoke:
-        step = ("small-cnn", 96, 2, 32, device, 3)
+        step = ("small-cnn", 96, 2, 32, device, 2)
     elif device.type == "cuda":
         step = ("vgg16", 512, 64, 224, device, 30)
     else:
         step = ("vgg16", 512, 4, 224, device, 9)
-    results["step"] = harness.training_step("icnn", *step)
+    with measure(results, "training step"):
+        results["step"] = harness.training_step("icnn", *step)
     return results
 
 
@@ -315,11 +318,11 @@ def report(results: dict[str, Any]) -> str:
     header = [
         "template_mask, forward + backward",
         "fused",
-        *(f"over {name}" for name in results["masks"][0]["speedup"]),
+        *(f"over {name}" for entry in results["masks"][:1] for name in entry["speedup"]),
         "of the limit",
         "forward alone",
     ]
-    parts = [harness.table(header, rows), *harness.triton_table("template_mask", results["masks"])]
+    parts = [harness.table(header, rows), *harness.triton_tables("template_mask", results["masks"])]
     rows = [
         [
             entry["shape"],
@@ -337,17 +340,17 @@ def report(results: dict[str, Any]) -> str:
         "fused",
         "two products",
         "of these",
-        *(f"over {name}" for name in results["losses"][0]["speedup"]),
+        *(f"over {name}" for entry in results["losses"][:1] for name in entry["speedup"]),
         "running",
         "target",
     ]
     parts.append(harness.table(header, rows))
-    parts += harness.triton_table("filter_loss", results["losses"])
+    parts += harness.triton_tables("filter_loss", results["losses"])
     if results["memory"]:
         multiples = results["memory"]["multiple_of_maps"]
         row = [results["memory"]["shape"], *(f"{value:.1f}x" for value in multiples.values())]
         parts.append(harness.table(["extra memory, of the maps", *multiples], [row]))
-    parts.append(harness.step_table(results["step"]))
+    parts += harness.step_table(results["step"])
     return "\n\n".join(parts)
 
 

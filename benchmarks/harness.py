@@ -9,15 +9,17 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,38 +98,76 @@ def _events(call: Callable[[], Any], cycles: int) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
+class Effort(NamedTuple):
+    """How thoroughly a family measures.
+
+    ``wall``: compiled and Triton kernels by the host's clock as well; ``compiler``: the backend of
+    torch.compile.
+    """
+
+    rounds: int
+    wall: bool = False
+    compiler: str = "inductor"
+
+    @classmethod
+    def of(cls, rounds: int, device: torch.device, *, smoke: bool) -> "Effort":
+        """``rounds`` on ``device``; two, quickly compiled, for ``smoke``."""
+        return cls(2, True, "aot_eager") if smoke else cls(rounds, device.type == "cuda")
+
+
+def describe_error(error: Exception) -> str:
+    """Type and first line of the message."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+# Candidates that failed since ``Record.measure`` began, and why.
+_failed_candidates: dict[str, str] = {}
+
+
 def interleaved(
     candidates: dict[str, Callable[[], Any]],
     rounds: int,
     device: torch.device,
-    warmup: int = 3,
+    warmup: int | None = None,
     backends: dict[str, str] | None = None,
     wall: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress.
 
+    ``warmup``: rounds before these; default 3, or ``rounds`` where that is less.
     On a GPU those of the device, or with ``wall`` those of the host until the device is done.
-    ``backends`` forces one for the candidates it names; switching is not timed.
+    ``backends`` forces one for the candidates it names; switching is not timed. A candidate that
+    fails is given up, all its times are NaN, and the record names it; the others go on.
     """
     keep_freed_memory()
+    warmup = min(3, rounds) if warmup is None else warmup
     events = device.type == "cuda" and not wall
     host = dict.fromkeys(candidates, LONGEST_SLEEP_SECONDS)
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    failed: dict[str, str] = {}
     for index in range(warmup + rounds):
         for name, call in candidates.items():
+            if name in failed:
+                continue
             backend = (backends or {}).get(name)
-            with picnn_fast.use_backend(backend) if backend else contextlib.nullcontext():
-                if index < warmup:
-                    host[name] = _launched(call, device)
-                elif events:
-                    cycles = sleep_cycles(host[name], clock_rate(device))
-                    times[name].append(_events(call, cycles))
-                else:
-                    times[name].append(_wall(call, device))
+            try:
+                with picnn_fast.use_backend(backend) if backend else contextlib.nullcontext():
+                    if index < warmup:
+                        host[name] = _launched(call, device)
+                    elif events:
+                        cycles = sleep_cycles(host[name], clock_rate(device))
+                        times[name].append(_events(call, cycles))
+                    else:
+                        times[name].append(_wall(call, device))
+            except Exception as error:
+                traceback.print_exc()
+                failed[name] = describe_error(error)
+                times[name] = [math.nan] * rounds
         if sys.stderr.isatty():
             print(f"\r  round {index + 1}/{warmup + rounds} ", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
+    _failed_candidates.update(failed)
     return times
 
 
@@ -139,10 +179,12 @@ def beside_triton(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """``candidates`` with those of ``names`` on Triton's kernels too, and the backends to force.
 
-    Nothing is added where Triton has no kernels for ``device``: on a CPU that is not interpreting.
+    Nothing is added where Triton has no kernels for ``device``, a CPU that is not interpreting, nor
+    where compiled kernels are missing: Triton's, or the reference, then serve all.
     """
     serves = device.type == "cuda" or not torch.cuda.is_available()
-    if not serves or "triton" not in picnn_fast.available_backends():
+    both = {"triton", "cuda" if device.type == "cuda" else "cpp"}
+    if not serves or not both <= set(picnn_fast.available_backends()):
         return candidates, {}
     added = {name + TRITON: candidates[name] for name in names}
     return candidates | added, dict.fromkeys(added, "triton")
@@ -153,6 +195,22 @@ def triton_ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     names = [name for name in times if name + TRITON in times]
     ratios = {name: ratio(times, name + TRITON, name) for name in names}
     return {"triton_over_compiled": ratios} if ratios else {}
+
+
+def wall_times(
+    candidates: dict[str, Callable[[], Any]],
+    names: tuple[str, ...],
+    effort: Effort,
+    device: torch.device,
+    backends: dict[str, str],
+) -> dict[str, Any]:
+    """``{"wall": …}``: ``names``, and Triton beside them, by the host's clock until the device is
+    done, of which the launches are part; empty where ``effort`` does without."""
+    if not effort.wall:
+        return {}
+    timed = {n: call for n, call in candidates.items() if n.removesuffix(TRITON) in names}
+    times = interleaved(timed, effort.rounds, device, backends=backends, wall=True)
+    return {"wall": {"milliseconds": {name: summary(values) for name, values in times.items()}}}
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -207,6 +265,11 @@ def training_step(
     }
 
 
+def missing_backends() -> dict[str, str]:
+    """Backends that cannot serve here, and why."""
+    return {name: why for name, why in picnn_fast.build_info()["backends"].items() if why}
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
     processor = platform.processor() or platform.machine()
@@ -222,6 +285,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "picnn_fast": picnn_fast.__version__,
         "extension": picnn_fast.build_info()["extension"],
+        "missing": missing_backends(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -270,17 +334,33 @@ def results_folder(options: argparse.Namespace) -> Path | None:
 class Record:
     """A results file, written anew after every measurement, so that what ends early loses little.
 
-    It says ``"complete": false`` until the last one.
+    It says ``"complete": false`` until the last one. ``errors``: what failed, and why.
     """
 
     def __init__(self, folder: Path | None, name: str, **head: Any) -> None:
         self.folder, self.name, self.head = folder, name, head
+        self.errors: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def measure(self, results: dict[str, Any], title: str) -> Iterator[None]:
+        """One measurement, which adds to ``results``: an error in it costs no other."""
+        print(title, flush=True)
+        _failed_candidates.clear()
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.errors[title] = describe_error(error)
+        self.errors |= {f"{title}, {name}": why for name, why in _failed_candidates.items()}
+        self.save(results)
 
     def save(self, results: dict[str, Any], *, complete: bool = False) -> Path | None:
         """Write ``results``, those there are so far; without a folder, do nothing."""
         if self.folder is None:
             return None
-        state = {} if complete else {"complete": False}
+        state: dict[str, Any] = {} if complete else {"complete": False}
+        if self.errors:
+            state["errors"] = self.errors
         return write_json(self.folder, self.name, {**self.head, **state, **results})
 
 
@@ -291,7 +371,10 @@ def command_line(
     report: Callable[[dict[str, Any]], str],
     arguments: list[str] | None,
 ) -> None:
-    """``python -m benchmarks.<family>``: ``run(device, smoke=…, save=…)``, report, results file."""
+    """``python -m benchmarks.<family>``: ``run(device, smoke=…, measure=…)``, report, results file.
+
+    ``measure(results, title)`` is ``Record.measure``. Exits with status 1 if a measurement failed.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{family}", description=description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
@@ -306,27 +389,43 @@ def command_line(
         command=f"python -m benchmarks.{family} --device {options.device}",
         machine=machine(device),
     )
-    results = run(device, smoke=options.smoke, save=record.save)
+    results = run(device, smoke=options.smoke, measure=record.measure)
     path = record.save(results, complete=True)
     print(report(results))
     if path is not None:
         print(f"\nwritten to {path}")
+    if record.errors:
+        sys.exit("\n".join(f"failed: {title}: {why}" for title, why in record.errors.items()))
 
 
-def triton_table(title: str, entries: list[dict[str, Any]]) -> list[str]:
-    """Triton's time over the compiled kernels', a table; none where Triton was not timed."""
-    entries = [entry for entry in entries if "triton_over_compiled" in entry]
-    if not entries:
-        return []
-    names = list(entries[0]["triton_over_compiled"])
-    rows = [
-        [
-            str(entry["shape"]) + (f" K={entry['classes']}" if "classes" in entry else ""),
-            *(f"{entry['triton_over_compiled'][name]:.2f}x" for name in names),
+def triton_tables(title: str, entries: list[dict[str, Any]]) -> list[str]:
+    """Triton's time over the compiled kernels', and the wall times of both, as tables; none where
+    they were not taken."""
+    tables = []
+    ratios = [entry for entry in entries if "triton_over_compiled" in entry]
+    if ratios:
+        names = list(ratios[0]["triton_over_compiled"])
+        rows = [
+            [_shape(entry), *(f"{entry['triton_over_compiled'][name]:.2f}x" for name in names)]
+            for entry in ratios
         ]
-        for entry in entries
-    ]
-    return [table([f"{title}, Triton over compiled", *names], rows)]
+        tables.append(table([f"{title}, Triton over compiled", *names], rows))
+    walls = [entry for entry in entries if "wall" in entry]
+    if walls:
+        names = list(walls[0]["wall"]["milliseconds"])
+        rows = [
+            [
+                _shape(entry),
+                *(f"{entry['wall']['milliseconds'][name]['median']:.2f} ms" for name in names),
+            ]
+            for entry in walls
+        ]
+        tables.append(table([f"{title}, wall time", *names], rows))
+    return tables
+
+
+def _shape(entry: dict[str, Any]) -> str:
+    return str(entry["shape"]) + (f" K={entry['classes']}" if "classes" in entry else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -341,8 +440,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def step_table(step: dict[str, Any]) -> str:
-    """What ``training_step`` measured, as a Markdown table."""
+def step_table(step: dict[str, Any] | None) -> list[str]:
+    """What ``training_step`` measured, a Markdown table; none where it failed."""
+    if step is None:
+        return []
     method = step["method"]
     row = [
         f"{step['backbone']} {step['images']} {step['precision']}",
@@ -350,4 +451,4 @@ def step_table(step: dict[str, Any]) -> str:
         f"{step['milliseconds'][method]['median']:.1f} ms",
         f"{step['overhead']:+.2%}",
     ]
-    return table(["training step", "STD", method.upper(), "overhead"], [row])
+    return [table(["training step", "STD", method.upper(), "overhead"], [row])]

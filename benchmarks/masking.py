@@ -14,12 +14,14 @@ and the gradient, write the gradient of the maps.
 import itertools
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
+from benchmarks.harness import Effort
 from picnn_fast import functional
 from picnn_fast.ops import checks
 from picnn_fast.reference import masking as reference
@@ -38,7 +40,7 @@ CUDA_SHAPES = (
     (1024, 512, 14, 14, 100, torch.float32, torch.channels_last),
     (128, 512, 7, 7, 10, torch.float32, torch.contiguous_format),
 )
-SMOKE_SHAPES = ((4, 16, 3, 3, 5, torch.float32, torch.contiguous_format),)
+SMOKE_SHAPES = ((2, 4, 3, 3, 5, torch.float32, torch.contiguous_format),)
 Shape = tuple[int, int, int, int, int, torch.dtype, torch.memory_format]
 
 
@@ -105,12 +107,13 @@ def describe(shape: Shape) -> str:
     return f"{sizes} K={classes} {str(dtype).removeprefix('torch.')} {name}"
 
 
-def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """The fused operator beside eager and compiled PyTorch, and its share of the copy limit."""
     case = Case(shape, device)
     autograd = definition(case.seed)
     torch._dynamo.reset()
-    compiled, plain_compiled = torch.compile(autograd), torch.compile(plain)
+    compiled = torch.compile(autograd, backend=effort.compiler)
+    plain_compiled = torch.compile(plain, backend=effort.compiler)
     candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.step(fused),
@@ -125,7 +128,7 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
         device,
     )
     backends["reference"] = "reference"
-    times = harness.interleaved(candidates, rounds, device, backends=backends)
+    times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
     kept = statistics.fmean(
         functional.bernoulli_mask(case.maps(), case.logits, case.correspondence)[1]
         .float()
@@ -134,10 +137,14 @@ def bench_operator(shape: Shape, device: torch.device, rounds: int) -> dict[str,
         for _ in range(5)
     )
     # Backward reads two and writes one; forward writes one and reads the kept share.
-    return {"kept_share": kept, **against_the_limit(shape, case, times, 4 + kept)}
+    return {
+        "kept_share": kept,
+        **against_the_limit(shape, case, times, 4 + kept),
+        **harness.wall_times(candidates, ("fused",), effort, device, backends),
+    }
 
 
-def bench_gate(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+def bench_gate(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """The class gate beside eager and compiled PyTorch, with gates that are all open a little."""
     case = Case(shape, device)
     labels = torch.arange(shape[0], device=device) % shape[4]
@@ -149,7 +156,7 @@ def bench_gate(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         return maps * table[labels][:, :, None, None].to(maps.dtype)
 
     torch._dynamo.reset()
-    compiled = torch.compile(multiplied)
+    compiled = torch.compile(multiplied, backend=effort.compiler)
     candidates, backends = harness.beside_triton(
         {
             "fused": lambda: case.step(gated),
@@ -162,9 +169,12 @@ def bench_gate(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any
         device,
     )
     backends["reference"] = "reference"
-    times = harness.interleaved(candidates, rounds, device, backends=backends)
+    times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
     # Forward reads one and writes one, backward reads two and writes one.
-    return against_the_limit(shape, case, times, 5)
+    return {
+        **against_the_limit(shape, case, times, 5),
+        **harness.wall_times(candidates, ("fused",), effort, device, backends),
+    }
 
 
 def against_the_limit(
@@ -206,14 +216,11 @@ class Nothing(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 
-def bench_late(
-    shape: Shape, device: torch.device, rounds: int, *, wall: bool = False
-) -> dict[str, Any]:
+def bench_late(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Masking the pooled maps against masking the maps and pooling them again.
 
     Beside them the parts that no masking of the pooled maps can do without, each alone: autograd's
     own cost, the draws, the checks of values with the draw of a seed, the kernels of the gradients.
-    With ``wall`` also the time of the host until a GPU is done, of which its launches are part.
     """
     case = Case(shape, device)
     logits, table = case.logits, case.correspondence
@@ -257,52 +264,44 @@ def bench_late(
     candidates, backends = harness.beside_triton(
         {"maps": at_maps, "late": late}, ("maps", "late"), device
     )
-    times = harness.interleaved(candidates | parts, rounds, device, backends=backends)
+    times = harness.interleaved(candidates | parts, effort.rounds, device, backends=backends)
     times["parts"] = [sum(seconds) for seconds in zip(*(times[p] for p in parts), strict=True)]
-    entry = {
+    return {
         "shape": describe(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "speedup": harness.ratio(times, "maps", "late"),
         "speedup_of_parts": harness.ratio(times, "maps", "parts"),
         **harness.triton_ratios(times),
+        **harness.wall_times(candidates, ("maps", "late"), effort, device, backends),
     }
-    if wall:
-        times = harness.interleaved(candidates, rounds, device, backends=backends, wall=True)
-        entry["wall"] = {
-            "milliseconds": {name: harness.summary(values) for name, values in times.items()},
-            "speedup": harness.ratio(times, "maps", "late"),
-            **harness.triton_ratios(times),
-        }
-    return entry
 
 
-def run(device: torch.device, *, smoke: bool, save: Callable[..., Any]) -> dict[str, Any]:
-    """All measurements of the family; ``save`` is given what there is after each."""
+def run(
+    device: torch.device, *, smoke: bool, measure: Callable[..., AbstractContextManager[None]]
+) -> dict[str, Any]:
+    """All measurements of the family, each within ``measure(results, title)``."""
     cuda = device.type == "cuda"
     shapes = SMOKE_SHAPES if smoke else CUDA_SHAPES if cuda else CPU_SHAPES
-    rounds = 3 if smoke else 50
+    effort = Effort.of(50, device, smoke=smoke)
     results: dict[str, Any] = {"operators": [], "gates": [], "late": [], "step": None}
     # First: once torch.compile has run in a process, every Python call in it costs a little more.
     for shape in shapes[:2]:
-        print(f"late masking {describe(shape)}", flush=True)
-        results["late"].append(bench_late(shape, device, rounds, wall=cuda or smoke))
-        save(results)
+        with measure(results, f"late masking {describe(shape)}"):
+            results["late"].append(bench_late(shape, device, effort))
     for shape in shapes:
-        print(f"operator {describe(shape)}", flush=True)
-        results["operators"].append(bench_operator(shape, device, rounds))
-        save(results)
+        with measure(results, f"operator {describe(shape)}"):
+            results["operators"].append(bench_operator(shape, device, effort))
     for shape in shapes:
-        print(f"class gate {describe(shape)}", flush=True)
-        results["gates"].append(bench_gate(shape, device, rounds))
-        save(results)
-    print("training step", flush=True)
+        with measure(results, f"class gate {describe(shape)}"):
+            results["gates"].append(bench_gate(shape, device, effort))
     if smoke:
-        step = ("small-resnet", 128, 2, 32, device, 3)
+        step = ("small-resnet", 128, 2, 32, device, 2)
     elif cuda:
         step = ("resnet50", 128, 128, 224, device, 50)
     else:
         step = ("resnet18", 128, 8, 224, device, 30)
-    results["step"] = harness.training_step("picnn", *step)
+    with measure(results, "training step"):
+        results["step"] = harness.training_step("picnn", *step)
     return results
 
 
@@ -310,7 +309,7 @@ def report(results: dict[str, Any]) -> str:
     """The results as Markdown tables."""
     parts = []
     for title, part in (("bernoulli_mask", "operators"), ("class_gate", "gates")):
-        names = list(results[part][0]["speedup"])
+        names = list(results[part][0]["speedup"]) if results[part] else []
         rows = [
             [
                 entry["shape"],
@@ -327,7 +326,7 @@ def report(results: dict[str, Any]) -> str:
             "of the limit",
         ]
         parts.append(harness.table(header, rows))
-        parts += harness.triton_table(title, results[part])
+        parts += harness.triton_tables(title, results[part])
     rows = [
         [
             entry["shape"],
@@ -348,23 +347,8 @@ def report(results: dict[str, Any]) -> str:
         "speed-up of the parts",
     ]
     parts.append(harness.table(header, rows))
-    parts += harness.triton_table("late masking", results["late"])
-    walls = [
-        {"shape": entry["shape"], **entry["wall"]} for entry in results["late"] if "wall" in entry
-    ]
-    if walls:
-        rows = [
-            [
-                entry["shape"],
-                *(f"{entry['milliseconds'][name]['median']:.2f} ms" for name in ("maps", "late")),
-                f"{entry['speedup']:.1f}x",
-            ]
-            for entry in walls
-        ]
-        header = ["late masking, wall time", "masking the maps", "late", "speed-up"]
-        parts.append(harness.table(header, rows))
-        parts += harness.triton_table("late masking, wall time", walls)
-    parts.append(harness.step_table(results["step"]))
+    parts += harness.triton_tables("late masking", results["late"])
+    parts += harness.step_table(results["step"])
     return "\n\n".join(parts)
 
 

@@ -27,6 +27,7 @@ import re
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,7 @@ from sklearn.feature_selection import mutual_info_classif
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.harness import Effort
 from picnn_fast import functional
 from picnn_fast.ops import histogram as histogram_ops
 from picnn_fast.reference import mutual_information as reference
@@ -270,7 +272,7 @@ class HistogramState:
         )
 
 
-def bench_histogram(shape: HistogramShape, device: torch.device, rounds: int) -> dict[str, Any]:
+def bench_histogram(shape: HistogramShape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Streaming counts beside reading the activations once at copy bandwidth."""
     one = shape.samples * shape.filters * shape.dtype.itemsize
     drawn = [
@@ -301,7 +303,7 @@ def bench_histogram(shape: HistogramShape, device: torch.device, rounds: int) ->
         "sum": lambda: next(batches)[0].sum(),
     }
     candidates, backends = harness.beside_triton(candidates, ("steady", "fresh"), device)
-    times = harness.interleaved(candidates, rounds, device, backends=backends)
+    times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
     over = {
         name: statistics.median(
             2 * ours / copy for ours, copy in zip(times[name], times["copy"], strict=True)
@@ -314,6 +316,7 @@ def bench_histogram(shape: HistogramShape, device: torch.device, rounds: int) ->
         "over_reading_once": over,
         "speedup": {"plain": harness.ratio(times, "plain", "steady")},
         **harness.triton_ratios(times),
+        **harness.wall_times(candidates, ("steady", "fresh"), effort, device, backends),
     }
 
 
@@ -344,7 +347,7 @@ def scatter(
     return counts.view(filters, bins, classes)
 
 
-def bench_soft(shape: HistogramShape, device: torch.device, rounds: int) -> dict[str, Any]:
+def bench_soft(shape: HistogramShape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Soft counts, forward and backward, beside two ways to write them in PyTorch."""
     activations, labels = pooled_maps(shape.samples, shape.filters, shape.classes, device)
     activations.requires_grad_()
@@ -366,13 +369,13 @@ def bench_soft(shape: HistogramShape, device: torch.device, rounds: int) -> dict
         "fused": step(histogram_ops.soft_histogram),
         "reference": step(histogram_ops.soft_histogram),
         "einsum": step(einsum),
-        "einsum, compiled": step(torch.compile(einsum)),
+        "einsum, compiled": step(torch.compile(einsum, backend=effort.compiler)),
         "scatter": step(scatter),
-        "scatter, compiled": step(torch.compile(scatter)),
+        "scatter, compiled": step(torch.compile(scatter, backend=effort.compiler)),
     }
     candidates, backends = harness.beside_triton(candidates, ("fused",), device)
     backends["reference"] = "reference"
-    times = harness.interleaved(candidates, rounds, device, backends=backends)
+    times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
     return {
         "shape": str(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
@@ -382,35 +385,34 @@ def bench_soft(shape: HistogramShape, device: torch.device, rounds: int) -> dict
             if name != "fused" and not name.endswith(harness.TRITON)
         },
         **harness.triton_ratios(times),
+        **harness.wall_times(candidates, ("fused",), effort, device, backends),
     }
 
 
-def run(device: torch.device, *, smoke: bool, save: Callable[..., Any]) -> dict[str, Any]:
-    """All measurements of both families; ``save`` is given what there is after each."""
+def run(
+    device: torch.device, *, smoke: bool, measure: Callable[..., AbstractContextManager[None]]
+) -> dict[str, Any]:
+    """All measurements of both families, each within ``measure(results, title)``."""
     cuda = device.type == "cuda"
     knn_shapes = SMOKE_KNN_SHAPES if smoke else KNN_SHAPES
     histogram_shapes = (
         SMOKE_HISTOGRAM_SHAPES if smoke else CUDA_HISTOGRAM_SHAPES if cuda else HISTOGRAM_SHAPES
     )
     soft_shapes = SMOKE_HISTOGRAM_SHAPES if smoke else CUDA_SOFT_SHAPES if cuda else SOFT_SHAPES
-    rounds = 3 if smoke else 30
+    effort = Effort.of(30, device, smoke=smoke)
     results: dict[str, Any] = {"knn": [], "memory": [], "histogram": [], "soft": []}
-    print("peak memory", flush=True)
     estimators: tuple[Estimator, ...] = ("histogram",) if smoke else ("knn", "histogram")
-    results["memory"] = bench_memory(estimators, knn_shapes[-1], device)
-    save(results)
+    with measure(results, "peak memory"):
+        results["memory"] = bench_memory(estimators, knn_shapes[-1], device)
     for shape in knn_shapes:
-        print(f"knn [{shape.samples}, {shape.filters}] K={shape.classes}", flush=True)
-        results["knn"] += bench_knn(shape, device)
-        save(results)
+        with measure(results, f"knn [{shape.samples}, {shape.filters}] K={shape.classes}"):
+            results["knn"] += bench_knn(shape, device)
     for size in histogram_shapes:
-        print(f"histogram_update {size}", flush=True)
-        results["histogram"].append(bench_histogram(size, device, rounds))
-        save(results)
+        with measure(results, f"histogram_update {size}"):
+            results["histogram"].append(bench_histogram(size, device, effort))
     for size in soft_shapes:
-        print(f"soft_histogram {size}", flush=True)
-        results["soft"].append(bench_soft(size, device, rounds))
-        save(results)
+        with measure(results, f"soft_histogram {size}"):
+            results["soft"].append(bench_soft(size, device, effort))
     return results
 
 
@@ -451,7 +453,7 @@ def report(results: dict[str, Any]) -> str:
         "difference",
     ]
     parts = [harness.table(header, rows)]
-    parts += harness.triton_table("knn", results["knn"])
+    parts += harness.triton_tables("knn", results["knn"])
     if results["memory"]:
         rows = [
             [
@@ -483,8 +485,8 @@ def report(results: dict[str, Any]) -> str:
         "steady over plain",
     ]
     parts.append(harness.table(header, rows))
-    parts += harness.triton_table("histogram_update", results["histogram"])
-    names = list(results["soft"][0]["speedup"])
+    parts += harness.triton_tables("histogram_update", results["histogram"])
+    names = list(results["soft"][0]["speedup"]) if results["soft"] else []
     rows = [
         [
             entry["shape"],
@@ -495,7 +497,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     header = ["soft_histogram, forward + backward", "fused", *(f"over {name}" for name in names)]
     parts.append(harness.table(header, rows))
-    parts += harness.triton_table("soft_histogram", results["soft"])
+    parts += harness.triton_tables("soft_histogram", results["soft"])
     return "\n\n".join(parts)
 
 

@@ -228,6 +228,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+class FailureJournal:
+    """Appends name and traceback of each test to a file as it fails: a run that is killed keeps
+    them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._write(report, report.when or "")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._write(report, "collection")
+
+    def _write(self, report: pytest.TestReport | pytest.CollectReport, when: str) -> None:
+        if report.failed:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"FAILED {report.nodeid} ({when})\n{report.longreprtext}\n\n")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--failures", type=Path, help="a file that gets each failure as it comes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--failures")
+    # The controller of several processes gets the reports of all, those that crash included.
+    if path is not None and not hasattr(config, "workerinput"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config.pluginmanager.register(FailureJournal(path))
+
+
 # What ended this process's use of the GPU: after a device-side assert every call fails.
 _gpu_lost: str | None = None
 

@@ -46,7 +46,7 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
 
     monkeypatch.setattr(harness, "interleaved", interleaved)
     device = torch.device("cpu")
-    loss = filter_loss.bench_loss(SHAPE, device, 3)
+    loss = filter_loss.bench_loss(SHAPE, device, harness.Effort(3))
     assert loss["over_products"] == 2
     assert loss["speedup"] == {
         "reference": 2,
@@ -54,7 +54,7 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
         "autograd, compiled": 2,
         "direct": 15,
     }
-    mask = filter_loss.bench_mask(SHAPE, device, 3)
+    mask = filter_loss.bench_mask(SHAPE, device, harness.Effort(3))
     assert mask["share_of_limit"] == {"forward": 0.125, "fused": 0.5}
     results = {
         "masks": [mask],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,14 +47,17 @@ def test_a_step_over_its_limit_is_stopped_with_all_it_started(tmp_path: Path) ->
         "import subprocess, sys, time; print('begun', flush=True);"
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     )
+    steps = [python("slow", code), python("next", "print('here')"), python("late", "", 60)]
     began = time.monotonic()
-    passed, lines = run([python("slow", code), python("late", "print('no')", 5)], tmp_path, 3)
+    passed, lines = run(steps, tmp_path, 9)
     assert time.monotonic() - began < 60
     assert not passed
+    # A third of the time, so that two more are not starved.
     assert lines[0].startswith("slow: stopped, not finished in 3 s; ")
     assert (tmp_path / "slow.txt").read_text() == "begun\n"
-    # No time is left, and none is made up: it is reported, not begun.
-    assert lines[1].startswith("late: not run, ")
+    assert lines[1].startswith("next: passed; ")
+    # What it would need is not left: it is reported, not begun.
+    assert lines[2].startswith("late: not run, ")
     assert not (tmp_path / "late.txt").exists()
 
 
@@ -61,15 +65,27 @@ def test_the_time_limit_counts_from_the_start_that_is_passed_in(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     long_ago = str(time.time() - gpu.LIMIT_SECONDS - 5)
-    arguments = ["parity", "bench", "--smoke", "--started", long_ago, "--results", str(tmp_path)]
+    arguments = ["bench", "--smoke", "--started", long_ago, "--results", str(tmp_path)]
     assert gpu.main(arguments) == 1
     assert [path.name for path in tmp_path.iterdir()] == [gpu.REPORT]
     report = (tmp_path / gpu.REPORT).read_text()
-    assert [line.split()[1:4] for line in report.splitlines()] == [
-        ["parity:", "not", "run,"],
-        ["masking:", "not", "run,"],
-        ["filter_loss:", "not", "run,"],
+    assert [line.split(" ", 1)[1] for line in report.splitlines()] == [
+        "masking: not run, 0 s are left for it and it needs 1; 0 s",
+        "filter_loss: not run, 0 s are left for it and it needs 1; 0 s",
     ]
+
+
+def test_every_part_has_a_time_limit_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "steps", lambda part, *_, **__: [python(part, "", 1)])
+    long_ago = str(time.time() - gpu.LIMIT_SECONDS)
+    assert gpu.main(["--smoke", "--started", long_ago, "--results", str(tmp_path)]) == 1
+    report = (tmp_path / gpu.REPORT).read_text()
+    outcomes = dict(line.split(" ", 1)[1].split(": ", 1) for line in report.splitlines())
+    assert list(outcomes) == list(gpu.PARTS)
+    assert outcomes.pop("parity").startswith("not run, ")
+    assert all(outcome.startswith("passed; ") for outcome in outcomes.values())
 
 
 def test_parity_runs_in_parallel_and_reports_names_as_they_come(tmp_path: Path) -> None:
@@ -86,6 +102,8 @@ def test_on_a_gpu_parity_comes_first_and_takes_every_test_with_the_marker(tmp_pa
     (step,) = gpu.steps("parity", tmp_path, smoke=False)
     assert step.command[-5:] == ["-m", "gpu", "-n", "8", "tests"]
     assert any(option.startswith("--timeout=") for option in step.command)
+    assert any(option.startswith("--max-worker-restart=") for option in step.command)
+    assert f"--failures={tmp_path / 'parity-failures.txt'}" in step.command
     for part in ("bench", "bench-more"):
         for step in gpu.steps(part, tmp_path, smoke=False):
             assert step.command[-4:] == ["--device", "cuda", "--results", str(tmp_path)]
@@ -103,13 +121,15 @@ def test_the_benchmarks_go_through_all_their_steps_on_the_cpu(
             "bernoulli_mask, Triton over compiled",
             "class_gate, forward",
             "class_gate, Triton over compiled",
-            "late masking, wall time",
+            "class_gate, wall time",
             "late masking, Triton over compiled",
+            "late masking, wall time",
             "training step",
             "template_mask, forward",
             "template_mask, Triton over compiled",
             "filter_loss, forward",
             "filter_loss, Triton over compiled",
+            "filter_loss, wall time",
             "| over direct |",
         ),
         "bench-more": (
@@ -119,19 +139,57 @@ def test_the_benchmarks_go_through_all_their_steps_on_the_cpu(
             "histogram_update, Triton over compiled",
             "soft_histogram, forward",
             "soft_histogram, Triton over compiled",
+            "soft_histogram, wall time",
         ),
     }
     for title in titles[part]:
         assert title in printed
     for family in gpu.PARTS[part]:
         (path,) = tmp_path.glob(f"{family}-*.json")
-        assert json.loads(path.read_text()).get("complete", True)
+        content = json.loads(path.read_text())
+        assert content.get("complete", True)
+        assert "errors" not in content
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_gpu_script_refuses_a_machine_without_one(capfd: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "no CUDA device" in capfd.readouterr().err
+
+
+def test_where_a_backend_is_missing_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.picnn_fast, "build_info", lambda: {"backends": {"cuda": "not built"}})
+    monkeypatch.setattr(gpu, "steps", lambda part, *_, **__: [python(part, "")])
+    assert gpu.main(["bench", "--results", str(tmp_path)]) == 1
+    assert "backend cuda is missing, the others run: not built" in capfd.readouterr().err
+    assert " bench: passed; " in (tmp_path / gpu.REPORT).read_text()
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_a_core_that_does_not_build_keeps_nothing_else_from_running(
+    builds: bool, tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "picnn_fast").mkdir()
+    (tmp_path / "picnn_fast/_C.old.so").touch()
+    interpreter = tmp_path / "interpreter"
+    interpreter.write_text(
+        '#!/bin/sh\necho "CXX=$CXX CUDA=$PICNN_FAST_CUDA $*" >> calls\n'
+        f'[ "$1" != setup.py ] || exit {0 if builds else 1}\n'
+    )
+    interpreter.chmod(0o755)
+    environment = {n: v for n, v in os.environ.items() if n not in ("CXX", "PICNN_FAST_CUDA")}
+    subprocess.run(
+        ["make", "gpu-parity", f"PYTHON={interpreter}"], cwd=tmp_path, env=environment, check=True
+    )
+    build, install, script = (tmp_path / "calls").read_text().splitlines()
+    assert build == "CXX= CUDA=1 setup.py build_ext --inplace"
+    assert install.startswith(("CXX= CUDA=1" if builds else "CXX=none CUDA=") + " -m pip install")
+    assert script.startswith("CXX= CUDA= -m benchmarks.gpu parity --started ")
+    assert not list((tmp_path / "picnn_fast").iterdir())
 
 
 def test_smoke_writes_nothing_unless_a_folder_is_named(
@@ -179,7 +237,12 @@ def synchronize(device=None):
 
 
 torch.cuda.synchronize = synchronize
-from tests.conftest import pytest_runtest_call, pytest_runtest_logfinish  # noqa: E402, F401
+from tests.conftest import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_configure,
+    pytest_runtest_call,
+    pytest_runtest_logfinish,
+)
 """
 TESTS = """
 import pytest
@@ -209,7 +272,10 @@ def test_an_error_of_the_gpu_falls_on_its_test_and_its_process_runs_no_other(
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", *(["-n", "1"] if parallel else []), "."],
+        [
+            *(sys.executable, "-m", "pytest", "-v", *(["-n", "1"] if parallel else [])),
+            *("--tb=short", "--failures=results/failures.txt", "."),
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -221,6 +287,10 @@ def test_an_error_of_the_gpu_falls_on_its_test_and_its_process_runs_no_other(
     assert "test_it.py::test_b ended this process's use of the GPU" in printed
     assert "device-side assert triggered" in printed
     assert "test_a" in printed
+    journal = (tmp_path / "results/failures.txt").read_text()
+    assert "FAILED test_it.py::test_b (call)\n" in journal
+    assert "device-side assert triggered" in journal
+    assert "test_it.py::test_a" not in journal
     if parallel:
         # A worker in its place runs what was left.
         assert "PASSED test_it.py::test_c" in printed
@@ -228,3 +298,37 @@ def test_an_error_of_the_gpu_falls_on_its_test_and_its_process_runs_no_other(
         assert "FAILED test_it.py::test_c" not in printed
     else:
         assert "test_it.py::test_c" not in printed
+
+
+BROKEN = """
+def test_fails():
+    assert 1 + 1 == 3
+
+
+def test_sees_the_failure_before_it():
+    assert "assert (1 + 1) == 3" in open("failures.txt").read()
+"""
+
+
+def test_a_failure_is_in_the_journal_before_the_next_test_runs(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "from tests.conftest import pytest_addoption, pytest_configure\n"
+    )
+    (tmp_path / "test_it.py").write_text(BROKEN)
+    (tmp_path / "test_other.py").write_text("import nowhere\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "--continue-on-collection-errors", "--tb=short"),
+            *("-p", "no:cacheprovider", "--failures=failures.txt", "."),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 failed, 1 passed, 1 error" in done.stdout, done.stdout + done.stderr
+    failed = (tmp_path / "failures.txt").read_text()
+    assert "FAILED test_other.py (collection)\n" in failed
+    assert "No module named 'nowhere'" in failed
+    assert "FAILED test_it.py::test_fails (call)\n" in failed

@@ -63,9 +63,10 @@ def test_results_are_written_after_every_measurement_and_name_command_and_machin
 ) -> None:
     seen = []
 
-    def run(device, *, smoke, save):
+    def run(device, *, smoke, measure):
         for count in (1, 2):
-            save({"late": [0.5] * count})
+            with measure({"late": [0.5] * count}, "late"):
+                pass
             (path,) = tmp_path.iterdir()
             seen.append((path, json.loads(path.read_text())))
         return {"late": [0.5] * 3}
@@ -82,22 +83,53 @@ def test_results_are_written_after_every_measurement_and_name_command_and_machin
     assert {earlier for earlier, _ in seen} == {path}
 
 
-def test_a_measurement_that_fails_leaves_those_before_it(tmp_path: Path) -> None:
-    def run(device, *, smoke, save):
-        save({"late": [0.5]})
-        raise ValueError("no luck")
+def test_a_measurement_that_fails_costs_no_other_and_is_named_at_the_end(tmp_path: Path) -> None:
+    def run(device, *, smoke, measure):
+        results = {"late": []}
+        with measure(results, "first"):
+            raise ValueError("no luck\nat all")
+        with measure(results, "second"):
+            times = harness.interleaved(
+                {"compiled": lambda: None, "triton": lambda: 1 / 0}, 2, device
+            )
+            results["late"].append(harness.ratio(times, "compiled", "compiled"))
+            assert math.isnan(harness.ratio(times, "triton", "compiled"))
+            assert math.isnan(harness.summary(times["triton"])["median"])
+        return results
 
-    with pytest.raises(ValueError, match="no luck"):
+    with pytest.raises(SystemExit) as ended:
         harness.command_line("family", "", run, str, ["--results", str(tmp_path)])
+    first, second = ended.value.code.splitlines()
+    assert first == "failed: first: ValueError: no luck"
+    assert second == "failed: second, triton: ZeroDivisionError: division by zero"
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
-    assert (content["complete"], content["late"]) == (False, [0.5])
+    assert content["late"] == [1.0]
+    assert list(content["errors"]) == ["first", "second, triton"]
+
+
+@pytest.mark.parametrize("family", [masking, mutual_information, filter_loss])
+def test_a_family_reports_even_if_all_its_measurements_fail(
+    family: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments, **options):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(harness, "interleaved", broken)
+    for name in ("bench_memory", "knn_candidates"):
+        monkeypatch.setattr(family, name, broken, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        family.main(["--smoke"])
+    lines = ended.value.code.splitlines()
+    assert len(lines) >= 4
+    assert all(line.endswith(": RuntimeError: no luck") for line in lines)
+    assert "forward + backward" in capsys.readouterr().out
 
 
 def test_results_go_where_the_variable_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(device, *, smoke, save):
+    def run(device, *, smoke, measure):
         return {}
 
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "default")
@@ -170,16 +202,51 @@ def test_a_gpu_is_timed_by_its_events_or_by_the_host_until_it_is_done(
 def test_triton_is_timed_beside_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     calls = {"fused": lambda: None, "plain": lambda: None}
-    monkeypatch.setattr(picnn_fast, "available_backends", lambda: ("reference", "triton"))
+    everywhere = ("reference", "cpp", "triton", "cuda")
+    monkeypatch.setattr(picnn_fast, "available_backends", lambda: everywhere)
     candidates, backends = harness.beside_triton(calls, ("fused",), torch.device("cuda"))
     assert list(candidates) == ["fused", "plain", "fused, triton"]
     assert backends == {"fused, triton": "triton"}
     times = {"fused": [2.0, 2.0], "plain": [9.0, 9.0], "fused, triton": [3.0, 3.0]}
     entry = {"shape": "a shape", **harness.triton_ratios(times)}
     assert entry["triton_over_compiled"] == {"fused": 1.5}
-    assert "| a shape                      | 1.50x |" in harness.triton_table("family", [entry])[0]
-    monkeypatch.setattr(picnn_fast, "available_backends", lambda: ("reference", "cpp"))
-    assert harness.beside_triton(calls, ("fused",), cpu) == (calls, {})
+    (shown,) = harness.triton_tables("family", [entry])
+    assert "| a shape                      | 1.50x |" in shown
+    # Where Triton serves by itself there is nothing to set beside it.
+    for some in (("reference", "cpp"), ("reference", "triton")):
+        monkeypatch.setattr(picnn_fast, "available_backends", lambda some=some: some)
+        assert harness.beside_triton(calls, ("fused",), cpu) == (calls, {})
+
+
+def test_compiled_and_triton_kernels_are_timed_by_the_hosts_clock_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = {}
+
+    def interleaved(candidates, rounds, device, *, backends, wall):
+        seen.update(names=list(candidates), rounds=rounds, backends=backends, wall=wall)
+        return {name: [2e-3] * rounds for name in candidates}
+
+    monkeypatch.setattr(harness, "interleaved", interleaved)
+    calls = dict.fromkeys(("fused", "plain", "clone", "fused, triton"), lambda: None)
+    backends = {"fused, triton": "triton"}
+    device = torch.device("cuda")
+    effort = harness.Effort.of(7, device, smoke=False)
+    entry = harness.wall_times(calls, ("fused",), effort, device, backends)
+    assert seen == {
+        "names": ["fused", "fused, triton"],
+        "rounds": 7,
+        "backends": backends,
+        "wall": True,
+    }
+    (shown,) = harness.triton_tables("family", [{"shape": "a shape", **entry}])
+    assert "family, wall time" in shown
+    assert "| 2.00 ms | 2.00 ms       |" in shown
+    # On a CPU the first times are the host's already.
+    cpu = torch.device("cpu")
+    assert not harness.wall_times(
+        calls, ("fused",), harness.Effort.of(7, cpu, smoke=False), cpu, {}
+    )
 
 
 RESULTS = harness.RESULTS
