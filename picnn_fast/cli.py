@@ -1,7 +1,7 @@
-"""The command ``picnn-fast``: demo, train, evaluate, doctor.
+"""The command ``picnn-fast``: demo, train, evaluate, convert, doctor.
 
-Only torch and numpy are imported until a command needs more, so that ``doctor`` and ``--help``
-answer on any installation.
+Only torch and numpy are imported until a command needs more, so that ``doctor`` and ``picnn-fast
+--help`` answer on any installation.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _COMMANDS[command][0](rest)
     except _expected_errors() as error:
         print(f"picnn-fast {command}: error: {error}", file=sys.stderr)
-        return 2 if type(error).__name__ == "ConfigError" else 1
+        return 2 if isinstance(error, ValueError) else 1  # an option, or else the world
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
         if isinstance(stop, SystemExit) and stop.code not in (1, _TERMINATED):

@@ -133,7 +133,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
         loss.legend(frameon=False, fontsize=9)
-    grid[0, 0].set_ylabel("accuracy on the test split")
+    grid[0, 0].set_ylabel("accuracy on validation images")
     grid[1, 0].set_ylabel("loss (weighted terms)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)

@@ -1,1 +1,1 @@
-"""Training: ``config`` (options), ``module`` (Lightning), ``run`` (a run, its folder), ``demo``."""
+"""Training: ``options``, ``module`` (Lightning), ``run`` (assemble, fit), ``launch``, ``demo``."""

@@ -178,7 +178,6 @@ class InterpretableModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        # Ranks seeded alike draw apart.
         seen = Observation(
             self.network, images, labels, seed=derive_seed(self.seed, _EVALUATE, batch_idx)
         )

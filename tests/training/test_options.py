@@ -225,3 +225,22 @@ def test_the_published_recipe_is_what_the_authors_code_does():
     assert options.method["correspondence_weight_decay"] is None
     assert options.arguments("data")["color_jitter"] == (0.4, 0.4, 0.4, 0.1)
     assert (options.optimizer["name"], options.optimizer["weight_decay"]) == ("adam", 1e-4)
+
+
+def test_a_method_added_to_the_registry_is_taken_as_it_is(monkeypatch, capsys):
+    class Groups(METHODS["std"]):
+        """Filters in groups."""
+
+        def __init__(
+            self, features, head, num_classes, num_filters, *, in_channels=None, weight=1.0
+        ):
+            super().__init__(features, head, num_classes, num_filters, in_channels=in_channels)
+
+    monkeypatch.setitem(METHODS, "groups", Groups)
+    options = _parse("--method", "groups", "--method.weight", "0.5")
+    assert options.method == {"name": "groups", "weight": 0.5}
+    with pytest.raises(SystemExit):
+        _parse("--method.help", "groups")
+    assert "--method.weight" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^method\.weight: method picnn has no .*want method gr"):
+        _parse("--method.weight", "0.5")
