@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, harness
+from tests.conftest import FailureJournal
 
 ROOT = Path(gpu.__file__).parent.parent
 
@@ -300,35 +301,18 @@ def test_an_error_of_the_gpu_falls_on_its_test_and_its_process_runs_no_other(
         assert "test_it.py::test_c" not in printed
 
 
-BROKEN = """
-def test_fails():
-    assert 1 + 1 == 3
-
-
-def test_sees_the_failure_before_it():
-    assert "assert (1 + 1) == 3" in open("failures.txt").read()
-"""
-
-
-def test_a_failure_is_in_the_journal_before_the_next_test_runs(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(
-        "from tests.conftest import pytest_addoption, pytest_configure\n"
+def test_a_failure_is_in_the_journal_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "failures.txt"
+    journal = FailureJournal(path)
+    location = ("test_it.py", 1, "test")
+    for outcome in ("passed", "skipped"):
+        journal.pytest_runtest_logreport(
+            pytest.TestReport(f"test_it.py::{outcome}", location, {}, outcome, None, "call")
+        )
+    assert not path.exists()
+    journal.pytest_runtest_logreport(
+        pytest.TestReport("test_it.py::bad", location, {}, "failed", "no luck", "setup")
     )
-    (tmp_path / "test_it.py").write_text(BROKEN)
-    (tmp_path / "test_other.py").write_text("import nowhere\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "--continue-on-collection-errors", "--tb=short"),
-            *("-p", "no:cacheprovider", "--failures=failures.txt", "."),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "1 failed, 1 passed, 1 error" in done.stdout, done.stdout + done.stderr
-    failed = (tmp_path / "failures.txt").read_text()
-    assert "FAILED test_other.py (collection)\n" in failed
-    assert "No module named 'nowhere'" in failed
-    assert "FAILED test_it.py::test_fails (call)\n" in failed
+    assert path.read_text() == "FAILED test_it.py::bad (setup)\nno luck\n\n"
+    journal.pytest_collectreport(pytest.CollectReport("test_other.py", "failed", "no module", []))
+    assert path.read_text().endswith("FAILED test_other.py (collection)\nno module\n\n")

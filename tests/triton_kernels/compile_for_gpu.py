@@ -1,12 +1,13 @@
 """Compiles Triton kernels for a GPU that need not be there; prints one line for each.
 
 Run as a program, with TRITON_INTERPRET unset: the interpreter replaces the compiler when a kernel
-is decorated. Argument: the file to compile the ``*_kernel`` functions of.
+is decorated. Arguments: the files to compile the ``*_kernel`` functions of.
 """
 
 import importlib.util
 import itertools
 import sys
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -88,9 +89,9 @@ def sources(kernel):
 
 
 def main(path):
-    spec = importlib.util.spec_from_file_location("kernels", path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["kernels"] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     for name, kernel in vars(module).items():
         if not name.endswith("_kernel") or not isinstance(kernel, triton.JITFunction):
@@ -99,8 +100,10 @@ def main(path):
             options = {"enable_fp_fusion": name not in UNFUSED, "num_warps": WARPS.get(name, 4)}
             compiled = triton.compile(source, target=HOPPER, options=options)
             fused = compiled.asm["ptx"].count("fma.")
-            print(name, *source.signature.values(), f"{len(compiled.asm['cubin'])} bytes", fused)
+            size = f"{len(compiled.asm['cubin'])} bytes"
+            print(path.stem, name, *source.signature.values(), size, fused)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for argument in sys.argv[1:]:
+        main(Path(argument))
