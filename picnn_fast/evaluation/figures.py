@@ -106,7 +106,7 @@ def _maps(seen: Observation) -> Tensor:
 def _middle(seen: Observation) -> Tensor:
     """Maps that peak in the middle of every image."""
     maps = torch.zeros_like(seen.maps)
-    maps[..., (maps.shape[2] - 1) // 2, (maps.shape[3] - 1) // 2] = 1
+    maps[..., maps.shape[2] // 2, maps.shape[3] // 2] = 1
     return maps
 
 

@@ -107,7 +107,7 @@ def test_filters_that_ignore_the_image_are_measured_beside():
     # A peak at one place, whatever the image: the spread of the landmarks about it alone.
     height, width = field.map_size
     place = torch.zeros(1, 1, height, width)
-    place[0, 0, (height - 1) // 2, (width - 1) // 2] = 1
+    place[0, 0, height // 2, width // 2] = 1
     middle = field.peaks(place)[1][0, 0]
     landmarks = torch.stack([samples[i].landmarks for i in range(24)])
     labels = torch.tensor([samples.label(i) for i in range(24)])
