@@ -117,7 +117,7 @@ def test_a_short_run_trains_measures_and_draws(
     }
 
 
-@pytest.mark.parametrize("name", [parts.NAME])
+@pytest.mark.parametrize("name", [parts.NAME, parts.CENTERS])
 def test_the_readme_shows_the_committed_experiments(name: str) -> None:
     content = json.loads((harness.RESULTS / f"{name}.json").read_text())
     readme = (harness.RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
