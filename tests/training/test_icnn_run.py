@@ -235,7 +235,10 @@ def test_options_that_do_not_go_together_are_refused(config, options, message):
 
 
 @pytest.mark.parametrize(("backbone", "warned"), [("small-resnet", True), ("small-cnn", False)])
-def test_maps_on_which_a_filter_loss_takes_long_are_told(backbone, warned):
+def test_maps_on_which_a_filter_loss_takes_long_are_told(backbone, warned, monkeypatch):
+    # Their size counts, not how many there are.
+    monkeypatch.setattr(run, "TRAIN_ANIMALS", 64)
+    monkeypatch.setattr(run, "TEST_ANIMALS", 16)
     config = TrainConfig(method="icnn", data="part-animals", backbone=backbone, accelerator="cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
