@@ -144,7 +144,7 @@ each_backend_once = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 def other_instruction_sets() -> list[str]:
-    """ "cpp-…" for those that this build and processor run, but for the one "cpp" runs itself."""
+    """Backends of those that build and processor have, but for the one that "cpp" itself runs."""
     if registry.extension is None:
         return []
     info = registry.extension.build_info()
