@@ -115,7 +115,7 @@ class Effort(NamedTuple):
         return cls(2, True, "aot_eager") if smoke else cls(rounds, device.type == "cuda")
 
 
-def describe_error(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """Type and first line of the message."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
@@ -161,7 +161,7 @@ def interleaved(
                         times[name].append(_wall(call, device))
             except Exception as error:
                 traceback.print_exc()
-                failed[name] = describe_error(error)
+                failed[name] = _error_line(error)
                 times[name] = [math.nan] * rounds
         if sys.stderr.isatty():
             print(f"\r  round {index + 1}/{warmup + rounds} ", end="", file=sys.stderr)
@@ -334,7 +334,8 @@ def results_folder(options: argparse.Namespace) -> Path | None:
 class Record:
     """A results file, written anew after every measurement, so that what ends early loses little.
 
-    It says ``"complete": false`` until the last one. ``errors``: what failed, and why.
+    It says ``"complete": false`` until the last one. ``errors``: what failed, and why; figures
+    that want for it are NaN.
     """
 
     def __init__(self, folder: Path | None, name: str, **head: Any) -> None:
@@ -350,7 +351,7 @@ class Record:
             yield
         except Exception as error:
             traceback.print_exc()
-            self.errors[title] = describe_error(error)
+            self.errors[title] = _error_line(error)
         self.errors |= {f"{title}, {name}": why for name, why in _failed_candidates.items()}
         self.save(results)
 

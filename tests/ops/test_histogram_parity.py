@@ -15,7 +15,7 @@ from torch import Tensor
 
 from picnn_fast.ops import histogram, registry
 from picnn_fast.reference import histogram as reference
-from tests.conftest import Backend
+from tests.conftest import Backend, each_backend_once
 from tests.ops.test_masking_autograd import assert_same_second_derivatives
 from tests.reference.test_histogram import exact_counts, fresh
 
@@ -616,6 +616,7 @@ OPCHECKS = {
 }
 
 
+@each_backend_once
 @pytest.mark.parametrize("layout", ["c_order", "f_order", "sliced"])
 @pytest.mark.parametrize(
     "operator", ["histogram_update", "soft_histogram", "soft_histogram_backward"]
@@ -638,6 +639,7 @@ def test_opcheck(backend: Backend, operator, layout):
     assert set(results) == OPCHECKS
 
 
+@each_backend_once
 def test_soft_histogram_compiles_into_one_graph(backend: Backend):
     torch._dynamo.reset()
     x, labels, low, width = soft_inputs(SHAPES["odd"], "c_order", torch.float32, backend.device)
@@ -654,6 +656,7 @@ def test_soft_histogram_compiles_into_one_graph(backend: Backend):
     torch._dynamo.reset()
 
 
+@each_backend_once
 def test_update_compiles_into_one_graph(backend: Backend):
     torch._dynamo.reset()
     values, labels = normal(SHAPES["odd"])

@@ -29,6 +29,7 @@ from tests.conftest import (
     Unavailable,
     expected_server,
     fibre_kernels,
+    other_instruction_sets,
     serve,
 )
 
@@ -449,9 +450,7 @@ parameters_backends = pytest.mark.parametrize(
     [
         "reference",
         "cpp",
-        "cpp-default",
-        "cpp-avx2",
-        "cpp-avx512",
+        *other_instruction_sets(),
         pytest.param("reference-gpu", marks=pytest.mark.gpu),
     ],
     indirect=True,

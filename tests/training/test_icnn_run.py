@@ -194,7 +194,7 @@ def test_a_logistic_loss_is_icnns_alone():
 def test_maps_on_which_a_filter_loss_takes_long_are_told(backbone, warned, tmp_path):
     options = Options(
         method="icnn",
-        data={"name": "part-animals", "train_images": 6, "test_images": 6},
+        data={"name": "part-animals", "train_images": 64, "test_images": 16},
         backbone=backbone,
         accelerator="cpu",
     )
