@@ -6,7 +6,6 @@ its help that class's docstring: no list is kept here.
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -23,6 +22,7 @@ from picnn_fast._extras import extra
 from picnn_fast.backbones import BACKBONES, cut
 from picnn_fast.data import DATA
 from picnn_fast.models.factory import METHODS
+from picnn_fast.ops import checks
 from picnn_fast.training.module import OPTIMIZERS
 
 with extra("train"):
@@ -489,8 +489,8 @@ def _literals(annotation: Any) -> list[Any]:
 
 
 def _hint(got: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(got), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = checks.did_you_mean(got, list(known))
+    return f";{near}" if near else ""
 
 
 def _of(source: str) -> str:
