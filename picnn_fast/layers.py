@@ -49,7 +49,7 @@ class LearnedBeta(nn.Module):
     """
 
     value: Tensor
-    following: Tensor
+    move: Tensor
 
     def __init__(self, template: PartTemplate, num_filters: int, rate: float = 0.05) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class LearnedBeta(nn.Module):
         if rate > 1:
             raise ValueError(f"rate: got {rate}, want a number in (0, 1]")
         self.register_buffer("value", torch.full((num_filters,), 2.0))
-        self.register_buffer("following", self.value.clone(), persistent=False)
+        # Of the step to come: a checkpoint is of between steps, when it is 0.
+        self.register_buffer("move", torch.zeros(num_filters), persistent=False)
 
     def forward(self, height: int, width: int) -> Tensor:
         """``[N]`` as ``PartTemplate`` and ``functional.template_mask`` count beta, on such maps."""
@@ -78,7 +79,7 @@ class LearnedBeta(nn.Module):
         """
         # Single precision at least, whatever ``half()`` made of the buffers: steps would be lost.
         dtype = torch.promote_types(self.value.dtype, torch.float32)
-        self.value, self.following = self.value.to(dtype), self.following.to(dtype)
+        self.value, self.move = self.value.to(dtype), self.move.to(dtype)
         goal = published_beta(
             maps,
             self.template,
@@ -86,12 +87,13 @@ class LearnedBeta(nn.Module):
             filter_category=filter_category,
             beta=self(*maps.shape[2:]),
         ).to(dtype)
-        moved = self.value.lerp(goal, self.rate / max(len(maps), 1))
-        self.following.copy_(torch.where(goal.isfinite(), moved, self.value))
+        way = torch.where(goal.isfinite(), goal - self.value, 0.0)
+        self.move.copy_(way * (self.rate / max(len(maps), 1)))
 
     def step(self) -> None:
         """Told after each step of the optimiser, when no backward pass needs the old beta."""
-        self.value.copy_(self.following)
+        self.value.add_(self.move)
+        self.move.zero_()
 
     def extra_repr(self) -> str:
         return f"num_filters={len(self.value)}, rate={self.rate}"

@@ -10,7 +10,7 @@ from torch import Tensor
 import picnn_fast
 from picnn_fast import PartTemplate, functional
 from picnn_fast.functional import mutual_information
-from picnn_fast.losses import FilterLoss, MutualInformationLoss
+from picnn_fast.losses import FilterLoss, MutualInformationLoss, PublishedFilterLoss
 
 
 def batch(samples: int = 40, filters: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -229,3 +229,38 @@ def test_a_filter_loss_of_another_number_of_filters_is_refused() -> None:
     loss = FilterLoss(PartTemplate(), num_filters=3, estimator="running")
     with pytest.raises(ValueError, match=r"state: got log_mean of shape \(3, 17\), want \(2, 17\)"):
         loss(maps(4, 2, 4, 4))
+
+
+def test_the_published_filter_loss_counts_the_images_of_each_class() -> None:
+    loss = PublishedFilterLoss(PartTemplate(), num_classes=3)
+    x, category = maps(4, 2, 4, 4), torch.tensor([0, 2])
+    batches = [torch.tensor([0, 0, 0, 1]), torch.tensor([2, 1, 2, 0])]
+    shares = [[3 / 4, 0.0], [4 / 8, 2 / 8]]
+    for labels, share in zip(batches, shares, strict=True):
+        want = functional.published_filter_loss(
+            x,
+            PartTemplate(),
+            labels=labels,
+            filter_category=category,
+            density=torch.tensor(share),
+        )
+        torch.testing.assert_close(loss(x, labels, category), want)
+    assert loss.counts.tolist() == [4, 2, 2]
+    loss.eval()
+    loss(x, batches[0], category)
+    assert loss.counts.tolist() == [4, 2, 2]
+    with pytest.raises(ValueError, match="labels: got values"):
+        loss(x, batches[0] + 2, category)
+
+
+def test_the_published_filter_loss_of_many_classes_takes_them_as_equally_dense() -> None:
+    loss = PublishedFilterLoss(PartTemplate(), num_classes=11)
+    x, labels, category = maps(4, 2, 4, 4), torch.tensor([0, 0, 0, 7]), torch.tensor([0, 7])
+    want = functional.published_filter_loss(
+        x,
+        PartTemplate(),
+        labels=labels,
+        filter_category=category,
+        density=torch.full((2,), 1 / 11),
+    )
+    torch.testing.assert_close(loss(x, labels, category), want)

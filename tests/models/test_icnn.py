@@ -11,7 +11,8 @@ from picnn_fast import PartTemplate, functional
 from picnn_fast.layers import TemplateMask
 from picnn_fast.losses import FilterLoss
 from picnn_fast.models import ICNN, make_interpretable
-from picnn_fast.models.icnn import FilterCategories
+from picnn_fast.models.icnn import ESTIMATORS, FilterCategories
+from picnn_fast.models.receptive_field import receptive_field
 
 LABELS = torch.tensor([0, 2, 1, 2])
 
@@ -80,7 +81,7 @@ def test_the_weight_is_a_constant_of_the_gradient():
     torch.testing.assert_close(got, own.grad)
 
 
-@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_gives_every_layer_a_gradient(estimator):
     model = build(estimator=estimator)
     model.loss_terms(model(images()), LABELS)["filter_loss"].backward()
@@ -181,7 +182,7 @@ def test_a_checkpoint_carries_the_running_estimates(estimator):
     torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_half_model_keeps_sums_and_estimates_in_single_precision(estimator):
     model = build(estimator=estimator)
     model.loss(model(images()), LABELS)
@@ -208,7 +209,7 @@ def test_maps_of_another_size_than_remembered_are_refused():
         loss(torch.rand(2, 6, 5, 5))
 
 
-@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_step_under_autocast_is_finite(dtype, estimator):
     model = build(estimator=estimator)
@@ -220,7 +221,7 @@ def test_a_step_under_autocast_is_finite(dtype, estimator):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_training_step_compiles_into_one_graph_for_all_epochs(estimator):
     torch.compiler.reset()
     model, other = build(estimator=estimator), build(estimator=estimator)
@@ -236,7 +237,7 @@ def test_a_training_step_compiles_into_one_graph_for_all_epochs(estimator):
         expected = other.loss(other(images()), LABELS)
         torch.testing.assert_close(compiled(images(), LABELS), expected)
     # The running estimates are made in the first step.
-    assert counter.frame_count <= (1 if estimator == "batch" else 2)
+    assert counter.frame_count <= (2 if estimator in ("running", "target") else 1)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,12 @@ def test_trained_convolutions_of_a_given_vgg_are_used_and_its_classifier_is_new(
         ({"momentum": 0.0}, ValueError, "momentum: got 0.0"),
         ({"template": "l1"}, TypeError, "template: got str"),
         ({"mask_scale": 0.0}, ValueError, "scale: got 0.0"),
+        ({"center": "middle"}, ValueError, "center: got 'middle'"),
+        ({"category_by": "mean"}, ValueError, "category_by: got 'mean', want one of 'sum', 'max'"),
+        ({"initial": "zeros"}, ValueError, "initial: got 'zeros'"),
+        ({"learn_beta": True, "template": PartTemplate("l1", "uniform")}, ValueError, "template:"),
+        ({"insert": False, "initial": "published"}, ValueError, "initial: .* no convolution is"),
+        ({"insert": False, "mask_after_pool": True}, ValueError, "mask_after_pool: .* no conv"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, error, message):
@@ -296,3 +303,191 @@ def test_the_mask_layer_takes_the_papers_scale():
     maps = torch.rand(1, 2, 4, 4)
     by_tau = TemplateMask(PartTemplate(), scale="tau")(maps)
     torch.testing.assert_close(by_tau, TemplateMask(PartTemplate())(maps) * 0.5 / 16)
+
+
+PUBLISHED = {
+    "center": "mass",
+    "learn_beta": True,
+    "mask_after_pool": True,
+    "category_by": "max",
+    "estimator": "published",
+    "initial": "published",
+}
+
+
+def test_masks_lie_about_the_centre_of_mass_where_it_is_asked_for():
+    model = build(center="mass")
+    output = model(images())
+    top, second = output.activations
+    masked = functional.template_mask(top, PartTemplate(), center="mass")[0]
+    assert not torch.equal(masked, functional.template_mask(top, PartTemplate())[0])
+    torch.testing.assert_close(second, model.features[2](masked).relu())
+    torch.testing.assert_close(
+        output.maps, functional.template_mask(second, PartTemplate(), center="mass")[0]
+    )
+
+
+def test_the_second_mask_goes_behind_the_pooling_of_the_head():
+    plain, model = build(), build(mask_after_pool=True)
+    kinds = [type(layer).__name__ for layer in model.features.children()]
+    assert kinds == ["Sequential", "TemplateMask", "Conv2d", "ReLU", "Sequential", "TemplateMask"]
+    assert [type(layer).__name__ for layer in model.head] == ["Flatten", "Linear"]
+    output, other = model(images()), plain(images())
+    torch.testing.assert_close(output.activations[0], other.activations[0])
+    pooled = nn.functional.max_pool2d(other.activations[1], 2)
+    torch.testing.assert_close(output.activations[1], pooled)
+    assert output.maps.shape == (4, 6, 6, 6)
+    torch.testing.assert_close(output.maps, functional.template_mask(pooled, PartTemplate())[0])
+    torch.testing.assert_close(output.logits, plain.head[2](output.maps.flatten(1)))
+    torch.testing.assert_close(output.logits, model.head_logits(model.filter_maps(images())))
+    expected = sum(
+        (functional.filter_loss(maps, PartTemplate()) * maps.amax((2, 3)).mean(0)).sum()
+        for maps in output.activations
+    )
+    torch.testing.assert_close(model.loss_terms(output, LABELS)["filter_loss"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "side"),
+    [("vgg16", 224, 7), ("alexnet", 224, 6), ("small-cnn", 64, 4), ("vgg-m", 224, 6)],
+)
+def test_networks_of_the_papers_have_their_second_mask_behind_the_pooling(name, pixels, side):
+    model = make_interpretable(name, "icnn", num_classes=5, num_filters=8, mask_after_pool=True)
+    field = receptive_field(model.features, pixels)
+    assert field.map_size == (side, side)
+    assert not [layer for layer in model.head if isinstance(layer, nn.MaxPool2d)]
+    with torch.no_grad():
+        model = model.eval()
+        maps = torch.rand(1, 8, side, side)
+        assert model.head_logits(maps).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+        nn.Sequential(nn.Flatten(), nn.Linear(6 * 144, 3)),
+    ],
+    ids=["to one position", "no pooling"],
+)
+def test_a_head_without_a_pooling_window_cannot_give_it_up(head):
+    features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+    with pytest.raises(ValueError, match="mask_after_pool: got True with a head that starts with"):
+        ICNN(features, head, 3, 6, in_channels=6, mask_after_pool=True)
+
+
+def test_categories_by_the_maximum_average_it_and_start_at_a_tenth():
+    categories = FilterCategories(3, 2, momentum=0.1, by="max")
+    maps = torch.zeros(4, 2, 2, 2)
+    maps[0, 0], maps[1, 1, 0, 0], maps[3, 1, 1, 1] = 1.0, 3.0, 1.0
+    categories.update(maps, LABELS)  # classes 0, 2, 1, 2
+    want = torch.tensor([[1.0, 0.1], [0.1, 0.1], [0.1, 2.0]])
+    torch.testing.assert_close(categories.means, want)
+    maps = torch.zeros(1, 2, 2, 2)
+    maps[0, 0, 1, 0] = 5.0
+    categories.update(maps, torch.tensor([1]))
+    want[1] = torch.tensor([0.9 * 0.1 + 0.1 * 5.0, 0.9 * 0.1])
+    torch.testing.assert_close(categories.means, want)
+    assert categories().tolist() == [0, 2]
+    model = build(category_by="max")
+    output = model(images())
+    model.loss_terms(output, LABELS)
+    peaks = output.activations[1].amax((2, 3))
+    by_class = torch.stack([peaks[c == LABELS].mean(0) for c in range(3)]).clamp_min(0.1)
+    assert torch.equal(model.filter_category, by_class.argmax(0))
+
+
+def test_the_published_start_is_normal_and_without_bias():
+    model = build(initial="published")
+    conv = model.features.conv
+    assert (conv.bias == 0).all()
+    assert 0.008 < conv.weight.std().item() < 0.012
+    assert abs(conv.weight.mean().item()) < 0.002
+    assert (build().features.conv.bias != 0).any()
+
+
+@pytest.mark.parametrize("epoch", [1, 4])
+def test_the_published_loss_has_a_weight_of_its_own_and_no_peaks(epoch):
+    model = build(estimator="published", filter_loss_weight=None)
+    assert model.filter_loss_weight == 1e-6
+    assert build(filter_loss_weight=None).filter_loss_weight == 0.003
+    model.begin_epoch(epoch)
+    output = model(images())
+    term = model.loss_terms(output, LABELS)["filter_loss"]
+    share = torch.bincount(LABELS, minlength=3) / 4
+    expected = 0.0
+    for maps, categories in zip(output.activations, model.categories, strict=True):
+        expected += functional.published_filter_loss(
+            maps,
+            PartTemplate(),
+            labels=LABELS,
+            filter_category=categories(),
+            density=share[categories()],
+        ).sum()
+    torch.testing.assert_close(term, 1e-6 / epoch * expected)
+    (grad,) = torch.autograd.grad(term, output.activations[0])
+    assert grad.abs().max() > 0
+
+
+def test_learnt_betas_are_those_of_masks_and_published_losses_and_move_after_the_step():
+    model = build(**PUBLISHED)
+    betas = [model.features.top_mask.beta, model.features.mask.beta]
+    assert all(beta.value.tolist() == [2.0] * 6 for beta in betas)
+    for _ in range(2):
+        output = model(images())
+        before = [beta.value.clone() for beta in betas]
+        own = beta_of(output.activations[1], model, before[1])
+        torch.testing.assert_close(
+            output.maps,
+            functional.template_mask(
+                output.activations[1], PartTemplate(), center="mass", beta=own
+            )[0],
+        )
+        model.loss(output, LABELS).backward()
+        assert all(torch.equal(beta.value, old) for beta, old in zip(betas, before, strict=True))
+        model.after_step()
+        assert all((beta.value != old).any() for beta, old in zip(betas, before, strict=True))
+    before = [beta.value.clone() for beta in betas]
+    model.eval()
+    model.loss(model(images()), LABELS)
+    model.after_step()
+    assert all(torch.equal(beta.value, old) for beta, old in zip(betas, before, strict=True))
+    other = build(**PUBLISHED)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.features.mask.beta.value, before[1])
+    assert [name for name in model.state_dict() if "beta" in name] == [
+        "features.top_mask.beta.value",
+        "features.mask.beta.value",
+    ]
+
+
+def beta_of(maps: torch.Tensor, model: ICNN, value: torch.Tensor) -> torch.Tensor:
+    """In the units of a template on these maps."""
+    n = max(maps.shape[2:])
+    return value * 2 * n / (n - 1)
+
+
+def test_a_loaded_beta_is_not_undone_by_what_was_seen_before():
+    model, other = build(**PUBLISHED), build(**PUBLISHED)
+    model.features.mask.beta.value.fill_(2.7)
+    other.load_state_dict(model.state_dict())
+    other.after_step()
+    assert (other.features.mask.beta.value == 2.7).all()
+
+
+def test_a_published_step_compiles_into_one_graph():
+    torch.compiler.reset()
+    model, other = build(**PUBLISHED), build(**PUBLISHED)
+
+    def step(images, labels):
+        return model.loss(model(images), labels)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for epoch in (1, 2):
+        for network in (model, other):
+            network.begin_epoch(epoch)
+        torch.testing.assert_close(compiled(images(), LABELS), other.loss(other(images()), LABELS))
+        for network in (model, other):
+            network.after_step()
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+    assert (model.features.mask.beta.value != 2).any()
