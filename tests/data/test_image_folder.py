@@ -177,4 +177,4 @@ def test_a_folder_of_validation_images_is_taken(root, name):
     data = ImageFolderDataModule(root, image_size=8, num_workers=0)
     data.setup()
     assert (len(data.train_set), len(data.validation_set), len(data.test_set)) == (6, 2, 4)
-    assert data.validation_source == f"the 2 of {root / name}"
+    assert data.validation_source == f"the 2 images in {root / name}"

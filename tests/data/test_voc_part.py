@@ -242,11 +242,13 @@ def test_a_damaged_photograph_is_named(root):
         data.image(0)
 
 
-def test_a_photograph_of_another_size_than_the_masks_is_refused(root):
+@pytest.mark.parametrize("size", [(30, 30), (WIDTH + 1, HEIGHT), (2 * WIDTH, 2 * HEIGHT)])
+def test_a_photograph_of_another_size_than_the_masks_is_refused(root, size):
     data = VOCPart(root, image_size=8)
-    Image.new("RGB", (30, 30)).save(data._objects[0].path)
-    with pytest.raises(ValueError, match="is smaller than the masks of"):
-        data[0]
+    Image.new("RGB", size).save(data._objects[0].path)
+    for read in (data.image, data.__getitem__):
+        with pytest.raises(ValueError, match=r"its pixels are .*, its annotations for \(100, 80\)"):
+            read(0)
 
 
 @pytest.mark.parametrize(
