@@ -33,6 +33,9 @@ class DigitsDataModule(SeededDataModule):
         validation_seed: of their choice.
         num_workers: processes that read images; None: 0, fastest for images in memory.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Source:
         UCI "Optical Recognition of Handwritten Digits", as ``sklearn.datasets.load_digits``.
 

@@ -73,7 +73,8 @@ class ImageFolderDataModule(SeededDataModule):
         validation: share of the training images held out to validate on, where there is no folder
             of validation images.
         validation_seed: of their choice.
-        mean, std: per colour, on a scale of [0, 1]; ImageNet's by default.
+        mean: per colour, on a scale of [0, 1], subtracted; ImageNet's by default.
+        std: per colour, on that scale, divided by; ImageNet's by default.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
