@@ -134,25 +134,26 @@ class AnimalPart(PhotographedParts):
         self.classes = chosen("categories", categories, tuple(CATEGORIES))
         self.part_names = []
         self.landmark_names = list(_LANDMARKS)
-        folder = Path(root if parts is None else parts)
+        folder = Path(root).expanduser()
+        truths = folder if parts is None else Path(parts).expanduser()
         objects: list[Photograph] = []
         self._points: list[Tensor] = []
         for label, category in enumerate(self.classes):
             synset = CATEGORIES[category]
-            images = Path(root) / f"{synset}_obj" / "img"
+            images = folder / f"{synset}_obj" / "img"
             count = len(list((images / "img").glob("*.jpg")))
             boxes = _boxes(images / "data.mat", count)
-            heads = _places(folder / synset / "truth_part01.mat", boxes)
+            heads = _places(truths / synset / "truth_part01.mat", boxes)
             if category == "goldfish":
                 legs = [_NOT_SHOWN] * count
             else:
-                legs = _places(folder / synset / "truth_part02.mat", boxes)
+                legs = _places(truths / synset / "truth_part02.mat", boxes)
             for index in share(count, split, seed):
                 found = Photograph(images / "img" / f"{index + 1:05}.jpg", label, boxes[index])
                 if found.area >= min_area:
                     objects.append(found)
                     self._points.append(torch.stack([heads[index], legs[index]]))
-        some(objects, split, Path(root))
+        some(objects, split, folder)
         super().__init__(objects, image_size, _DOWNLOAD)
 
     def __getitem__(self, index: int) -> PartSample:
@@ -227,7 +228,10 @@ def animal_part(
     root: str,
     *,
     image_size: int = 224,
+    categories: list[str] | None = None,
+    parts: str | None = None,
     min_area: int = 2500,
+    split_seed: int = 0,
     batch_size: int = 64,
     seed: int = 0,
     augment: bool = True,
@@ -238,9 +242,12 @@ def animal_part(
     """ILSVRC 2013 DET Animal-Part with its landmarks, see ``AnimalPart``.
 
     Args:
-        root: folder of the data set.
+        root: folder of ``<synset>_obj`` folders.
         image_size: side, pixels.
+        categories: some of ``CATEGORIES``, in this order; None: all 30.
+        parts: folder of ``<synset>`` folders with the places of parts; None: root.
         min_area: of an object's box, square pixels of the photograph; smaller ones are left out.
+        split_seed: of training and test images.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.
@@ -251,9 +258,21 @@ def animal_part(
     Raises:
         FileNotFoundError, ValueError: see ``AnimalPart`` and ``PartDataModule``.
     """
+    train_set, test_set = (
+        AnimalPart(
+            root,
+            split,
+            image_size=image_size,
+            categories=tuple(CATEGORIES) if categories is None else categories,
+            parts=parts,
+            min_area=min_area,
+            seed=split_seed,
+        )
+        for split in ("train", "test")
+    )
     return PartDataModule(
-        AnimalPart(root, "train", image_size=image_size, min_area=min_area),
-        AnimalPart(root, "test", image_size=image_size, min_area=min_area),
+        train_set,
+        test_set,
         batch_size,
         seed=seed,
         flip=augment,

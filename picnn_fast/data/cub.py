@@ -16,6 +16,7 @@ from picnn_fast.data.photographs import (
     PhotographedParts,
     checked,
     chosen,
+    lines,
     need,
     reading,
     some,
@@ -76,7 +77,7 @@ class CUB200(PhotographedParts):
         landmark_names: Sequence[str] | None = None,
     ) -> None:
         checked(split, image_size)
-        folder = Path(root)
+        folder = Path(root).expanduser()
         species, parts = _names(folder / "classes.txt"), _names(folder / "parts" / "parts.txt")
         every = list(parts.values())
         self.classes = list(species.values())
@@ -153,13 +154,13 @@ class CUB200(PhotographedParts):
 def _names(path: Path) -> dict[int, str]:
     """Lines of a number and a name."""
     with reading(path, "lines of a number and a name", _DOWNLOAD):
-        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines()]
-        return {int(number): name.strip() for number, name in lines}
+        rows = [line.split(maxsplit=1) for line in lines(path)]
+        return {int(number): name.strip() for number, name in rows}
 
 
 def _rows(path: Path, columns: int) -> NDArray[np.float64]:
     with reading(path, f"lines of {columns} numbers", _DOWNLOAD):
-        rows = np.loadtxt(path, ndmin=2)
+        rows = np.loadtxt(lines(path), ndmin=2)
         if rows.shape[1] != columns:
             raise ValueError(f"they hold {rows.shape[1]}")
         return rows
@@ -169,6 +170,7 @@ def cub(
     root: str,
     *,
     image_size: int = 224,
+    landmark_names: list[str] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     augment: bool = True,
@@ -179,8 +181,9 @@ def cub(
     """Birds of CUB-200-2011 with their landmarks, see ``CUB200``.
 
     Args:
-        root: folder of the data set.
+        root: the folder ``CUB_200_2011``.
         image_size: side, pixels.
+        landmark_names: some of ``parts/parts.txt``, in this order; None: all.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.
@@ -192,8 +195,8 @@ def cub(
         FileNotFoundError, ValueError: see ``CUB200`` and ``PartDataModule``.
     """
     return PartDataModule(
-        CUB200(root, "train", image_size=image_size),
-        CUB200(root, "test", image_size=image_size),
+        CUB200(root, "train", image_size=image_size, landmark_names=landmark_names),
+        CUB200(root, "test", image_size=image_size, landmark_names=landmark_names),
         batch_size,
         seed=seed,
         flip=augment,

@@ -28,9 +28,13 @@ class DigitsDataModule(SeededDataModule):
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the shifts.
         max_shift: training images move by up to this many pixels along each axis, filled with 0.
+        augment: False leaves them where they are, whatever max_shift.
         validation: share of the training images held out to validate on.
         validation_seed: of their choice.
         num_workers: processes that read images; None: 0, fastest for images in memory.
+
+    Raises:
+        ValueError: an argument is out of range.
 
     Source:
         UCI "Optical Recognition of Handwritten Digits", as ``sklearn.datasets.load_digits``.
@@ -52,14 +56,16 @@ class DigitsDataModule(SeededDataModule):
         *,
         seed: int = 0,
         max_shift: int = 1,
+        augment: bool = True,
         validation: float = 0.1,
         validation_seed: int = 0,
         num_workers: int | None = None,
     ) -> None:
-        super().__init__(batch_size, readers(num_workers, in_memory=True), seed)
+        workers = readers(num_workers, in_memory=True)
+        super().__init__(batch_size, workers, seed, validation, validation_seed)
         if not 0 <= max_shift < IMAGE_SIZE:
             raise ValueError(f"max_shift: got {max_shift}, want 0 to {IMAGE_SIZE - 1} pixels")
-        self.max_shift = max_shift
+        self.max_shift = max_shift if augment else 0
         self.class_names = [str(digit) for digit in range(10)]
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).float().view(-1, 1, IMAGE_SIZE, IMAGE_SIZE) / 16
@@ -67,9 +73,12 @@ class DigitsDataModule(SeededDataModule):
         train, test = train_test_split(
             range(len(targets)), test_size=0.2, stratify=labels, random_state=_SPLIT_SEED
         )
-        self.train_set = TensorDataset(images[train], targets[train])
         self.test_set = TensorDataset(images[test], targets[test])
-        self.hold_out(targets[train].tolist(), self.train_set, validation, validation_seed)
+        kept, out = self.hold_out(targets[train].tolist())
+        images, targets = images[train], targets[train]
+        self.train_set = TensorDataset(images[kept], targets[kept])
+        if out:
+            self.validation_set = TensorDataset(images[out], targets[out])
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Random shifts, in training only; drawn from torch's generator."""

@@ -1,10 +1,13 @@
 """Images in folders, one folder a class."""
 
-import copy
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import (
@@ -12,36 +15,51 @@ from picnn_fast.data.loading import (
     IMAGENET_STD,
     SeededDataModule,
     colours,
+    held_out,
     readers,
 )
-from picnn_fast.data.photographs import reading
+from picnn_fast.data.photographs import reading, rgb
 from picnn_fast.ops import checks
 
 with extra("train"):
     from PIL import Image
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
     from torchvision.transforms import v2
+
+# Folders that systems and tools put beside a user's own; hidden ones start with a dot.
+_FOREIGN = frozenset(
+    {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
+# Of each class, where the folder has no split: always the same images, whatever the seeds.
+_TEST_SHARE, _TEST_SEED = 0.2, 0
+
+_Labelled = tuple[str, int]  # an image file and its class
 
 
 class ImageFolderDataModule(SeededDataModule):
     """RGB images from ``root/train/<class>/*`` and ``root/test/<class>/*``.
 
     Images are ``[3, image_size, image_size]`` float32, normalised channel by channel, labels int64
-    in the alphabetical order of the class folders. Validation images come from
-    ``root/validation`` or ``root/val`` where there is one, else they are held out of the training
-    images. A file that cannot be read as an image is an OSError that names it, once its turn comes.
+    in the alphabetical order of the class folders. Grey images of 16 bits are scaled to 8. Hidden
+    files and folders, and those of tools such as ``__MACOSX``, are left out. A file that cannot be
+    read as an image is an OSError that names it, once its turn comes.
+
+    Validation images come from ``root/validation`` or ``root/val`` where there is one, else they
+    are held out of the training images. Where there is no ``root/test``, that folder is the test
+    split instead. Where ``root`` has no split but holds the class folders itself, a fifth of each
+    class is the test split, always the same. ``validation_source`` says which it is.
 
     Ours is ``crop="random-resized"``; PICNN's published code has ``resize=256, crop="random",
     color_jitter=(0.4, 0.4, 0.4, 0.1)`` at 224 pixels, and the usual training on CIFAR-10
     ``image_size=32, crop="random", padding=4``.
 
     Args:
-        root: folder that holds ``train`` and ``test``.
+        root: folder that holds ``train`` and ``test``, or class folders.
         batch_size: images a step (a process, when there are several).
         image_size: side of the square, pixels.
         seed: of the order of the images and of the augmentation.
-        resize: pixels of an image's shorter side, before a random crop in training and the crop in
-            testing; None: image_size.
+        resize: pixels of an image's shorter side, before a random crop in training and the central
+            one in testing; None: image_size.
         test_crop: "center": the middle square of the resized image; "stretch": the whole image,
             resized to the square whatever its shape.
         augment: False shows training images as in testing, and leaves crop, padding, flip and
@@ -55,12 +73,14 @@ class ImageFolderDataModule(SeededDataModule):
         validation: share of the training images held out to validate on, where there is no folder
             of validation images.
         validation_seed: of their choice.
-        mean, std: per colour, on a scale of [0, 1]; ImageNet's by default.
+        mean: per colour, on a scale of [0, 1], subtracted; ImageNet's by default.
+        std: per colour, on that scale, divided by; ImageNet's by default.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
-        FileNotFoundError: ``train`` or ``test`` is missing or holds no class folder.
+        FileNotFoundError: a split is missing, holds no class folder, or one without an image.
         ValueError: splits do not hold the same classes, or an argument is out of range.
+        TypeError: a number of pixels is no int.
 
     Example:
         >>> from picnn_fast.data import ImageFolderDataModule
@@ -89,35 +109,26 @@ class ImageFolderDataModule(SeededDataModule):
         std: tuple[float, float, float] = IMAGENET_STD,
         num_workers: int | None = None,
     ) -> None:
-        super().__init__(batch_size, readers(num_workers), seed)
-        if image_size < 1:
-            raise ValueError(f"image_size: got {image_size}, want pixels >= 1")
-        resize = image_size if resize is None else resize
-        if resize < image_size:
-            raise ValueError(f"resize: got {resize}, want image_size ({image_size}) or more pixels")
+        super().__init__(batch_size, readers(num_workers), seed, validation, validation_seed)
+        checks.integer("image_size", image_size, 1)
         checks.one_of("test_crop", test_crop, ("center", "stretch"))
         checks.one_of("crop", crop, ("random-resized", "random", "none"))
-        if padding < 0 or (padding > 0 and crop != "random"):
-            raise ValueError(f"padding: got {padding} with crop {crop}, want 0, or crop random")
+        if resize is None:
+            resize = image_size
+        elif test_crop == "stretch" and crop != "random":
+            raise ValueError(
+                f"resize: got {resize} with crop {crop!r} and test_crop 'stretch', which need none;"
+                " want None, or crop 'random'"
+            )
+        if checks.integer("resize", resize, 1) < image_size:
+            raise ValueError(f"resize: got {resize}, want image_size ({image_size}) or more pixels")
+        if checks.integer("padding", padding, 0) > 0 and crop != "random":
+            raise ValueError(f"padding: got {padding} with crop {crop!r}, want 0, or crop 'random'")
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
         self.root = Path(root).expanduser()
         self.image_size = image_size
-        folders = {"train": "train", "test": "test"}
-        for name in ("validation", "val"):
-            if (self.root / name).is_dir():
-                folders.setdefault("validation", name)
-        classes = {split: self._class_folders(folder) for split, folder in folders.items()}
-        self.class_names = classes["train"]
-        for split, names in classes.items():
-            if names != self.class_names:
-                apart = ", ".join(sorted(set(names) ^ set(self.class_names)))
-                raise ValueError(
-                    f"root: {self.root}/train and {self.root}/{folders[split]} hold different"
-                    f" classes; only one of them has {apart}"
-                )
-        self.num_classes = len(self.class_names)
 
         square = (image_size, image_size)
         resized = v2.Resize(resize, antialias=True)
@@ -140,42 +151,139 @@ class ImageFolderDataModule(SeededDataModule):
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"color_jitter: got {color_jitter}: {error}") from error
             self.train_transform = v2.Compose([*shown, *finish])
-        self._folders = folders
-        self._held_out = (validation, validation_seed)
-        if not 0 <= validation < 1:
-            raise ValueError(f"validation: got {validation!r}, want a share in [0, 1)")
+        self._list_images()
 
-    def _class_folders(self, split: str) -> list[str]:
-        folder = self.root / split
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    def _list_images(self) -> None:
+        """The sets, their classes, and where the validation images come from."""
+        folders = self._split_folders()
+        classes = {split: self._class_folders(folder) for split, folder in folders.items()}
+        self.class_names = classes["train"]
+        self.num_classes = len(self.class_names)
+        for split, names in classes.items():
+            if names != self.class_names:
+                apart = ", ".join(sorted(set(names) ^ set(self.class_names)))
+                raise ValueError(
+                    f"root: {folders['train']} and {folders[split]} hold different classes;"
+                    f" only one of them has {apart}"
+                )
+        files = {split: _labelled(folder, self.class_names) for split, folder in folders.items()}
+        remark = ""
+        if "test" not in files:
+            images = files["train"]
+            kept, out = held_out([label for _, label in images], _TEST_SHARE, _TEST_SEED)
+            files |= {"train": [images[i] for i in kept], "test": [images[i] for i in out]}
+            remark = f"; the test split is {len(out)} of the {len(images)} images, drawn once"
+        elif folders["test"].name != "test":
+            remark = f"; the test split is {folders['test']}"
+        if "validation" in files:
+            chosen = files["validation"]
+            self.validation_source = f"the {len(chosen)} images in {folders['validation']}"
+        else:
+            images = files["train"]
+            kept, out = self.hold_out([label for _, label in images])
+            files["train"], chosen = [images[i] for i in kept], [images[i] for i in out]
+        self.validation_source += remark
+        self.train_set = _Images(files["train"], self.train_transform)
+        self.test_set = _Images(files["test"], self.test_transform)
+        if chosen:
+            self.validation_set = _Images(chosen, self.test_transform)
+
+    def _split_folders(self) -> dict[str, Path]:
+        """The folder of each split; of ``train`` alone where ``root`` holds the classes itself."""
+        if self.root.is_file():
+            raise ValueError(
+                f"root: got {self.root}, a file; want a folder (an archive has to be unpacked)"
+            )
+        found = {"train": self.root / "train", "test": self.root / "test"}
+        own = [self.root / name for name in ("validation", "val") if (self.root / name).is_dir()]
+        if len(own) == 2:
+            raise ValueError(
+                f"root: {self.root} holds both validation and val, want one of the two"
+            )
+        if own:
+            found["validation" if found["test"].is_dir() else "test"] = own[0]
+        elif not found["train"].is_dir() and not found["test"].is_dir():
+            classes = _folders(self.root)
+            if len(classes) > 1 and any(_is_image(p) for c in classes for p in c.iterdir()):
+                return {"train": self.root}
+        return found
+
+    def _class_folders(self, folder: Path) -> list[str]:
+        names = [path.name for path in _folders(folder)]
         if not names:
             problem = "holds no class folder" if folder.is_dir() else "is missing"
             raise FileNotFoundError(
-                f"root: {folder} {problem}; want {self.root}/train/<class>/<image>"
-                f" and {self.root}/test/<class>/<image>"
+                f"root: {folder} {problem}; want {self.root}/train/<class>/<image> and"
+                f" {self.root}/test/<class>/<image>, or {self.root}/<class>/<image>"
             )
         return names
 
-    def setup(self, stage: str | None = None) -> None:
-        if hasattr(self, "train_set"):  # large folders take long to list
-            return
-        train = self._images("train", self.train_transform)
-        self.train_set = train
-        self.test_set = self._images("test", self.test_transform)
-        if "validation" in self._folders:
-            own = self._images("validation", self.test_transform)
-            self.validation_set = own
-            self.validation_source = f"the {len(own)} of {own.root}"
-        else:
-            plain = copy.copy(train)  # the same files
-            plain.transform = self.test_transform
-            self.hold_out(train.targets, plain, *self._held_out)
 
-    def _images(self, split: str, transform: Any) -> ImageFolder:
-        folder = self.root / self._folders[split]
-        return ImageFolder(str(folder), transform=transform, loader=_image)
+class _Images(Dataset[tuple[Tensor, int]]):
+    def __init__(self, files: Sequence[_Labelled], transform: Any) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        with reading(Path(path), "an image"), Image.open(path) as file:
+            image = rgb(file)
+        return self.transform(image), label
 
 
-def _image(path: str) -> Image.Image:
-    with reading(Path(path), "an image"), Image.open(path) as file:
-        return file.convert("RGB")
+def _folders(folder: Path) -> list[Path]:
+    """Class folders in alphabetical order."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not _foreign(p.name))
+
+
+def _labelled(folder: Path, class_names: Sequence[str]) -> list[_Labelled]:
+    """The images of each class.
+
+    Raises:
+        FileNotFoundError: a class has none.
+    """
+    files: list[_Labelled] = []
+    for label, name in enumerate(class_names):
+        found = _images_below(folder / name)
+        if not found:
+            raise FileNotFoundError(
+                f"root: {folder / name} holds no image; want files that end in one of"
+                f" {', '.join(IMG_EXTENSIONS)}"
+            )
+        files += [(path, label) for path in found]
+    return files
+
+
+def _images_below(folder: Path) -> list[str]:
+    """The image files in a class folder and in those below it.
+
+    Linked folders are read too, each once, but not those that hold the class folder: they lead
+    round in circles and to the images of other classes.
+    """
+    found: list[str] = []
+    start = Path(os.path.realpath(folder))
+    seen = {start}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        entered = []
+        for name in sorted(folders):
+            target = Path(os.path.realpath(os.path.join(place, name)))
+            if not (_foreign(name) or target in seen or start.is_relative_to(target)):
+                seen.add(target)
+                entered.append(name)
+        folders[:] = entered
+        paths = (Path(place, name) for name in names)
+        found += [str(path) for path in paths if _is_image(path)]
+    return sorted(found)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and not _foreign(path.name)
+
+
+def _foreign(name: str) -> bool:
+    return name.startswith(".") or name in _FOREIGN

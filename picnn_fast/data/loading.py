@@ -1,7 +1,7 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from picnn_fast._extras import extra
 
 with extra("train"):
     import lightning as L
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,26 +37,37 @@ def readers(num_workers: int | None, *, in_memory: bool = False) -> int:
     return 0 if in_memory else min(8, os.cpu_count() or 1)
 
 
-def held_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split the images of a training set class by class, by a seed of its own.
+def held_out(
+    labels: Sequence[int],
+    share: float,
+    seed: int,
+    sources: Sequence[Hashable] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Split images class by class, by a seed of its own.
 
     Args:
         labels: of each image.
         share: of each class that is held out, rounded, in [0, 1); at least one image of a class
-            that has two or more.
+            that has two or more, and never all of them.
         seed: of the choice.
+        sources: what each image was cut from. Those of one source stay together and count as one
+            image, of the class of the first; by default each image is its own source.
 
     Returns:
         Indices of the images kept and of those held out, ascending.
     """
-    classes = np.asarray(labels)
+    members: dict[Hashable, list[int]] = {}
+    for index, source in enumerate(range(len(labels)) if sources is None else sources):
+        members.setdefault(source, []).append(index)
+    together = list(members.values())
+    classes = np.array([labels[indices[0]] for indices in together], dtype=np.int64)
     draw = np.random.default_rng(seed)
     out: list[int] = []
     for label in np.unique(classes) if share > 0 else ():
-        members = draw.permutation(np.flatnonzero(classes == label))
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
-        out += members[:count].tolist()
-    kept = np.setdiff1d(np.arange(len(classes)), out)
+        order = draw.permutation(np.flatnonzero(classes == label))
+        count = min(max(round(share * len(order)), 1), len(order) - 1)
+        out += [index for place in order[:count].tolist() for index in together[place]]
+    kept = np.setdiff1d(np.arange(len(labels)), out)
     return kept.tolist(), sorted(out)
 
 
@@ -72,7 +83,7 @@ class SeededDataModule(L.LightningDataModule):
 
     Attributes:
         validation_set: None where there are no validation images.
-        validation_source: which images these are, in a few words.
+        validation_source: which images these are, in a line for the user.
     """
 
     num_classes: int
@@ -85,46 +96,56 @@ class SeededDataModule(L.LightningDataModule):
     # Of the class told from all others, or None: labels are class indices.
     category: int | None = None
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        validation: float = 0.0,
+        validation_seed: int = 0,
+    ) -> None:
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
+            ("validation_seed", validation_seed, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, want an integer >= {least}")
         self.batch_size = batch_size
         self.num_workers = num_workers
+        number = isinstance(validation, int | float) and not isinstance(validation, bool)
+        if not number or not 0 <= validation < 1:
+            raise ValueError(f"validation: got {validation!r}, want a share in [0, 1)")
         self.seed = seed
+        self.validation = validation
+        self.validation_seed = validation_seed
 
     def setup(self, stage: str | None = None) -> None:
-        """Sets that are quick to make are there already; the others are listed here, once."""
+        """Nothing is left to do: a data module has its sets once it is made."""
 
-    def hold_out(self, labels: Sequence[int], plain: Dataset[Any], share: float, seed: int) -> None:
-        """Take validation images out of ``train_set``.
+    def hold_out(
+        self, labels: Sequence[int], sources: Sequence[Hashable] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Which training images to train on and which to validate on; tells the user.
 
         Args:
             labels: of the training images.
-            plain: the training images without augmentation.
-            share: of each class, in [0, 1).
-            seed: of the choice.
+            sources: see ``held_out``.
 
-        Raises:
-            ValueError: an argument out of range.
+        Returns:
+            Indices of the images to train on and to validate on; none of the latter where
+            ``validation`` is 0 or no class has two images.
         """
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise ValueError(f"validation: got {share!r}, want a share in [0, 1)")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"validation_seed: got {seed!r}, want an integer >= 0")
-        kept, out = held_out(labels, share, seed)
-        if not out:
-            why = "validation is 0" if share == 0 else "no class has two training images"
+        kept, out = held_out(labels, self.validation, self.validation_seed, sources)
+        if out:
+            chosen = f"{len(out)} of the {len(labels)} training images"
+            self.validation_source = f"{chosen}, seed {self.validation_seed}"
+        else:
+            why = "validation is 0" if self.validation == 0 else "no class has two training images"
             self.validation_source = f"none: {why}"
-            return
-        self.train_set = Subset(self.train_set, kept)
-        self.validation_set = Subset(plain, out)
-        self.validation_source = f"{len(out)} of the {len(labels)} training images, seed {seed}"
+        return kept, out
 
     def single_out(self, name: str) -> None:
         """From now on tell one class, label 1, from all others, label 0 (ICNN's single category).

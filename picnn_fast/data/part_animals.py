@@ -482,7 +482,8 @@ def part_animals(
 
     Args:
         image_size: side, pixels.
-        train_images, test_images: how many are drawn.
+        train_images: how many are drawn to train on, those held out included.
+        test_images: how many are drawn to test on.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.

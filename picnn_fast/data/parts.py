@@ -1,7 +1,7 @@
 """Images whose object parts are annotated: what every such data set gives, and its data module."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,37 @@ class PartDataset(Dataset[PartSample], ABC):
     def label(self, index: int) -> int:
         """The label of a sample, without reading its image."""
 
+    def source(self, index: int) -> Hashable:
+        """What a sample was cut from: those of one photograph are not split over two sets."""
+        return index
+
+
+class _Chosen(PartDataset):
+    """Some samples of a set."""
+
+    def __init__(self, samples: PartDataset, indices: list[int]) -> None:
+        self.classes = samples.classes
+        self.part_names = samples.part_names
+        self.landmark_names = samples.landmark_names
+        self.image_size = samples.image_size
+        self._samples = samples
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> PartSample:
+        return self._samples[self._indices[index]]
+
+    def image(self, index: int) -> Tensor:
+        return self._samples.image(self._indices[index])
+
+    def label(self, index: int) -> int:
+        return self._samples.label(self._indices[index])
+
+    def source(self, index: int) -> Hashable:
+        return self._samples.source(self._indices[index])
+
 
 class _Labelled(Dataset[tuple[Tensor, int]]):
     def __init__(self, samples: PartDataset) -> None:
@@ -80,7 +111,8 @@ class PartDataModule(SeededDataModule):
         seed: of the order of the images, and of the flips.
         num_workers: processes that read images.
         flip: half of the training images, drawn anew every epoch, are flipped left to right.
-        validation: share of the training images held out to validate on.
+        validation: share of the training images held out to validate on; those of one photograph
+            stay together.
         validation_seed: of their choice.
         mean, std: per colour, on a scale of [0, 1]; ImageNet's by default.
 
@@ -115,7 +147,7 @@ class PartDataModule(SeededDataModule):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, validation, validation_seed)
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
@@ -130,13 +162,18 @@ class PartDataModule(SeededDataModule):
             if got != want:
                 raise ValueError(f"test_set: got {name} {got}, want {want} like train_set")
         self.flip = flip
-        self.part_sets = {"train": train_set, "test": test_set}
-        self.train_set = _Labelled(train_set)
-        self.test_set = _Labelled(test_set)
         self.class_names = train_set.classes
         self.num_classes = len(self.class_names)
-        labels = [train_set.label(index) for index in range(len(train_set))]
-        self.hold_out(labels, self.train_set, validation, validation_seed)
+        everything = range(len(train_set))
+        labels = [train_set.label(index) for index in everything]
+        kept, out = self.hold_out(labels, [train_set.source(index) for index in everything])
+        self.part_sets = {"train": train_set, "test": test_set}
+        if out:
+            self.part_sets["train"] = _Chosen(train_set, kept)
+            self.part_sets["validation"] = _Chosen(train_set, out)
+            self.validation_set = _Labelled(self.part_sets["validation"])
+        self.train_set = _Labelled(self.part_sets["train"])
+        self.test_set = _Labelled(test_set)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalisation; random flips, in training only, drawn from torch's generator."""
@@ -150,8 +187,11 @@ class PartDataModule(SeededDataModule):
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def part_loader(self, split: str = "test") -> DataLoader[PartSample]:
-        """Collated samples of one split, ``"train"`` or ``"test"``, in order, none flipped."""
-        checks.one_of("split", split, ("train", "test"))
+        """Collated samples of a split, one of ``part_sets``, in order, none flipped.
+
+        They are ``"train"``, ``"test"`` and, where there are validation images, ``"validation"``.
+        """
+        checks.one_of("split", split, tuple(self.part_sets))
         return DataLoader(
             self.part_sets[split],
             batch_size=self.batch_size,

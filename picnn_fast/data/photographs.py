@@ -1,6 +1,6 @@
 """What the readers of photographed objects share: crops by bounding box, files read with care."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +23,19 @@ _TRAIN_SHARE = 0.9
 
 
 class Photograph(NamedTuple):
-    """An object in an image file; its box is x0, y0, x1, y1, edges of pixels of the file."""
+    """An object in an image file.
+
+    Attributes:
+        path: of the file.
+        label: class of the object.
+        box: x0, y0, x1, y1, edges of pixels of the file.
+        size: width and height of the file that its annotations are for, pixels; None: any.
+    """
 
     path: Path
     label: int
     box: tuple[float, float, float, float]
+    size: tuple[int, int] | None = None
 
     @property
     def area(self) -> float:
@@ -57,6 +65,9 @@ class PhotographedParts(PartDataset):
     def label(self, index: int) -> int:
         return self._objects[index].label
 
+    def source(self, index: int) -> Hashable:
+        return self._objects[index].path
+
     def image(self, index: int) -> Tensor:
         return self.cut(index)[0]
 
@@ -64,12 +75,14 @@ class PhotographedParts(PartDataset):
         """The image, and its box ``[4]`` as far as it lies within the file."""
         found = self._objects[index]
         with reading(found.path, "an image", self._download), Image.open(found.path) as file:
+            if found.size not in (None, file.size):
+                raise ValueError(f"its pixels are {file.size}, its annotations for {found.size}")
             x0, y0, x1, y1 = found.box
             box = (max(x0, 0), max(y0, 0), min(x1, file.width), min(y1, file.height))
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise ValueError(f"the box {found.box} lies outside of its {file.size} pixels")
             square = (self.image_size, self.image_size)
-            image = file.convert("RGB").resize(square, Image.Resampling.BILINEAR, box)
+            image = rgb(file).resize(square, Image.Resampling.BILINEAR, box)
         return pil_to_tensor(image).float() / 255, torch.tensor(box, dtype=torch.float32)
 
     def stretched(self, masks: Tensor, box: Tensor) -> Tensor:
@@ -92,6 +105,21 @@ class PhotographedParts(PartDataset):
     def whole(self) -> Tensor:
         """The box ``[4]`` of the object: it is what was cut out."""
         return torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """An image of three colours of 8 bits; 16 bits of grey are scaled to 8.
+
+    Raises:
+        ValueError: its numbers are of a type whose range tells nothing, such as float.
+    """
+    # Of 16 bits too, as Pillow reads some formats.
+    wide = image.mode == "I" and image.format in ("PNG", "PPM")
+    if wide or image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "I"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode!r}, of no known range")
+    return image.convert("RGB")
 
 
 def checked(split: str, image_size: int) -> None:
@@ -144,6 +172,11 @@ def reading(path: Path, kind: str, download: str | None = None) -> Iterator[None
     except Exception as error:
         advice = "" if download is None else f"; it may be damaged, want {download}"
         raise DamagedFileError(f"{path} cannot be read as {kind} ({error}){advice}") from error
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a table that hold something, whatever system wrote it."""
+    return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def load_struct(path: Path, name: str) -> Any:

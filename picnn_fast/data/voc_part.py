@@ -15,6 +15,7 @@ from picnn_fast.data.photographs import (
     PhotographedParts,
     checked,
     chosen,
+    lines,
     load_struct,
     reading,
     share,
@@ -117,8 +118,9 @@ class VOCPart(PhotographedParts):
         self.classes = chosen("categories", categories, ANIMALS)
         self.part_names = [p for p in _MERGED if any(p in _PARTS_OF[c] for c in self.classes)]
         self.landmark_names = list(_LANDMARKS)
-        self._annotations = Path(root) / "Annotations_Part"
-        voc = Path(root) / "VOCdevkit" / "VOC2010"
+        folder = Path(root).expanduser()
+        self._annotations = folder / "Annotations_Part"
+        voc = folder / "VOCdevkit" / "VOC2010"
         objects: list[Photograph] = []
         # Which object of the file a sample is.
         self._places: list[int] = []
@@ -128,20 +130,19 @@ class VOCPart(PhotographedParts):
                     continue
                 x0, y0, x1, y1 = bounding_boxes(found.mask[None])[0].tolist()
                 label = self.classes.index(found.category)
-                shown = Photograph(voc / "JPEGImages" / f"{name}.jpg", label, (x0, y0, x1, y1))
+                height, width = found.mask.shape
+                path = voc / "JPEGImages" / f"{name}.jpg"
+                shown = Photograph(path, label, (x0, y0, x1, y1), (width, height))
                 if shown.area >= min_area:
                     objects.append(shown)
                     self._places.append(place)
-        some(objects, split, Path(root))
+        some(objects, split, folder)
         super().__init__(objects, image_size, _DOWNLOAD)
 
     def __getitem__(self, index: int) -> PartSample:
         shown = self._objects[index]
         image, box = self.cut(index)
-        path = self._annotations / f"{shown.path.stem}.mat"
-        found = _read(path)[self._places[index]]
-        if tuple(box.tolist()) != shown.box:
-            raise ValueError(f"{shown.path} is smaller than the masks of {path}; want {_DOWNLOAD}")
+        found = _read(self._annotations / f"{shown.path.stem}.mat")[self._places[index]]
         masks = torch.zeros(len(self.part_names), *found.mask.shape, dtype=torch.bool)
         marks = torch.zeros(len(_LANDMARKS), *found.mask.shape, dtype=torch.bool)
         for name, mask in found.parts:
@@ -164,15 +165,15 @@ def _names(folder: Path, voc: Path, split: str, categories: list[str], seed: int
     """Annotated images of a split that may show one of the categories."""
     if not folder.is_dir():
         raise FileNotFoundError(f"root: {folder} is missing; want {_DOWNLOAD}")
-    lists = voc / "ImageSets" / "Main"
-    if not lists.is_dir():
+    sets = voc / "ImageSets" / "Main"
+    if not sets.is_dir():
         every = sorted(path.stem for path in folder.glob("*.mat"))
         return [every[index] for index in share(len(every), split, seed)]
     names = set()
     for category in categories:
-        path = lists / f"{category}_{'train' if split == 'train' else 'val'}.txt"
+        path = sets / f"{category}_{'train' if split == 'train' else 'val'}.txt"
         with reading(path, "lines of an image and 1, 0 or -1", _DOWNLOAD):
-            for line in path.read_text().splitlines():
+            for line in lines(path):
                 name, shown = line.split()
                 if int(shown) >= 0:  # 0: it is there, but hard to see
                     names.add(name)
@@ -207,7 +208,9 @@ def voc_part(
     root: str,
     *,
     image_size: int = 224,
+    categories: list[str] | None = None,
     min_area: int = 2500,
+    split_seed: int = 0,
     batch_size: int = 64,
     seed: int = 0,
     augment: bool = True,
@@ -218,9 +221,11 @@ def voc_part(
     """Animals of PASCAL VOC Part with their parts, see ``VOCPart``.
 
     Args:
-        root: folder of the data set.
+        root: folder that holds ``Annotations_Part`` and ``VOCdevkit``.
         image_size: side, pixels.
+        categories: some of bird, cat, cow, dog, horse, sheep, in this order; None: all.
         min_area: of an object's box, square pixels of the photograph; smaller ones are left out.
+        split_seed: of training and test images where VOC's own lists are not there.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.
@@ -231,9 +236,20 @@ def voc_part(
     Raises:
         FileNotFoundError, ValueError: see ``VOCPart`` and ``PartDataModule``.
     """
+    train_set, test_set = (
+        VOCPart(
+            root,
+            split,
+            image_size=image_size,
+            categories=ANIMALS if categories is None else categories,
+            min_area=min_area,
+            seed=split_seed,
+        )
+        for split in ("train", "test")
+    )
     return PartDataModule(
-        VOCPart(root, "train", image_size=image_size, min_area=min_area),
-        VOCPart(root, "test", image_size=image_size, min_area=min_area),
+        train_set,
+        test_set,
         batch_size,
         seed=seed,
         flip=augment,

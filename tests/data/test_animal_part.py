@@ -2,84 +2,24 @@
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
 
 from picnn_fast.data import AnimalPart
-
-FOX, GOLDFISH = "n02118333", "n01443537"
-SIDES = ("xmin", "ymin", "xmax", "ymax")
+from tests.data.trees import FOX, GOLDFISH, animal_category, save_v7, save_v73
 
 
-def _save_v7(path, name, rows):
-    """A structure array ``1 x n`` of the rows, as ``save -v7`` writes it."""
-    array = np.zeros((1, len(rows)), [(field, object) for field in rows[0]])
-    for place, row in enumerate(rows):
-        array[0, place] = tuple(row.values())
-    savemat(path, {name: array})
-
-
-def _save_v73(path, name, rows):
-    """The same, as MATLAB 7.3 does: HDF5, axes swapped, a reference an element and field."""
-    h5py = pytest.importorskip("h5py")
-
-    def put(file, value):
-        place = f"#refs#/{len(file.require_group('#refs#'))}"
-        if isinstance(value, dict):
-            group = file.create_group(place)
-            for field, inner in value.items():
-                if isinstance(inner, dict):
-                    for side, number in inner.items():
-                        group[f"{field}/{side}"] = np.array([[float(number)]])
-            return group.ref
-        value = np.asarray(value)
-        if value.size:
-            file[place] = value.T
-        else:
-            file[place] = np.array(value.shape, np.uint64)
-            file[place].attrs["MATLAB_empty"] = np.uint8(1)
-        return file[place].ref
-
-    with h5py.File(path, "w", userblock_size=512) as file:
-        for field in rows[0]:
-            references = [[put(file, row[field])] for row in rows]
-            file.create_dataset(f"{name}/{field}", data=references, dtype=h5py.ref_dtype)
-    with path.open("r+b") as file:
-        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(512))
-
-
-def _category(root, synset, boxes, heads, legs, save=_save_v7):
-    images = root / f"{synset}_obj" / "img" / "img"
-    images.mkdir(parents=True)
-    (root / synset).mkdir()
-    rows = [{"obj": {"bndbox": dict(zip(SIDES, box, strict=True))}} for box in boxes]
-    save(images.parent / "data.mat", "samples", rows)
-    for part, places in ((1, heads), (2, legs)):
-        if places is not None:
-            rows = [
-                {"pHW_center": np.array(p, float).reshape(-1, 1) if p else np.zeros((0, 0))}
-                for p in places
-            ]
-            save(root / synset / f"truth_part{part:02}.mat", "truth", rows)
-    for place in range(len(boxes)):
-        pixels = np.zeros((90, 120, 3), np.uint8)
-        pixels[:, :60, 0] = 255
-        Image.fromarray(pixels).save(images / f"{place + 1:05}.jpg", quality=95)
-
-
-@pytest.fixture(params=[_save_v7, _save_v73])
+@pytest.fixture(params=[save_v7, save_v73])
 def root(request, tmp_path):
     """Ten foxes, all with the same box, and ten goldfish."""
     boxes = [(31, 11, 90, 70)] * 10  # 60 x 60 pixels: 30..90 x 10..70
     # The middle of the first pixel is 0, that of the last one 224.
     heads = [(0, 224)] * 9 + [()]
     legs = [(112, 112), ()] * 4 + [(), (1, 2, 3, 4)]
-    _category(tmp_path, FOX, boxes, heads, legs, request.param)
+    animal_category(tmp_path, FOX, boxes, heads, legs, request.param)
     small = [(1, 1, 49, 51)] * 5 + [(1, 1, 120, 90)] * 5
-    _category(tmp_path, GOLDFISH, small, [(112, 112)] * 10, None, request.param)
+    animal_category(tmp_path, GOLDFISH, small, [(112, 112)] * 10, None, request.param)
     return tmp_path
 
 
@@ -169,7 +109,7 @@ def test_an_image_that_the_tables_leave_out_is_refused(root):
 
 
 def test_truth_of_fewer_images_is_refused(tmp_path):
-    _category(tmp_path, FOX, [(1, 1, 90, 70)] * 3, [(1, 1)] * 2, [(1, 1)] * 3)
+    animal_category(tmp_path, FOX, [(1, 1, 90, 70)] * 3, [(1, 1)] * 2, [(1, 1)] * 3)
     with pytest.raises(ValueError, match=r"truth_part01.mat .* in 3 images \(it holds 2\)"):
         AnimalPart(tmp_path, categories=["fox"])
 
@@ -191,7 +131,7 @@ def test_without_h5py_the_newer_files_say_how_to_get_it(root, monkeypatch):
 
 
 def test_a_split_without_images_is_refused(tmp_path):
-    _category(tmp_path, FOX, [(1, 1, 90, 70)], [(1, 1)], [(1, 1)])
+    animal_category(tmp_path, FOX, [(1, 1, 90, 70)], [(1, 1)], [(1, 1)])
     with pytest.raises(ValueError, match=r"^split: got 'test', of which .* holds no object"):
         AnimalPart(tmp_path, "test", categories=["fox"])
 

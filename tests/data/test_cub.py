@@ -4,9 +4,8 @@ import torch
 from PIL import Image
 
 from picnn_fast.data import CUB200
+from tests.data.trees import PARTS, write_lines
 
-PARTS = ["back", "beak", "belly", "breast", "crown", "forehead", "left eye", "left leg"]
-PARTS += ["left wing", "nape", "right eye", "right leg", "right wing", "tail", "throat"]
 SPECIES = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
 IMAGES = {
     1: f"{SPECIES[0]}/Black_Footed_Albatross_0001_796111.jpg",
@@ -15,21 +14,16 @@ IMAGES = {
 }
 
 
-def _lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
-
-
 @pytest.fixture
 def root(tmp_path):
     root = tmp_path / "CUB_200_2011"
-    _lines(root / "images.txt", IMAGES.items())
-    _lines(root / "classes.txt", enumerate(SPECIES, 1))
-    _lines(root / "image_class_labels.txt", [(1, 1), (2, 1), (3, 2)])
-    _lines(root / "train_test_split.txt", [(1, 0), (2, 1), (3, 1)])
+    write_lines(root / "images.txt", IMAGES.items())
+    write_lines(root / "classes.txt", enumerate(SPECIES, 1))
+    write_lines(root / "image_class_labels.txt", [(1, 1), (2, 1), (3, 2)])
+    write_lines(root / "train_test_split.txt", [(1, 0), (2, 1), (3, 1)])
     boxes = [(1, 10.0, 20.0, 40.0, 20.0), (2, 0.0, 0.0, 60.0, 50.0), (3, 5.0, 5.0, 90.0, 20.0)]
-    _lines(root / "bounding_boxes.txt", boxes)
-    _lines(root / "parts" / "parts.txt", enumerate(PARTS, 1))
+    write_lines(root / "bounding_boxes.txt", boxes)
+    write_lines(root / "parts" / "parts.txt", enumerate(PARTS, 1))
     points = []
     for image in IMAGES:
         for part in range(1, 16):
@@ -37,7 +31,7 @@ def root(tmp_path):
             x, y = (10.0 + part, 20.0 + part) if shown else (0.0, 0.0)
             points.append((image, part, x, y, int(shown)))
     points[13] = (1, 14, 55.0, 30.0, 1)  # the tail is outside of the box of image 1
-    _lines(root / "parts" / "part_locs.txt", points)
+    write_lines(root / "parts" / "part_locs.txt", points)
     for image, name in IMAGES.items():
         path = root / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +117,18 @@ def test_a_missing_file_is_named_with_what_to_get(root, lost):
         CUB200(root, "test")
 
 
+def test_tables_written_on_another_system_are_read(root):
+    before = CUB200(root, "train", image_size=8)
+    for path in (*root.glob("*.txt"), *(root / "parts").glob("*.txt")):
+        text = "\ufeff" + path.read_text() + "\n"
+        path.write_bytes(text.replace("\n", "\r\n").encode())
+    after = CUB200(root, "train", image_size=8)
+    assert (after.classes, after.landmark_names) == (before.classes, before.landmark_names)
+    assert [s.label for s in after] == [s.label for s in before]
+    for one, other in zip(after, before, strict=True):
+        assert torch.equal(one.landmarks.nan_to_num(-1), other.landmarks.nan_to_num(-1))
+
+
 def test_a_missing_mask_is_named(root):
     (root / "segmentations").mkdir()
     with pytest.raises(FileNotFoundError, match=r"Black_Footed_Albatross_0001_796111.png"):
@@ -157,7 +163,7 @@ def test_a_damaged_table_is_named(root, table, text):
     ],
 )
 def test_tables_that_do_not_fit_are_refused(root, table, rows):
-    _lines(root / table, rows)
+    write_lines(root / table, rows)
     with pytest.raises(ValueError, match="cannot be read as images that the other tables hold"):
         CUB200(root, "test")
 
@@ -178,13 +184,13 @@ def test_a_damaged_photograph_or_mask_is_named(root):
 
 
 def test_a_box_outside_of_the_photograph_is_refused(root):
-    _lines(root / "bounding_boxes.txt", [(1, 70, 0, 9, 9), (2, 0, 0, 9, 9), (3, 0, 0, 9, 9)])
+    write_lines(root / "bounding_boxes.txt", [(1, 70, 0, 9, 9), (2, 0, 0, 9, 9), (3, 0, 0, 9, 9)])
     with pytest.raises(ValueError, match="lies outside of its"):
         CUB200(root, "test").image(0)
 
 
 def test_a_split_without_images_is_refused(root):
-    _lines(root / "train_test_split.txt", [(1, 1), (2, 1), (3, 1)])
+    write_lines(root / "train_test_split.txt", [(1, 1), (2, 1), (3, 1)])
     with pytest.raises(ValueError, match=r"^split: got 'test', of which .* holds no object"):
         CUB200(root, "test")
 

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from picnn_fast.data import ImageFolderDataModule
 
@@ -103,9 +105,11 @@ def test_classes_must_agree(root):
     [
         ({"image_size": 0}, "image_size"),
         ({"resize": 100}, "resize"),
+        ({"resize": 256, "test_crop": "stretch"}, "resize"),
         ({"crop": "left"}, "crop"),
         ({"test_crop": "none"}, "test_crop"),
         ({"padding": 4}, "padding"),
+        ({"padding": -1, "crop": "random"}, "padding"),
         ({"color_jitter": (-1, 0, 0, 0)}, "color_jitter"),
         ({"validation": 1.5}, "validation"),
         ({"mean": (0.5,)}, "mean"),
@@ -177,4 +181,190 @@ def test_a_folder_of_validation_images_is_taken(root, name):
     data = ImageFolderDataModule(root, image_size=8, num_workers=0)
     data.setup()
     assert (len(data.train_set), len(data.validation_set), len(data.test_set)) == (6, 2, 4)
-    assert data.validation_source == f"the 2 of {root / name}"
+    assert data.validation_source == f"the 2 images in {root / name}"
+    assert not {path for path, _ in data.validation_set.files} & {
+        path for path, _ in data.test_set.files
+    }
+
+
+def test_two_folders_of_validation_images_are_refused(root):
+    for name in ("validation", "val"):
+        (root / name).mkdir()
+    with pytest.raises(ValueError, match=r"^root: .* holds both validation and val, want one"):
+        ImageFolderDataModule(root)
+
+
+IMAGENET = [
+    v2.ToImage(),
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "test"),
+    [
+        (
+            {"resize": 256, "crop": "random", "color_jitter": (0.4, 0.4, 0.4, 0.1)},
+            [
+                v2.Resize(256),
+                v2.RandomCrop(224),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+            ],
+            [v2.Resize(256), v2.CenterCrop(224)],
+        ),
+        (
+            {"test_crop": "stretch"},
+            [v2.RandomResizedCrop(224, scale=(0.5, 1)), v2.RandomHorizontalFlip()],
+            [v2.Resize((224, 224))],
+        ),
+        (
+            {"image_size": 32, "crop": "random", "padding": 4},
+            [v2.Resize(32), v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()],
+            [v2.Resize(32), v2.CenterCrop(32)],
+        ),
+    ],
+    ids=["published", "ours, stretched", "cifar"],
+)
+def test_the_pipelines_that_the_docstring_names_are_those(root, options, train, test):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    for split in ("train", "test"):
+        image.save(root / split / "ant" / "0.png")
+    data = ImageFolderDataModule(root, num_workers=0, validation=0, **options)
+    for images, transform in ((data.train_set, train), (data.test_set, test)):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            want = v2.Compose([*transform, *IMAGENET])(image)
+            torch.manual_seed(seed)
+            assert torch.equal(images[0][0], want)
+
+
+def _files(images):
+    return [path for path, _ in images.files]
+
+
+@pytest.mark.parametrize("name", ["validation", "val"])
+def test_a_folder_of_validation_images_is_the_test_split_where_there_is_none(root, name):
+    (root / "test").rename(root / name)
+    data = ImageFolderDataModule(root, image_size=8, validation=0.34)
+    assert [path.startswith(str(root / name)) for path in _files(data.test_set)] == [True] * 4
+    assert all(path.startswith(str(root / "train")) for path in _files(data.validation_set))
+    assert (len(data.train_set), len(data.validation_set)) == (4, 2)
+    assert data.validation_source == (
+        f"2 of the 6 training images, seed 0; the test split is {root / name}"
+    )
+
+
+@pytest.fixture
+def unsplit(tmp_path):
+    for index, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8), (80 * index, 20 * i, 9)).save(tmp_path / name / f"{i}.png")
+    return tmp_path
+
+
+def test_class_folders_without_a_split_are_split_once_for_all(unsplit):
+    data = ImageFolderDataModule(unsplit, image_size=8)
+    assert data.class_names == ["ant", "bee", "cat"]
+    splits = [_files(images) for images in (data.train_set, data.validation_set, data.test_set)]
+    assert [len(files) for files in splits] == [21, 3, 6]
+    assert len(set().union(*splits)) == 30
+    assert [label for _, label in data.test_set.files] == [0, 0, 1, 1, 2, 2]
+    assert data.validation_source == (
+        "3 of the 24 training images, seed 0; the test split is 6 of the 30 images, drawn once"
+    )
+    for options in ({"seed": 3}, {"validation_seed": 3}, {"validation": 0.5}):
+        other = ImageFolderDataModule(unsplit, image_size=8, **options)
+        assert _files(other.test_set) == _files(data.test_set)
+
+
+def test_a_folder_above_the_split_is_no_folder_of_classes(tmp_path):
+    for name in ("birds", "cars"):
+        (tmp_path / name / "train" / "ant").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "train" / "ant" / "0.png")
+    with pytest.raises(FileNotFoundError, match=r"^root: .*/train is missing; want"):
+        ImageFolderDataModule(tmp_path)
+
+
+def test_a_file_as_root_is_named_as_such(root):
+    (root / "birds.zip").touch()
+    with pytest.raises(ValueError, match=r"^root: got .*birds\.zip, a file; want a folder"):
+        ImageFolderDataModule(root / "birds.zip")
+
+
+def test_a_class_without_an_image_is_named(root):
+    for path in (root / "train" / "bee").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(FileNotFoundError, match=r"^root: .*train/bee holds no image; want files"):
+        ImageFolderDataModule(root)
+
+
+def test_hidden_files_and_folders_of_tools_are_left_out(root):
+    before = ImageFolderDataModule(root, image_size=8, validation=0)
+    for place in (root / "train", root / "train" / "ant", root / "test"):
+        for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+            (place / name).mkdir()
+            Image.new("RGB", (8, 8)).save(place / name / "0.png")
+    Image.new("RGB", (8, 8)).save(root / "train" / "bee" / "._0.png")
+    (root / "train" / "bee" / "Thumbs.db").touch()
+    after = ImageFolderDataModule(root, image_size=8, validation=0)
+    assert after.class_names == before.class_names
+    assert _files(after.train_set) == _files(before.train_set)
+    assert _files(after.test_set) == _files(before.test_set)
+
+
+def test_images_below_a_class_folder_count_and_upper_case_names_too(root):
+    (root / "train" / "ant" / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "train" / "ant" / "more" / "9.JPG")
+    data = ImageFolderDataModule(root, image_size=8, validation=0)
+    assert len(data.train_set) == 7
+
+
+def test_links_are_followed_but_not_in_circles(root, tmp_path_factory):
+    ant = root / "train" / "ant"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.new("RGB", (8, 8)).save(elsewhere / "7.png")
+    (ant / "itself").symlink_to(ant)
+    (ant / "parent").symlink_to(root / "train")
+    (ant / "above").symlink_to(root)
+    (ant / "linked").symlink_to(elsewhere)
+    (ant / "again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(ant)
+    (root / "test" / "bee").rename(elsewhere.parent / f"{elsewhere.name}-bee")
+    (root / "test" / "bee").symlink_to(elsewhere.parent / f"{elsewhere.name}-bee")
+    data = ImageFolderDataModule(root, image_size=8, validation=0)
+    names = [path.removeprefix(f"{root}/train/") for path in _files(data.train_set)]
+    own = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(3)]
+    assert sorted(names) == sorted([*own, "ant/again/7.png"])
+    assert len(data.test_set) == 4
+
+
+def _wide(path, kind):
+    """Two columns, of a quarter and of all of what the type holds."""
+    if kind == "pgm":
+        path.write_bytes(b"P5 2 1 65535\n" + np.array([16384, 65535], ">u2").tobytes())
+    else:
+        Image.fromarray(np.array([[16384, 65535]], np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+def test_grey_images_of_16_bits_are_scaled(root, kind):
+    (root / "test" / "ant" / "0.png").unlink()
+    _wide(root / "test" / "ant" / f"0.{kind}", kind)
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "num_workers": 0, "validation": 0}
+    data = ImageFolderDataModule(root, image_size=1, test_crop="stretch", **options)
+    (image,) = data.test_set[0][0].unique().tolist()
+    assert image == pytest.approx((0.25 + 1) / 2, abs=0.01)
+
+
+def test_numbers_of_no_known_range_are_refused_by_name(root):
+    path = root / "test" / "ant" / "0.tif"
+    for pixels in (np.ones((4, 4), np.float32), np.ones((4, 4), np.int32)):
+        Image.fromarray(pixels).save(path)
+        (root / "test" / "ant" / "0.png").unlink(missing_ok=True)
+        data = ImageFolderDataModule(root, image_size=8, num_workers=0)
+        with pytest.raises(OSError, match=r"0\.tif cannot be read as an image \(.*no known range"):
+            data.test_set[0]

@@ -58,6 +58,20 @@ def test_a_loader_process_reads_the_same_samples(animals):
     assert torch.equal(first.part_masks, next(iter(_module(animals).part_loader())).part_masks)
 
 
+def test_every_split_has_its_parts(animals):
+    data = _module(animals, validation=0.3)
+    for split, images in (("train", data.train_set), ("validation", data.validation_set)):
+        batches = list(data.part_loader(split))
+        assert torch.equal(
+            torch.cat([batch.image for batch in batches]), torch.stack([x for x, _ in images])
+        )
+        assert torch.cat([b.label for b in batches]).tolist() == [y for _, y in images]
+        assert data.part_sets[split].part_names == animals["train"].part_names
+        assert data.part_sets[split].source(0) == data.part_sets[split]._indices[0]
+    assert len(data.train_set) + len(data.validation_set) == len(animals["train"])
+    assert _module(animals, validation=0).part_sets.keys() == {"train", "test"}
+
+
 @given(seed=st.integers(0, 100), count=st.integers(0, 9), width=st.integers(1, 4))
 def test_flip_turns_some_images_whole(seed, count, width):
     torch.manual_seed(seed)
@@ -177,6 +191,8 @@ def test_a_data_set_must_give_all_that_is_read():
     [
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
+        ({"validation": -0.1}, "validation"),
+        ({"validation_seed": 0.5}, "validation_seed"),
         ({"mean": (0.5,)}, "mean"),
         ({"std": (1, 0, 1)}, "std"),
     ],
@@ -189,3 +205,5 @@ def test_bad_options_are_refused_by_name(animals, options, name):
 def test_unknown_split_is_refused(animals):
     with pytest.raises(ValueError, match=r"^split: got 'val'"):
         _module(animals).part_loader("val")
+    with pytest.raises(ValueError, match=r"^split: got 'validation', want one of 'train', 'test'"):
+        _module(animals).part_loader("validation")  # there are no validation images

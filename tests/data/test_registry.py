@@ -2,95 +2,240 @@
 
 import inspect
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import held_out
+from tests.data.trees import animal_tree, cub_tree, voc_tree
+
+TAKEN_BY_ALL = {
+    "num_workers": None,
+    "validation": 0.1,
+    "validation_seed": 0,
+    "augment": True,
+}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
+def _folder_tree(root):
     for split, count in (("train", 20), ("test", 3)):
         for index, name in enumerate(("ant", "bee")):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                colour = (200 * index, 12 * i, 100 if split == "train" else 200)
-                Image.new("RGB", (9, 9), colour).save(root / split / name / f"{i}.png")
+                random = np.random.default_rng((len(split), index, i))
+                pixels = random.integers(0, 256, (12, 9, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     return root
 
 
-@pytest.fixture(params=["digits", "folder", "part-animals"])
-def make(request, folder):
-    options = {
-        "digits": {},
-        "folder": {"root": str(folder), "image_size": 8, "num_workers": 0},
-        "part-animals": {"image_size": 16, "train_images": 40, "test_images": 6},
-    }[request.param]
+TREES = {
+    "folder": _folder_tree,
+    "voc-part": voc_tree,
+    "cub": cub_tree,
+    "animal-part": animal_tree,
+}
+OPTIONS = {
+    "digits": {},
+    "folder": {"image_size": 8},
+    "part-animals": {"image_size": 16, "train_images": 40, "test_images": 6},
+    "voc-part": {"image_size": 8, "categories": ["cat", "dog"]},
+    "cub": {"image_size": 8, "landmark_names": ["tail", "back"]},
+    "animal-part": {"image_size": 8, "categories": ["fox", "goldfish"]},
+}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """The folder of each row that reads one, written when it is asked for."""
+    written = {}
+
+    def root(name):
+        if name in TREES and name not in written:
+            written[name] = TREES[name](tmp_path_factory.mktemp(name))
+        return {"root": str(written[name])} if name in written else {}
+
+    return root
+
+
+@pytest.fixture(params=DATA)
+def make(request, roots):
+    """Makes the data set of one row, small."""
+    options = {**roots(request.param), **OPTIONS[request.param]}
 
     def build(**more):
-        data = DATA[request.param](**{"batch_size": 8, "seed": 0, **options, **more})
-        data.setup()
-        return data
+        given = {"batch_size": 8, "seed": 0, "num_workers": 0, **options, **more}
+        return DATA[request.param](**given)
 
+    build.row = request.param
     return build
 
 
-def _images(dataset):
-    return [image.numpy().tobytes() for image, _ in dataset]
+def _shown(data, loader, *, training):
+    """What a network is given, in the order of the loader, image by image."""
+    data.trainer = SimpleNamespace(training=training)
+    seen = []
+    for batch in loader:
+        moved = data.on_before_batch_transfer(batch, 0)
+        images, _ = data.on_after_batch_transfer(moved, 0)
+        seen += [image.numpy().tobytes() for image in images]
+    data.trainer = None
+    return seen
+
+
+def _split(data, split):
+    images = getattr(data, f"{split}_set")
+    loader = torch.utils.data.DataLoader(images, batch_size=8)
+    return Counter(_shown(data, loader, training=False))
 
 
 def test_validation_images_are_of_training_and_never_of_the_test_split(make):
-    none, some = make(validation=0.0), make(validation=0.25)
-    assert none.validation_set is None
-    assert none.val_dataloader() == []
-    assert none.validation_source == "none: validation is 0"
-    images = len(none.train_set)
-    held = len(some.validation_set)
-    assert len(some.train_set) + held == images
-    assert held == pytest.approx(images / 4, abs=none.num_classes)
-    assert some.validation_source == f"{held} of the {images} training images, seed 0"
-    plain = make(validation=0.25, **_unaugmented(some))
-    together = Counter(_images(plain.train_set)) + Counter(_images(plain.validation_set))
-    assert together == Counter(_images(make(validation=0.0, **_unaugmented(some)).train_set))
-    loaded = torch.cat([images for images, _ in some.val_dataloader()])
-    assert [image.numpy().tobytes() for image in loaded] == _images(some.validation_set)
-    assert len(some.test_set) == len(none.test_set)
+    whole = make(validation=0.0, augment=False)
+    data = make(validation=0.25, augment=False)
+    assert whole.validation_set is None
+    assert whole.val_dataloader() == []
+    assert whole.validation_source == "none: validation is 0"
+    train, validation, test = (_split(data, split) for split in ("train", "validation", "test"))
+    assert train + validation == _split(whole, "train")
+    assert test == _split(whole, "test")
+    assert validation == Counter(_shown(data, data.val_dataloader(), training=False))
+    # The digits hold a few identical scans.
+    assert len(test & (train + validation)) <= (1 if make.row == "digits" else 0)
+    held, images = validation.total(), len(whole.train_set)
+    assert held == pytest.approx(images / 4, abs=data.num_classes)
+    assert data.validation_source == f"{held} of the {images} training images, seed 0"
 
 
-def _unaugmented(data):
-    return {"augment": False} if "Folder" in type(data).__name__ else {}
+def test_every_class_is_validated_on(make):
+    data = make(validation=0.1)
+    labels = {int(label) for _, label in data.validation_set}
+    assert labels == {int(label) for _, label in data.train_set} == set(range(data.num_classes))
 
 
 def test_validation_images_follow_from_their_own_seed_alone(make):
-    first, other_order, other_choice = make(), make(seed=5), make(validation_seed=1)
-    assert _images(first.validation_set) == _images(other_order.validation_set)
-    assert _images(first.validation_set) != _images(other_choice.validation_set)
+    first = make(augment=False)
+    assert _split(make(augment=False), "validation") == _split(first, "validation")
+    assert _split(make(augment=False, seed=5), "validation") == _split(first, "validation")
+    others = [make(augment=False, validation_seed=seed) for seed in (1, 2, 3)]
+    assert any(_split(other, "validation") != _split(first, "validation") for other in others)
+    assert all(_split(other, "test") == _split(first, "test") for other in others)
 
 
-def test_validation_images_are_not_augmented(make):
-    data = make(validation=0.25)
-    torch.manual_seed(0)
-    first = _images(data.validation_set)
-    torch.manual_seed(1)
-    assert _images(data.validation_set) == first
+def test_training_images_alone_are_augmented_unless_told_otherwise(make):
+    data, still = make(validation=0.25), make(validation=0.25, augment=False)
+
+    def draws(data, loader, training):
+        seen = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            seen.append(_shown(data, loader(), training=training))
+        return seen
+
+    one, other = draws(data, data.train_dataloader, True)
+    assert one != other
+    plain, again = draws(still, still.train_dataloader, True)
+    assert plain == again
+    assert len(one) == len(plain)
+    assert Counter(one) != Counter(plain)
+    for loader in ("val_dataloader", "test_dataloader"):
+        one, other = draws(data, getattr(data, loader), False)
+        plain, _ = draws(still, getattr(still, loader), False)
+        assert one == other == plain
+
+
+def test_an_order_is_the_same_when_a_run_goes_on(make):
+    def order(data, epoch):
+        progress = SimpleNamespace(current=SimpleNamespace(processed=epoch))
+        data.trainer = SimpleNamespace(
+            training=True,
+            world_size=1,
+            global_rank=0,
+            fit_loop=SimpleNamespace(epoch_progress=progress),
+        )
+        loader = data.train_dataloader()
+        data.trainer = None
+        return list(loader.sampler)
+
+    whole = make(seed=3)
+    epochs = [order(whole, epoch) for epoch in range(3)]
+    assert order(make(seed=3), 2) == epochs[2]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order(make(seed=4), 2) != epochs[2]
+
+
+def test_a_set_is_made_once(make):
+    data = make()
+    sets = data.train_set, data.validation_set, data.test_set
+    data.setup("fit")
+    assert (data.train_set, data.validation_set, data.test_set) == sets
+    assert len(data.class_names) == data.num_classes
+    image, _ = data.test_set[0]
+    assert image.shape[0] == data.in_channels
+
+
+def test_one_class_is_singled_out_in_every_split(make):
+    data = make()
+    data.single_out(data.class_names[1])
+    for loader, images in (
+        (data.val_dataloader(), data.validation_set),
+        (data.test_dataloader(), data.test_set),
+    ):
+        seen = [data.on_before_batch_transfer(batch, 0)[1] for batch in loader]
+        assert torch.cat(seen).tolist() == [int(label == 1) for _, label in images]
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_every_row_takes_what_a_run_gives_and_documents_its_options(name):
     parameters = inspect.signature(DATA[name]).parameters
-    assert {
-        "batch_size",
-        "seed",
-        "validation",
-        "validation_seed",
-        "num_workers",
-    } <= parameters.keys()
-    for option in parameters:
-        assert f"{option}" in DATA[name].__doc__
+    assert {"batch_size", "seed"} <= parameters.keys()
+    assert {key: parameters[key].default for key in TAKEN_BY_ALL} == TAKEN_BY_ALL
+    assert ("root" in parameters) == (name in TREES)
+    if name in TREES:
+        assert next(iter(parameters)) == "root"
+        assert parameters["root"].default is inspect.Parameter.empty
+    section = DATA[name].__doc__.partition("Args:")[2].partition("Raises:")[0]
+    documented = {line.strip().partition(": ")[0] for line in section.splitlines()}
+    assert parameters.keys() <= documented
+    for key, parameter in parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty, key
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"validation": 1.0}, "validation"),
+        ({"validation": True}, "validation"),
+        ({"validation": float("nan")}, "validation"),
+        ({"validation_seed": -1}, "validation_seed"),
+        ({"num_workers": -1}, "num_workers"),
+    ],
+)
+def test_bad_options_are_refused_by_name(make, options, name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        make(**options)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_home_folder_is_found(name, roots, monkeypatch):
+    root = roots(name)["root"]
+    parent, _, folder = root.rpartition("/")
+    monkeypatch.setenv("HOME", parent)
+    options = {**OPTIONS[name], "root": f"~/{folder}"}
+    assert len(DATA[name](**options).test_set) > 0
+
+
+def test_two_animals_of_one_photograph_are_never_split(roots):
+    for seed in range(4):
+        data = DATA["voc-part"](**roots("voc-part"), **OPTIONS["voc-part"], validation_seed=seed)
+        sources = {
+            split: Counter(samples.source(i) for i in range(len(samples)))
+            for split, samples in data.part_sets.items()
+        }
+        assert sources["train"].keys().isdisjoint(sources["validation"])
+        assert set(sources["train"].values()) == set(sources["validation"].values()) == {2}
 
 
 def test_classes_are_held_out_alike_and_single_images_are_kept():
@@ -100,3 +245,11 @@ def test_classes_are_held_out_alike_and_single_images_are_kept():
     assert sorted(kept + out) == list(range(len(labels)))
     assert held_out(labels, 0.0, 0) == (list(range(len(labels))), [])
     assert held_out([0, 1, 2], 0.5, 0) == ([0, 1, 2], [])
+
+
+def test_images_of_one_source_are_held_out_together():
+    labels, sources = [0, 1, 0, 0, 0, 0], ["a", "a", "b", "b", "c", "c"]
+    for seed in range(5):
+        kept, out = held_out(labels, 0.4, seed, sources)
+        assert len(out) == 2
+        assert {sources[i] for i in kept}.isdisjoint(sources[i] for i in out)

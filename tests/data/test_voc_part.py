@@ -5,75 +5,34 @@ from PIL import Image
 from scipy.io import savemat
 
 from picnn_fast.data import PartDataModule, VOCPart
-
-WIDTH, HEIGHT = 100, 80
-
-
-def _block(x0, y0, x1, y1):
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[y0:y1, x0:x1] = 1
-    return mask
-
-
-def _structs(rows, fields):
-    """A MATLAB structure array ``1 x n``."""
-    array = np.zeros((1, len(rows)), [(field, object) for field in fields])
-    for place, row in enumerate(rows):
-        array[0, place] = tuple(row)
-    return array
-
-
-def _annotate(root, name, objects):
-    """``Annotations_Part/<name>.mat`` as published, and a photograph that shows the masks."""
-    rows = []
-    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    for category, index, mask, parts in objects:
-        structs = _structs(parts.items(), ["part_name", "mask"]) if parts else np.zeros((0, 0))
-        rows.append((category, index, mask, structs))
-        pixels[mask > 0] = 255
-    fields = ["class", "class_ind", "mask", "parts"]
-    anno = _structs([(name, _structs(rows, fields))], ["imname", "objects"])
-    folder = root / "Annotations_Part"
-    folder.mkdir(parents=True, exist_ok=True)
-    savemat(folder / f"{name}.mat", {"anno": anno}, do_compression=True)
-    photographs = root / "VOCdevkit" / "VOC2010" / "JPEGImages"
-    photographs.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(photographs / f"{name}.jpg", quality=95)
-
-
-def _list(root, category, split, **shown):
-    folder = root / "VOCdevkit" / "VOC2010" / "ImageSets" / "Main"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{name[1:]} {value:2}\n" for name, value in shown.items()]
-    (folder / f"{category}_{split}.txt").write_text("".join(lines))
-
+from tests.data.trees import HEIGHT, WIDTH, annotate, block, structs, voc_list
 
 CAT = {
-    "head": _block(10, 10, 30, 30),
-    "leye": _block(12, 12, 14, 14),
-    "lear": _block(10, 5, 14, 10),  # above the head
-    "neck": _block(30, 20, 36, 30),
-    "torso": _block(36, 20, 66, 40),
-    "lfleg": _block(36, 40, 42, 60),
-    "lfpa": _block(36, 60, 42, 65),
-    "rbleg": _block(60, 40, 66, 65),
-    "tail": _block(66, 20, 70, 40),
+    "head": block(10, 10, 30, 30),
+    "leye": block(12, 12, 14, 14),
+    "lear": block(10, 5, 14, 10),  # above the head
+    "neck": block(30, 20, 36, 30),
+    "torso": block(36, 20, 66, 40),
+    "lfleg": block(36, 40, 42, 60),
+    "lfpa": block(36, 60, 42, 65),
+    "rbleg": block(60, 40, 66, 65),
+    "tail": block(66, 20, 70, 40),
 }
 BIRD = {
-    "head": _block(20, 10, 30, 20),
-    "beak": _block(30, 12, 36, 16),
-    "torso": _block(20, 20, 60, 50),
-    "lwing": _block(24, 24, 50, 44),
-    "lleg": _block(40, 50, 44, 70),
-    "lfoot": _block(40, 70, 50, 74),
-    "tail": _block(60, 30, 80, 40),
+    "head": block(20, 10, 30, 20),
+    "beak": block(30, 12, 36, 16),
+    "torso": block(20, 20, 60, 50),
+    "lwing": block(24, 24, 50, 44),
+    "lleg": block(40, 50, 44, 70),
+    "lfoot": block(40, 70, 50, 74),
+    "tail": block(60, 30, 80, 40),
 }
 HORSE = {
-    "muzzle": _block(5, 5, 15, 15),
-    "torso": _block(15, 15, 75, 45),
-    "lfuleg": _block(15, 45, 22, 60),
-    "lfho": _block(15, 60, 22, 64),
-    "tail": _block(75, 15, 80, 45),
+    "muzzle": block(5, 5, 15, 15),
+    "torso": block(15, 15, 75, 45),
+    "lfuleg": block(15, 45, 22, 60),
+    "lfho": block(15, 60, 22, 64),
+    "tail": block(75, 15, 80, 45),
 }
 
 
@@ -84,21 +43,21 @@ def _union(parts):
 @pytest.fixture
 def root(tmp_path):
     """Two training images and one test image; a person, and a cat too small to count."""
-    person = ("person", 15, _block(80, 0, 95, 60), {"head": _block(80, 0, 90, 10)})
-    small = ("cat", 8, _block(85, 60, 99, 75), {"head": _block(85, 60, 99, 75)})
-    _annotate(tmp_path, "2008_000001", [person, ("cat", 8, _union(CAT), CAT)])
-    _annotate(tmp_path, "2008_000002", [("bird", 3, _union(BIRD), BIRD), small])
-    _annotate(tmp_path, "2008_000003", [("horse", 13, _union(HORSE), HORSE)])
-    _annotate(tmp_path, "2008_000004", [person])
+    person = ("person", 15, block(80, 0, 95, 60), {"head": block(80, 0, 90, 10)})
+    small = ("cat", 8, block(85, 60, 99, 75), {"head": block(85, 60, 99, 75)})
+    annotate(tmp_path, "2008_000001", [person, ("cat", 8, _union(CAT), CAT)])
+    annotate(tmp_path, "2008_000002", [("bird", 3, _union(BIRD), BIRD), small])
+    annotate(tmp_path, "2008_000003", [("horse", 13, _union(HORSE), HORSE)])
+    annotate(tmp_path, "2008_000004", [person])
     for category in ("cow", "dog", "sheep"):
-        _list(tmp_path, category, "train", _2008_000001=-1, _2008_000002=-1)
-        _list(tmp_path, category, "val", _2008_000003=-1)
-    _list(tmp_path, "cat", "train", _2008_000001=1, _2008_000002=0)
-    _list(tmp_path, "cat", "val", _2008_000003=-1)
-    _list(tmp_path, "bird", "train", _2008_000001=-1, _2008_000002=1)
-    _list(tmp_path, "bird", "val", _2008_000003=-1)
-    _list(tmp_path, "horse", "train", _2008_000001=-1, _2008_000002=-1)
-    _list(tmp_path, "horse", "val", _2008_000003=1)
+        voc_list(tmp_path, category, "train", _2008_000001=-1, _2008_000002=-1)
+        voc_list(tmp_path, category, "val", _2008_000003=-1)
+    voc_list(tmp_path, "cat", "train", _2008_000001=1, _2008_000002=0)
+    voc_list(tmp_path, "cat", "val", _2008_000003=-1)
+    voc_list(tmp_path, "bird", "train", _2008_000001=-1, _2008_000002=1)
+    voc_list(tmp_path, "bird", "val", _2008_000003=-1)
+    voc_list(tmp_path, "horse", "train", _2008_000001=-1, _2008_000002=-1)
+    voc_list(tmp_path, "horse", "val", _2008_000003=1)
     return tmp_path
 
 
@@ -163,7 +122,7 @@ def test_a_horse_has_no_tail_among_its_parts_and_no_head_means_no_landmark(root)
 
 
 def test_an_animal_may_have_no_annotated_part(root):
-    _annotate(root, "2008_000003", [("horse", 13, _union(HORSE), {})])
+    annotate(root, "2008_000003", [("horse", 13, _union(HORSE), {})])
     sample = VOCPart(root, "test", image_size=32)[0]
     assert not sample.part_masks.any()
     assert sample.landmarks.isnan().all()
@@ -184,7 +143,7 @@ def test_labels_follow_the_order_of_the_categories(root):
 
 def test_without_the_lists_the_split_is_drawn_by_the_seed(tmp_path):
     for place in range(20):
-        _annotate(tmp_path, f"2008_{place:06}", [("cat", 8, _union(CAT), CAT)])
+        annotate(tmp_path, f"2008_{place:06}", [("cat", 8, _union(CAT), CAT)])
 
     def names(split, seed):
         data = VOCPart(tmp_path, split, seed=seed, image_size=8)
@@ -195,6 +154,13 @@ def test_without_the_lists_the_split_is_drawn_by_the_seed(tmp_path):
     assert train.isdisjoint(test)
     assert names("train", 0) == train
     assert names("train", 1) != train
+
+
+def test_lists_written_on_another_system_are_read(root):
+    for path in (root / "VOCdevkit" / "VOC2010" / "ImageSets" / "Main").iterdir():
+        text = "\ufeff" + path.read_text() + "\n"
+        path.write_bytes(text.replace("\n", "\r\n").encode())
+    assert len(VOCPart(root, "train", image_size=8)) == 2
 
 
 def test_a_module_trains_on_it(root):
@@ -242,25 +208,27 @@ def test_a_damaged_photograph_is_named(root):
         data.image(0)
 
 
-def test_a_photograph_of_another_size_than_the_masks_is_refused(root):
+@pytest.mark.parametrize("size", [(30, 30), (WIDTH + 1, HEIGHT), (2 * WIDTH, 2 * HEIGHT)])
+def test_a_photograph_of_another_size_than_the_masks_is_refused(root, size):
     data = VOCPart(root, image_size=8)
-    Image.new("RGB", (30, 30)).save(data._objects[0].path)
-    with pytest.raises(ValueError, match="is smaller than the masks of"):
-        data[0]
+    Image.new("RGB", size).save(data._objects[0].path)
+    for read in (data.image, data.__getitem__):
+        with pytest.raises(ValueError, match=r"its pixels are .*, its annotations for \(100, 80\)"):
+            read(0)
 
 
 @pytest.mark.parametrize(
     ("objects", "problem"),
     [
-        ([("cat", 8, _block(0, 0, 60, 60), {"fin": _block(0, 0, 9, 9)})], "has the part 'fin'"),
-        ([("cat", 8, _block(0, 0, 60, 60), {"head": np.ones((3, 3))})], "different sizes"),
+        ([("cat", 8, block(0, 0, 60, 60), {"fin": block(0, 0, 9, 9)})], "has the part 'fin'"),
+        ([("cat", 8, block(0, 0, 60, 60), {"head": np.ones((3, 3))})], "different sizes"),
         ([("cat", 8, np.ones(()), {})], "a mask of shape"),
     ],
 )
 def test_annotations_of_another_kind_are_refused(root, objects, problem):
-    rows = [(c, i, m, _structs(p.items(), ["part_name", "mask"])) for c, i, m, p in objects]
-    anno = _structs(
-        [("x", _structs(rows, ["class", "class_ind", "mask", "parts"]))], ["imname", "objects"]
+    rows = [(c, i, m, structs(p.items(), ["part_name", "mask"])) for c, i, m, p in objects]
+    anno = structs(
+        [("x", structs(rows, ["class", "class_ind", "mask", "parts"]))], ["imname", "objects"]
     )
     savemat(root / "Annotations_Part" / "2008_000001.mat", {"anno": anno})
     with pytest.raises(ValueError, match=problem):
