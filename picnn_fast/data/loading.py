@@ -198,12 +198,13 @@ class SeededDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return [] if self.validation_set is None else self._in_order(self.validation_set)
+        return [] if self.validation_set is None else self.in_order(self.validation_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._in_order(self.test_set)
+        return self.in_order(self.test_set)
 
-    def _in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
+    def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
+        """All of a set, in batches as it stands; torch's generator is left as it was."""
         return DataLoader(
             images,
             batch_size=self.batch_size,

@@ -192,13 +192,7 @@ class PartDataModule(SeededDataModule):
         They are ``"train"``, ``"test"`` and, where there are validation images, ``"validation"``.
         """
         checks.one_of("split", split, tuple(self.part_sets))
-        return DataLoader(
-            self.part_sets[split],
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self.in_order(self.part_sets[split])
 
 
 def flip_left_right(images: Tensor) -> Tensor:

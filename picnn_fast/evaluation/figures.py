@@ -138,6 +138,20 @@ def _accuracy(network: InterpretableNetwork, data: object, draws: int) -> Metric
     return PathwayAccuracy(network.num_classes, draws)
 
 
+def _location_instability(
+    heading: str, meaning: str, look: Callable[[Observation], Tensor] = _maps
+) -> Figure:
+    """Of the maps that ``look`` makes of an observation."""
+    return Figure(
+        heading=heading,
+        meaning=meaning,
+        better="lower",
+        metric=_part_metric(LocationInstability, "landmark_names"),
+        update=_update_parts("landmarks", look),
+        needs=_needs_parts("landmark"),
+    )
+
+
 FIGURES: dict[str, Figure] = {
     "acc1": Figure(
         heading="ACC1",
@@ -172,29 +186,16 @@ FIGURES: dict[str, Figure] = {
         metric=lambda network, data, draws: MutualInformationScore(network.num_classes),
         update=lambda metric, seen: metric.update(seen.pooled, seen.labels),
     ),
-    "location_instability": Figure(
-        heading="location instab.",
-        meaning="of a filter's peak about the landmarks, image diagonals",
-        better="lower",
-        metric=_part_metric(LocationInstability, "landmark_names"),
-        update=_update_parts("landmarks"),
-        needs=_needs_parts("landmark"),
+    "location_instability": _location_instability(
+        "location instab.", "of a filter's peak about the landmarks, image diagonals"
     ),
-    "location_instability_middle": Figure(
-        heading="… of the middle",
-        meaning="of filters that always peak in the middle, and say nothing of parts",
-        better="lower",
-        metric=_part_metric(LocationInstability, "landmark_names"),
-        update=_update_parts("landmarks", _middle),
-        needs=_needs_parts("landmark"),
+    "location_instability_middle": _location_instability(
+        "… of the middle",
+        "of filters that always peak in the middle, and say nothing of parts",
+        _middle,
     ),
-    "location_instability_random": Figure(
-        heading="… at random",
-        meaning="of filters that peak anywhere",
-        better="lower",
-        metric=_part_metric(LocationInstability, "landmark_names"),
-        update=_update_parts("landmarks", _anywhere),
-        needs=_needs_parts("landmark"),
+    "location_instability_random": _location_instability(
+        "… at random", "of filters that peak anywhere", _anywhere
     ),
     "part_interpretability": Figure(
         heading="part interpr.",

@@ -11,7 +11,7 @@ from picnn_fast.data import ImageFolderDataModule, SeededDataModule
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
-from picnn_fast.training.options import ConfigError, Options, qualified
+from picnn_fast.training.options import ConfigError, Options, one_line, qualified
 from picnn_fast.training.run_folder import RunFolderError
 
 with extra("train"):
@@ -93,10 +93,9 @@ class WholeCheckpoints(TorchCheckpointIO):
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         try:
-            content = read_checkpoint(Path(path))
+            return read_checkpoint(Path(path))
         except RunFolderError as error:
             raise RunFolderError(f"{error}; remove {Path(path).parent} to start anew") from error
-        return content
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -148,9 +147,8 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, li
         )
         class_names = [str(name) for name in saved["class_names"]]
     except (AttributeError, ConfigError, KeyError, RuntimeError, TypeError) as error:
-        text = " ".join(str(error).split())
         raise RunFolderError(
-            f"checkpoint: {path} is damaged, or of another version of picnn-fast: {text}"
+            f"checkpoint: {path} is damaged, or of another version of picnn-fast: {one_line(error)}"
         ) from error
     return network.eval(), options, class_names
 
@@ -196,7 +194,7 @@ def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
     except OSError as error:
         raise ConfigError(f"source: cannot read {source}: {error.strerror}") from error
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error)[:200]
         raise ConfigError(f"source: {source} is no checkpoint of PICNN's: {text}") from error
     classes, filters = state["correspondence.weight"].shape
     options = Options(
@@ -218,8 +216,9 @@ def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"source: {source} is not a PICNN on ResNet-18: {text}") from error
+        raise ConfigError(
+            f"source: {source} is not a PICNN on ResNet-18: {one_line(error)}"
+        ) from error
     saved: dict[str, Any] = {"state_dict": {_PREFIX + k: v for k, v in state.items()}}
     saved[_SAVED] = SaveOptions(options, data).saved
     WholeCheckpoints().save_checkpoint(saved, target)

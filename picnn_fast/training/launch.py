@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +18,17 @@ with extra("train"):
     import lightning as L
     from lightning.fabric.accelerators.cuda import CUDAAccelerator
     from lightning.fabric.accelerators.mps import MPSAccelerator
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.pytorch.utilities import rank_zero_only
 
 T = TypeVar("T")
+# Launchers, and the variable in which each tells how many processes it started on a machine.
+_LOCAL_PROCESSES: dict[type[ClusterEnvironment], str] = {
+    TorchElasticEnvironment: "LOCAL_WORLD_SIZE",
+    SLURMEnvironment: "SLURM_NTASKS_PER_NODE",
+}
 # What Lightning gives the processes that it starts itself beside the first.
 _CHILD = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -78,24 +84,19 @@ class Launch:
                 yield self.decide(lambda: stack.enter_context(folder.writing(overwrite=overwrite)))
 
 
-def launch(devices: int | None, environment: Mapping[str, str] = os.environ) -> Launch:
+def launch(devices: int | None) -> Launch:
     """How this process was started.
 
     Args:
         devices: wanted on each machine; None takes what a launcher started, else 1.
-        environment: variables of the process.
 
     Raises:
         ConfigError: another number of devices than a launcher started processes.
     """
-    for kind, local in (
-        (TorchElasticEnvironment, "LOCAL_WORLD_SIZE"),
-        (SLURMEnvironment, "SLURM_NTASKS_PER_NODE"),
-    ):
-        if not kind.detect() or kind().world_size() < 2:
-            continue
-        outside = kind()
-        processes = int(environment.get(local, outside.world_size()))
+    outside = _launcher()
+    if outside is not None:
+        local = _LOCAL_PROCESSES[type(outside)]
+        processes = int(os.environ.get(local, outside.world_size()))
         if devices not in (None, processes):
             raise ConfigError(
                 f"devices: got {devices} with {processes} processes started on each machine, want"
@@ -104,21 +105,27 @@ def launch(devices: int | None, environment: Mapping[str, str] = os.environ) -> 
         started = Launch(
             outside.global_rank(), processes, outside.world_size() // processes, True, False
         )
-        break
     else:
-        child = all(name in environment for name in _CHILD) and int(environment["WORLD_SIZE"]) > 1
-        rank = int(environment["LOCAL_RANK"]) if child else 0
+        child = all(name in os.environ for name in _CHILD) and int(os.environ["WORLD_SIZE"]) > 1
+        rank = int(os.environ["LOCAL_RANK"]) if child else 0
         started = Launch(rank, devices or 1, 1, False, child)
     # Lightning goes by RANK and its like, which may be left over from something else.
     rank_zero_only.rank = started.rank  # type: ignore[attr-defined]
     return started
 
 
+def _launcher() -> ClusterEnvironment | None:
+    """What started several processes from outside, if anything did."""
+    for kind in _LOCAL_PROCESSES:
+        if kind.detect() and kind().world_size() > 1:
+            return kind()
+    return None
+
+
 def _connect() -> None:
-    if distributed.is_initialized():
+    outside = _launcher()
+    if outside is None or distributed.is_initialized():
         return
-    kind = TorchElasticEnvironment if TorchElasticEnvironment.detect() else SLURMEnvironment
-    outside = kind()
     os.environ["MASTER_ADDR"] = outside.main_address
     os.environ["MASTER_PORT"] = str(outside.main_port)
     os.environ["RANK"] = str(outside.global_rank())

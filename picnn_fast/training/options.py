@@ -362,7 +362,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config: cannot read {str(path)!r}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not YAML: {_one_line(error)}") from error
+        raise ConfigError(f"config: {path} is not YAML: {one_line(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -418,7 +418,7 @@ def _refuse(error: ArgumentError, names: Mapping[str, str], source: str = "") ->
         value = got[1].strip() if got else "nothing"
         wanted = _annotation(key, names)
         if wanted is inspect.Parameter.empty:
-            message = f"{key}: {_one_line(text.removeprefix(found[0]))}"
+            message = f"{key}: {one_line(text.removeprefix(found[0]))}"
         else:
             near = _hint(value, [str(c) for c in _literals(wanted)])
             message = f"{key}: got {value!r}, want {_described(wanted)}{near}"
@@ -436,7 +436,7 @@ def _refuse(error: ArgumentError, names: Mapping[str, str], source: str = "") ->
     unknown = found[1] if found else unknown
     if unknown is not None:
         raise ConfigError(_of(source) + _unknown(unknown, names)) from error
-    raise ConfigError(_of(source) + _one_line(text).removeprefix("argument --")) from error
+    raise ConfigError(_of(source) + one_line(text).removeprefix("argument --")) from error
 
 
 def _unknown(option: str, names: Mapping[str, str]) -> str:
@@ -497,5 +497,6 @@ def _of(source: str) -> str:
     return f"config {source}: " if source else ""
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
+    """A message of several lines as one."""
     return " ".join(str(error).split())

@@ -30,7 +30,7 @@ from picnn_fast.training.checkpoint import (
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
 from picnn_fast.training.module import OPTIMIZERS, InterpretableModule
-from picnn_fast.training.options import ConfigError, Options, qualified
+from picnn_fast.training.options import ConfigError, Options, one_line, qualified
 from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_json
 
 with extra("train"):
@@ -166,10 +166,9 @@ def assemble(
                 log_every_n_steps=1,
             )
     except (MisconfigurationException, ValueError) as error:
-        text = " ".join(str(error).split())
         raise ConfigError(
             f"accelerator {options.accelerator}, devices {started.devices}, strategy"
-            f" {options.strategy}, precision {options.precision}: {text}"
+            f" {options.strategy}, precision {options.precision}: {one_line(error)}"
         ) from error
     return Run(options, data, network, module, trainer)
 

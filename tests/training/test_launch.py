@@ -23,9 +23,8 @@ def _clean(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     yield
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    launch(None, {})  # this process is the first again
+    monkeypatch.undo()
+    launch(None)  # this process is the first again
 
 
 def _torchrun(output, *more):
