@@ -8,7 +8,11 @@ OLDEST_VENV ?= .venv-oldest
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
+# A process a core, with one thread each; files stay whole, for some have costly fixtures.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 lint test: export PICNN_FAST_WERROR ?= 1
+test test-oldest test-oldest-quick: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test lint bench gpu gpu-parity gpu-bench gpu-bench-more clean build
 help: ## this list
@@ -18,7 +22,7 @@ demo: $(VENV)/.built ## train an ordinary network and a PICNN on digits; figures
 	$(BIN)/picnn-fast demo
 
 test: $(VENV)/.built ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 lint: $(VENV)/.built ## ruff, mypy, clang-format; compiler warnings are errors in every build made here
 	$(BIN)/ruff check .
@@ -72,11 +76,11 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 test-oldest test-oldest-quick: export PICNN_FAST_WERROR ?= 1
 
 test-oldest: $(OLDEST_VENV)/.built ## the whole test suite with the oldest versions that are claimed
-	$(OLDEST_VENV)/bin/python -m pytest
+	$(OLDEST_VENV)/bin/python $(PYTEST)
 
 # Without parity: that hangs on our kernels more than on the version, and takes longest by far.
 test-oldest-quick: $(OLDEST_VENV)/.built ## of these the operators, models and command line, without parity
-	$(OLDEST_VENV)/bin/python -m pytest tests/ops tests/backbones tests/models tests/test_cli.py \
+	$(OLDEST_VENV)/bin/python $(PYTEST) tests/ops tests/backbones tests/models tests/test_cli.py \
 		--ignore-glob='tests/ops/*_parity.py'
 
 TAG := -c 'import sys; print(sys.implementation.cache_tag)'
