@@ -2,11 +2,12 @@
 
 from picnn_fast import functional, losses
 from picnn_fast._version import __version__
-from picnn_fast.models import ICNN, PICNN, STD, make_interpretable
+from picnn_fast.models import CSG, ICNN, PICNN, STD, make_interpretable
 from picnn_fast.ops.registry import available_backends, build_info, use_backend
 from picnn_fast.ops.templates import PartTemplate
 
 __all__ = [
+    "CSG",
     "ICNN",
     "PICNN",
     "STD",

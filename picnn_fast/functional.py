@@ -20,9 +20,11 @@ __all__ = [
     "bernoulli_mask",
     "class_gate",
     "filter_loss",
+    "gate_penalty",
     "gumbel_mask",
     "mutual_information",
     "mutual_information_score",
+    "project_gate",
     "published_filter_loss",
     "template_mask",
 ]
@@ -111,6 +113,65 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
         tensor([0.5000, 0.0000])
     """
     return _masking.class_gate(features, gate, labels, channel_dim=channel_dim)
+
+
+def project_gate(gate: Tensor) -> Tensor:
+    """A gate back among those allowed: in [0, 1], and 1 for some class of every filter.
+
+    Each filter's column is divided by its greatest element, the sign included, and clipped to
+    [0, 1], as in the authors' code. A column without a positive element, which yields NaN or all
+    ones there, becomes 1 at its greatest element and 0 elsewhere. Composed of PyTorch's operators:
+    a gate is small beside the maps it is for.
+
+    Args:
+        gate: ``[K, N]`` float32, float64, bfloat16 or float16.
+
+    Returns:
+        Of the same shape and dtype; what is allowed already is returned as it is. A column with
+        NaN keeps it.
+
+    Raises:
+        TypeError: unsupported dtype.
+        ValueError: no gate ``[K, N]`` of at least one class.
+
+    Source:
+        Liang et al., "Training Interpretable Convolutional Neural Networks by Differentiating
+        Class-specific Filters", ECCV 2020, section 3.4.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import project_gate
+        >>> project_gate(torch.tensor([[0.2, -3.0], [0.4, -1.0]]))
+        tensor([[0.5000, 0.0000],
+                [1.0000, 1.0000]])
+    """
+    return _masking.project_gate(gate)
+
+
+def gate_penalty(
+    gate: Tensor, bound: float, *, norm: Literal["l1", "l2", "smooth_l1"] = "l1"
+) -> Tensor:
+    """What is to be paid for a gate above its bound: ψ(max(‖gate‖₁ - bound, 0)) (CSG, eq. 3).
+
+    Args:
+        gate: ``[K, N]`` float32, float64, bfloat16 or float16.
+        bound: g, a number >= 0.
+        norm: ψ(r): "l1" is r, "l2" is r², "smooth_l1" r²/2 up to 1 and r - 1/2 beyond.
+
+    Returns:
+        A scalar, float64 for a float64 gate, else float32.
+
+    Raises:
+        TypeError: unsupported dtype, a bound that is no number.
+        ValueError: no gate ``[K, N]``, a bound below 0, an unknown norm.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import gate_penalty
+        >>> gate_penalty(torch.ones(2, 3), 4.0), gate_penalty(torch.ones(2, 3), 7.0)
+        (tensor(2.), tensor(0.))
+    """
+    return _masking.gate_penalty(gate, bound, norm=norm)
 
 
 def gumbel_mask(

@@ -111,19 +111,43 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         lr = checks.non_negative("lr", lr)
         return [{"params": list(self.parameters()), "lr": lr, "name": "network"}]
 
-    def begin_epoch(self, epoch: int, batches: int | None = None) -> None:
+    def optimizers(self, lr: float) -> dict[str, list[dict[str, Any]]]:
+        """Groups of each optimiser by name: one, but for methods whose epochs take turns.
+
+        Args:
+            lr: of the network, >= 0.
+        """
+        return {"network": self.parameter_groups(lr)}
+
+    def optimizer_of(self, epoch: int, epochs: int | None = None) -> str:
+        """The name of the optimiser that steps in this epoch, from 1, of so many."""
+        return "network"
+
+    def begin_epoch(
+        self, epoch: int, batches: int | None = None, epochs: int | None = None
+    ) -> None:
         """Told by the training loop before each epoch.
 
         Args:
             epoch: from 1.
             batches: of that epoch, on each rank; None where it is not known beforehand.
+            epochs: of the run; None where that is not known.
         """
         checks.integer("epoch", epoch, 1)
-        if batches is not None:
-            checks.integer("batches", batches, 1)
+        for name, value in (("batches", batches), ("epochs", epochs)):
+            if value is not None:
+                checks.integer(name, value, 1)
 
     def after_step(self) -> None:
         """Told by the training loop after each step of the optimiser."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """Scalars of the method's own to log after each epoch, by name."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """What a user should be told when training is over."""
+        return []
 
     def ownership(self) -> Tensor | None:
         """Which filter stands for which class: ``[K, N]`` in [0, 1], without gradient, or None."""

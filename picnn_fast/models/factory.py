@@ -5,12 +5,18 @@ from typing import Any
 
 from picnn_fast.backbones import cut
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.csg import CSG
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
 from picnn_fast.ops import checks
 
-METHODS: dict[str, type[InterpretableNetwork]] = {"std": STD, "picnn": PICNN, "icnn": ICNN}
+METHODS: dict[str, type[InterpretableNetwork]] = {
+    "std": STD,
+    "picnn": PICNN,
+    "csg": CSG,
+    "icnn": ICNN,
+}
 FILTERS_PER_CLASS = 12.8  # PICNN, figure 5
 
 
@@ -36,7 +42,7 @@ def make_interpretable(
               layers are used in place, not copied, and its classifier made anew for N filters and
               K classes; or one with ``forward_features`` and ``forward_head``, as timm's have;
             - a pair ``(features, head)`` of modules: images to maps, maps to logits.
-        method: "picnn", "icnn" or "std".
+        method: "picnn", "csg", "icnn" or "std".
         num_classes: K.
         layer: name of the module behind which the backbone is cut, "layer4" or "features.29", see
             ``picnn_fast.backbones.split``. None: where the named ones are cut, and torchvision's
@@ -51,10 +57,10 @@ def make_interpretable(
             inserted; known for the other backbones, unless only running them can tell.
         image_channels: of the images, for a *name*; None takes 1 for "small-resnet", else 3.
         weights: trained weights for the names that torchvision has them for, as it takes them.
-        **options: passed to the method's class (``PICNN``, ``ICNN``, ``STD``).
+        **options: passed to the method's class (``METHODS``).
 
     Returns:
-        A ``PICNN``, ``ICNN`` or ``STD`` model, on the device of a given backbone's features.
+        A model of the method's class, on the device of a given backbone's features.
 
     Raises:
         TypeError: a backbone that is none of these; options that the method does not know.

@@ -307,9 +307,11 @@ class ICNN(InterpretableNetwork):
             "filter_loss": self.filter_loss_weight * torch.stack(terms).sum() / self.epoch,
         }
 
-    def begin_epoch(self, epoch: int, batches: int | None = None) -> None:
+    def begin_epoch(
+        self, epoch: int, batches: int | None = None, epochs: int | None = None
+    ) -> None:
         """The weight of the filter loss falls with the epoch; see ``InterpretableNetwork``."""
-        super().begin_epoch(epoch, batches)
+        super().begin_epoch(epoch, batches, epochs)
         self.epoch.fill_(epoch)
 
     def after_step(self) -> None:

@@ -255,3 +255,24 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
         readable(maps), rows, _as(labels, torch.int64)
     )
     return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
+
+
+def _gate(value: Tensor) -> Tensor:
+    checks.floating("gate", value)
+    if value.ndim != 2 or len(value) == 0:
+        raise ValueError(
+            f"gate: got shape {tuple(value.shape)}, want [classes, filters], at least one class"
+        )
+    return value
+
+
+def project_gate(gate: Tensor) -> Tensor:
+    """See ``functional.project_gate``."""
+    return reference.project_gate(_gate(gate))
+
+
+def gate_penalty(gate: Tensor, bound: float, *, norm: str) -> Tensor:
+    """See ``functional.gate_penalty``."""
+    checks.non_negative("bound", bound)
+    checks.one_of("norm", norm, ("l1", "l2", "smooth_l1"))
+    return reference.gate_penalty(checks.accumulable(_gate(gate)), bound, norm)

@@ -210,3 +210,24 @@ def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tup
     grad_mask = products.reshape(*mask.shape, math.prod(features.shape[2:])).sum(-1)
     grad_features = torch.empty_like(features).copy_(_scale_channels(grad_masked, mask))
     return grad_features, grad_mask
+
+
+def project_gate(gate: Tensor) -> Tensor:
+    """Each filter's column by its greatest element, clipped to [0, 1].
+
+    A column without a positive element becomes 1 at its greatest and 0 elsewhere; one that holds
+    NaN keeps it.
+    """
+    highest, owner = gate.max(0)
+    single = torch.zeros_like(gate).scatter(0, owner[None], 1.0)
+    return torch.where(highest <= 0, single, (gate / highest).clamp(0, 1))
+
+
+def gate_penalty(gate: Tensor, bound: float, norm: str) -> Tensor:
+    """ψ(max(‖gate‖₁ - bound, 0)), ψ(r) = r, r² or Huber's: r²/2 up to 1, r - 1/2 beyond."""
+    excess = (gate.abs().sum() - bound).relu()
+    if norm == "l1":
+        return excess
+    if norm == "l2":
+        return excess.square()
+    return torch.where(excess < 1, excess.square() / 2, excess - 0.5)
