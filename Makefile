@@ -36,7 +36,6 @@ bench: $(VENV)/.built ## measure, and write benchmarks/results
 	$(BIN)/python -m benchmarks.bias
 	$(BIN)/python -m benchmarks.filter_loss
 	$(BIN)/python -m benchmarks.parts
-	$(BIN)/python -m benchmarks.parts --centers
 
 gpu: ## with PYTHON's own packages (torch, pytest …): gpu-parity, gpu-bench, gpu-bench-more
 	@failed=0; for part in gpu-parity gpu-bench gpu-bench-more; do \

@@ -1,14 +1,14 @@
 """Do filters of Interpretable CNNs stand for parts, by which template, and by which estimator?
 
-    python -m benchmarks.parts [--centers] [--output runs/parts] [--processes N] [--smoke]
+    python -m benchmarks.parts [--output runs/parts] [--processes N] [--smoke]
 
 An ordinary network, the mask layers alone (filter loss of weight 0), and ICNN with each template
 and each estimator of the filter loss's gradient, three seeds each, trained alike on drawn animals
-(``PartAnimals``) and measured on their test split. With ``--centers`` instead five networks of one
-seed, whose masks lie about the peak or, as in the authors' code, about the centre of mass. Beside
-them stand two filters that ignore the image: one always peaks in the middle, one peaks anywhere.
-tau and the weight of the filter loss were chosen by a few trials with seed 0 on the test split. A
-training takes about a minute on one core; an interrupted run goes on where it stopped.
+(``PartAnimals``) and measured on their test split. Masks lie about the peak or, as in the authors'
+code, about the centre of mass. Beside the networks stand two filters that ignore the image: one
+always peaks in the middle, one peaks anywhere. tau and the weight of the filter loss were chosen by
+a few trials with seed 0 on the test split. A training takes about a minute on one core; an
+interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from picnn_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from picnn_fast.training.options import Options
 from picnn_fast.training.run import build_data, train
 
-NAME, CENTERS = "parts", "parts-centers"
+NAME = "parts"
 SEEDS = (0, 1, 2)
 TEMPLATES = ("l1", "l2", "uniform-l1", "uniform-l2")
 # Estimator of the gradient, weight of the filter loss, templates.
@@ -70,7 +70,7 @@ def _icnn(template: str, weight: float, **method: Any) -> Options:
 
 
 def networks() -> dict[str, Options]:
-    """Name to options: "std", "mask l1" …, "l1 batch 0.003" …"""
+    """Name to options: "std", "mask l1" …, "l1 batch 0.003" …, "mask l1 mass" …"""
     options = {"std": dataclasses.replace(OPTIONS, method="std")}
     for template in TEMPLATES:
         options[f"mask {template}"] = _icnn(template, 0.0)
@@ -79,15 +79,8 @@ def networks() -> dict[str, Options]:
             options[f"{template} {estimator} {weight:g}"] = _icnn(
                 template, weight, estimator=estimator
             )
-    return options
-
-
-def centers() -> dict[str, Options]:
-    """Masks about the peak, and about the centre of mass: "mask l1", "mask l1 mass" …"""
-    options = {name: networks()[name] for name in ("std", "mask l1", "l1 batch 0.003")}
-    for name in ("mask l1", "l1 batch 0.003"):
-        method = {**options[name].method, "center": "mass"}
-        options[f"{name} mass"] = dataclasses.replace(options[name], method=method)
+    for name, weight in (("mask l1", 0.0), ("l1 batch 0.003", 0.003)):
+        options[f"{name} mass"] = _icnn("l1", weight, center="mass")
     return options
 
 
@@ -223,16 +216,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="two short trainings, written where --results says"
     )
-    parser.add_argument(
-        "--centers", action="store_true", help="masks about the peak and about the centre of mass"
-    )
     harness.add_results_option(parser)
     options = parser.parse_args(arguments)
     output, folder = Path(options.output), harness.results_folder(options)
     record = harness.Record(
         folder,
-        CENTERS if options.centers else NAME,
-        command=f"python -m benchmarks.parts{' --centers' if options.centers else ''}",
+        NAME,
+        command="python -m benchmarks.parts",
         machine=harness.machine(torch.device("cpu")),
         options=OPTIONS.as_dict(),
     )
@@ -245,11 +235,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
         results = measure(pair, (0,), output, 1, record.save)
     else:
-        chosen, seeds = (centers(), SEEDS[:1]) if options.centers else (networks(), SEEDS)
-        results = measure(chosen, seeds, output, options.processes, record.save)
+        results = measure(networks(), SEEDS, output, options.processes, record.save)
     path = record.save(results, complete=True)
     print(report(results))
-    if folder is not None and not (options.smoke or options.centers):
+    if folder is not None and not options.smoke:
         draw(output, folder / NAME)
     if path is not None:
         print(f"\nwritten to {path}")
