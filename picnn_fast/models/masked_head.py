@@ -1,5 +1,8 @@
 """A head that runs on all filters or on some: masks move behind the pooling it starts with."""
 
+import math
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -102,6 +105,7 @@ class MaskedHead:
         if channel_dim == 0:
             raise ValueError("channel_dim: got 0, the batch axis; want the filter axis of the maps")
         self.channel_dim = channel_dim
+        self._warned = False
         self._pooled = leading_pooling(head) if mask_at != "maps" and channel_dim == 1 else 0
         if mask_at == "late" and not self.late:
             start = next((type(layer).__name__ for layer in layers_of(head)), "nothing")
@@ -194,6 +198,16 @@ class MaskedHead:
                 f" num_filters={maps.shape[dim]}, or in_channels={maps.shape[dim]} to insert a"
                 " convolution to num_filters channels"
             )
+        if maps.ndim > 2 and not self._warned and not torch.compiler.is_compiling():
+            positions = [size for i, size in enumerate(maps.shape) if i not in (0, dim % maps.ndim)]
+            if math.prod(positions) == 1:
+                self._warned = True
+                warnings.warn(
+                    f"features: yield maps {' x '.join(map(str, positions))}: with a single"
+                    " position filters have no place in the image, and neither masks nor parts mean"
+                    " anything; give larger images, or cut the backbone at an earlier layer",
+                    stacklevel=2,
+                )
 
 
 def _writes_to_input(layers: list[nn.Module]) -> bool:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from picnn_fast import PartTemplate, functional
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.layers import TemplateMask
-from picnn_fast.losses import FilterLoss
 from picnn_fast.models import ICNN, make_interpretable
 from picnn_fast.models.icnn import ESTIMATORS, FilterCategories
 
@@ -202,11 +203,77 @@ def test_epochs_count_from_one(epoch):
         build().begin_epoch(epoch)
 
 
-def test_maps_of_another_size_than_remembered_are_refused():
-    loss = FilterLoss(PartTemplate(), 6, estimator="running")
-    loss(torch.rand(2, 6, 4, 4))
-    with pytest.raises(ValueError, match=r"state: got log_mean of shape \(6, 17\), want \(6, 26\)"):
-        loss(torch.rand(2, 6, 5, 5))
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_images_of_another_size_than_remembered_are_refused(estimator):
+    model = build(insert=False, estimator=estimator)
+    model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    model.loss(model(images()), LABELS)
+    with pytest.raises(ValueError, match=r"^x: got maps 9 x 16, want 12 x 12 .* of one size"):
+        model.loss(model(torch.randn(4, 3, 9, 16)), LABELS)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_averages_of_the_weights_can_be_begun_before_the_first_batch(estimator):
+    model = build(estimator=estimator)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(model(images()), LABELS).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    for name, buffer in averaged.module.named_buffers():
+        torch.testing.assert_close(buffer, model.get_buffer(name), rtol=0, atol=0)
+    averaged.eval()
+    averaged.module.loss(averaged(images()), LABELS)
+
+
+@pytest.mark.parametrize("name", ["WeightAveraging", "StochasticWeightAveraging"])
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_lightnings_averages_can_be_begun_before_the_first_batch(estimator, name, tmp_path):
+    L = pytest.importorskip("lightning")
+    kind = getattr(L.pytorch.callbacks, name, None)
+    if kind is None:
+        pytest.skip(f"this Lightning has no {name}")
+    from picnn_fast.training.module import InterpretableModule
+
+    module = InterpretableModule(build(estimator=estimator), lr=0.01)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images(), LABELS), batch_size=2
+    )
+    options = {"swa_lrs": 0.01, "swa_epoch_start": 1} if name.startswith("St") else {}
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        callbacks=[kind(**options)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, data, data)
+    assert module.network.filter_losses[0].log_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_loss_computed_again_is_refused_in_training_alone(estimator):
+    model = build(estimator=estimator)
+    model.loss(model(images()), LABELS)
+
+    def loss(x):
+        return model.loss(model(x), LABELS)
+
+    def gradients(checkpointed):
+        model.zero_grad()
+        value = checkpoint(loss, images(), use_reentrant=False) if checkpointed else loss(images())
+        value.backward()
+        return [p.grad for p in model.parameters()]
+
+    with pytest.raises(RuntimeError, match=r"^ICNN.loss_terms: got computed again"):
+        gradients(True)
+    model.eval()
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
