@@ -558,3 +558,42 @@ def test_a_published_step_compiles_into_one_graph():
             network.after_step()
     torch.testing.assert_close(model.state_dict(), other.state_dict())
     assert (model.features.mask.beta.value != 2).any()
+
+
+MASKS = {
+    "l1": {},
+    "uniform": {"template": PartTemplate("l2", "uniform")},
+    "function": {"template": PartTemplate(profile=lambda distance: 1 - distance / 4)},
+    "table": {"template": PartTemplate(profile=torch.linspace(-1, 1, 23 * 23).view(23, 23))},
+    "mass": {"center": "mass"},
+    "learnt": {"learn_beta": True},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_layers_are_whole_in_a_trace_and_their_maps_can_be_extracted(name):
+    network = build(**MASKS[name]).eval().discriminator()
+    traced = torch.fx.symbolic_trace(network)
+    masks = {str(n.target) for n in traced.graph.nodes if n.op == "call_module"}
+    assert {"features.top_mask", "features.mask"} <= masks
+    for batch in (images(), images()[:1]):
+        torch.testing.assert_close(traced(batch), network(batch))
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    nodes = {"features.top_mask": "top", "features.mask": "last"}
+    maps = extraction.create_feature_extractor(network, nodes)(images())
+    top = network.features[:2](images())
+    torch.testing.assert_close(maps, {"top": top, "last": network.features(images())})
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_it_is_exported_to_onnx(name):
+    pytest.importorskip("onnxscript")
+    network = build(**MASKS[name]).eval().discriminator()
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.onnx.export(
+        network, (images(),), dynamo=True, verbose=False, dynamic_shapes=({0: batch},)
+    )
+    reference = pytest.importorskip("onnx.reference").ReferenceEvaluator(program.model_proto)
+    for x in (images(), images()[:3]):
+        (logits,) = reference.run(None, {reference.input_names[0]: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), network(x))
