@@ -159,10 +159,10 @@ class MaskedHead:
 
     def classify(self, layers: list[nn.Module], maps: Tensor) -> Tensor:
         """Logits ``[B, K]`` by the rest of the head; ``maps`` are not written to."""
-        x = maps.clone() if _writes_to_input(layers) else maps
         # Some write in place without saying so: versions tell, where there are any.
-        watched = x is maps and not torch.compiler.is_compiling() and not maps.is_inference()
-        version = maps._version if watched else None
+        watched = not torch.compiler.is_compiling() and not maps.is_inference()
+        x = maps.clone() if _writes_to_input(layers, in_doubt=not watched) else maps
+        version = maps._version if watched and x is maps else None
         for layer in layers:
             x = layer(x)
         if version is not None and maps._version != version:
@@ -210,12 +210,20 @@ class MaskedHead:
                 )
 
 
-def _writes_to_input(layers: list[nn.Module]) -> bool:
-    """Whether a layer that says it works in place may be given the memory of the first one."""
+def _writes_to_input(layers: list[nn.Module], in_doubt: bool) -> bool:
+    """Whether a layer that says it works in place may be given the memory of the first one.
+
+    Args:
+        layers: of a head.
+        in_doubt: what to say of layers other than PyTorch's, which may say nothing.
+    """
     for module in layers:
         for layer in layers_of(module):
             if any(getattr(part, "inplace", False) for part in layer.modules()):
                 return True
-            if type(layer).__module__.startswith("torch.nn.") and type(layer) not in _PASSING:
+            of_torch = type(layer).__module__.startswith("torch.nn.")
+            if of_torch and type(layer) not in _PASSING:
                 return False  # it yields memory of its own
+            if not of_torch and in_doubt:
+                return True
     return False
