@@ -12,9 +12,9 @@ from picnn_fast.models.std import STD
 from picnn_fast.ops import checks
 
 METHODS: dict[str, type[InterpretableNetwork]] = {"std": STD, "picnn": PICNN, "icnn": ICNN}
-# PICNN, figure 5: 128 filters for the ten classes of CIFAR-10. The paper goes no further; with as
-# many for each of a thousand classes the inserted convolution would be most of the network.
-FILTERS_PER_CLASS = 12.8
+FILTERS_PER_CLASS = 12.8  # PICNN, figure 5
+# A bound of ours: with so many for each of a thousand classes the inserted convolution would be
+# most of the network.
 MOST_TIMES_THE_CHANNELS = 4
 
 
