@@ -42,6 +42,7 @@ def build_network(options: Options, num_classes: int, in_channels: int) -> Inter
             num_classes=num_classes,
             num_filters=options.num_filters,
             insert_conv=options.insert_conv,
+            insert_kernel=options.insert_kernel,
             image_channels=in_channels,
             **options.arguments("backbone"),
             **options.arguments("method"),

@@ -59,7 +59,17 @@ class Group:
 GROUPS: dict[str, Group] = {
     "method": Group(
         METHODS,
-        frozenset({"features", "head", "num_classes", "num_filters", "in_channels", "channel_dim"}),
+        frozenset(
+            {
+                "features",
+                "head",
+                "num_classes",
+                "num_filters",
+                "in_channels",
+                "insert_kernel",
+                "channel_dim",
+            }
+        ),
     ),
     "backbone": Group(
         dict.fromkeys(BACKBONES, cut),
@@ -88,8 +98,10 @@ class Options:
         optimizer: of torch, with its learning rate ``lr``.
         output: folder the finished run appears in; must not hold another.
         num_filters: filters of the target layer; null: as many as the backbone yields (icnn, or
-            without insert_conv), else 12.8 times the number of classes.
-        insert_conv: put a new 3x3 convolution of num_filters after the backbone.
+            without insert_conv), else 12.8 times the number of classes, but at most four times the
+            channels that the backbone yields.
+        insert_conv: put a new convolution of num_filters after the backbone.
+        insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         category: class that is told from all others, which then count as one.
         mutual_information_weight: weight of the mutual information between filters and classes as
             a loss.
@@ -124,6 +136,7 @@ class Options:
     output: str = "runs/train"
     num_filters: int | None = None
     insert_conv: bool = True
+    insert_kernel: int = 3
     category: str | None = None
     mutual_information_weight: float = 0.0
     epochs: int = 30

@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,8 @@ def test_wrong_labels_and_outputs_of_other_methods_are_refused(build) -> None:
             model.loss(output, labels)
     with pytest.raises(ValueError, match="output: got tuple, want a"):
         model.loss_terms((output.logits, output.maps), LABELS)
+    with pytest.raises(ValueError, match=r"^output: got Tensor, want a .*forward yields$"):
+        model.loss(output.logits, LABELS)
     with pytest.raises(TypeError, match="mask: got list"):
         model.head_logits(output.maps, [1.0])
 
@@ -330,3 +333,29 @@ def test_it_says_where_it_comes_from(method: str) -> None:
     module = Path(inspect.getfile(METHODS[method]))
     assert module.name == f"{method}.py"
     assert "Source:" in (inspect.getdoc(METHODS[method]) or "")
+
+
+def test_maps_of_a_single_position_are_warned_of_once(method: str) -> None:
+    features, head = pair()
+    features.append(nn.AdaptiveAvgPool2d((1, 2)))
+    model = make_interpretable(
+        (features, head), method, num_classes=CLASSES, num_filters=6, insert_conv=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
+    features[-1] = nn.AdaptiveAvgPool2d(1)
+    with pytest.warns(UserWarning, match=r"^features: yield maps 1 x 1: with a single position"):
+        run(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
+
+
+def test_the_discriminator_has_the_mode_of_the_network_and_can_be_traced(build) -> None:
+    model = build()
+    assert model.discriminator().training
+    network = model.eval().discriminator()
+    assert not network.training
+    traced = torch.fx.symbolic_trace(network)
+    torch.testing.assert_close(traced(images()), network(images()))

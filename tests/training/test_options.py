@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from picnn_fast.models import METHODS
+from picnn_fast.training.checkpoint import build_network
 from picnn_fast.training.options import GROUPS, ConfigError, Options, parse
 
 
@@ -155,10 +157,26 @@ def test_bad_values_are_refused_by_name(given, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_convolution_inserted_is_as_the_options_say(method):
+    kernels = {}
+    for kernel in (1, 3):
+        network = build_network(Options(method=method, insert_kernel=kernel), 3, 1)
+        kernels[kernel] = [m.kernel_size for m in network.features if isinstance(m, nn.Conv2d)]
+    assert kernels == {1: [(1, 1)], 3: [(3, 3)]}
+    assert Options().insert_kernel == 3
+    for options, message in (
+        ({"insert_kernel": 2}, r"^insert_kernel: got 2, want 1 or 3$"),
+        ({"insert_kernel": 1, "insert_conv": False}, r"^insert_kernel: got 1, want 3: no convol"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_network(Options(method=method, **options), 3, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_options_of_a_method_are_its_keyword_only_signature(method):
     parameters = inspect.signature(METHODS[method]).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for name in ("in_channels", "channel_dim"):  # of the network that a run builds
+    for name in ("in_channels", "insert_kernel", "channel_dim"):  # of the network that a run builds
         keywords.pop(name, None)
     assert {**keywords, "name": method} == Options(method=method).method
 
