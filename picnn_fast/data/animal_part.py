@@ -225,11 +225,11 @@ def _hdf5(path: Path) -> Any:
 
 
 def animal_part(
-    root: str,
+    root: str | Path,
     *,
     image_size: int = 224,
     categories: list[str] | None = None,
-    parts: str | None = None,
+    parts: str | Path | None = None,
     min_area: int = 2500,
     split_seed: int = 0,
     batch_size: int = 64,

@@ -205,7 +205,7 @@ def _mask(item: Any) -> Tensor:
 
 
 def voc_part(
-    root: str,
+    root: str | Path,
     *,
     image_size: int = 224,
     categories: list[str] | None = None,

@@ -209,7 +209,7 @@ def test_printed_configuration_is_read_back(capsys, tmp_path):
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")))
 def test_every_recipe_is_taken_with_a_folder(path):
     options = _parse("--config", str(path), "--data.root", "images")
-    assert options.data["root"] == "images"
+    assert options.data["root"] == str(Path("images").absolute())
     assert path.stem in options.output
 
 

@@ -198,8 +198,8 @@ def test_complete_run_is_read_back_and_another_is_refused(config, monkeypatch):
     first = train(dataclasses.replace(config, epochs=1), progress=False)
     monkeypatch.setattr(run, "assemble", None)
     assert train(dataclasses.replace(config, epochs=1), progress=False) == first
-    with pytest.raises(RunFolderError, match="epochs 1, now 2"):
-        train(dataclasses.replace(config, epochs=2), progress=False)
+    with pytest.raises(RunFolderError, match="seed 0, now 1"):
+        train(dataclasses.replace(config, epochs=1, seed=1), progress=False)
 
 
 def test_checkpoint_gives_back_the_network_and_its_figures(config, tmp_path):
