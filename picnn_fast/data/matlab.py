@@ -23,7 +23,6 @@ from picnn_fast._extras import extra
 from picnn_fast.data import matlab_reader
 from picnn_fast.data.matlab_reader import is_hdf5
 
-
 # What this process can import the other can too, after what comes with Python.
 _START = (
     "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"

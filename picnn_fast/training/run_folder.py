@@ -296,7 +296,7 @@ class RunFolder:
 
     def _restore(self) -> None:
         """A kill while a run was replaced has left it under another name."""
-        if not self._replaced.exists():
+        if not os.path.lexists(self._replaced):
             return
         self._check_owner(self._replaced)
         if self._occupied():
@@ -305,8 +305,7 @@ class RunFolder:
             os.rename(self._replaced, self.path)
 
     def _prepare(self, overwrite: bool) -> None:
-        for leftover in self.work.rglob(f".*{_TEMPORARY}"):
-            leftover.unlink()
+        self._sweep()
         record = self._record(self.work)
         if record is not None and not self._kept(record, overwrite):
             self._clear()
@@ -324,6 +323,11 @@ class RunFolder:
         self._note(overwrite, goes_on)
         if goes_on:
             self._copy_complete()
+
+    def _sweep(self) -> None:
+        """A kill while a file was written has left it under a name of its own."""
+        for leftover in list(self.work.rglob(f".*{_TEMPORARY}")):
+            leftover.unlink()
 
     def _kept(self, record: dict[str, Any], overwrite: bool) -> bool:
         """Whether an interrupted run is more than something to clear away."""
@@ -370,6 +374,7 @@ class RunFolder:
     def _finish(self) -> None:
         record = self._record(self.work)
         assert record is not None
+        self._sweep()
         (self.work / _LOCK).unlink(missing_ok=True)
         occupied = self._occupied()
         if occupied and not (record["overwrite"] or record["goes_on"]):
