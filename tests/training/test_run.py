@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import errno
 import io
@@ -15,6 +16,7 @@ import sys
 import time
 import warnings
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -358,6 +360,8 @@ def test_a_reading_process_that_is_killed_is_told_in_a_line(config, monkeypatch)
         return original(self, index)
 
     monkeypatch.setattr(image_folder._Images, "__getitem__", killed)
+    # How long torch waits for its processes to end, seconds.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     with pytest.raises(ConfigError, match=r"^data.num_workers: a process .* killed \(") as caught:
         train(_with(config, "data", num_workers=1), progress=False)
     assert "\n" not in str(caught.value)
@@ -622,3 +626,17 @@ def test_no_warnings_of_lightning_reach_the_user(config, tmp_path):
         warnings.simplefilter("always")
         _fit(dataclasses.replace(config, epochs=1), tmp_path / "work")
     assert [str(w.message) for w in caught if "lightning" in w.filename] == []
+
+
+def test_whatever_torch_loads_is_loaded_as_data_and_never_runs():
+    root = Path(__file__).parents[2]
+    calls = [
+        (path, call)
+        for folder in ("picnn_fast", "benchmarks", "tests")
+        for path in (root / folder).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("torch.load")
+    ]
+    assert len(calls) > 5
+    for path, call in calls:
+        assert "weights_only=True" in ast.unparse(call), path
