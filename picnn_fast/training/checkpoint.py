@@ -102,13 +102,17 @@ class WholeCheckpoints(TorchCheckpointIO):
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            try:
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
+        try:
+            with replacing(path) as file:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:
-                # torch tells that its archive is short, and not what the system said.
-                cause = error.__cause__ or error.__context__
-                raise cause if isinstance(cause, OSError) else error from None
+        except RuntimeError as error:
+            # torch tells that its archive is short, and not what the system said.
+            cause = error.__cause__ or error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
+        finally:
+            torch.serialization.set_crc32_options(checksums)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None

@@ -106,11 +106,11 @@ def train_folder(options: Options) -> RunFolder:
 
 
 def _going_on(epochs: int, options: Options) -> str:
-    line = f"goes on with the complete run of {epochs} epochs"
+    line = f"goes on with a run of {epochs} epochs"
     if options.schedule == "cosine":
         line += (
-            f"; its cosine ended there, so this is not the run that {options.epochs} epochs from"
-            " the start would be"
+            f"; its cosine was of that length, so this is not the run that {options.epochs} epochs"
+            " from the start would be"
         )
     return line
 

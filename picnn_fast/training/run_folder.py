@@ -20,7 +20,7 @@ from picnn_fast._extras import extra
 from picnn_fast._version import __version__
 
 with extra("train"):
-    from filelock import FileLock, Timeout
+    from filelock import BaseFileLock, FileLock, Timeout
 
 RECORD = "run.json"
 _LOCK = ".lock"
@@ -128,12 +128,13 @@ class RunFolder:
         return True
 
     def earlier(self) -> dict[str, Any] | None:
-        """The options of the complete run that this one goes on with, None where there is none."""
-        record = self._record(self.path) if self._occupied() else None
-        if record is None or self._differing(record) or not self._grown(record):
-            return None
-        config: dict[str, Any] = record["config"]
-        return config
+        """The options of the smaller run that this one goes on with, None where there is none."""
+        for folder in (self.work, self.path):
+            record = self._record(folder)
+            if record is not None and not self._differing(record):
+                config: dict[str, Any] = record["config"]
+                return config if self._grown(record) else None
+        return None
 
     @contextlib.contextmanager
     def writing(self, *, overwrite: bool = False) -> Iterator[Path]:
@@ -166,12 +167,13 @@ class RunFolder:
             self._check_owner(self.work)
         except OSError as error:
             raise self._unusable(error) from error
-        with self._locked():
+        with self._locked() as lock:
             try:
                 self._restore()
                 self._check_replaceable()
                 self._prepare(overwrite)
                 yield self.work
+                lock.release()  # a folder that holds an open file is not renamed everywhere
                 self._finish()
             except OSError as error:
                 if error.errno not in _FULL:
@@ -273,7 +275,7 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[BaseFileLock]:
         # The kernel lets go of the lock when the process dies, however it dies.
         lock = FileLock(self.work / _LOCK, timeout=0)
         try:
@@ -286,7 +288,7 @@ class RunFolder:
         except OSError as error:  # a link, which is not followed
             raise self._unusable(error) from error
         try:
-            yield
+            yield lock
         finally:
             lock.release()
             with contextlib.suppress(OSError):

@@ -218,7 +218,7 @@ def test_more_epochs_go_on_from_the_last_one(config, tmp_path, capsys):
     train(shorter, progress=False)
     capsys.readouterr()
     assert train(dataclasses.replace(shorter, epochs=3)) == whole
-    assert "goes on with the complete run of 1 epochs\n" in capsys.readouterr().out
+    assert "goes on with a run of 1 epochs\n" in capsys.readouterr().out
     one, two = (_weights(tmp_path / "runs" / name / "last.ckpt") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert read_history(tmp_path / "runs" / "two") == read_history(tmp_path / "runs" / "one")
@@ -240,7 +240,8 @@ def test_a_cosine_that_goes_on_follows_its_new_length_and_says_so(config, monkey
     train(config, progress=False)
     capsys.readouterr()
     train(dataclasses.replace(config, epochs=4))
-    assert "its cosine ended there, so this is not the run that 4 epoch" in capsys.readouterr().out
+    line = "its cosine was of that length, so this is not the run that 4 epochs from the start"
+    assert line in capsys.readouterr().out
     shares = [(1 + math.cos(math.pi * t)) / 2 for t in (0, 1 / 2, 2 / 4, 3 / 4)]
     assert rates == pytest.approx([1e-3 * share for share in shares])
 
@@ -463,6 +464,17 @@ def test_one_wrong_bit_or_an_empty_block_is_damage(config, tmp_path):
     assert len(told) > 50
     message = rf"checkpoint: {path} is damaged: .* is not as it was saved"
     assert [text for text in told if not re.fullmatch(message, text)] == []
+
+
+def test_a_checkpoint_has_its_checksums_whatever_the_process_is_set_to(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        content = {"picnn_fast": {"config": {}}, "weights": torch.ones(5)}
+        checkpoint.WholeCheckpoints().save_checkpoint(content, tmp_path / "x.ckpt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoint.read_checkpoint(tmp_path / "x.ckpt")["weights"].sum() == 5
 
 
 def test_a_checkpoint_that_may_not_be_read_says_so(tmp_path, monkeypatch):

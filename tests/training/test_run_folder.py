@@ -428,6 +428,7 @@ def test_a_kill_before_the_shorter_run_is_copied_loses_nothing_of_it(tmp_path, m
 def test_an_interrupted_run_takes_more_epochs_too_and_keeps_them(tmp_path):
     _fail(_longer(tmp_path, 3), "last.ckpt")
     _fail(_longer(tmp_path, 5), "second.txt")
+    assert _longer(tmp_path, 7).earlier()["epochs"] == 5
     with pytest.raises(RunFolderError, match=r"an interrupted run .*epochs 5, now 3"):
         _longer(tmp_path, 3).writing().__enter__()
 
