@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from picnn_fast._extras import extra, install_command
+from picnn_fast._terminal import printable
 from picnn_fast._version import __version__
 
 # What a shell reports of a process ended by Ctrl-C and by SIGTERM.
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminable(command):
             return _COMMANDS[command][0](rest)
     except _expected_errors() as error:
-        print(f"picnn-fast {command}: error: {error}", file=sys.stderr)
+        print(printable(f"picnn-fast {command}: error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1  # an option, or else the world
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
@@ -117,7 +118,7 @@ def _print_table(figures: dict[str, dict[str, float | str]], title: str) -> None
         arrow = {"higher": "↑", "lower": "↓"}[FIGURES[key].better]
         table.add_column(f"{FIGURES[key].heading} {arrow}", justify="right", no_wrap=True)
     for name, values in figures.items():
-        table.add_row(escape(name), *(format_figure(values, key) for key in had))
+        table.add_row(escape(printable(name)), *(format_figure(values, key) for key in had))
     console = Console(soft_wrap=True)
     console.print(table)
     for key, figure in FIGURES.items():
@@ -169,7 +170,7 @@ def _demo(arguments: Sequence[str]) -> int:
         ("gradcam.png", "what all, class and complementary filters see"),
         ("metrics.json", "the figures above"),
     ):
-        print(f"  {Path(output) / name}: {meaning}")
+        print(printable(f"  {Path(output) / name}: {meaning}"))
     if complete:
         _say_complete()
     return 0
@@ -194,7 +195,7 @@ def _train(arguments: Sequence[str]) -> int:
     if not figures:  # a process beside the first one
         return 0
     _print_table({options.method["name"]: figures}, f"Test split of {options.data['name']}")
-    print(f"  {options.output}: metrics.json, last.ckpt, csv/ and tensorboard/")
+    print(printable(f"  {options.output}: metrics.json, last.ckpt, csv/ and tensorboard/"))
     if complete:
         _say_complete()
     return 0
@@ -207,7 +208,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
     from picnn_fast.training.launch import device_of
     from picnn_fast.training.options import ConfigError, parse
-    from picnn_fast.training.run import build_data
+    from picnn_fast.training.run import build_data, reading_images
 
     def add(parser: Any) -> None:
         parser.add_argument(
@@ -252,7 +253,14 @@ def _evaluate(arguments: Sequence[str]) -> int:
             key: args[key] for key in ("data", "batch_size", "seed") if args.get(key) is not None
         }
         options = dataclasses.replace(options, **overrides)
-        data = build_data(dataclasses.replace(options, category=None))
+        try:
+            data = build_data(dataclasses.replace(options, category=None))
+        except ConfigError as error:
+            if of_data:
+                raise
+            raise ConfigError(
+                f"{error}; --data.root, or another option of --data, says where else"
+            ) from error
         if options.category is not None and options.category in data.class_names:
             data.single_out(options.category)
         if list(data.class_names) != class_names:
@@ -261,14 +269,15 @@ def _evaluate(arguments: Sequence[str]) -> int:
                 f" {checkpoint} was trained on ({_few(class_names)})"
             )
         name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
-        figures[options.method["name"] if name == "." else name] = evaluate(
-            network,
-            data,
-            seed=options.seed,
-            draws=args["draws"],
-            device=device_of(args["accelerator"]),
-            progress=sys.stdout.isatty() and not args["json"],
-        )
+        with reading_images():
+            figures[options.method["name"] if name == "." else name] = evaluate(
+                network,
+                data,
+                seed=options.seed,
+                draws=args["draws"],
+                device=device_of(args["accelerator"]),
+                progress=sys.stdout.isatty() and not args["json"],
+            )
     if args["json"]:
         print(json.dumps(figures, indent=2))
     else:
@@ -315,7 +324,7 @@ def _convert(arguments: Sequence[str]) -> int:
         add=add,
     )
     convert(args["source"], args["target"], args["root"])
-    print(f"  {args['target']}: picnn-fast evaluate measures it")
+    print(printable(f"  {args['target']}: picnn-fast evaluate measures it"))
     return 0
 
 

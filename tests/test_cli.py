@@ -366,3 +366,72 @@ def test_convert_writes_a_checkpoint_that_evaluate_takes(capsys, tmp_path):
     status, _, err = _main(capsys, "convert", tmp_path / "text", tmp_path / "x.ckpt", *root)
     assert (status, "is no checkpoint of PICNN's" in err, err.count("\n")) == (2, True, 1)
     assert not (tmp_path / "x.ckpt").exists()
+
+
+@pytest.fixture
+def of_folder(tmp_path, monkeypatch):
+    """An untrained network on a folder of images that was named from where it lies."""
+    from picnn_fast.training import checkpoint, run
+
+    classes = ("a\x1b[2J", "b\u202e")
+    for split in ("train", "test"):
+        for name in classes:
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32), 60 * i).save(
+                    tmp_path / "images" / split / name / f"{i}.png"
+                )
+    monkeypatch.chdir(tmp_path)
+    data = {"name": "folder", "root": "images/", "image_size": 32, "num_workers": 0}
+    options = Options(data=data, num_filters=8, accelerator="cpu", output="run\x1b[2J")
+    made = run.assemble(options, tmp_path, progress=False)
+    content = {"state_dict": made.module.state_dict()}
+    saving = checkpoint.SaveOptions(options, made.data)
+    saving.on_save_checkpoint(made.trainer, made.module, content)
+    path = tmp_path / "run\x1b[2J" / "std\x07" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    return path
+
+
+def test_evaluation_finds_the_data_from_anywhere_and_says_how_to_name_it(
+    capsys, monkeypatch, tmp_path, of_folder
+):
+    monkeypatch.chdir("/")
+    arguments = ("evaluate", of_folder, "--accelerator", "cpu", "--json")
+    status, out, _ = _main(capsys, *arguments)
+    assert (status, "acc1" in out) == (0, True)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    status, _, err = _main(capsys, *arguments)
+    assert status == 2
+    assert f"data.root: {tmp_path}/images/train is missing; want" in err
+    assert err.endswith("; --data.root, or another option of --data, says where else\n")
+    moved = ("--data.root", tmp_path / "moved")
+    assert _main(capsys, *arguments, *moved)[0] == 0
+    status, _, err = _main(capsys, *arguments, "--data.root", "nowhere")
+    assert (status, "says where else" in err) == (2, False)
+
+
+def test_names_that_would_steer_the_terminal_are_written_out(capsys, tmp_path, of_folder):
+    status, out, err = _main(capsys, "evaluate", of_folder.parent.parent, "--accelerator", "cpu")
+    assert (status, "std\\x07" in out) == (0, True)
+    arguments = ("evaluate", of_folder, "--accelerator", "cpu", "--data", "digits")
+    status, more, err = _main(capsys, *arguments)
+    assert (status, r"a\x1b[2J, b\u202e" in err) == (2, True)
+    status, _, missing = _main(capsys, "evaluate", tmp_path / "\x1b]0;title\x07")
+    assert (status, r"\x1b]0;title\x07" in missing) == (1, True)
+    assert not {"\x1b", "\x07", "\u202e"} & set(out + more + err + missing)
+
+
+def test_a_reading_process_that_is_killed_while_measuring_is_told_in_a_line(
+    capsys, monkeypatch, of_folder
+):
+    from picnn_fast import evaluation
+
+    def killed(*arguments, **options):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    monkeypatch.setattr(evaluation, "evaluate", killed)
+    status, _, err = _main(capsys, "evaluate", of_folder, "--accelerator", "cpu")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "data.num_workers: a process that reads images was killed (7)" in err

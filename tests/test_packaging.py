@@ -10,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import ninja
 import pytest
@@ -146,14 +147,85 @@ def test_every_requirement_is_tested_at_its_lower_bound() -> None:
     assert tested == claimed
 
 
-def test_cuda_kernels_compile_for_hopper_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The rules of setup.py itself, so that what compiles here compiles there.
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The functions of setup.py."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     spec = importlib.util.spec_from_file_location("picnn_fast_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _program(path: Path, text: str) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_behind_a_launcher_and_with_options_is_the_one_that_builds(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launcher = _program(tmp_path / "two words" / "ccache", 'exec "$@"')
+    compiler = _program(tmp_path / "g++", 'echo "g++ 1.2"')
+    monkeypatch.setenv("PICNN_FAST_CUDA", "0")
+    monkeypatch.setenv("CXX", f"'{launcher}' {compiler} -m64")
+    assert build.find_compiler() == [launcher, compiler, "-m64"]
+    assert build.host_compiler(build.find_compiler()) == compiler
+    assert len(build.extensions()) == 1
+    command = build.NinjaBuild(setuptools.Distribution())
+    lines = command.ninja_file(build.Extension("picnn_fast._C", sources=[]), tmp_path).splitlines()
+    assert f"cxx = '{launcher}' {compiler} -m64" in lines
+    assert any('"g++ 1.2"' in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("echo no licence >&2; exit 3", "fails with status 3: no licence"),
+        ("exit 0", "fails with status 0"),
+        (None, "does not run: Exec format error"),
+    ],
+)
+def test_a_broken_nvcc_is_told_in_a_line_and_left_out_unless_asked_for(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    text: str | None,
+    message: str,
+) -> None:
+    nvcc = Path(_program(tmp_path / "bin" / "nvcc", text or ""))
+    if text is None:
+        nvcc.write_bytes(b"\x7fELF")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("PICNN_FAST_CUDA", raising=False)
+    found, reason = build.find_nvcc()
+    assert found is None
+    assert reason.startswith(f"{nvcc} --version {message}")
+    monkeypatch.setenv("PICNN_FAST_CUDA", "1")
+    with pytest.raises(SystemExit, match=message):
+        build.find_nvcc()
+
+
+def test_a_broken_compiler_is_told_in_a_line(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", _program(tmp_path / "g++", "exit 1"))
+    with pytest.raises(SystemExit, match=r"CXX=.*g\+\+ --version fails with status 1"):
+        build.extensions()
+    # One that was not asked for is none: on some systems c++ tells how to install it.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX")
+    assert build.extensions() == []
+
+
+def test_cuda_kernels_compile_for_hopper_without_a_warning(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rules of setup.py itself, so that what compiles here compiles there.
     monkeypatch.setenv("PICNN_FAST_CUDA", "1")
     monkeypatch.setenv("PICNN_FAST_WERROR", "1")
     monkeypatch.setattr(build, "CUDA_ARCHITECTURES", ("90",))
@@ -163,7 +235,7 @@ def test_cuda_kernels_compile_for_hopper_without_a_warning(monkeypatch: pytest.M
         pytest.skip(str(reason))
     # Kept from run to run, ninja compiles what has changed: a source, one of our headers, a flag.
     # The headers of others it does not follow: their versions name the folder.
-    version = re.search(r"V([\d.]+)", build.version_line(nvcc))
+    version = re.search(r"V([\d.]+)", build.version_line([nvcc]))
     assert version is not None
     folder = ROOT / "build" / f"hopper-cuda-{version[1]}-torch-{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast.data.loading import readers
+from picnn_fast.data.matlab import read_struct
 from picnn_fast.data.parts import PartDataModule, PartSample, bounding_boxes, centres
 from picnn_fast.data.photographs import (
     Photograph,
@@ -16,7 +17,6 @@ from picnn_fast.data.photographs import (
     checked,
     chosen,
     lines,
-    load_struct,
     reading,
     share,
     some,
@@ -184,7 +184,7 @@ def _read(path: Path) -> list[_Object]:
     """The annotated objects of an image, with the parts of those that are animals."""
     with reading(path, "an annotation of parts", _DOWNLOAD):
         found = []
-        for item in np.atleast_1d(load_struct(path, "anno").objects):
+        for item in np.atleast_1d(read_struct(path, "anno").objects):
             category, mask = getattr(item, "class"), _mask(item)
             parts: list[tuple[str, Tensor]] = []
             for part in np.atleast_1d(item.parts) if category in ANIMALS else ():
@@ -205,7 +205,7 @@ def _mask(item: Any) -> Tensor:
 
 
 def voc_part(
-    root: str,
+    root: str | Path,
     *,
     image_size: int = 224,
     categories: list[str] | None = None,

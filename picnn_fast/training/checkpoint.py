@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, and read back as a network with its options."""
 
-import os
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
 from picnn_fast.training.options import ConfigError, Options, one_line, qualified
-from picnn_fast.training.run_folder import RunFolderError
+from picnn_fast.training.run_folder import RunFolderError, replacing
 
 with extra("train"):
     import lightning as L
@@ -68,33 +69,63 @@ class SaveOptions(Callback):
         checkpoint[_SAVED] = self.saved
 
 
+class FollowSchedule(Callback):
+    """Learning rates are those of this run's schedule, also where it goes on with a shorter run.
+
+    A checkpoint holds the rates that the shorter run would have gone on with.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            groups = schedule.optimizer.param_groups
+            for group, lr, share in zip(
+                groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = lr * share(schedule.last_epoch)
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that a kill leaves whole, and that are told in a line where they are not.
 
     Lightning moves a file over from the system's temporary folder, which may copy: a kill then
     leaves half a checkpoint. Here it is renamed within its folder.
+
+    Args:
+        class_names: of the data; a checkpoint of other classes is refused.
     """
+
+    def __init__(self, class_names: Sequence[str] | None = None) -> None:
+        self.class_names = class_names
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
         try:
-            with open(temporary, "wb") as file:
+            with replacing(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        except RuntimeError as error:
+            # torch tells that its archive is short, and not what the system said.
+            cause = error.__cause__ or error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
         finally:
-            temporary.unlink(missing_ok=True)
+            torch.serialization.set_crc32_options(checksums)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         try:
-            return read_checkpoint(Path(path))
+            content = read_checkpoint(Path(path))
+            names = [str(name) for name in content[_SAVED].get("class_names") or ()]
+            if self.class_names is not None and names != list(self.class_names):
+                raise RunFolderError(
+                    f"checkpoint: {path} is of {_few(names)}, the data has {_few(self.class_names)}"
+                )
+            return content
         except RunFolderError as error:
             raise RunFolderError(f"{error}; remove {Path(path).parent} to start anew") from error
 
@@ -109,8 +140,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
     try:
+        damaged = _damaged_part(path)
+        if damaged is not None:
+            raise RunFolderError(f"checkpoint: {path} is damaged: {damaged} is not as it was saved")
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = content[_SAVED]["config"]
+    except RunFolderError:
+        raise
     except PermissionError as error:
         raise RunFolderError(f"checkpoint: cannot read {path}: {error.strerror}") from error
     except Exception as error:
@@ -121,6 +157,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             " options; train it again"
         )
     return content  # type: ignore[no-any-return]
+
+
+def _damaged_part(path: Path) -> str | None:
+    """The part of a checkpoint whose checksum is wrong, which torch does not look at."""
+    with open(path, "rb") as file:
+        begun = file.read(2) == b"PK"
+    if not begun and not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except Exception as error:  # of many kinds, by what was damaged
+        return f"the archive ({one_line(error)})"
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} classes ({shown})"
 
 
 def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, list[str]]:

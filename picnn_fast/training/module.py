@@ -158,17 +158,28 @@ class InterpretableModule(L.LightningModule):
         self.log_dict({f"train/{name}": term for name, term in terms.items()}, **by_epoch)
         return loss
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # No loss is computed of what the last step makes of the weights, and they are saved next.
+        if self.trainer.is_last_batch:
+            images = batch[0].to(next(self.network.parameters()).dtype)
+            training = {part: part.training for part in self.network.modules()}
+            with torch.no_grad():
+                logits = Observation(self.network.eval(), images, batch[1], seed=0).logits
+            for part, mode in training.items():
+                part.training = mode
+            self._check_finite(logits.abs().amax(), "the largest logit after the last step")
+
     def on_train_epoch_end(self) -> None:
         self._check_finite(self.trainer.callback_metrics["train/loss"])
 
-    def _check_finite(self, loss: Tensor) -> None:
-        if not loss.isfinite():
+    def _check_finite(self, value: Tensor, name: str = "train/loss") -> None:
+        if not value.isfinite():
             rates = " or ".join(
                 f"{'' if group['name'] == 'network' else group['name'] + '_'}lr ({group['lr']})"
                 for group in self.network.parameter_groups(self.lr)
             )
             raise DivergenceError(
-                f"train/loss is {loss.item()} in epoch {self.current_epoch + 1}:"
+                f"{name} is {value.item()} in epoch {self.current_epoch + 1}:"
                 f" training diverged; lower {rates}, or use precision 32-true"
             )
 

@@ -167,11 +167,17 @@ class Options:
                 kind = "an integer" if isinstance(least, int) else "a number"
                 limit = f" and <= {most}" if most < math.inf else ""
                 raise ConfigError(f"{name}: got {value}, want {kind} >= {least}{limit}")
+        for group in GROUPS:
+            chosen = getattr(self, group)
+            for name, parameter in GROUPS[group].options(chosen["name"]).items():
+                if _is_path(parameter.annotation) and chosen[name] is not None:
+                    # The same folder wherever the options are read again.
+                    chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
         if not 0 < self.optimizer["lr"] < math.inf:
             raise ConfigError(f"optimizer.lr: got {self.optimizer['lr']}, want a number > 0")
 
     def identity(self) -> dict[str, Any]:
-        """The options that make two runs the same run: all but the output folder."""
+        """What a run notes about itself: all options but the output folder, where it is noted."""
         return {name: value for name, value in self.as_dict().items() if name != "output"}
 
     def as_dict(self) -> dict[str, Any]:
@@ -480,8 +486,13 @@ def _annotation(option: str, names: Mapping[str, str]) -> Any:
     return inspect.Parameter.empty if parameter is None else parameter.annotation
 
 
+def _is_path(annotation: Any) -> bool:
+    return annotation is Path or any(map(_is_path, typing.get_args(annotation)))
+
+
 def _described(annotation: Any) -> str:
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    words[Path] = "a path"
     if annotation in words:
         return words[annotation]
     if annotation in (None, types.NoneType):

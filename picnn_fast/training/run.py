@@ -5,6 +5,7 @@ import csv
 import functools
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from picnn_fast._extras import extra
+from picnn_fast._terminal import printable
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
@@ -24,6 +26,7 @@ from picnn_fast.evaluation import Figures, check_figures, evaluate
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (
     CHECKPOINT,
+    FollowSchedule,
     SaveOptions,
     WholeCheckpoints,
     build_network,
@@ -81,6 +84,9 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
     if not started.child and started.decide(lambda: not overwrite and folder.complete()):
         return read_metrics(folder.path, [method])[method] if started.first else {}
     run = assemble(options, folder.work, started=started, progress=progress)
+    earlier = None if overwrite else folder.earlier()
+    if earlier is not None and progress and started.first:
+        print(_going_on(earlier["epochs"], options), flush=True)
     with started.owning(folder, overwrite=overwrite) as work:
         figures = fit(run, progress=progress)
         if started.first:
@@ -89,8 +95,24 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
 
 
 def train_folder(options: Options) -> RunFolder:
-    """The folder of the run with these options."""
-    return RunFolder(options.output, "train", options.identity())
+    """The folder of the run with these options, which may go on with one of fewer epochs."""
+    return RunFolder(
+        options.output,
+        "train",
+        options.identity(),
+        free=("data.num_workers",),
+        growing=("epochs",),
+    )
+
+
+def _going_on(epochs: int, options: Options) -> str:
+    line = f"goes on with a run of {epochs} epochs"
+    if options.schedule == "cosine":
+        line += (
+            f"; its cosine was of that length, so this is not the run that {options.epochs} epochs"
+            " from the start would be"
+        )
+    return line
 
 
 def assemble(
@@ -110,7 +132,7 @@ def assemble(
         ConfigError: data, network or devices cannot be had, or do not go together.
     """
     started = launch(options.devices) if started is None else started
-    check_accelerator(options.accelerator)
+    check_accelerator(options.accelerator, options.precision)
     data = build_data(options)
     with _quiet():
         # Weights, and the random correspondence matrix of STD, follow from the seed.
@@ -137,6 +159,7 @@ def assemble(
         raise ConfigError(f"optimizer: {error}") from error
     callbacks: list[Callback] = [
         SaveOptions(options, data),
+        FollowSchedule(),
         ModelCheckpoint(
             dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
         ),
@@ -159,7 +182,7 @@ def assemble(
                     TensorBoardLogger(folder, name="tensorboard", version=""),
                 ],
                 callbacks=callbacks,
-                plugins=[WholeCheckpoints()],
+                plugins=[WholeCheckpoints(data.class_names)],
                 enable_progress_bar=progress and sys.stdout.isatty(),
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
@@ -178,7 +201,7 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
     Raises:
         ConfigError: the network cannot take the images, or so small a batch of them.
     """
-    with _reading_images():
+    with reading_images():
         image = data.test_set[0][0][None]
     backbone, (height, width) = options.backbone["name"], image.shape[2:]
     try:
@@ -229,8 +252,8 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
     trainer = run.trainer
     checkpoint = Path(trainer.default_root_dir) / CHECKPOINT
     if progress and trainer.is_global_zero:
-        print(f"validation images: {run.data.validation_source}", flush=True)
-    with _quiet(), _reading_images():
+        print(printable(f"validation images: {run.data.validation_source}"), flush=True)
+    with _quiet(), reading_images():
         trainer.fit(run.module, run.data, ckpt_path=checkpoint if checkpoint.exists() else None)
         device = trainer.strategy.root_device
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -332,10 +355,18 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _reading_images() -> Iterator[None]:
+def reading_images() -> Iterator[None]:
     """An image that cannot be read is told in a line, whichever process was reading it."""
     try:
         yield
+    except RuntimeError as error:
+        killed = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if killed is None:
+            raise
+        raise ConfigError(
+            f"data.num_workers: a process that reads images was killed ({killed[1]}), perhaps for"
+            " want of memory; want fewer of them"
+        ) from error
     except (DamagedFileError, FileNotFoundError) as error:
         if error.errno is not None:  # of the system: no image, but a log or a checkpoint
             raise

@@ -200,6 +200,21 @@ def test_options_survive_a_file():
     assert Options(**json.loads(json.dumps(options.as_dict()))) == options
 
 
+@pytest.mark.parametrize("given", ["images", "images/", "./images", "x/../images", "~/images"])
+@pytest.mark.parametrize("data", ["folder", "voc-part", "cub", "animal-part"])
+def test_folders_are_kept_by_their_whole_path(monkeypatch, tmp_path, given, data):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = Options(data={"name": data, "root": given})
+    assert options == Options(data={"name": data, "root": str(tmp_path / "images")})
+    if data == "animal-part":
+        assert options.data["parts"] is None
+        parts = Options(data={"name": data, "root": "x", "parts": given}).data["parts"]
+        assert parts == options.data["root"]
+    monkeypatch.chdir("/")
+    assert dataclasses.replace(options).data["root"] == str(tmp_path / "images")
+
+
 def test_output_is_no_part_of_what_makes_a_run():
     assert Options(output="a").identity() == Options(output="b").identity()
     assert Options(seed=1).identity() != Options(seed=2).identity()
@@ -227,7 +242,7 @@ def test_printed_configuration_is_read_back(capsys, tmp_path):
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")))
 def test_every_recipe_is_taken_with_a_folder(path):
     options = _parse("--config", str(path), "--data.root", "images")
-    assert options.data["root"] == "images"
+    assert options.data["root"] == str(Path("images").absolute())
     assert path.stem in options.output
 
 
