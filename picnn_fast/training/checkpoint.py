@@ -37,7 +37,7 @@ def build_network(options: Options, num_classes: int, in_channels: int) -> Inter
         ConfigError: options that do not go together.
     """
     try:
-        return make_interpretable(
+        network = make_interpretable(
             options.backbone["name"],
             options.method["name"],
             num_classes=num_classes,
@@ -50,6 +50,9 @@ def build_network(options: Options, num_classes: int, in_channels: int) -> Inter
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(qualified(error, "method", options.method["name"])) from error
+    # Convolutions take the layout of their weights, whatever that of the images is.
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    return network.to(memory_format=layout)
 
 
 class SaveOptions(Callback):

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +16,12 @@ from picnn_fast.evaluation import FIGURES, Observation, pool
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
+from picnn_fast.training.checkpoint import load_checkpoint
 
 with extra("train"):
     import lightning as L
+    from lightning.pytorch.callbacks import Timer
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
 # Numbers that keep the draws of training and validation apart.
 _TRAIN, _EVALUATE = 0, 1
 
@@ -77,6 +76,7 @@ class InterpretableModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=("network", "optimizer"), logger=False)
         self.network = network
         self.lr = checks.positive("lr", lr)
         self.make_optimizer = optimizer
@@ -103,23 +103,86 @@ class InterpretableModule(L.LightningModule):
         logits: Tensor = self.network(images).logits
         return logits
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        *,
+        network: InterpretableNetwork | None = None,
+        **changed: Any,
+    ) -> Self:
+        """The module in a checkpoint, with the network and the optimiser it was trained with.
+
+        Args:
+            checkpoint_path: written by ``picnn-fast train``, or in one's own training loop.
+            map_location: see ``torch.load``.
+            network: to load the weights into; None builds that of ``picnn-fast train``.
+            changed: arguments of the class to have otherwise than in the checkpoint.
+
+        Raises:
+            FileNotFoundError: no such file.
+            RunFolderError: no network is given, and the file is not of ``picnn-fast train``.
+        """
+        if network is None:
+            network, options, _ = load_checkpoint(checkpoint_path)
+            changed = {"optimizer": options.optimizer_class(), **changed}
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, weights_only=True, network=network, **changed
+        )
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits of a batch of images, or of images and labels."""
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        logits: Tensor = self(images)
+        return logits
+
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.network.parameter_groups(self.lr))
-        epochs = self.trainer.max_epochs
-        if self.schedule == "cosine" and (epochs is None or epochs < 1):
-            raise ValueError(f"schedule: 'cosine' with max_epochs={epochs}, want max_epochs >= 1")
+        interval, done = self._course()
+        schedule = {
+            "scheduler": LambdaLR(optimizer, partial(self._share, done)),
+            "interval": interval,
+        }
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-        def share(epoch: int) -> float:
-            if epoch < self.warmup_epochs:
-                return (epoch + 1) / (self.warmup_epochs + 1)
-            if self.schedule == "constant":
-                return 1.0
+    def _course(self) -> tuple[str, Callable[[int], float]]:
+        """By what the rates change, "epoch" or "step", and how far the run is after so many."""
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+        # By epochs where possible: counting steps would start the workers before a resumed epoch is
+        # known.
+        if (epochs or 0) >= 1:
             falling = max((epochs or 0) - self.warmup_epochs, 1)
-            cosine = (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / falling)) / 2
-            return self.schedule_floor + (1 - self.schedule_floor) * cosine
+            return "epoch", lambda epoch: (epoch - self.warmup_epochs) / falling
+        if self.schedule == "constant" and self.warmup_epochs == 0:
+            return "epoch", lambda epoch: 0.0
+        if self.warmup_epochs > 0:
+            raise ValueError(
+                f"warmup_epochs: got {self.warmup_epochs} without max_epochs, want 0, or max_epochs"
+            )
+        if steps >= 1:
+            return "step", lambda step: min(step / steps, 1.0)
+        if timer is not None:
 
-        # By epochs: counting steps would start the workers before a resumed epoch is known.
-        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, share)}
+            def elapsed(step: int) -> float:
+                whole = timer.time_elapsed() + (timer.time_remaining() or 0.0)
+                return min(timer.time_elapsed() / whole, 1.0) if whole > 0 else 0.0
+
+            return "step", elapsed
+        raise ValueError(
+            f"schedule: got {self.schedule!r} in a run without an end, want max_epochs, max_steps"
+            " or max_time; or 'constant'"
+        )
+
+    def _share(self, done: Callable[[int], float], count: int) -> float:
+        """Of each rate, after so many epochs or steps."""
+        if count < self.warmup_epochs:
+            return (count + 1) / (self.warmup_epochs + 1)
+        if self.schedule == "constant":
+            return 1.0
+        cosine = (1 + math.cos(math.pi * done(count))) / 2
+        return self.schedule_floor + (1 - self.schedule_floor) * cosine
 
     def on_train_start(self) -> None:
         # The first epoch after resuming has no on_train_epoch_start.
@@ -170,7 +233,9 @@ class InterpretableModule(L.LightningModule):
             self._check_finite(logits.abs().amax(), "the largest logit after the last step")
 
     def on_train_epoch_end(self) -> None:
-        self._check_finite(self.trainer.callback_metrics["train/loss"])
+        loss = self.trainer.callback_metrics.get("train/loss")
+        if loss is not None:  # a bare trainer logs nothing
+            self._check_finite(loss)
 
     def _check_finite(self, value: Tensor, name: str = "train/loss") -> None:
         if not value.isfinite():

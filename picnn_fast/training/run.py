@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import functools
 import json
 import logging
 import re
@@ -11,12 +10,11 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from picnn_fast._extras import extra
-from picnn_fast._terminal import printable
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
@@ -32,14 +30,21 @@ from picnn_fast.training.checkpoint import (
     build_network,
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
-from picnn_fast.training.module import OPTIMIZERS, InterpretableModule
+from picnn_fast.training.module import InterpretableModule
 from picnn_fast.training.options import ConfigError, Options, one_line, qualified
+from picnn_fast.training.progress import (
+    Introduction,
+    ProgressBar,
+    ProgressLines,
+    Work,
+    work,
+)
 from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_json
 
 with extra("train"):
     import lightning as L
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 METRICS = "metrics.json"
@@ -138,11 +143,8 @@ def assemble(
         # Weights, and the random correspondence matrix of STD, follow from the seed.
         L.seed_everything(options.seed, workers=False, verbose=False)
     network = build_network(options, data.num_classes, data.in_channels)
-    _try_image(options, network, data)
-    arguments = options.arguments("optimizer")
-    del arguments["lr"]  # a group of parameters has its own
-    kind: Any = OPTIMIZERS[options.optimizer["name"]]
-    optimizer = functools.partial(kind, **arguments)
+    cost = _try_image(options, network, data)
+    optimizer = options.optimizer_class()
     module = InterpretableModule(
         network,
         lr=options.optimizer["lr"],
@@ -165,7 +167,15 @@ def assemble(
         ),
     ]
     if progress:
-        callbacks.append(RichProgressBar() if sys.stdout.isatty() else EpochLines())
+        introduction = Introduction(
+            data,
+            network,
+            cost,
+            data_name=options.data["name"],
+            backbone=options.backbone["name"],
+            output=options.output,
+        )
+        callbacks += [introduction, ProgressBar() if sys.stdout.isatty() else ProgressLines()]
     processes = started.devices * started.nodes
     try:
         with _quiet():
@@ -183,7 +193,7 @@ def assemble(
                 ],
                 callbacks=callbacks,
                 plugins=[WholeCheckpoints(data.class_names)],
-                enable_progress_bar=progress and sys.stdout.isatty(),
+                enable_progress_bar=False,
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
                 log_every_n_steps=1,
@@ -196,8 +206,9 @@ def assemble(
     return Run(options, data, network, module, trainer)
 
 
-def _try_image(options: Options, network: InterpretableNetwork, data: SeededDataModule) -> None:
-    """
+def _try_image(options: Options, network: InterpretableNetwork, data: SeededDataModule) -> Work:
+    """What training takes, by a forward pass.
+
     Raises:
         ConfigError: the network cannot take the images, or so small a batch of them.
     """
@@ -205,8 +216,9 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
         image = data.test_set[0][0][None]
     backbone, (height, width) = options.backbone["name"], image.shape[2:]
     try:
+        cost = work(network.eval(), image, inserted=options.insert_conv)
         with torch.no_grad():
-            activations = getattr(network.eval()(image), "activations", ())
+            activations = getattr(network(image), "activations", ())
         if isinstance(data, PartDataModule):
             receptive_field(network.features, (height, width))
     except (RuntimeError, ValueError) as error:
@@ -229,6 +241,7 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
         except ValueError as error:  # batch normalisation of maps of one position
             raise ConfigError(f"batch_size: got 1, want at least 2: {error}") from error
         network.load_state_dict(before)
+    return cost
 
 
 def fit(run: Run, *, progress: bool = True) -> Figures:
@@ -251,8 +264,6 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
     """
     trainer = run.trainer
     checkpoint = Path(trainer.default_root_dir) / CHECKPOINT
-    if progress and trainer.is_global_zero:
-        print(printable(f"validation images: {run.data.validation_source}"), flush=True)
     with _quiet(), reading_images():
         trainer.fit(run.module, run.data, ckpt_path=checkpoint if checkpoint.exists() else None)
         device = trainer.strategy.root_device
@@ -314,26 +325,6 @@ def read_metrics(folder: Path, methods: Collection[str]) -> dict[str, Figures]:
             f"output: {path} cannot be read: {error}; redo the run with --overwrite"
         ) from error
     return {method: content[method] for method in methods}
-
-
-class EpochLines(Callback):
-    """A line an epoch, where there is no terminal to draw a progress bar on."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = {
-            name: f"{value.item():.3f}"
-            for name, value in sorted(trainer.callback_metrics.items())
-            if name.startswith("val/")
-        }
-        width = len(str(trainer.max_epochs))
-        print(
-            f"epoch {trainer.current_epoch + 1:{width}}/{trainer.max_epochs}",
-            *(f"{name.removeprefix('val/')} {value}" for name, value in values.items()),
-            sep="  ",
-            flush=True,
-        )
 
 
 @contextmanager
