@@ -352,8 +352,8 @@ def test_maps_of_a_single_position_are_warned_of_once(method: str) -> None:
         run(model)
 
 
-def test_the_discriminator_has_the_mode_of_the_network_and_can_be_traced(build) -> None:
-    model = build()
+def test_the_discriminator_has_the_mode_of_the_network_and_can_be_traced(method: str) -> None:
+    model = make_interpretable(method=method, num_classes=CLASSES, **inserted_pair())
     assert model.discriminator().training
     network = model.eval().discriminator()
     assert not network.training
