@@ -26,13 +26,14 @@ lint: $(VENV)/.built ## ruff, mypy, clang-format; compiler warnings are errors i
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h')
 
-bench: $(VENV)/.built ## measure, and write benchmarks/results
+bench: $(VENV)/.built ## measure, and write benchmarks/results and benchmarks/README.md
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.mutual_information
 	$(BIN)/python -m benchmarks.bias
 	$(BIN)/python -m benchmarks.filter_loss
 	$(BIN)/python -m benchmarks.parts
 	$(BIN)/python -m benchmarks.parts --centers
+	$(BIN)/python -m benchmarks.report
 
 gpu: ## with PYTHON's own packages (torch, pytest …): gpu-parity, gpu-bench, gpu-bench-more
 	@failed=0; for part in gpu-parity gpu-bench gpu-bench-more; do \

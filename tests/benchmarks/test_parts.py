@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, parts
+from benchmarks import parts
 
 METRICS = {
     "location_instability_middle": 0.05,
@@ -115,11 +115,3 @@ def test_a_short_run_trains_measures_and_draws(
         "filters-std.png",
         "filters-icnn.png",
     }
-
-
-@pytest.mark.parametrize("name", [parts.NAME, parts.CENTERS])
-def test_the_readme_shows_the_committed_experiments(name: str) -> None:
-    content = json.loads((harness.RESULTS / f"{name}.json").read_text())
-    readme = (harness.RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
-    assert parts.report(content) in readme
-    assert content["command"] in readme
