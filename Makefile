@@ -10,7 +10,7 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 lint test: export PICNN_FAST_WERROR ?= 1
 
-.PHONY: help demo test lint bench gpu gpu-parity gpu-bench gpu-bench-more clean build
+.PHONY: help demo test lint docs bench gpu gpu-parity gpu-bench gpu-bench-more clean build
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/'
 
@@ -20,11 +20,15 @@ demo: $(VENV)/.built ## train an ordinary network and a PICNN on digits; figures
 test: $(VENV)/.built ## the whole test suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.built ## ruff, mypy, clang-format; compiler warnings are errors in every build made here
+lint: $(VENV)/.built ## ruff, mypy, imports, clang-format; compiler warnings are errors in every build made here
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h')
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cu')
+
+docs: $(VENV)/.built ## the documentation, in build/docs
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.built ## measure, and write benchmarks/results and benchmarks/README.md
 	$(BIN)/python -m benchmarks.masking

@@ -26,7 +26,7 @@ README = harness.RESULTS.parent / "README.md"
 HEAD = """
 # What it costs, and what it is worth
 
-Written by `python -m benchmarks.report` from the results in [`results`](results); each table names
+Written by `python -m benchmarks.report` from the results in `benchmarks/results`; each table names
 the command that measured it. No figure from a GPU yet: the CUDA and Triton kernels are tested
 without one, not measured.
 """
