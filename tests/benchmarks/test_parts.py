@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, parts
+from benchmarks import parts
 
 METRICS = {
     "location_instability_middle": 0.05,
@@ -114,10 +114,3 @@ def test_a_short_run_trains_measures_and_draws(
         "filters-std.png",
         "filters-icnn.png",
     }
-
-
-def test_the_readme_shows_the_committed_experiment() -> None:
-    content = json.loads((harness.RESULTS / f"{parts.NAME}.json").read_text())
-    readme = (harness.RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
-    assert parts.report(content) in readme
-    assert content["command"] in readme

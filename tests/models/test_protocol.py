@@ -1,7 +1,7 @@
 """What every method of METHODS owes to training loops, metrics and pictures, on a few backbones.
 
 A method that is added to the registry is tested here without a test being written; so is the
-README's example of one.
+example of one in CONTRIBUTING.md.
 """
 
 import copy
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import picnn_fast
 from picnn_fast.models import METHODS, InterpretableNetwork, make_interpretable
 
 CLASSES = 3
@@ -71,17 +70,17 @@ BACKBONES: tuple[Callable[[], dict[str, Any]], ...] = (
 )
 
 
-README = Path(__file__).parents[2] / "README.md"
+RECIPES = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 def example() -> type[InterpretableNetwork]:
-    """The README's method, which it registers as "groups"."""
-    (block,) = re.findall(r"^```python\n(from typing.*?)^```", README.read_text(), re.S | re.M)
+    """The method of CONTRIBUTING.md, which it registers as "groups"."""
+    blocks = re.findall(r"^```python\n(.*?)^```", RECIPES.read_text(encoding="utf-8"), re.S | re.M)
+    (block,) = (block for block in blocks if 'METHODS["groups"]' in block)
     assert sum(bool(line.strip()) for line in block.splitlines()) < 40
     # A module by that name, which the compiler of older versions of torch looks up.
-    module = sys.modules.setdefault("readme", types.ModuleType("readme"))
-    vars(module).update(picnn_fast=picnn_fast, torch=torch)
-    exec(compile(block, "README.md", "exec"), vars(module))
+    module = sys.modules.setdefault("recipes", types.ModuleType("recipes"))
+    exec(compile(block, RECIPES.name, "exec"), vars(module))
     kind: type[InterpretableNetwork] = METHODS.pop("groups")
     return kind
 
