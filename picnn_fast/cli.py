@@ -9,9 +9,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     command: str = args.command
     try:
-        with _terminable(command):
+        with _terminable(command), _warnings_in_a_line(command):
             return _COMMANDS[command][0](rest)
     except _expected_errors() as error:
         print(printable(f"picnn-fast {command}: error: {error}"), file=sys.stderr)
@@ -70,6 +72,19 @@ def _words_to_complete() -> list[str]:
     if words and words[0] in _COMMANDS:
         os.environ["_ARGCOMPLETE"] = "2"
     return words[:1] + [word for word in words[1:] if word not in ("-h", "--help")]
+
+
+@contextmanager
+def _warnings_in_a_line(command: str) -> Iterator[None]:
+    """What a warning says, without the place in the code, which tells a user nothing."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place: (
+        printable(f"picnn-fast {command}: warning: {' '.join(str(message).split())}\n")
+    )
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager
@@ -195,7 +210,10 @@ def _train(arguments: Sequence[str]) -> int:
     if not figures:  # a process beside the first one
         return 0
     _print_table({options.method["name"]: figures}, f"Test split of {options.data['name']}")
+    folder = shlex.quote(options.output)
     print(printable(f"  {options.output}: metrics.json, last.ckpt, csv/ and tensorboard/"))
+    print(printable(f"  picnn-fast evaluate {folder}   measures it again, or on other images"))
+    print(printable(f"  tensorboard --logdir {folder}   draws its losses and figures"))
     if complete:
         _say_complete()
     return 0
@@ -206,7 +224,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
     from picnn_fast.evaluation import evaluate
     from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
-    from picnn_fast.training.launch import device_of
+    from picnn_fast.training.launch import device_of, launch
     from picnn_fast.training.options import ConfigError, parse
     from picnn_fast.training.run import build_data, reading_images
 
@@ -238,6 +256,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     }
     if any(token in ("-h", "--help") for token in arguments):
         parse(arguments, groups=("data",), **described)
+    if not launch(None).first:  # one of several processes measures, so that no image counts twice
+        return 0
     # What can be said of the data hangs on the checkpoint, which has to be found first.
     rest, of_data = _without_data(arguments)
     args = parse(rest, groups=(), **described)

@@ -17,6 +17,7 @@ from picnn_fast.models.base import InterpretableNetwork
 with extra("train"):
     import lightning as L
     from lightning.pytorch.callbacks import Callback
+    from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
         BarColumn,
@@ -215,7 +216,14 @@ class ProgressLines(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar over the steps of the run, with loss, figures and the time that is left."""
+    """A bar over the steps of the run, with loss, figures and the time that is left.
+
+    Args:
+        console: to draw on; None: the terminal.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -230,6 +238,7 @@ class ProgressBar(Callback):
             TextColumn("done,"),
             TimeRemainingColumn(),
             TextColumn("left  {task.fields[figures]}"),
+            console=self.console,
         )
         self.task = self.bar.add_task(
             _epoch(trainer),

@@ -652,3 +652,15 @@ def test_whatever_torch_loads_is_loaded_as_data_and_never_runs():
     assert len(calls) > 5
     for path, call in calls:
         assert "weights_only=True" in ast.unparse(call), path
+
+
+def test_the_module_of_a_run_is_loaded_from_its_checkpoint_alone(tmp_path):
+    options = Options(**{**SHORT, "optimizer": "sgd"}, output=str(tmp_path / "run"))
+    train(options, progress=False)
+    path = tmp_path / "run" / "last.ckpt"
+    module = InterpretableModule.load_from_checkpoint(path)
+    network, _, _ = load_checkpoint(path)
+    for mine, theirs in zip(module.network.parameters(), network.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert isinstance(module.make_optimizer(module.network.parameter_groups(1.0)), torch.optim.SGD)
+    assert module.hparams["lr"] == options.optimizer["lr"]
