@@ -225,7 +225,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from picnn_fast.evaluation import evaluate
     from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
     from picnn_fast.training.launch import device_of, launch
-    from picnn_fast.training.options import ConfigError, parse
+    from picnn_fast.training.options import ConfigError, few, parse
     from picnn_fast.training.run import build_data, reading_images
 
     def add(parser: Any) -> None:
@@ -285,8 +285,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
             data.single_out(options.category)
         if list(data.class_names) != class_names:
             raise ConfigError(
-                f"data: {options.data['name']} has other classes ({_few(data.class_names)}) than"
-                f" {checkpoint} was trained on ({_few(class_names)})"
+                f"data: {options.data['name']} has other classes ({few(data.class_names)}) than"
+                f" {checkpoint} was trained on ({few(class_names)})"
             )
         name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
         with reading_images():
@@ -346,10 +346,6 @@ def _convert(arguments: Sequence[str]) -> int:
     convert(args["source"], args["target"], args["root"])
     print(printable(f"  {args['target']}: picnn-fast evaluate measures it"))
     return 0
-
-
-def _few(names: list[str]) -> str:
-    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
 def _doctor(arguments: Sequence[str]) -> int:

@@ -423,13 +423,16 @@ def test_names_that_would_steer_the_terminal_are_written_out(capsys, tmp_path, o
     assert not {"\x1b", "\x07", "\u202e"} & set(out + more + err + missing)
 
 
+@pytest.mark.parametrize(
+    "text", ["(pid(s) 7) exited unexpectedly", "(pid 7) is killed by signal: Killed. "]
+)
 def test_a_reading_process_that_is_killed_while_measuring_is_told_in_a_line(
-    capsys, monkeypatch, of_folder
+    capsys, monkeypatch, of_folder, text
 ):
     from picnn_fast import evaluation
 
     def killed(*arguments, **options):
-        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        raise RuntimeError(f"DataLoader worker {text}")
 
     monkeypatch.setattr(evaluation, "evaluate", killed)
     status, _, err = _main(capsys, "evaluate", of_folder, "--accelerator", "cpu")

@@ -6,8 +6,8 @@ file has ended it.
 """
 
 import atexit
-import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +21,7 @@ import numpy as np
 
 from picnn_fast._extras import extra
 from picnn_fast.data import matlab_reader
-from picnn_fast.data.matlab_reader import is_hdf5
+from picnn_fast.data.matlab_reader import KINDS, is_hdf5
 
 # What this process can import the other can too, after what comes with Python.
 _START = (
@@ -39,6 +39,7 @@ class _Reader:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            pipesize=2**20,  # else an answer of some MB passes in many small pieces
             # Threads of a library that is not used for what they are for take address space.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
@@ -119,11 +120,11 @@ def read_struct(path: Path, name: str) -> Any:
         except BaseException:  # whatever it was about to answer is no answer to what comes next
             _end()
             raise
-    with np.load(io.BytesIO(answer), allow_pickle=False) as arrays:
-        tree = json.loads(str(arrays["tree"]))
-        if "error" in tree:
-            raise ValueError(tree["error"])
-        return _value(tree, arrays)
+    line, _, arrays = answer.partition(b"\n")
+    tree = json.loads(line)
+    if "error" in tree:
+        raise ValueError(tree["error"])
+    return _value(tree, arrays)
 
 
 @atexit.register
@@ -134,7 +135,7 @@ def _end() -> None:
         _reader = None
 
 
-def _value(tree: dict[str, Any], arrays: Any) -> Any:
+def _value(tree: dict[str, Any], arrays: bytes) -> Any:
     if "fields" in tree:
         fields = {name: _value(field, arrays) for name, field in tree["fields"].items()}
         return SimpleNamespace(**fields)
@@ -143,4 +144,12 @@ def _value(tree: dict[str, Any], arrays: Any) -> Any:
         for place, item in enumerate(tree["items"]):
             found[place] = _value(item, arrays)
         return found.reshape(tree["shape"])
-    return tree["text"] if "text" in tree else arrays[str(tree["array"])]
+    if "text" in tree:
+        return tree["text"]
+    dtype, count = np.dtype(tree["dtype"]), math.prod(tree["shape"])
+    if dtype.kind not in KINDS:
+        raise ValueError(f"its reader answers with values of type {dtype}")
+    if count * dtype.itemsize == 0:
+        return np.zeros(tree["shape"], dtype)
+    found = np.frombuffer(arrays, dtype, count, tree["start"])
+    return found.reshape(tree["shape"], order=tree["order"])

@@ -1,13 +1,12 @@
 """Reads MATLAB files in a process of its own, which damaged ones may kill; run as a script.
 
 For each line of JSON on the standard input, ``{"path": …, "name": …}``, it writes one message to
-the standard output: its length in 8 bytes, then a NumPy archive of ``tree`` (JSON text) and of the
-arrays that the tree refers to by number, which is read without pickles. An empty message comes
-first, once it is ready.
+the standard output: its length in 8 bytes, and a line of JSON that says where in the bytes after
+it the arrays are. Nothing of it can do more than be wrong, whatever the file has made of this
+process. An empty message comes first, once it is ready.
 """
 
 import contextlib
-import io
 import json
 import sys
 import time
@@ -18,23 +17,29 @@ import numpy as np
 # Bounds on the reader; an annotation takes a few MB and some 10 ms.
 MEMORY = 4 * 2**30  # bytes of address space
 SECONDS = 60  # of work on one file
+# Of an array: truth values, numbers, bytes and text.
+KINDS = "biufcSU"
 
 
-def _tree(value: Any, arrays: list[Any]) -> Any:
-    """What loadmat gives, as JSON in which numbers stand for arrays."""
+def _tree(value: Any, arrays: bytearray) -> Any:
+    """What loadmat gives, as JSON that refers to ``arrays``."""
     if hasattr(value, "_fieldnames"):
         return {"fields": {name: _tree(getattr(value, name), arrays) for name in value._fieldnames}}
     if isinstance(value, np.ndarray) and value.dtype == object:
         return {"shape": value.shape, "items": [_tree(item, arrays) for item in value.flat]}
     if isinstance(value, str):
         return {"text": value}
-    arrays.append(np.asarray(value))
-    if arrays[-1].dtype.hasobject:
-        raise ValueError(f"a value of type {type(value).__name__}")
-    return {"array": len(arrays) - 1}
+    array = np.asarray(value)
+    if array.dtype.kind not in KINDS:
+        raise ValueError(f"it holds a value of type {type(value).__name__}")
+    # As it lies in memory: MATLAB's arrays go down their columns.
+    order = "F" if array.flags.fnc else "C"
+    start = len(arrays)
+    arrays += array.tobytes("A")
+    return {"dtype": array.dtype.str, "shape": array.shape, "start": start, "order": order}
 
 
-def _tree_hdf5(file: Any, item: Any, arrays: list[Any]) -> Any:
+def _tree_hdf5(file: Any, item: Any, arrays: bytearray) -> Any:
     """The same of a file of MATLAB 7.3, where a list of structures is a structure of lists."""
     if not hasattr(item, "dtype"):
         return {"fields": {name: _tree_hdf5(file, item[name], arrays) for name in item}}
@@ -46,7 +51,7 @@ def _tree_hdf5(file: Any, item: Any, arrays: list[Any]) -> Any:
     return _tree(value, arrays)
 
 
-def _read(path: str, name: str, arrays: list[Any]) -> Any:
+def _read(path: str, name: str, arrays: bytearray) -> Any:
     if is_hdf5(path):
         import h5py
 
@@ -76,26 +81,24 @@ def _limit(name: str, value: int) -> None:
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    _send(answers, b"")
+    _send(answers)
     for line in requests:
         request = json.loads(line)
         _limit("RLIMIT_CPU", int(time.process_time()) + SECONDS)
-        arrays: list[Any] = []
+        arrays = bytearray()
         try:
             tree = _read(request["path"], request["name"], arrays)
         except MemoryError:
-            tree, arrays = {"error": f"it asks for more than {MEMORY >> 30} GiB of memory"}, []
+            tree = {"error": f"it asks for more than {MEMORY >> 30} GiB of memory"}
         except Exception as error:
-            tree, arrays = {"error": str(error) or type(error).__name__}, []
-        archive = io.BytesIO()
-        named = {str(number): array for number, array in enumerate(arrays)}
-        np.savez(archive, tree=np.array(json.dumps(tree)), **named)
-        _send(answers, archive.getbuffer())
+            tree = {"error": str(error) or type(error).__name__}
+        _send(answers, json.dumps(tree).encode() + b"\n", arrays)
 
 
-def _send(answers: BinaryIO, message: bytes | memoryview) -> None:
-    answers.write(len(message).to_bytes(8, "little"))
-    answers.write(message)
+def _send(answers: BinaryIO, *parts: bytes | bytearray) -> None:
+    answers.write(sum(map(len, parts)).to_bytes(8, "little"))
+    for part in parts:
+        answers.write(part)
     answers.flush()
 
 

@@ -77,8 +77,8 @@ class VOCPart(PhotographedParts):
     images of its test were never annotated. Without the folder ImageSets, nine tenths of the
     annotated images, drawn by ``seed``, are to train on.
 
-    The annotations of the split are read once when the set is made: some 10 ms an object of 15
-    parts.
+    The annotations of the split are read once when the set is made: some 20 ms an object of 15
+    parts. A process of its own reads them, for a damaged file may end the one that reads it.
 
     Args:
         root: folder that holds ``Annotations_Part`` and ``VOCdevkit``.

@@ -12,7 +12,7 @@ from picnn_fast.data import ImageFolderDataModule, SeededDataModule
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
-from picnn_fast.training.options import ConfigError, Options, one_line, qualified
+from picnn_fast.training.options import ConfigError, Options, few, one_line, qualified
 from picnn_fast.training.run_folder import RunFolderError, replacing
 
 with extra("train"):
@@ -126,7 +126,8 @@ class WholeCheckpoints(TorchCheckpointIO):
             names = [str(name) for name in content[_SAVED].get("class_names") or ()]
             if self.class_names is not None and names != list(self.class_names):
                 raise RunFolderError(
-                    f"checkpoint: {path} is of {_few(names)}, the data has {_few(self.class_names)}"
+                    f"checkpoint: {path} is of other classes ({few(names)}) than the data"
+                    f" ({few(self.class_names)})"
                 )
             return content
         except RunFolderError as error:
@@ -173,11 +174,6 @@ def _damaged_part(path: Path) -> str | None:
             return archive.testzip()
     except Exception as error:  # of many kinds, by what was damaged
         return f"the archive ({one_line(error)})"
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
-    return f"{len(names)} classes ({shown})"
 
 
 def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, list[str]]:

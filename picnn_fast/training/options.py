@@ -539,6 +539,11 @@ def _of(source: str) -> str:
     return f"config {source}: " if source else ""
 
 
+def few(names: Sequence[str]) -> str:
+    """How many names there are, and the first of them."""
+    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+
+
 def one_line(error: object) -> str:
     """A message of several lines as one."""
     return " ".join(str(error).split())

@@ -129,7 +129,7 @@ class RunFolder:
 
     def earlier(self) -> dict[str, Any] | None:
         """The options of the smaller run that this one goes on with, None where there is none."""
-        for folder in (self.work, self.path):
+        for folder in (self.work, self.path) if self._trained() else (self.path,):
             record = self._record(folder)
             if record is not None and not self._differing(record):
                 config: dict[str, Any] = record["config"]
@@ -336,7 +336,8 @@ class RunFolder:
         if overwrite:
             return bool(record["overwrite"]) and not self._differing(record)
         # What broke off before the first checkpoint is nothing to keep.
-        return self._trained() or not (self._differing(record) or record["goes_on"])
+        other = self._differing(record) or record["goes_on"] or record["overwrite"]
+        return self._trained() or not other
 
     def _note(self, overwrite: bool, goes_on: bool) -> None:
         write_json(

@@ -1,12 +1,12 @@
 """Structures of MATLAB files, damaged ones included."""
 
 import os
-import pickle
 import random
 import signal
 
 import numpy as np
 import pytest
+import torch
 from scipy.io import savemat
 
 from picnn_fast.data import VOCPart, matlab
@@ -136,9 +136,17 @@ def test_a_list_of_structures_of_the_newest_version_is_a_structure_of_lists(tmp_
     assert found[1].size == 0
 
 
-def test_pickles_are_not_loaded(monkeypatch, root):
+def test_what_a_reader_answers_is_never_an_object(monkeypatch, root):
     path = root / "Annotations_Part" / f"{NAME}.mat"
-    answer = pickle.dumps({"tree": "{}"})
+    answer = b'{"dtype": "|O", "shape": [1], "start": 0}\n' + bytes(8)
     monkeypatch.setattr(matlab._Reader, "ask", lambda self, path, name: answer)
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(ValueError, match="answers with values of type object"):
         read_struct(path, "anno")
+
+
+def test_a_loader_process_has_a_reader_of_its_own(root):
+    data = VOCPart(root, image_size=8)
+    first = matlab._reader
+    shown = [sample.object_mask for sample in torch.utils.data.DataLoader(data, num_workers=1)]
+    assert [mask[0].tolist() for mask in shown] == [s.object_mask.tolist() for s in data]
+    assert matlab._reader is first

@@ -410,6 +410,15 @@ def test_a_longer_run_goes_on_in_a_copy_of_the_shorter_one(tmp_path):
         _longer(tmp_path, 3).complete()
 
 
+def test_a_run_that_had_no_checkpoint_yet_is_nothing_to_go_on_with(tmp_path):
+    _fail(_longer(tmp_path, 3))
+    assert _longer(tmp_path, 5).earlier() is None
+    _complete(tmp_path, 3)
+    _fail(_longer(tmp_path, 5), overwrite=True)
+    with _longer(tmp_path, 5).writing() as work:
+        assert (work / "last.ckpt").read_text() == "of 3"
+
+
 def test_a_kill_before_the_shorter_run_is_copied_loses_nothing_of_it(tmp_path, monkeypatch):
     _complete(tmp_path, 3)
 
