@@ -6,6 +6,7 @@ Only torch and numpy are imported until a command needs more, so that ``doctor``
 
 import argparse
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -15,14 +16,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from picnn_fast._extras import extra, install_command
 from picnn_fast._version import __version__
 
+if TYPE_CHECKING:
+    from picnn_fast.training.run_folder import RunFolder
+
 # What a shell reports of a process ended by Ctrl-C and by SIGTERM.
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
+# As if by SIGPIPE, which there is not everywhere: nothing reads the output any more.
+_UNREAD = 128 + 13
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,27 +46,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, meaning) in _COMMANDS.items():
         commands.add_parser(name, help=meaning, add_help=False)
-    args, rest = parser.parse_known_args(arguments)
-    command: str = args.command
+    _prepare_streams()
+    try:
+        try:
+            args, rest = parser.parse_known_args(arguments)
+            return _run(args.command, rest)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would flush once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
     try:
         with _terminable(command):
-            return _COMMANDS[command][0](rest)
+            return _COMMANDS[command][0](arguments)
+    except BrokenPipeError:
+        raise
     except _expected_errors() as error:
         print(f"picnn-fast {command}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1  # an option, or else the world
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except SystemExit as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
-        if isinstance(stop, SystemExit) and stop.code not in (1, _TERMINATED):
+        if stop.code not in (1, _TERMINATED):
             raise
+        return _TERMINATED if stop.code == _TERMINATED else _INTERRUPTED
+
+
+def _prepare_streams() -> None:
+    """Output that a terminal has no letters for is escaped, and one that was closed goes nowhere.
+
+    Of ASCII, for one, which lacks a name's accents and the lines of a table.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _telling_how_to_go_on(folder: "RunFolder") -> Iterator[None]:
+    """A training that is interrupted says what the same command would do."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError):
         # One of several processes speaks for all.
-        if command in ("demo", "train") and os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            kept = any(folder.work.rglob("*.ckpt"))
+            how = "goes on from the last complete epoch" if kept else "starts anew"
             print(
-                f"\npicnn-fast {command}: interrupted; the same command goes on from the"
-                " last complete epoch",
+                f"\npicnn-fast {folder.kind}: interrupted; the same command {how}",
                 file=sys.stderr,
             )
-        terminated = isinstance(stop, SystemExit) and stop.code == _TERMINATED
-        return _TERMINATED if terminated else _INTERRUPTED
+        raise
 
 
 def _words_to_complete() -> list[str]:
@@ -108,17 +150,21 @@ def _print_table(figures: dict[str, dict[str, float | str]], title: str) -> None
 
     with extra("train"):
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
+    table.add_column("", overflow="fold", min_width=min(max(map(len, figures)), 12))
     had = [k for k in FIGURES if any(not isinstance(v[k], str) for v in figures.values())]
     for key in had:
         arrow = {"higher": "↑", "lower": "↓"}[FIGURES[key].better]
-        table.add_column(f"{FIGURES[key].heading} {arrow}", justify="right", no_wrap=True)
+        # A narrow terminal breaks headings, and neither numbers nor names are cut.
+        widest = max(len(format_figure(values, key)) for values in figures.values())
+        table.add_column(
+            f"{FIGURES[key].heading} {arrow}", justify="right", overflow="fold", min_width=widest
+        )
     for name, values in figures.items():
-        table.add_row(escape(name), *(format_figure(values, key) for key in had))
-    console = Console(soft_wrap=True)
+        table.add_row(name, *(format_figure(values, key) for key in had))
+    # Names are taken as they are: one may hold what rich would take for a style or an emoji.
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(table)
     for key, figure in FIGURES.items():
         reasons = {str(v[key]): None for v in figures.values() if isinstance(v[key], str)}
@@ -160,8 +206,10 @@ def _demo(arguments: Sequence[str]) -> int:
         add=add,
     )
     output, same = args["output"], {"seed": args["seed"], "epochs": args["epochs"]}
-    complete = not args["overwrite"] and demo_folder(output, **same).complete()
-    figures = run_demo(output, overwrite=args["overwrite"], **same)
+    folder = demo_folder(output, **same)
+    complete = not args["overwrite"] and folder.complete()
+    with _telling_how_to_go_on(folder):
+        figures = run_demo(output, overwrite=args["overwrite"], **same)
     _print_table(figures, "Test split, 360 handwritten digits")
     for name, meaning in (
         ("correspondence.png", "which filters belong to which class"),
@@ -189,12 +237,15 @@ def _train(arguments: Sequence[str]) -> int:
     del args["config"]
     overwrite = args.pop("overwrite")
     options = Options(**args)
-    complete = not overwrite and train_folder(options).complete()
-    figures = train(options, overwrite=overwrite)
+    folder = train_folder(options)
+    complete = not overwrite and folder.complete()
+    with _telling_how_to_go_on(folder):
+        figures = train(options, overwrite=overwrite)
     if not figures:  # a process beside the first one
         return 0
     _print_table({options.method["name"]: figures}, f"Test split of {options.data['name']}")
-    print(f"  {options.output}: metrics.json, last.ckpt, csv/ and tensorboard/")
+    logs = [f"{name}/" for name in ("csv", "tensorboard") if (folder.path / name).is_dir()]
+    print(f"  {options.output}: {', '.join(['metrics.json', 'last.ckpt', *logs])}")
     if complete:
         _say_complete()
     return 0
@@ -323,6 +374,21 @@ def _few(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
+_TRAIN_PACKAGES = (
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "tensorboard",
+    "scikit-learn",
+    "scipy",
+    "h5py",
+    "pyyaml",
+    "rich",
+    "jsonargparse",
+    "argcomplete",
+)
+
+
 def _doctor(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(
         prog="picnn-fast doctor",
@@ -339,13 +405,8 @@ def _doctor(arguments: Sequence[str]) -> int:
         ("torch", None),
         ("numpy", None),
         ("triton", None),
-        ("torchvision", "train"),
-        ("lightning", "train"),
-        ("torchmetrics", "train"),
-        ("jsonargparse", "train"),
-        ("scikit-learn", "train"),
-        ("matplotlib", "report"),
-        ("captum", "report"),
+        *((package, "train") for package in _TRAIN_PACKAGES),
+        *((package, "report") for package in ("matplotlib", "captum")),
     ):
         try:
             version = importlib.metadata.version(package)

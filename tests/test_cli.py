@@ -1,14 +1,18 @@
 import dataclasses
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from PIL import Image
 
 from picnn_fast import cli
@@ -26,7 +30,10 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "convert", "doctor"])
+COMMANDS = ["demo", "train", "evaluate", "convert", "doctor"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers(capsys, command):
     status, out, _ = _main(capsys, command, "--help")
     assert status == 0
@@ -44,6 +51,76 @@ def test_help_tells_every_option_of_train_with_its_default(capsys, monkeypatch):
     for option in ("--method.sampling", "--backbone.weights", "--data.max_shift", "--optimizer.lr"):
         assert f"{option} " in out
     assert "passes over the training images. (type: int, default: 30)" in out
+
+
+def _written(monkeypatch, encoding, function, *arguments):
+    """What a function prints on a terminal of that encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        status = function(*arguments)
+    except SystemExit as stop:
+        status = stop.code
+    return status, stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch, encoding):
+    monkeypatch.setitem(
+        cli._COMMANDS, "doctor", (lambda arguments: print("é → Δ") or 0, "what ² is")
+    )
+    assert _written(monkeypatch, encoding, cli.main, ["doctor"]) == (
+        0,
+        "é → Δ\n".encode(encoding, "backslashreplace").decode(encoding),
+    )
+    status, out = _written(monkeypatch, encoding, cli.main, ["--help"])
+    assert (status, "what ² is" in out or r"what \xb2 is" in out) == (0, True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_on_an_ascii_terminal(monkeypatch, command):
+    status, out = _written(monkeypatch, "ascii", cli.main, [command, "--help"])
+    assert (status, out.startswith(f"usage: picnn-fast {command}")) == (0, True)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encoding):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["tau[low]", "x[/y]", "[bold]", ":smile:", "[", "a\\"]
+    figures = {
+        name: dict.fromkeys(FIGURES, row + 0.125) | {"acc2": f"n/a: [/{row}] is gone"}
+        for row, name in enumerate(names)
+    }
+
+    def table():
+        cli._prepare_streams()
+        cli._print_table(figures, "Test split of [/x] [red]")
+
+    _, out = _written(monkeypatch, encoding, table)
+    assert "Test split of [/x] [red]" in out
+    for row, name in enumerate(names):
+        (line,) = [line for line in out.splitlines() if f" {name} " in line and ".125" in line]
+        assert line.count(f"{row}.125") == len(FIGURES) - 1
+        assert f"(n/a: [/{row}] is gone)" in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["doctor"]])
+def test_a_reader_that_stops_reading_ends_the_command_without_a_word(monkeypatch, capfd, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(arguments) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_output_that_was_closed_is_no_matter(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert not sys.stdout.isatty()
+    sys.stdout.close()
 
 
 def test_help_of_a_method_tells_its_options_alone(capsys):
@@ -70,6 +147,13 @@ def test_doctor_tells_versions_backends_and_reasons(capsys):
         assert word in out
     if not torch.cuda.is_available():
         assert "cuda        missing: " in out
+
+
+def test_doctor_lists_every_package_of_train_and_report(capsys):
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    listed = {line.split(" ")[0] for line in _main(capsys, "doctor")[1].splitlines()}
+    assert {Requirement(text).name for text in extras["train"] + extras["report"]} < listed
 
 
 def test_doctor_and_help_need_torch_and_numpy_alone():
@@ -286,9 +370,25 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "fit", interrupted)
     status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
-    assert (status, "interrupted; the same command goes on" in err) == (130, True)
+    assert (status, "demo: interrupted; the same command starts anew" in err) == (130, True)
     assert not (tmp_path / "demo").exists()
     assert (tmp_path / ".demo.partial" / "run.json").exists()
+    checkpoint = tmp_path / ".demo.partial" / "std" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
+    assert "interrupted; the same command goes on from the last complete epoch" in err
+
+
+def test_ctrl_c_before_a_training_promises_nothing(capsys, monkeypatch, tmp_path):
+    from picnn_fast.training import run
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train_folder", interrupted)
+    status, out, err = _main(capsys, "train", "--output", tmp_path / "run")
+    assert (status, out, err) == (130, "", "")
 
 
 def test_divergence_is_told_in_a_line(capsys, monkeypatch, tmp_path):

@@ -15,7 +15,6 @@ from picnn_fast.ops import checks
 
 with extra("train"):
     from PIL import Image
-    from scipy.io import loadmat
     from torchvision.transforms.v2.functional import pil_to_tensor
 
 # Where a data set has no split of its own, as in the code of the papers' authors.
@@ -181,6 +180,8 @@ def lines(path: Path) -> list[str]:
 
 def load_struct(path: Path, name: str) -> Any:
     """A variable of a MATLAB file of version 5 to 7; fields of structures are attributes."""
+    with extra("train"):
+        from scipy.io import loadmat
     return loadmat(path, squeeze_me=True, struct_as_record=False)[name]
 
 
