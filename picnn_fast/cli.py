@@ -88,14 +88,18 @@ def _prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def _first_process() -> bool:
+    """Whether this is the one of several processes that speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def _telling_how_to_go_on(folder: "RunFolder") -> Iterator[None]:
     """A training that is interrupted says what the same command would do."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-        # One of several processes speaks for all.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _first_process():
             kept = any(folder.work.rglob("*.ckpt"))
             how = "goes on from the last complete epoch" if kept else "starts anew"
             print(
@@ -224,7 +228,7 @@ def _demo(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from picnn_fast.training.options import Options, parse
+    from picnn_fast.training.options import BY_IMAGE_SIZE, Options, parse
     from picnn_fast.training.run import train, train_folder
 
     args = parse(
@@ -239,6 +243,9 @@ def _train(arguments: Sequence[str]) -> int:
     options = Options(**args)
     folder = train_folder(options)
     complete = not overwrite and folder.complete()
+    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and _first_process():
+        name = options.backbone["name"]
+        print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
     with _telling_how_to_go_on(folder):
         figures = train(options, overwrite=overwrite)
     if not figures:  # a process beside the first one

@@ -196,6 +196,25 @@ def test_flags_override_yaml(capsys, monkeypatch, tmp_path):
     assert seen == [(expected, True)]
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_backbone_is_told_where_none_was_named(capsys, monkeypatch, tmp_path, size):
+    from picnn_fast.training import run
+
+    monkeypatch.setattr(run, "fit", lambda *arguments, **options: dict.fromkeys(FIGURES, 0.5))
+    arguments = ("train", "--data", "part-animals", "--data.image_size", size)
+    arguments += ("--data.train_images", 12, "--data.test_images", 12, "--accelerator", "cpu")
+    status, out, err = _main(capsys, *arguments, "--output", tmp_path / "one")
+    name = {64: "small-resnet", 128: "resnet18"}[size]
+    assert (status, f"backbone: {name}, by the size of the images" in out) == (0, True), err
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    assert record["config"]["backbone"]["name"] == name
+    named = (*arguments, "--backbone", name, "--output", tmp_path / "one")
+    status, out, _ = _main(capsys, *named)
+    assert (status, "complete already" in out, "backbone:" in out) == (0, True, False)
+    status, out, _ = _main(capsys, *named, "--overwrite")
+    assert (status, "complete already" in out, "backbone:" in out) == (0, False, False)
+
+
 def test_bad_values_are_refused_by_name(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("epoch: 7\n")
