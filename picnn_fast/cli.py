@@ -188,13 +188,14 @@ def _say_complete() -> None:
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    from picnn_fast.training.demo import demo_folder, run_demo
+    from picnn_fast.evaluation import FIGURES
+    from picnn_fast.training.demo import EPOCHS, SPREAD, demo_folder, run_demo
     from picnn_fast.training.options import parse
 
     def add(parser: Any) -> None:
         parser.add_argument("--output", type=str, default="runs/demo", help="folder of the results")
         parser.add_argument("--seed", type=int, default=0, help="of everything random")
-        parser.add_argument("--epochs", type=int, default=30, help="of each network")
+        parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each network")
         _add_overwrite(parser)
 
     args = parse(
@@ -215,6 +216,11 @@ def _demo(arguments: Sequence[str]) -> int:
     with _telling_how_to_go_on(folder):
         figures = run_demo(output, overwrite=args["overwrite"], **same)
     _print_table(figures, "Test split, 360 handwritten digits")
+    if args["epochs"] == EPOCHS:
+        spread = ", ".join(f"{FIGURES[key].heading} {value}" for key, value in SPREAD.items())
+        print(
+            f"  Another seed or machine ends thereabouts; three seeds lay this far apart: {spread}"
+        )
     for name, meaning in (
         ("correspondence.png", "which filters belong to which class"),
         ("curves.png", "losses and accuracies over training"),
