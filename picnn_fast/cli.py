@@ -1,10 +1,11 @@
 """The command ``picnn-fast``: demo, train, evaluate, convert, doctor.
 
-Only torch and numpy are imported until a command needs more, so that ``doctor`` and ``picnn-fast
---help`` answer on any installation.
+Nothing is imported until a command needs it, so that ``picnn-fast --help`` answers at once, and
+``doctor``, with torch and numpy alone, on any installation.
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import io
 import json
@@ -410,7 +411,8 @@ def _doctor(arguments: Sequence[str]) -> int:
     ).parse_args(arguments)
     import torch
 
-    import picnn_fast
+    importlib.import_module("picnn_fast.functional")  # with which the operators are registered
+    from picnn_fast.ops.registry import build_info
 
     print(f"picnn_fast    {__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
@@ -438,7 +440,7 @@ def _doctor(arguments: Sequence[str]) -> int:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         print(f"  cuda        none (torch is built with {built})")
 
-    info = picnn_fast.build_info()
+    info = build_info()
     print("\ncompiled extension")
     for key, value in (info["extension"] or {"": "none"}).items():
         shown = ", ".join(value) if isinstance(value, list) else value

@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 
+import picnn_fast
 from picnn_fast import cli
 from picnn_fast._version import __version__
 from picnn_fast.evaluation import FIGURES
@@ -139,6 +140,31 @@ def test_version(capsys):
     assert _main(capsys, "--version")[1].strip() == f"picnn-fast {__version__}"
 
 
+def _script(tmp_path, code, *arguments):
+    """Code in a file of the name that the command has, run by itself."""
+    path = tmp_path / "picnn-fast"
+    path.write_text(code)
+    command = [sys.executable, str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_version_and_help_of_the_command_do_not_wait_for_torch(tmp_path, flag):
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print({'torch', 'numpy'} & {*sys.modules}))\n"
+        "from picnn_fast.cli import main\n"
+        "main()\n"
+    )
+    done = _script(tmp_path, code, flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\nset()\n")
+    assert ("--version" in done.stdout, __version__ in done.stdout) == (
+        flag == "--help",
+        flag == "--version",
+    )
+
+
 def test_doctor_tells_versions_backends_and_reasons(capsys):
     status, out, _ = _main(capsys, "doctor")
     assert status == 0
@@ -156,7 +182,7 @@ def test_doctor_lists_every_package_of_train_and_report(capsys):
     assert {Requirement(text).name for text in extras["train"] + extras["report"]} < listed
 
 
-def test_doctor_and_help_need_torch_and_numpy_alone():
+def test_doctor_and_help_need_torch_and_numpy_alone(tmp_path):
     code = (
         "import sys\n"
         "for name in ('torchvision', 'lightning', 'torchmetrics', 'sklearn', 'yaml', 'rich',"
@@ -165,8 +191,10 @@ def test_doctor_and_help_need_torch_and_numpy_alone():
         "assert main(['doctor']) == 0\n"
         "assert main(['demo']) == 1\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = _script(tmp_path, code)
     assert done.returncode == 0, done.stderr
+    operators = done.stdout.partition("\noperators\n")[2].splitlines()
+    assert {line.split()[0] for line in operators} == {*picnn_fast.build_info()["operators"]}
     assert "is not installed" in done.stderr
     assert "pip install 'picnn_fast[" in done.stderr
     assert "Traceback" not in done.stderr
