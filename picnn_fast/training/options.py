@@ -50,10 +50,12 @@ class Group:
     Attributes:
         rows: name to the class or function whose signature tells the options.
         taken: parameters that are no options, for the run gives them itself.
+        note: what else the help says of the names.
     """
 
     rows: Mapping[str, Any]
     taken: frozenset[str]
+    note: str = ""
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of what ``name`` names."""
@@ -64,6 +66,11 @@ class Group:
             if key not in self.taken and parameter.kind is not parameter.VAR_KEYWORD
         }
 
+
+# The backbone of a run that names none, by the side of its images: a network made for small ones
+# keeps large maps, on which a step takes many times as long.
+BY_IMAGE_SIZE = "auto"
+_SMALL, _LARGE, _LARGEST_SMALL_IMAGE = "small-resnet", "resnet18", 64
 
 GROUPS: dict[str, Group] = {
     "method": Group(
@@ -81,8 +88,10 @@ GROUPS: dict[str, Group] = {
         ),
     ),
     "backbone": Group(
-        dict.fromkeys(BACKBONES, cut),
+        dict.fromkeys([BY_IMAGE_SIZE, *BACKBONES], cut),
         frozenset({"backbone", "image_channels"}),
+        f"; {BY_IMAGE_SIZE}: {_SMALL} for images of up to {_LARGEST_SMALL_IMAGE} pixels, else"
+        f" {_LARGE}",
     ),
     "data": Group(DATA, frozenset({"batch_size", "seed"})),
     # Its rate is an option by itself: torch's own may be a tensor.
@@ -102,7 +111,8 @@ class Options:
 
     Args:
         method: how filters are made interpretable.
-        backbone: network below the target layer.
+        backbone: network below the target layer; "auto" becomes small-resnet for images of up to
+            64 pixels, else resnet18.
         data: images to train and test on.
         optimizer: of torch, with its learning rate ``lr``.
         output: folder the finished run appears in; must not hold another.
@@ -141,7 +151,7 @@ class Options:
     """
 
     method: Any = "picnn"
-    backbone: Any = "small-resnet"
+    backbone: Any = BY_IMAGE_SIZE
     data: Any = "digits"
     optimizer: Any = "adamw"
     output: str = "runs/train"
@@ -173,6 +183,11 @@ class Options:
         for name in given:
             # As they are read back from a file.
             object.__setattr__(self, name, json.loads(json.dumps(parsed[name])))
+        if self.backbone["name"] == BY_IMAGE_SIZE:
+            # A name of its own, so that a record and a checkpoint say what ran.
+            small = self.data.get("image_size", 0) <= _LARGEST_SMALL_IMAGE
+            name = _SMALL if small else _LARGE
+            object.__setattr__(self, "backbone", {**self.backbone, "name": name})
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -257,7 +272,8 @@ def build_parser(
             f"--{key}.name",
             type=Literal[tuple(rows)],
             default=name,
-            help=f"also --{key} NAME; --{key}.help NAME tells the options of each",
+            help=f"also --{key} NAME; --{key}.help NAME tells the options of each"
+            + GROUPS[key].note,
         )
         if key == "optimizer":
             parser.add_argument("--optimizer.lr", type=float, default=1e-3, help="learning rate")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from picnn_fast._extras import extra
+from picnn_fast._extras import extra, install_command
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
@@ -45,7 +45,7 @@ with extra("train"):
     import lightning as L
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 METRICS = "metrics.json"
 # Of one map; the time of a filter loss grows with the square.
@@ -187,10 +187,7 @@ def assemble(
                 devices=started.devices,
                 num_nodes=started.nodes,
                 strategy="ddp" if started.outside and processes > 1 else options.strategy,
-                logger=[
-                    CSVLogger(folder, name="csv"),
-                    TensorBoardLogger(folder, name="tensorboard", version=""),
-                ],
+                logger=_loggers(folder),
                 callbacks=callbacks,
                 plugins=[WholeCheckpoints(data.class_names)],
                 enable_progress_bar=False,
@@ -204,6 +201,20 @@ def assemble(
             f" {options.strategy}, precision {options.precision}: {one_line(error)}"
         ) from error
     return Run(options, data, network, module, trainer)
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    """Logs as CSV, and for TensorBoard where it is installed."""
+    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
+    try:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    except ModuleNotFoundError:
+        warnings.warn(
+            "tensorboard is not installed, logs are CSV alone; it comes with:"
+            f" {install_command('train')}",
+            stacklevel=3,
+        )
+    return loggers
 
 
 def _try_image(options: Options, network: InterpretableNetwork, data: SeededDataModule) -> Work:

@@ -99,6 +99,29 @@ def test_validation_repeats_whatever_was_drawn_before():
     assert results[0].keys() == {"val/acc1", "val/acc2", "val/acc3"}
 
 
+@pytest.mark.parametrize("interval", [1.0, 0.5, 1])
+def test_validation_leaves_what_training_draws_as_it_was(interval):
+    """However often it comes, each step has draws of its own, those of a run without it."""
+
+    def drawn(interval):
+        module, draws = InterpretableModule(_network()), []
+
+        class Watch(L.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                draws.append(tuple(torch.get_rng_state().tolist()))
+
+        torch.manual_seed(0)
+        trainer = _trainer(max_epochs=2, val_check_interval=interval, callbacks=[Watch()])
+        images = _loader().dataset
+        ordered = DataLoader(images, batch_size=3, generator=torch.Generator())
+        trainer.fit(module, ordered, ordered if interval else None)
+        return draws
+
+    states = drawn(interval)
+    assert len(set(states)) == len(states) == 8
+    assert states == drawn(None)
+
+
 def test_a_run_without_validation_images_is_trained_all_the_same():
     trainer = _trainer(max_epochs=2)
     trainer.fit(InterpretableModule(_network()), _loader())

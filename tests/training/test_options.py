@@ -78,6 +78,37 @@ def test_the_record_of_a_run_is_taken_as_a_file(tmp_path):
     assert _parse("--config", str(path)) == options
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"name": "digits"}, "small-resnet"),
+        ({"name": "folder", "root": "birds", "image_size": 64}, "small-resnet"),
+        ({"name": "folder", "root": "birds", "image_size": 65}, "resnet18"),
+        ({"name": "folder", "root": "birds"}, "resnet18"),
+        ({"name": "part-animals", "image_size": 32}, "small-resnet"),
+        ({"name": "part-animals"}, "resnet18"),
+        ({"name": "cub", "root": "birds"}, "resnet18"),
+    ],
+)
+def test_a_backbone_that_is_not_named_goes_by_the_size_of_the_images(data, name, tmp_path):
+    options = Options(data=data)
+    assert options.backbone == Options(data=data, backbone=name).backbone
+    assert Options(data=data, backbone="small-cnn").backbone["name"] == "small-cnn"
+    flags = [f"--data.{key}={value}" for key, value in data.items()]
+    path = _yaml(tmp_path, json.dumps({"data": data}))
+    assert _parse(*flags) == _parse("--config", str(path)) == options
+    cut = _parse(*flags, "--backbone.layer", "features.0").backbone
+    assert (cut["name"], cut["layer"]) == (name, "features.0")
+
+
+def test_what_the_backbone_became_is_recorded_and_stays():
+    options = Options(data={"name": "folder", "root": "birds", "image_size": 32})
+    for record in (options.identity(), options.as_dict()):
+        assert record["backbone"]["name"] == "small-resnet"
+        record["data"]["image_size"] = 224
+        assert Options(**record).backbone["name"] == "small-resnet"
+
+
 def test_hyphens_are_taken_for_underscores():
     assert _parse("--num-filters", "7", "--batch-size=3") == Options(num_filters=7, batch_size=3)
 

@@ -108,6 +108,18 @@ def test_train_writes_a_complete_folder(config, tmp_path):
     assert [p.name for p in output.parent.iterdir()] == ["one"]
 
 
+def test_without_tensorboard_logs_are_csv_alone_and_that_is_said(config, monkeypatch, tmp_path):
+    def missing(*arguments, **options):
+        raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
+
+    monkeypatch.setattr(run, "TensorBoardLogger", missing)
+    with pytest.warns(UserWarning, match="tensorboard is not installed.*pip install"):
+        train(dataclasses.replace(config, epochs=1), progress=False)
+    output = tmp_path / "runs" / "one"
+    assert len(read_history(output)) == 1
+    assert not (output / "tensorboard").exists()
+
+
 def test_everything_is_built_once(config, monkeypatch):
     built = []
     for module, name in (
