@@ -23,6 +23,8 @@ with extra("report"):
 
 _DPI = 150
 _OVERSHOOT = 0.05
+# Of a text that holds a name: a "$" in it is no mathematics.
+AS_IT_IS: dict[str, Any] = {"parse_math": False}
 _Image = npt.NDArray[np.float32]
 _PROBABILITY_COLOURS = "magma"
 _HEAT_COLOURS = "inferno"
@@ -105,11 +107,12 @@ def plot_correspondence(
             norm=scales[-1],
             interpolation="nearest",
         )
-        axis.set_title(title, loc="left", fontweight="bold")
+        axis.set_title(title, loc="left", fontweight="bold", **AS_IT_IS)
         axis.set_ylabel("class")
         # Beyond 40 classes the names would overlap.
         step = -(-rows // 40)
-        axis.set_yticks(range(0, rows, step), [class_names[i] for i in range(0, rows, step)])
+        shown = range(0, rows, step)
+        axis.set_yticks(shown, [class_names[i] for i in shown], **AS_IT_IS)
         axis.tick_params(length=0)
         _without_frame(axis)
     axes[-1].set_xlabel("filter, sorted by its most probable class")
@@ -157,7 +160,7 @@ def plot_curves(
     grid = figure.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
     for column, (title, history) in enumerate(histories.items()):
         accuracy, loss = grid[0, column], grid[1, column]
-        accuracy.set_title(title, loc="left", fontweight="bold")
+        accuracy.set_title(title, loc="left", fontweight="bold", **AS_IT_IS)
         for key, (label, style) in _PATHWAYS.items():
             _line(accuracy, history, f"val/{key}", label, **style)
         accuracy.set_ylim(0, 1.02)
@@ -232,13 +235,15 @@ def plot_grad_cam(
         1, len(widths), squeeze=False, width_ratios=widths, wspace=0.02
     )[0]
     for block, (title, cam) in zip(blocks, rows.items(), strict=True):
-        block.suptitle(title, fontweight="bold")
+        block.suptitle(title, fontweight="bold", **AS_IT_IS)
         axes = block.subplots(batch, 4, squeeze=False)
         heats = [maps.detach().cpu().float().numpy() for maps in cam]
         for i in range(batch):
             peak = max(float(heat[i].max()) for heat in heats) or 1.0
             axes[i, 0].imshow(pixels[i], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes[i, 0].set_ylabel(labels[i], rotation=0, ha="right", va="center", fontsize=11)
+            axes[i, 0].set_ylabel(
+                labels[i], rotation=0, ha="right", va="center", fontsize=11, **AS_IT_IS
+            )
             for axis, heat in zip(axes[i, 1:], heats, strict=True):
                 _overlay(axis, pixels[i], heat[i] / peak)
         for axis, name in zip(axes[0], titles, strict=True):

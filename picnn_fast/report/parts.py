@@ -15,6 +15,7 @@ from picnn_fast.ops import checks
 from picnn_fast.report.figures import (
     _DPI,
     _HEAT_COLOURS,
+    AS_IT_IS,
     _overlay,
     _without_frame,
     displayed,
@@ -67,7 +68,7 @@ def plot_template_gallery(
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, title, value in zip(axes.flat, templates, values, strict=False):
         axis.imshow(value, cmap=_SIGNED_COLOURS, vmin=-most, vmax=most, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, **AS_IT_IS)
     for axis in axes.flat:
         _bare(axis)
     bar = figure.colorbar(

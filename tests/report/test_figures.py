@@ -8,9 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from picnn_fast.explain import PathwayGradCam
-from picnn_fast.report import plot_correspondence, plot_curves, plot_grad_cam
+from picnn_fast.report import (
+    plot_correspondence,
+    plot_curves,
+    plot_grad_cam,
+    plot_template_gallery,
+)
 from picnn_fast.report.figures import displayed, sort_filters
 
 
@@ -128,6 +134,21 @@ def test_epochs_are_whole_numbers():
     figure = _curves(1)
     figure.draw_without_rendering()
     assert all(tick == int(tick) for tick in figure.axes[1].get_xticks())
+
+
+@pytest.mark.parametrize("name", ["$x_$", "a$b$c", "$100", "[red]", r"\frac"])
+def test_names_are_shown_as_they_are(name):
+    dark = torch.zeros(1, 8, 8)
+    for figure, count in (
+        (plot_correspondence({name: torch.eye(1)}, [name]), 2),
+        (plot_curves({name: [{"epoch": 0, "train/a": 0.5}]}), 1),
+        (plot_grad_cam(dark[None], {name: PathwayGradCam(dark, dark, dark)}, [name]), 2),
+        (plot_template_gallery({name: torch.ones(2, 2)}), 1),
+    ):
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if text.get_text() == name]
+        assert not any(text.get_parse_math() for text in texts)
+        assert len(texts) >= count
 
 
 def test_figures_are_returned_and_written_only_where_told(tmp_path, monkeypatch):
