@@ -186,7 +186,17 @@ def test_the_documentation_lists_every_page_and_every_public_module():
         name.split(".")[1] for name in re.findall(r"^::: (picnn_fast\.\w+)", text, re.MULTILINE)
     }
     # What a user imports; the rest is called by it, or by the command.
-    inner = {"__main__", "_C", "_extras", "_version", "cli", "ops", "reference", "triton_kernels"}
+    inner = {
+        "__main__",
+        "_C",
+        "_extras",
+        "_terminal",
+        "_version",
+        "cli",
+        "ops",
+        "reference",
+        "triton_kernels",
+    }
     modules = {module.name for module in pkgutil.iter_modules(picnn_fast.__path__)}
     assert shown == modules - inner
 

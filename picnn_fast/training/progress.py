@@ -261,11 +261,15 @@ class ProgressBar(Callback):
         self.bar.advance(self.task)
         if time.monotonic() - self.looked >= BAR_SECONDS:
             self.looked = time.monotonic()
-            shown = [f"loss {_loss(outputs):.3f}"]
-            shown += [text for text in _figures(trainer) if not text.startswith("loss")]
-            self.bar.update(
-                self.task, description=_epoch(trainer), figures=escape("  ".join(shown))
-            )
+            figures = [text for text in _figures(trainer) if not text.startswith("loss")]
+            self._show(trainer, [f"loss {_loss(outputs):.3f}", *figures])
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._show(trainer, _figures(trainer))
+
+    def _show(self, trainer: L.Trainer, figures: list[str]) -> None:
+        self.bar.update(self.task, description=_epoch(trainer), figures=escape("  ".join(figures)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._stop()

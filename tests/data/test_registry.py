@@ -279,7 +279,7 @@ def test_what_one_data_set_alone_needs_is_wanted_by_no_other():
 
 @pytest.mark.parametrize(
     ("name", "module", "package"),
-    [("digits", "sklearn.datasets", "sklearn"), ("animal-part", "scipy.io", "scipy")],
+    [("digits", "sklearn.datasets", "sklearn"), ("animal-part", "scipy", "scipy")],
 )
 def test_a_data_set_whose_package_is_missing_says_what_to_install(
     roots, monkeypatch, name, module, package
