@@ -21,6 +21,7 @@ with extra("train"):
     from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 CHECKPOINT = "last.ckpt"
+BEST = "best.ckpt"  # of the epoch to report, where that is not the last
 _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 _PREFIX = "network."  # of the network's parameters in the module that trains it
 
@@ -208,7 +209,9 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, li
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
-    """The checkpoints of a run: the file itself, ``path/last.ckpt``, or one per sub-folder.
+    """The checkpoints of a run: the file itself, the one in the folder, or one per sub-folder.
+
+    That is ``best.ckpt`` where a run reports another epoch than the last, else ``last.ckpt``.
 
     Hidden folders, such as those of interrupted runs, do not count.
 
@@ -220,6 +223,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
         return [path]
     direct = path / CHECKPOINT
     found = [direct] if direct.is_file() else sorted(path.glob(f"[!.]*/{CHECKPOINT}"))
+    found = [best if (best := last.with_name(BEST)).is_file() else last for last in found]
     if not found:
         raise FileNotFoundError(
             f"run: {path} holds no {CHECKPOINT}; want a checkpoint, or the folder of a run"

@@ -131,6 +131,9 @@ class Options:
             the rate, or constant.
         schedule_floor: share of the learning rate that the cosine ends at.
         warmup_epochs: epochs over which the learning rates rise to their full value.
+        report_epoch: the epoch whose figures are reported: the last; the one with the best ACC1 on
+            the validation images; or best_on_test, on the test split that is reported on, as in
+            PICNN's published code, which flatters: it wants data.validation 0.
         seed: of initial weights, order, augmentation and masks.
         precision: of the arithmetic.
         accelerator: device type.
@@ -165,6 +168,7 @@ class Options:
     schedule: Literal["cosine", "constant"] = "cosine"
     schedule_floor: float = 0.0
     warmup_epochs: int = 0
+    report_epoch: Literal["last", "best_on_validation", "best_on_test"] = "last"
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"

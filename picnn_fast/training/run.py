@@ -23,11 +23,13 @@ from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.evaluation import Figures, check_figures, evaluate
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (
+    BEST,
     CHECKPOINT,
     FollowSchedule,
     SaveOptions,
     WholeCheckpoints,
     build_network,
+    read_checkpoint,
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
 from picnn_fast.training.module import InterpretableModule
@@ -139,6 +141,7 @@ def assemble(
     started = launch(options.devices) if started is None else started
     check_accelerator(options.accelerator, options.precision)
     data = build_data(options)
+    _choose_validation(options, data)
     with _quiet():
         # Weights, and the random correspondence matrix of STD, follow from the seed.
         L.seed_everything(options.seed, workers=False, verbose=False)
@@ -166,6 +169,16 @@ def assemble(
             dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
         ),
     ]
+    if options.report_epoch != "last":
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=folder,
+                filename=Path(BEST).stem,
+                monitor="val/acc1",
+                mode="max",
+                enable_version_counter=False,
+            )
+        )
     if progress:
         introduction = Introduction(
             data,
@@ -201,6 +214,28 @@ def assemble(
             f" {options.strategy}, precision {options.precision}: {one_line(error)}"
         ) from error
     return Run(options, data, network, module, trainer)
+
+
+def _choose_validation(options: Options, data: SeededDataModule) -> None:
+    """
+    Raises:
+        ConfigError: the epoch to report is to be chosen on images that there are none of.
+    """
+    if options.report_epoch == "best_on_validation" and data.validation_set is None:
+        raise ConfigError(
+            "report_epoch: got 'best_on_validation' without validation images, want data.validation"
+            " above 0"
+        )
+    if options.report_epoch == "best_on_test":
+        if data.validation_set is not None:
+            raise ConfigError(
+                "report_epoch: got 'best_on_test' with validation images,"
+                " want 'best_on_validation', or data.validation 0"
+            )
+        data.validation_set = data.test_set
+        data.validation_source = (
+            "the test split: the epoch reported is chosen on what it is tested on"
+        )
 
 
 def _loggers(folder: Path) -> list[Logger]:
@@ -282,6 +317,10 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
             torch.distributed.destroy_process_group()
         if trainer.global_rank != 0:
             return {}
+        best = checkpoint.with_name(BEST)
+        if run.options.report_epoch != "last" and best.exists():
+            saved = read_checkpoint(best)["state_dict"]
+            run.module.load_state_dict(saved)
         # Measured in float32, as from the checkpoint, also after training with 64-true.
         return evaluate(
             run.network.float(),

@@ -681,3 +681,38 @@ def test_the_module_of_a_run_is_loaded_from_its_checkpoint_alone(config):
         assert torch.equal(mine, theirs)
     assert isinstance(module.make_optimizer(module.network.parameter_groups(1.0)), torch.optim.SGD)
     assert module.hparams["lr"] == options.optimizer["lr"]
+
+
+@pytest.mark.parametrize("choice", ["best_on_validation", "best_on_test"])
+def test_the_epoch_reported_is_the_best_where_that_is_asked_for(config, monkeypatch, choice):
+    figures = iter([0.2, 0.9, 0.1])
+    monkeypatch.setattr(
+        InterpretableModule,
+        "on_validation_epoch_end",
+        lambda self: self.log("val/acc1", next(figures)),
+    )
+    validation = 0.0 if choice == "best_on_test" else 0.25
+    options = dataclasses.replace(
+        _with(config, "data", validation=validation), epochs=3, report_epoch=choice
+    )
+    run = assemble(options, Path(options.output))
+    tests_on_itself = run.data.validation_set is run.data.test_set
+    assert tests_on_itself == (choice == "best_on_test")
+    reported = fit(run, progress=False)
+    (chosen,) = find_checkpoints(options.output)
+    assert chosen.name == "best.ckpt"
+    assert checkpoint.read_checkpoint(chosen)["epoch"] == 1
+    network, saved, _ = load_checkpoint(chosen)
+    assert evaluate(network, build_data(saved), seed=saved.seed) == reported
+
+
+def test_an_epoch_cannot_be_chosen_on_images_that_there_are_none_of(config, tmp_path):
+    for choice, validation, wanted in (
+        ("best_on_validation", 0.0, "want data.validation above 0"),
+        ("best_on_test", 0.25, "or data.validation 0"),
+    ):
+        options = dataclasses.replace(
+            _with(config, "data", validation=validation), report_epoch=choice
+        )
+        with pytest.raises(ConfigError, match=wanted):
+            assemble(options, tmp_path)
