@@ -166,21 +166,21 @@ SECTION = """
 
 A plain five-layer network on 2,000 drawn animals of 64 pixels, 12 epochs from random weights, means
 over seeds 0, 1 and 2 on 1,200 test images; all else alike. tau is 0.1; the weight of the filter
-loss is the number in a name. Both were chosen by a few trials on seed 0 and the same test images,
-for this experiment holds none out to validate on; a greater weight of *running* destroys the network. *Mask layers alone* have
-no filter loss. *Centre of mass*: masks lie about that of a map, as in the authors' code
-(`--method.center mass`), not about its peak. The last two rows are filters that ignore the image.
+loss is the number in a name. Both were chosen by a few trials on seed 0 and the same test images, for this
+experiment holds none out to validate on; a greater weight of *running* destroys the network. *Mask
+layers alone* have no filter loss. *Centre of mass*: masks lie about that of a map, as in the
+authors' code (`--method.center mass`), not about its peak. The last two rows are filters that
+ignore the image.
 
 <results: parts.json>
 
 **A filter that always peaks in the middle is as steady as the steadiest of these networks.** Masks
 about the centre of mass gain on every figure over those about the peak, but they are drawn to the
 middle, and their instability ends where that of a filter ends which says nothing of parts: location
-instability alone shows no parts on this data. A filter that peaks anywhere at random scores .139:
-every network lies between the two, so a figure below the CNN's may come of peaks drawn to the middle
-as well as of parts. Part interpretability rises too; what a fixed place
-would score there was not measured. `picnn-fast evaluate` gives both references beside every
-location instability.
+instability alone shows no parts on this data. A filter that peaks anywhere at random scores .139,
+and the networks lie between the two, so a figure below the CNN's may come of peaks drawn to the
+middle as well as of parts. Part interpretability rises too; what a fixed place would score there
+was not measured. `picnn-fast evaluate` gives both references beside every location instability.
 
 What the papers say, on this data:
 
