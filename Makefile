@@ -35,6 +35,7 @@ docs: $(VENV)/.built ## the documentation, in build/docs
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.built ## measure, and write benchmarks/results and benchmarks/README.md
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.mutual_information
 	$(BIN)/python -m benchmarks.bias

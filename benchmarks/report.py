@@ -18,10 +18,19 @@ from benchmarks import (
     masking,
     mutual_information,
     mutual_information_loss,
+    overhead,
     parts,
 )
 
-BENCHMARKS = (masking, filter_loss, parts, mutual_information, bias, mutual_information_loss)
+BENCHMARKS = (
+    overhead,
+    masking,
+    filter_loss,
+    parts,
+    mutual_information,
+    bias,
+    mutual_information_loss,
+)
 README = harness.RESULTS.parent / "README.md"
 HEAD = """
 # What it costs, and what it is worth

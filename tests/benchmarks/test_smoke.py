@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import picnn_fast
-from benchmarks import bias, filter_loss, harness, masking, mutual_information
+from benchmarks import bias, filter_loss, harness, masking, mutual_information, overhead
 
 
 def test_the_bias_script_runs_and_draws(
@@ -247,3 +247,19 @@ def test_compiled_and_triton_kernels_are_timed_by_the_hosts_clock_as_well(
     assert not harness.wall_times(
         calls, ("fused",), harness.Effort.of(7, cpu, smoke=False), cpu, {}
     )
+
+
+def test_steps_are_measured_over_the_plain_network_and_by_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overhead.main(["--smoke", "--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    (entry,) = content["classes"]
+    assert (entry["classes"], entry["filters"]) == (10, 128)
+    assert set(entry["milliseconds"]) == {"plain", "std", "picnn"}
+    for name in ("std_over_plain", "picnn_over_std", "picnn_over_plain"):
+        assert 0 < entry[name]["q1"] <= entry[name]["median"] <= entry[name]["q3"]
+    assert set(content["forms"]["speedup"]) == set(overhead.FORMS)
+    assert content["forms"]["speedup"]["contiguous"]["median"] == 1
+    assert "PICNN over plain" in capsys.readouterr().out
