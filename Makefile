@@ -14,7 +14,7 @@ PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
 lint test: export PICNN_FAST_WERROR ?= 1
 test test-oldest test-oldest-quick: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench gpu gpu-parity gpu-bench gpu-bench-more clean build
+.PHONY: help demo test lint docs bench gpu gpu-parity gpu-bench gpu-bench-more clean build
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/'
 
@@ -24,19 +24,24 @@ demo: $(VENV)/.built ## train an ordinary network and a PICNN on digits; figures
 test: $(VENV)/.built ## the whole test suite
 	$(BIN)/python $(PYTEST)
 
-lint: $(VENV)/.built ## ruff, mypy, clang-format; compiler warnings are errors in every build made here
+lint: $(VENV)/.built ## ruff, mypy, imports, clang-format; compiler warnings are errors in every build made here
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h')
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cu')
 
-bench: $(VENV)/.built ## measure, and write benchmarks/results
+docs: $(VENV)/.built ## the documentation, in build/docs
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.built ## measure, and write benchmarks/results and benchmarks/README.md
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.mutual_information
 	$(BIN)/python -m benchmarks.bias
 	$(BIN)/python -m benchmarks.filter_loss
 	$(BIN)/python -m benchmarks.parts
-	$(BIN)/python -m benchmarks.parts --centers
+	$(BIN)/python -m benchmarks.report
 
 gpu: ## with PYTHON's own packages (torch, pytest …): gpu-parity, gpu-bench, gpu-bench-more
 	@failed=0; for part in gpu-parity gpu-bench gpu-bench-more; do \

@@ -1,7 +1,8 @@
 """Builds picnn_fast._C with ninja; everything else about the package is in pyproject.toml.
 
 Environment:
-    CXX                   the C++ compiler (default: c++ or g++, whichever is on PATH)
+    CXX                   the C++ compiler, launcher and options before and after it if need be, as
+                          in "ccache g++" (default: c++ or g++, whichever is on PATH)
     CUDA_HOME             where nvcc is looked for first
     PICNN_FAST_CUDA       0: no CUDA code; 1: fail without nvcc (default: CUDA code where nvcc is)
     PICNN_FAST_WERROR     1: compiler warnings are errors
@@ -38,9 +39,24 @@ X86_CAPABILITIES = {
 }
 
 
-def find_compiler() -> str | None:
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
-    return next((path for path in map(shutil.which, candidates) if path), None)
+def find_compiler() -> list[str] | None:
+    """The words of the command, None where there is no such program."""
+    named = os.environ.get("CXX")
+    if named:
+        commands = [[named] if shutil.which(named) else shlex.split(named)]
+    else:
+        commands = [["c++"], ["g++"]]
+    for command in commands:
+        path = shutil.which(command[0]) if command else None
+        if path is not None:
+            return [path, *command[1:]]
+    return None
+
+
+def host_compiler(command: list[str]) -> str:
+    """The compiler itself, which nvcc takes without launcher and options."""
+    programs = [shutil.which(word) for word in command if not word.startswith("-")]
+    return [path for path in programs if path is not None][-1]
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -53,16 +69,22 @@ def find_nvcc() -> tuple[str | None, str]:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates = [str(Path(home, "bin", "nvcc")) for home in homes if home] + ["nvcc"]
     nvcc = next((path for path in map(shutil.which, candidates) if path), None)
-    if wanted == "1":
-        if nvcc is None:
-            sys.exit("PICNN_FAST_CUDA=1, but nvcc is not in CUDA_HOME nor on PATH")
-        return nvcc, ""
     if nvcc is None:
+        if wanted == "1":
+            sys.exit("PICNN_FAST_CUDA=1, but nvcc is not in CUDA_HOME nor on PATH")
         return None, "nvcc was not found at installation"
+    try:
+        version = version_line([nvcc])
+    except BrokenToolError as error:
+        if wanted == "1":
+            sys.exit(f"PICNN_FAST_CUDA=1, but {error}")
+        return None, str(error)
+    if wanted == "1":
+        return nvcc, ""
     import torch
 
     # The runtime linked in must not be newer than the driver, for which torch's CUDA stands.
-    major = re.search(r"release (\d+)", version_line(nvcc))
+    major = re.search(r"release (\d+)", version)
     built = torch.version.cuda
     if major and built and int(major[1]) > int(built.split(".")[0]):
         return None, (
@@ -72,9 +94,20 @@ def find_nvcc() -> tuple[str | None, str]:
     return nvcc, ""
 
 
-def version_line(command: str) -> str:
-    output = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-    lines = output.stdout.strip().splitlines()
+class BrokenToolError(Exception):
+    """A compiler that does not even tell its version; the message says which."""
+
+
+def version_line(command: list[str]) -> str:
+    shown = shlex.join([*command, "--version"])
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        raise BrokenToolError(f"{shown} does not run: {error.strerror}") from error
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        said = " ".join((done.stderr or done.stdout).split()) or "nothing said"
+        raise BrokenToolError(f"{shown} fails with status {done.returncode}: {said[:200]}")
     return next((line for line in lines if "release" in line), lines[0])
 
 
@@ -149,7 +182,7 @@ class NinjaBuild(build_ext):
             define("PICNN_FAST_COMPILER", version_line(compiler)),
             define("PICNN_FAST_TORCH", torch.__version__),
             define("PICNN_FAST_CUDA_REASON", cuda_reason),
-            define("PICNN_FAST_CUDA_COMPILER", version_line(nvcc) if nvcc else ""),
+            define("PICNN_FAST_CUDA_COMPILER", version_line([nvcc]) if nvcc else ""),
             define(
                 "PICNN_FAST_CUDA_ARCHITECTURES",
                 " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES)
@@ -199,9 +232,9 @@ class NinjaBuild(build_ext):
         cuda = [*nvcc_warnings, *shared, *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         lines = [
             "ninja_required_version = 1.5",
-            flag("cxx = ", compiler),
+            "cxx = " + " ".join(flag("", word) for word in compiler),
             f"cxx_flags = {' '.join(cxx)}",
-            flag("nvcc = ", nvcc or "nvcc") + flag(" -ccbin ", compiler),
+            flag("nvcc = ", nvcc or "nvcc") + flag(" -ccbin ", host_compiler(compiler)),
             f"cuda_flags = {' '.join(cuda)}",
             "rule cxx",
             "  command = $cxx -MMD -MF $out.d $cxx_flags $flags -c $in -o $out",
@@ -223,10 +256,20 @@ class NinjaBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
-    if find_compiler() is None:
-        looked_for = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++ on PATH"
+    named = os.environ.get("CXX")
+    problem = f"no C++ compiler found ({f'CXX={named}' if named else 'c++, g++ on PATH'})"
+    compiler = find_compiler()
+    if compiler is not None:
+        try:
+            version_line(compiler)
+            problem = ""
+        except BrokenToolError as error:
+            if named:
+                sys.exit(f"picnn_fast: CXX={named}: {error}")
+            problem = str(error)
+    if problem:
         print(
-            f"picnn_fast: no C++ compiler found ({looked_for}); installing without the compiled"
+            f"picnn_fast: {problem}; installing without the compiled"
             " kernels. The PyTorch reference and Triton serve instead.",
             file=sys.stderr,
         )

@@ -256,6 +256,20 @@ def report(results: dict[str, Any]) -> str:
     return harness.table(header, rows)
 
 
+SECTION = """
+## What the estimates are worth
+
+Activations drawn from mixtures of normals have a known mutual information with their class. Of one
+class against the rest, nearest neighbours are within 0.01 nats of it on average from 300 samples
+on. A histogram finds information where there is none when many bins share few samples, of which
+the Miller-Madow correction takes a part off, and misses some when its bins are few.
+
+![Estimates of mutual information over samples and bins, beside the closed form](results/mutual-information-bias.png)
+
+<results: mutual-information-bias.json>
+"""  # noqa: E501
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bias", description=__doc__.splitlines()[0]

@@ -354,6 +354,25 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+SECTION = """
+## Part templates and the filter loss
+
+<results: filter_loss-*.json>
+
+- *of the limit*: one read and one write of the maps, and again for the gradient, over the bandwidth
+  of `clone()` at the same size; *plain*: argmax, a table of masks and a product, as one would write
+  them.
+- *two products*: responses and gradient as library matrix products alone; *of these*: what all of
+  the exact loss and its gradient takes, as a share of them; *autograd*: the definition by matrix
+  products left to autograd; *direct*: by broadcasting maps and templates; *running*, *target*: the
+  other estimators.
+- *extra memory*: the highest of a process during forward and backward, above what it held before.
+- *training step*: ICNN over STD, the same network without mask layers and filter losses, its
+  inserted convolution included; in brackets the quartiles of the rounds, which spread wider
+  than the two differ.
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
     harness.command_line("filter_loss", __doc__.splitlines()[0], run, report, arguments)
 

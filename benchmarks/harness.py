@@ -446,10 +446,15 @@ def step_table(step: dict[str, Any] | None) -> list[str]:
     if step is None:
         return []
     method = step["method"]
+
+    def time(name: str) -> str:
+        of = step["milliseconds"][name]
+        return f"{of['median']:.1f} ms ({of['q1']:.1f} to {of['q3']:.1f})"
+
     row = [
         f"{step['backbone']} {step['images']} {step['precision']}",
-        f"{step['milliseconds']['std']['median']:.1f} ms",
-        f"{step['milliseconds'][method]['median']:.1f} ms",
-        f"{step['overhead']:+.2%}",
+        time("std"),
+        time(method),
+        f"{1 + step['overhead']:.3f}x",
     ]
-    return [table(["training step", "STD", method.upper(), "overhead"], [row])]
+    return [table(["training step", "STD", method.upper(), f"{method.upper()} over STD"], [row])]

@@ -352,6 +352,27 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+SECTION = """
+## Masking
+
+All candidates take turns in one run; times are medians, ratios the median of the rounds.
+
+<results: masking-*.json>
+
+- *reference*: the same operator in eager PyTorch (`use_backend("reference")`); *autograd*: its
+  definition left to autograd, the same draws; *plain*: what one would write with PyTorch's own
+  random numbers; *compiled*: by `torch.compile`.
+- *of the limit*: the fewest bytes that must move, over the bandwidth of `clone()` at the same size.
+- *late masking*: a mask per channel commutes with pooling, so where the head starts with pooling
+  PICNN masks the pooled maps instead. Beside it the parts it cannot do without, each alone:
+  autograd's own cost of a function of three inputs, the draws, the checks of values with the draw
+  of a seed, the kernels of the gradients; *of the parts*: the ratio if nothing else took time.
+- *training step*: PICNN over STD with the same inserted convolution, not over the plain network; in
+  brackets the quartiles of the rounds, which spread wider than the two differ. What the convolution
+  and its filters add grows with the number of classes, and was not measured here.
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
     harness.command_line("masking", __doc__.splitlines()[0], run, report, arguments)
 

@@ -1,14 +1,14 @@
 """Do filters of Interpretable CNNs stand for parts, by which template, and by which estimator?
 
-    python -m benchmarks.parts [--centers] [--output runs/parts] [--processes N] [--smoke]
+    python -m benchmarks.parts [--output runs/parts] [--processes N] [--smoke]
 
 An ordinary network, the mask layers alone (filter loss of weight 0), and ICNN with each template
 and each estimator of the filter loss's gradient, three seeds each, trained alike on drawn animals
-(``PartAnimals``) and measured on their test split. With ``--centers`` instead five networks of one
-seed, whose masks lie about the peak or, as in the authors' code, about the centre of mass. Beside
-them stand two filters that ignore the image: one always peaks in the middle, one peaks anywhere.
-tau and the weight of the filter loss were chosen by a few trials with seed 0 on the test split. A
-training takes about a minute on one core; an interrupted run goes on where it stopped.
+(``PartAnimals``) and measured on their test split. Masks lie about the peak or, as in the authors'
+code, about the centre of mass. Beside the networks stand two filters that ignore the image: one
+always peaks in the middle, one peaks anywhere. tau and the weight of the filter loss were chosen by
+a few trials with seed 0 on the test split. A training takes about a minute on one core; an
+interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from picnn_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from picnn_fast.training.options import Options
 from picnn_fast.training.run import build_data, train
 
-NAME, CENTERS = "parts", "parts-centers"
+NAME = "parts"
 SEEDS = (0, 1, 2)
 TEMPLATES = ("l1", "l2", "uniform-l1", "uniform-l2")
 # Estimator of the gradient, weight of the filter loss, templates.
@@ -70,7 +70,7 @@ def _icnn(template: str, weight: float, **method: Any) -> Options:
 
 
 def networks() -> dict[str, Options]:
-    """Name to options: "std", "mask l1" …, "l1 batch 0.003" …"""
+    """Name to options: "std", "mask l1" …, "l1 batch 0.003" …, "mask l1 mass" …"""
     options = {"std": dataclasses.replace(OPTIONS, method="std")}
     for template in TEMPLATES:
         options[f"mask {template}"] = _icnn(template, 0.0)
@@ -79,15 +79,8 @@ def networks() -> dict[str, Options]:
             options[f"{template} {estimator} {weight:g}"] = _icnn(
                 template, weight, estimator=estimator
             )
-    return options
-
-
-def centers() -> dict[str, Options]:
-    """Masks about the peak, and about the centre of mass: "mask l1", "mask l1 mass" …"""
-    options = {name: networks()[name] for name in ("std", "mask l1", "l1 batch 0.003")}
-    for name in ("mask l1", "l1 batch 0.003"):
-        method = {**options[name].method, "center": "mass"}
-        options[f"{name} mass"] = dataclasses.replace(options[name], method=method)
+    for name, weight in (("mask l1", 0.0), ("l1 batch 0.003", 0.003)):
+        options[f"{name} mass"] = _icnn("l1", weight, center="mass")
     return options
 
 
@@ -168,6 +161,47 @@ def report(results: dict[str, Any]) -> str:
     return harness.table(header, rows)
 
 
+SECTION = """
+## Do filters stand for parts?
+
+A plain five-layer network on 2,000 drawn animals of 64 pixels, 12 epochs from random weights, means
+over seeds 0, 1 and 2 on 1,200 test images; all else alike. tau is 0.1; the weight of the filter
+loss is the number in a name. Both were chosen by a few trials on seed 0 and the same test images, for this
+experiment holds none out to validate on; a greater weight of *running* destroys the network. *Mask
+layers alone* have no filter loss. *Centre of mass*: masks lie about that of a map, as in the
+authors' code (`--method.center mass`), not about its peak. The last two rows are filters that
+ignore the image.
+
+<results: parts.json>
+
+**A filter that always peaks in the middle is as steady as the steadiest of these networks.** Masks
+about the centre of mass gain on every figure over those about the peak, but they are drawn to the
+middle, and their instability ends where that of a filter ends which says nothing of parts: location
+instability alone shows no parts on this data. A filter that peaks anywhere at random scores .139,
+and the networks lie between the two, so a figure below the CNN's may come of peaks drawn to the
+middle as well as of parts. Part interpretability rises too; what a fixed place would score there
+was not measured. `picnn-fast evaluate` gives both references beside every location instability.
+
+What the papers say, on this data:
+
+- *ICNN lowers location instability by a third or more*: not quite. By 15 to 29 % with gradient
+  templates about the peak, at some cost in accuracy; part interpretability rises four- to fivefold.
+- *Gradient templates beat uniform ones*: yes, clearly. With beta = gamma = 2 a uniform template
+  covers most of the map and changes next to nothing.
+- Which estimator is worth it (no paper asks): none, here. Mask layers without any filter loss are as
+  stable within the spread of the seeds; *target* comes out best with L2, *batch* with L1, *running*
+  is the most fragile.
+
+![Where the filters of an ICNN peak on six drawn animals](results/parts/peaks-icnn.png)
+
+![Images that five filters of an ICNN respond to most, with the receptive field of the peak](results/parts/filters-icnn.png)
+
+*The five steadiest filters of the first ICNN; round, where the field of the peak weighs most, dashed,
+all of it. The same for the ordinary network: [filters](results/parts/filters-std.png),
+[peaks](results/parts/peaks-std.png).*
+"""  # noqa: E501
+
+
 def draw(output: Path, folder: Path) -> None:
     """The templates, and what filters of the first CNN and ICNN in ``output`` look at.
 
@@ -223,16 +257,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="two short trainings, written where --results says"
     )
-    parser.add_argument(
-        "--centers", action="store_true", help="masks about the peak and about the centre of mass"
-    )
     harness.add_results_option(parser)
     options = parser.parse_args(arguments)
     output, folder = Path(options.output), harness.results_folder(options)
     record = harness.Record(
         folder,
-        CENTERS if options.centers else NAME,
-        command=f"python -m benchmarks.parts{' --centers' if options.centers else ''}",
+        NAME,
+        command="python -m benchmarks.parts",
         machine=harness.machine(torch.device("cpu")),
         options=OPTIONS.as_dict(),
     )
@@ -245,11 +276,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
         results = measure(pair, (0,), output, 1, record.save)
     else:
-        chosen, seeds = (centers(), SEEDS[:1]) if options.centers else (networks(), SEEDS)
-        results = measure(chosen, seeds, output, options.processes, record.save)
+        results = measure(networks(), SEEDS, output, options.processes, record.save)
     path = record.save(results, complete=True)
     print(report(results))
-    if folder is not None and not (options.smoke or options.centers):
+    if folder is not None and not options.smoke:
         draw(output, folder / NAME)
     if path is not None:
         print(f"\nwritten to {path}")

@@ -1,28 +1,38 @@
 """The command ``picnn-fast``: demo, train, evaluate, convert, doctor.
 
-Only torch and numpy are imported until a command needs more, so that ``doctor`` and ``picnn-fast
---help`` answer on any installation.
+Nothing is imported until a command needs it, so that ``picnn-fast --help`` answers at once, and
+``doctor``, with torch and numpy alone, on any installation.
 """
 
 import argparse
+import importlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from picnn_fast._extras import extra, install_command
+from picnn_fast._terminal import printable
 from picnn_fast._version import __version__
+
+if TYPE_CHECKING:
+    from picnn_fast.training.run_folder import RunFolder
 
 # What a shell reports of a process ended by Ctrl-C and by SIGTERM.
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
+# As if by SIGPIPE, which there is not everywhere: nothing reads the output any more.
+_UNREAD = 128 + 13
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,27 +50,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, meaning) in _COMMANDS.items():
         commands.add_parser(name, help=meaning, add_help=False)
-    args, rest = parser.parse_known_args(arguments)
-    command: str = args.command
+    _prepare_streams()
     try:
-        with _terminable(command):
-            return _COMMANDS[command][0](rest)
+        try:
+            args, rest = parser.parse_known_args(arguments)
+            return _run(args.command, rest)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would flush once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    try:
+        with _terminable(command), _warnings_in_a_line(command):
+            return _COMMANDS[command][0](arguments)
+    except BrokenPipeError:
+        raise
     except _expected_errors() as error:
-        print(f"picnn-fast {command}: error: {error}", file=sys.stderr)
+        print(printable(f"picnn-fast {command}: error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1  # an option, or else the world
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except SystemExit as stop:
         # Lightning turns Ctrl-C into SystemExit(1).
-        if isinstance(stop, SystemExit) and stop.code not in (1, _TERMINATED):
+        if stop.code not in (1, _TERMINATED):
             raise
-        # One of several processes speaks for all.
-        if command in ("demo", "train") and os.environ.get("LOCAL_RANK", "0") == "0":
+        return _TERMINATED if stop.code == _TERMINATED else _INTERRUPTED
+
+
+def _prepare_streams() -> None:
+    """Output that a terminal has no letters for is escaped, and one that was closed goes nowhere.
+
+    Of ASCII, for one, which lacks a name's accents and the lines of a table.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _first_process() -> bool:
+    """Whether this is the one of several processes that speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextmanager
+def _telling_how_to_go_on(folder: "RunFolder") -> Iterator[None]:
+    """A training that is interrupted says what the same command would do."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+        if _first_process():
+            kept = any(folder.work.rglob("*.ckpt"))
+            how = "goes on from the last complete epoch" if kept else "starts anew"
             print(
-                f"\npicnn-fast {command}: interrupted; the same command goes on from the"
-                " last complete epoch",
+                f"\npicnn-fast {folder.kind}: interrupted; the same command {how}",
                 file=sys.stderr,
             )
-        terminated = isinstance(stop, SystemExit) and stop.code == _TERMINATED
-        return _TERMINATED if terminated else _INTERRUPTED
+        raise
 
 
 def _words_to_complete() -> list[str]:
@@ -69,6 +119,19 @@ def _words_to_complete() -> list[str]:
     if words and words[0] in _COMMANDS:
         os.environ["_ARGCOMPLETE"] = "2"
     return words[:1] + [word for word in words[1:] if word not in ("-h", "--help")]
+
+
+@contextmanager
+def _warnings_in_a_line(command: str) -> Iterator[None]:
+    """What a warning says, without the place in the code, which tells a user nothing."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place: printable(
+        f"picnn-fast {command}: warning: {' '.join(str(message).split())}\n"
+    )
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager
@@ -108,17 +171,21 @@ def _print_table(figures: dict[str, dict[str, float | str]], title: str) -> None
 
     with extra("train"):
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
+    table.add_column("", overflow="fold", min_width=min(max(map(len, figures)), 12))
     had = [k for k in FIGURES if any(not isinstance(v[k], str) for v in figures.values())]
     for key in had:
         arrow = {"higher": "↑", "lower": "↓"}[FIGURES[key].better]
-        table.add_column(f"{FIGURES[key].heading} {arrow}", justify="right", no_wrap=True)
+        # A narrow terminal breaks headings, and neither numbers nor names are cut.
+        widest = max(len(format_figure(values, key)) for values in figures.values())
+        table.add_column(
+            f"{FIGURES[key].heading} {arrow}", justify="right", overflow="fold", min_width=widest
+        )
     for name, values in figures.items():
-        table.add_row(escape(name), *(format_figure(values, key) for key in had))
-    console = Console(soft_wrap=True)
+        table.add_row(printable(name), *(format_figure(values, key) for key in had))
+    # Names are taken as they are: one may hold what rich would take for a style or an emoji.
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(table)
     for key, figure in FIGURES.items():
         reasons = {str(v[key]): None for v in figures.values() if isinstance(v[key], str)}
@@ -138,13 +205,14 @@ def _say_complete() -> None:
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    from picnn_fast.training.demo import demo_folder, run_demo
+    from picnn_fast.evaluation import FIGURES
+    from picnn_fast.training.demo import EPOCHS, SPREAD, demo_folder, run_demo
     from picnn_fast.training.options import parse
 
     def add(parser: Any) -> None:
         parser.add_argument("--output", type=str, default="runs/demo", help="folder of the results")
         parser.add_argument("--seed", type=int, default=0, help="of everything random")
-        parser.add_argument("--epochs", type=int, default=30, help="of each network")
+        parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each network")
         _add_overwrite(parser)
 
     args = parse(
@@ -160,23 +228,30 @@ def _demo(arguments: Sequence[str]) -> int:
         add=add,
     )
     output, same = args["output"], {"seed": args["seed"], "epochs": args["epochs"]}
-    complete = not args["overwrite"] and demo_folder(output, **same).complete()
-    figures = run_demo(output, overwrite=args["overwrite"], **same)
+    folder = demo_folder(output, **same)
+    complete = not args["overwrite"] and folder.complete()
+    with _telling_how_to_go_on(folder):
+        figures = run_demo(output, overwrite=args["overwrite"], **same)
     _print_table(figures, "Test split, 360 handwritten digits")
+    if args["epochs"] == EPOCHS:
+        spread = ", ".join(f"{FIGURES[key].heading} {value}" for key, value in SPREAD.items())
+        print(
+            f"  Another seed or machine ends thereabouts; three seeds lay this far apart: {spread}"
+        )
     for name, meaning in (
         ("correspondence.png", "which filters belong to which class"),
         ("curves.png", "losses and accuracies over training"),
         ("gradcam.png", "what all, class and complementary filters see"),
         ("metrics.json", "the figures above"),
     ):
-        print(f"  {Path(output) / name}: {meaning}")
+        print(printable(f"  {Path(output) / name}: {meaning}"))
     if complete:
         _say_complete()
     return 0
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from picnn_fast.training.options import Options, parse
+    from picnn_fast.training.options import BY_IMAGE_SIZE, Options, parse
     from picnn_fast.training.run import train, train_folder
 
     args = parse(
@@ -189,12 +264,22 @@ def _train(arguments: Sequence[str]) -> int:
     del args["config"]
     overwrite = args.pop("overwrite")
     options = Options(**args)
-    complete = not overwrite and train_folder(options).complete()
-    figures = train(options, overwrite=overwrite)
+    folder = train_folder(options)
+    complete = not overwrite and folder.complete()
+    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and _first_process():
+        name = options.backbone["name"]
+        print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
+    with _telling_how_to_go_on(folder):
+        figures = train(options, overwrite=overwrite)
     if not figures:  # a process beside the first one
         return 0
     _print_table({options.method["name"]: figures}, f"Test split of {options.data['name']}")
-    print(f"  {options.output}: metrics.json, last.ckpt, csv/ and tensorboard/")
+    logs = [f"{name}/" for name in ("csv", "tensorboard") if (folder.path / name).is_dir()]
+    shown, output = ", ".join(["metrics.json", "last.ckpt", *logs]), shlex.quote(options.output)
+    print(printable(f"  {options.output}: {shown}"))
+    print(printable(f"  picnn-fast evaluate {output}   measures it again, or on other images"))
+    if "tensorboard/" in logs:
+        print(printable(f"  tensorboard --logdir {output}   draws its losses and figures"))
     if complete:
         _say_complete()
     return 0
@@ -205,9 +290,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
     from picnn_fast.evaluation import evaluate
     from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
-    from picnn_fast.training.launch import device_of
-    from picnn_fast.training.options import ConfigError, parse
-    from picnn_fast.training.run import build_data
+    from picnn_fast.training.launch import device_of, launch
+    from picnn_fast.training.options import ConfigError, few, parse
+    from picnn_fast.training.run import build_data, reading_images
 
     def add(parser: Any) -> None:
         parser.add_argument(
@@ -237,6 +322,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     }
     if any(token in ("-h", "--help") for token in arguments):
         parse(arguments, groups=("data",), **described)
+    if not launch(None).first:  # one of several processes measures, so that no image counts twice
+        return 0
     # What can be said of the data hangs on the checkpoint, which has to be found first.
     rest, of_data = _without_data(arguments)
     args = parse(rest, groups=(), **described)
@@ -252,23 +339,31 @@ def _evaluate(arguments: Sequence[str]) -> int:
             key: args[key] for key in ("data", "batch_size", "seed") if args.get(key) is not None
         }
         options = dataclasses.replace(options, **overrides)
-        data = build_data(dataclasses.replace(options, category=None))
+        try:
+            data = build_data(dataclasses.replace(options, category=None))
+        except ConfigError as error:
+            if of_data:
+                raise
+            raise ConfigError(
+                f"{error}; --data.root, or another option of --data, says where else"
+            ) from error
         if options.category is not None and options.category in data.class_names:
             data.single_out(options.category)
         if list(data.class_names) != class_names:
             raise ConfigError(
-                f"data: {options.data['name']} has other classes ({_few(data.class_names)}) than"
-                f" {checkpoint} was trained on ({_few(class_names)})"
+                f"data: {options.data['name']} has other classes ({few(data.class_names)}) than"
+                f" {checkpoint} was trained on ({few(class_names)})"
             )
         name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
-        figures[options.method["name"] if name == "." else name] = evaluate(
-            network,
-            data,
-            seed=options.seed,
-            draws=args["draws"],
-            device=device_of(args["accelerator"]),
-            progress=sys.stdout.isatty() and not args["json"],
-        )
+        with reading_images():
+            figures[options.method["name"] if name == "." else name] = evaluate(
+                network,
+                data,
+                seed=options.seed,
+                draws=args["draws"],
+                device=device_of(args["accelerator"]),
+                progress=sys.stdout.isatty() and not args["json"],
+            )
     if args["json"]:
         print(json.dumps(figures, indent=2))
     else:
@@ -315,12 +410,24 @@ def _convert(arguments: Sequence[str]) -> int:
         add=add,
     )
     convert(args["source"], args["target"], args["root"])
-    print(f"  {args['target']}: picnn-fast evaluate measures it")
+    print(printable(f"  {args['target']}: picnn-fast evaluate measures it"))
     return 0
 
 
-def _few(names: list[str]) -> str:
-    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+_TRAIN_PACKAGES = (
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "tensorboard",
+    "scikit-learn",
+    "scipy",
+    "h5py",
+    "pyyaml",
+    "rich",
+    "jsonargparse",
+    "argcomplete",
+    "filelock",
+)
 
 
 def _doctor(arguments: Sequence[str]) -> int:
@@ -331,7 +438,8 @@ def _doctor(arguments: Sequence[str]) -> int:
     ).parse_args(arguments)
     import torch
 
-    import picnn_fast
+    importlib.import_module("picnn_fast.functional")  # with which the operators are registered
+    from picnn_fast.ops.registry import build_info
 
     print(f"picnn_fast    {__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
@@ -339,13 +447,8 @@ def _doctor(arguments: Sequence[str]) -> int:
         ("torch", None),
         ("numpy", None),
         ("triton", None),
-        ("torchvision", "train"),
-        ("lightning", "train"),
-        ("torchmetrics", "train"),
-        ("jsonargparse", "train"),
-        ("scikit-learn", "train"),
-        ("matplotlib", "report"),
-        ("captum", "report"),
+        *((package, "train") for package in _TRAIN_PACKAGES),
+        *((package, "report") for package in ("matplotlib", "captum")),
     ):
         try:
             version = importlib.metadata.version(package)
@@ -364,7 +467,7 @@ def _doctor(arguments: Sequence[str]) -> int:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         print(f"  cuda        none (torch is built with {built})")
 
-    info = picnn_fast.build_info()
+    info = build_info()
     print("\ncompiled extension")
     for key, value in (info["extension"] or {"": "none"}).items():
         shown = ", ".join(value) if isinstance(value, list) else value

@@ -585,7 +585,8 @@ def filter_loss(
         TypeError: unsupported dtype; a template or state that is none.
         ValueError: no maps ``[B, N, h, w]``, maps without a position, shapes or devices that
             disagree, an option of another estimator.
-        RuntimeError: the gradient is differentiated: there are no second derivatives.
+        RuntimeError: the gradient is differentiated: there are no second derivatives; a state that
+            ``torch.utils.checkpoint`` would renew again in the backward pass.
 
     Source:
         Zhang, Wu, Zhu, "Interpretable Convolutional Neural Networks", CVPR 2018, eq. 1-4.

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from picnn_fast import functional
 from picnn_fast.ops import checks
@@ -141,6 +141,10 @@ class TemplateMask(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """``[B, N, h, w]`` to the same shape."""
+        if isinstance(maps, fx.Proxy) and isinstance(maps.tracer, fx.Tracer):
+            # A trace takes the layer as it is, as it takes those of torch.nn.
+            path = maps.tracer.path_of_module(self)
+            return maps.tracer.create_proxy("call_module", path, (maps,), {})
         beta = None if self.beta is None else self.beta(*maps.shape[2:])
         return functional.template_mask(
             maps, self.template, scale=self.scale, center=self.center, beta=beta
@@ -157,8 +161,9 @@ def with_target_layer(
     *,
     activation: str = "relu",
     channel_dim: int = 1,
+    kernel: int = 3,
 ) -> nn.Module:
-    """``features`` and a new target layer: a 3x3 convolution (padding 1, bias, no batch norm).
+    """``features`` and a new target layer: a convolution that keeps the size (bias, no batch norm).
 
     Args:
         features: images to maps ``[B, in_channels, h, w]``.
@@ -166,12 +171,14 @@ def with_target_layer(
         num_filters: of the convolution.
         activation: after it: "relu", or "none", as in PICNN's published code: maps have both signs.
         channel_dim: the filter axis that the network is told of; 1 alone will do.
+        kernel: see ``inserted_convolution``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range.
     """
     checks.one_of("inserted_activation", activation, ("relu", "none"))
     if in_channels is None:
+        check_insert_kernel(kernel, inserted=False)
         if activation != "relu":
             raise ValueError(
                 f"inserted_activation: got {activation!r}, want 'relu': no convolution is inserted"
@@ -179,12 +186,40 @@ def with_target_layer(
         return features
     if not isinstance(features, nn.Module):
         raise TypeError(f"features: got {type(features).__name__}, want a torch.nn.Module")
-    checks.integer("in_channels", in_channels, 1)
-    checks.integer("num_filters", num_filters, 1)
     if channel_dim != 1:
         raise ValueError(
             f"in_channels: got {in_channels} with channel_dim={channel_dim}, want None:"
             " the inserted convolution takes maps [B, N, h, w]"
         )
-    conv = nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1)
+    conv = inserted_convolution(in_channels, num_filters, kernel)
     return nn.Sequential(features, conv, *([nn.ReLU()] if activation == "relu" else []))
+
+
+def inserted_convolution(in_channels: int, num_filters: int, kernel: int) -> nn.Conv2d:
+    """The convolution of a new target layer, which leaves maps as large as they are.
+
+    Args:
+        in_channels: of the maps it takes.
+        num_filters: it yields.
+        kernel: side of its windows, 3 or 1: a 1x1 convolution has a ninth of the weights, and sees
+            no neighbours.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
+    """
+    checks.integer("in_channels", in_channels, 1)
+    checks.integer("num_filters", num_filters, 1)
+    check_insert_kernel(kernel)
+    return nn.Conv2d(in_channels, num_filters, kernel_size=kernel, padding=kernel // 2)
+
+
+def check_insert_kernel(kernel: int, inserted: bool = True) -> None:
+    """
+    Raises:
+        TypeError, ValueError: a side other than 1 and 3; 1 where no convolution is inserted.
+    """
+    checks.integer("insert_kernel", kernel, 1)
+    if kernel not in (1, 3):
+        raise ValueError(f"insert_kernel: got {kernel}, want 1 or 3")
+    if kernel != 3 and not inserted:
+        raise ValueError(f"insert_kernel: got {kernel}, want 3: no convolution is inserted")

@@ -1,6 +1,7 @@
 """Losses that make filters stand for classes or parts; added to that of any network."""
 
 import math
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from picnn_fast import functional
 from picnn_fast.ops import checks
-from picnn_fast.ops.filter_loss import ESTIMATORS
-from picnn_fast.ops.templates import PartTemplate, check_template
+from picnn_fast.ops.filter_loss import ESTIMATORS, filter_loss
+from picnn_fast.ops.templates import PartTemplate, check_maps, check_template
 
 __all__ = ["FilterLoss", "MutualInformationLoss", "PublishedFilterLoss"]
 
@@ -133,11 +134,25 @@ class MutualInformationLoss(nn.Module):
         )
 
 
+class _Copies(weakref.WeakSet["FilterLoss"]):
+    """A loss and the copies made of it, also of copies; other processes have their own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Copies":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Copies, ()
+
+
 class FilterLoss(nn.Module):
     """The filter loss of Interpretable CNNs with what its estimators remember.
 
     See ``functional.filter_loss``. The running estimates are buffers, saved with the model, made
     for the size of the first maps and bound to it; evaluation mode uses them without renewing them.
+    Copies made before the first maps get buffers of that size, too (but in a compiled step), so
+    that averages of the weights, as of ``torch.optim.swa_utils``, can be begun at once. A pass
+    computed again by ``torch.utils.checkpoint`` would renew them twice: it is refused, where
+    ``torch.compile`` does not hide it.
 
     Args:
         template: see ``PartTemplate``.
@@ -180,43 +195,87 @@ class FilterLoss(nn.Module):
         # No template yet: the size of the maps is not known.
         self.register_buffer("log_mean", empty.log_mean[:, :0])
         self.register_buffer("log_ratio", empty.log_ratio)
+        self._map_size: tuple[int, int] | None = None
+        self._copies = _Copies([self])
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, filter_category: Tensor | None = None
     ) -> Tensor:
-        """Loss of each filter, ``[N]``; arguments as for ``functional.filter_loss``."""
+        """Loss of each filter, ``[N]``; arguments as for ``functional.filter_loss``.
+
+        Raises:
+            TypeError, ValueError: as ``functional.filter_loss``; maps of another number of filters,
+                or, of "running" and "target", of another size than those before.
+            RuntimeError: computed again by ``torch.utils.checkpoint``, in training.
+        """
+        check_maps(x)
+        if x.shape[1] != self.num_filters:
+            raise ValueError(
+                f"x: got {x.shape[1]} channels in maps of shape {tuple(x.shape)}, want"
+                f" {self.num_filters}, num_filters"
+            )
         state = None
-        if self.estimator != "batch":
+        if self.estimator != "batch" and x.shape[2:].numel() > 0:
             state = self._state(x)
-        return functional.filter_loss(
+        return filter_loss(
             x,
             self.template,
-            estimator=self.estimator,  # type: ignore[arg-type]
+            estimator=self.estimator,
             labels=labels,
             filter_category=filter_category,
             state=state,
+            renew=self.training,
         )
 
     def _state(self, x: Tensor) -> functional.FilterLossState:
         # Single precision at least, whatever ``half()`` made of the buffers.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.log_mean.shape[1] == 0 and x.ndim == 4 and x.shape[2:].numel() > 0:
-            first = functional.FilterLossState.empty(
-                self.num_filters, *x.shape[2:], dtype=dtype, device=x.device
-            )
-            self.log_mean, self.log_ratio = first.log_mean, first.log_ratio
+        height, width = x.shape[2:]
+        if self._map_size is None and self.log_mean.shape[1] == height * width + 1:
+            self._map_size = (height, width)
+        if self._map_size != (height, width):
+            self._refuse_other_maps(height, width)
+            self._map_size = (height, width)
+            self.log_ratio = self.log_ratio.to(x.device, dtype)
+            self._make_room(height * width + 1)
         elif self.log_mean.dtype != dtype:
             self.log_mean, self.log_ratio = self.log_mean.to(dtype), self.log_ratio.to(dtype)
-        log_mean, log_ratio = self.log_mean, self.log_ratio
-        if not self.training:
-            log_mean, log_ratio = log_mean.clone(), log_ratio.clone()
-        return functional.FilterLossState(log_mean, log_ratio, self.momentum)
+        return functional.FilterLossState(self.log_mean, self.log_ratio, self.momentum)
+
+    def _refuse_other_maps(self, height: int, width: int) -> None:
+        """Of another size than those that the estimates are of, where there are any yet."""
+        templates = self.log_mean.shape[1]
+        if templates == 0 or self.log_ratio.isneginf().all():
+            return
+        known = self._map_size
+        want = f"{known[0]} x {known[1]}" if known else f"{templates - 1} positions"
+        raise ValueError(
+            f"x: got maps {height} x {width}, want {want} as in the batches before: what"
+            f" estimator={self.estimator!r} remembers is bound to that size; give images of one"
+            " size, or take estimator='batch'"
+        )
+
+    def _make_room(self, templates: int) -> None:
+        """For the estimates of so many templates, in the copies that have no room yet as well."""
+        ratio = self.log_ratio
+        self.log_mean = ratio.new_full((self.num_filters, templates), -math.inf)
+        if torch.compiler.is_compiling():
+            return
+        for loss in self._copies:
+            if loss.log_mean.shape[1] == 0:
+                loss.log_ratio = loss.log_ratio.to(ratio.dtype)
+                loss.log_mean = loss.log_ratio.new_full(self.log_mean.shape, -math.inf)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         saved = state_dict.get(f"{prefix}log_mean")
         if saved is not None and saved.ndim == 2 and len(saved) == self.num_filters:
-            self.log_mean = self.log_mean.new_full(saved.shape, -math.inf)
+            self._map_size = None
+            self._make_room(saved.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._copies.add(self)
 
     def extra_repr(self) -> str:
         return f"{self.template}, num_filters={self.num_filters}, estimator={self.estimator!r}"
@@ -263,6 +322,7 @@ class PublishedFilterLoss(nn.Module):
         one_hot = nn.functional.one_hot(labels.to(torch.int64), self.num_classes)
         counts = self.counts + one_hot.sum(0)
         if self.training:
+            checks.not_recomputed("PublishedFilterLoss")
             self.counts.copy_(counts)
         if self.num_classes > 10:
             shares = torch.full_like(counts, 1 / self.num_classes, dtype=torch.float32)

@@ -34,4 +34,4 @@ def run_ranks(script: str, folder: Path, ranks: int) -> list[Any]:
         for process in processes:
             process.kill()
             process.wait()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]

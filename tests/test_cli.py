@@ -1,16 +1,21 @@
 import dataclasses
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from PIL import Image
 
+import picnn_fast
 from picnn_fast import cli
 from picnn_fast._version import __version__
 from picnn_fast.evaluation import FIGURES
@@ -26,7 +31,10 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "convert", "doctor"])
+COMMANDS = ["demo", "train", "evaluate", "convert", "doctor"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers(capsys, command):
     status, out, _ = _main(capsys, command, "--help")
     assert status == 0
@@ -46,6 +54,76 @@ def test_help_tells_every_option_of_train_with_its_default(capsys, monkeypatch):
     assert "passes over the training images. (type: int, default: 30)" in out
 
 
+def _written(monkeypatch, encoding, function, *arguments):
+    """What a function prints on a terminal of that encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        status = function(*arguments)
+    except SystemExit as stop:
+        status = stop.code
+    return status, stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch, encoding):
+    monkeypatch.setitem(
+        cli._COMMANDS, "doctor", (lambda arguments: print("é → Δ") or 0, "what ² is")
+    )
+    assert _written(monkeypatch, encoding, cli.main, ["doctor"]) == (
+        0,
+        "é → Δ\n".encode(encoding, "backslashreplace").decode(encoding),
+    )
+    status, out = _written(monkeypatch, encoding, cli.main, ["--help"])
+    assert (status, "what ² is" in out or r"what \xb2 is" in out) == (0, True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_on_an_ascii_terminal(monkeypatch, command):
+    status, out = _written(monkeypatch, "ascii", cli.main, [command, "--help"])
+    assert (status, out.startswith(f"usage: picnn-fast {command}")) == (0, True)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encoding):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["tau[low]", "x[/y]", "[bold]", ":smile:", "[", "a\\"]
+    figures = {
+        name: dict.fromkeys(FIGURES, row + 0.125) | {"acc2": f"n/a: [/{row}] is gone"}
+        for row, name in enumerate(names)
+    }
+
+    def table():
+        cli._prepare_streams()
+        cli._print_table(figures, "Test split of [/x] [red]")
+
+    _, out = _written(monkeypatch, encoding, table)
+    assert "Test split of [/x] [red]" in out
+    for row, name in enumerate(names):
+        (line,) = [line for line in out.splitlines() if f" {name} " in line and ".125" in line]
+        assert line.count(f"{row}.125") == len(FIGURES) - 1
+        assert f"(n/a: [/{row}] is gone)" in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["doctor"]])
+def test_a_reader_that_stops_reading_ends_the_command_without_a_word(monkeypatch, capfd, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(arguments) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_output_that_was_closed_is_no_matter(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert not sys.stdout.isatty()
+    sys.stdout.close()
+
+
 def test_help_of_a_method_tells_its_options_alone(capsys):
     status, out, _ = _main(capsys, "train", "--method.help", "icnn")
     assert (status, "--method.filter_loss_weight" in out, "--epochs" in out) == (0, True, False)
@@ -62,6 +140,31 @@ def test_version(capsys):
     assert _main(capsys, "--version")[1].strip() == f"picnn-fast {__version__}"
 
 
+def _script(tmp_path, code, *arguments):
+    """Code in a file of the name that the command has, run by itself."""
+    path = tmp_path / "picnn-fast"
+    path.write_text(code)
+    command = [sys.executable, str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_version_and_help_of_the_command_do_not_wait_for_torch(tmp_path, flag):
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print({'torch', 'numpy'} & {*sys.modules}))\n"
+        "from picnn_fast.cli import main\n"
+        "main()\n"
+    )
+    done = _script(tmp_path, code, flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\nset()\n")
+    assert ("--version" in done.stdout, __version__ in done.stdout) == (
+        flag == "--help",
+        flag == "--version",
+    )
+
+
 def test_doctor_tells_versions_backends_and_reasons(capsys):
     status, out, _ = _main(capsys, "doctor")
     assert status == 0
@@ -72,7 +175,14 @@ def test_doctor_tells_versions_backends_and_reasons(capsys):
         assert "cuda        missing: " in out
 
 
-def test_doctor_and_help_need_torch_and_numpy_alone():
+def test_doctor_lists_every_package_of_train_and_report(capsys):
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    listed = {line.split(" ")[0] for line in _main(capsys, "doctor")[1].splitlines()}
+    assert {Requirement(text).name for text in extras["train"] + extras["report"]} < listed
+
+
+def test_doctor_and_help_need_torch_and_numpy_alone(tmp_path):
     code = (
         "import sys\n"
         "for name in ('torchvision', 'lightning', 'torchmetrics', 'sklearn', 'yaml', 'rich',"
@@ -81,8 +191,10 @@ def test_doctor_and_help_need_torch_and_numpy_alone():
         "assert main(['doctor']) == 0\n"
         "assert main(['demo']) == 1\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = _script(tmp_path, code)
     assert done.returncode == 0, done.stderr
+    operators = done.stdout.partition("\noperators\n")[2].splitlines()
+    assert {line.split()[0] for line in operators} == {*picnn_fast.build_info()["operators"]}
     assert "is not installed" in done.stderr
     assert "pip install 'picnn_fast[" in done.stderr
     assert "Traceback" not in done.stderr
@@ -110,6 +222,25 @@ def test_flags_override_yaml(capsys, monkeypatch, tmp_path):
     assert status == 0
     expected = Options(epochs=3, method="std", data={"max_shift": 0}, output=str(tmp_path / "none"))
     assert seen == [(expected, True)]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_backbone_is_told_where_none_was_named(capsys, monkeypatch, tmp_path, size):
+    from picnn_fast.training import run
+
+    monkeypatch.setattr(run, "fit", lambda *arguments, **options: dict.fromkeys(FIGURES, 0.5))
+    arguments = ("train", "--data", "part-animals", "--data.image_size", size)
+    arguments += ("--data.train_images", 12, "--data.test_images", 12, "--accelerator", "cpu")
+    status, out, err = _main(capsys, *arguments, "--output", tmp_path / "one")
+    name = {64: "small-resnet", 128: "resnet18"}[size]
+    assert (status, f"backbone: {name}, by the size of the images" in out) == (0, True), err
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    assert record["config"]["backbone"]["name"] == name
+    named = (*arguments, "--backbone", name, "--output", tmp_path / "one")
+    status, out, _ = _main(capsys, *named)
+    assert (status, "complete already" in out, "backbone:" in out) == (0, True, False)
+    status, out, _ = _main(capsys, *named, "--overwrite")
+    assert (status, "complete already" in out, "backbone:" in out) == (0, False, False)
 
 
 def test_bad_values_are_refused_by_name(capsys, tmp_path):
@@ -286,9 +417,25 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "fit", interrupted)
     status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
-    assert (status, "interrupted; the same command goes on" in err) == (130, True)
+    assert (status, "demo: interrupted; the same command starts anew" in err) == (130, True)
     assert not (tmp_path / "demo").exists()
     assert (tmp_path / ".demo.partial" / "run.json").exists()
+    checkpoint = tmp_path / ".demo.partial" / "std" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
+    assert "interrupted; the same command goes on from the last complete epoch" in err
+
+
+def test_ctrl_c_before_a_training_promises_nothing(capsys, monkeypatch, tmp_path):
+    from picnn_fast.training import run
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train_folder", interrupted)
+    status, out, err = _main(capsys, "train", "--output", tmp_path / "run")
+    assert (status, out, err) == (130, "", "")
 
 
 def test_divergence_is_told_in_a_line(capsys, monkeypatch, tmp_path):
@@ -366,3 +513,75 @@ def test_convert_writes_a_checkpoint_that_evaluate_takes(capsys, tmp_path):
     status, _, err = _main(capsys, "convert", tmp_path / "text", tmp_path / "x.ckpt", *root)
     assert (status, "is no checkpoint of PICNN's" in err, err.count("\n")) == (2, True, 1)
     assert not (tmp_path / "x.ckpt").exists()
+
+
+@pytest.fixture
+def of_folder(tmp_path, monkeypatch):
+    """An untrained network on a folder of images that was named from where it lies."""
+    from picnn_fast.training import checkpoint, run
+
+    classes = ("a\x1b[2J", "b\u202e")
+    for split in ("train", "test"):
+        for name in classes:
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32), 60 * i).save(
+                    tmp_path / "images" / split / name / f"{i}.png"
+                )
+    monkeypatch.chdir(tmp_path)
+    data = {"name": "folder", "root": "images/", "image_size": 32, "num_workers": 0}
+    options = Options(data=data, num_filters=8, accelerator="cpu", output="run\x1b[2J")
+    made = run.assemble(options, tmp_path, progress=False)
+    content = {"state_dict": made.module.state_dict()}
+    saving = checkpoint.SaveOptions(options, made.data)
+    saving.on_save_checkpoint(made.trainer, made.module, content)
+    path = tmp_path / "run\x1b[2J" / "std\x07" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    return path
+
+
+def test_evaluation_finds_the_data_from_anywhere_and_says_how_to_name_it(
+    capsys, monkeypatch, tmp_path, of_folder
+):
+    monkeypatch.chdir("/")
+    arguments = ("evaluate", of_folder, "--accelerator", "cpu", "--json")
+    status, out, _ = _main(capsys, *arguments)
+    assert (status, "acc1" in out) == (0, True)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    status, _, err = _main(capsys, *arguments)
+    assert status == 2
+    assert f"data.root: {tmp_path}/images/train is missing; want" in err
+    assert err.endswith("; --data.root, or another option of --data, says where else\n")
+    moved = ("--data.root", tmp_path / "moved")
+    assert _main(capsys, *arguments, *moved)[0] == 0
+    status, _, err = _main(capsys, *arguments, "--data.root", "nowhere")
+    assert (status, "says where else" in err) == (2, False)
+
+
+def test_names_that_would_steer_the_terminal_are_written_out(capsys, tmp_path, of_folder):
+    status, out, err = _main(capsys, "evaluate", of_folder.parent.parent, "--accelerator", "cpu")
+    assert (status, "std\\x07" in out) == (0, True)
+    arguments = ("evaluate", of_folder, "--accelerator", "cpu", "--data", "digits")
+    status, more, err = _main(capsys, *arguments)
+    assert (status, r"a\x1b[2J, b\u202e" in err) == (2, True)
+    status, _, missing = _main(capsys, "evaluate", tmp_path / "\x1b]0;title\x07")
+    assert (status, r"\x1b]0;title\x07" in missing) == (1, True)
+    assert not {"\x1b", "\x07", "\u202e"} & set(out + more + err + missing)
+
+
+@pytest.mark.parametrize(
+    "text", ["(pid(s) 7) exited unexpectedly", "(pid 7) is killed by signal: Killed. "]
+)
+def test_a_reading_process_that_is_killed_while_measuring_is_told_in_a_line(
+    capsys, monkeypatch, of_folder, text
+):
+    from picnn_fast import evaluation
+
+    def killed(*arguments, **options):
+        raise RuntimeError(f"DataLoader worker {text}")
+
+    monkeypatch.setattr(evaluation, "evaluate", killed)
+    status, _, err = _main(capsys, "evaluate", of_folder, "--accelerator", "cpu")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "data.num_workers: a process that reads images was killed (7)" in err

@@ -1,20 +1,17 @@
-"""Examples in docstrings and in the README run as they are printed."""
+"""Examples in docstrings run as they are printed, and public names have them."""
 
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import picnn_fast
 import picnn_fast.functional
-from picnn_fast.models import METHODS
 
-README = Path(__file__).parents[1] / "README.md"
 MODULES = [
     "picnn_fast",
     *sorted(
@@ -66,16 +63,3 @@ def test_public_names_are_there_and_documented(name):
     value = getattr(picnn_fast, name)
     if callable(value):
         assert inspect.getdoc(value)
-
-
-@pytest.mark.skipif(not README.exists(), reason="no README.md beside the tests")
-def test_readme_python_blocks_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks, "want at least one python block"
-    # What it registers is gone afterwards.
-    monkeypatch.setitem(METHODS, "groups", None)
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for block in blocks:
-        torch.manual_seed(0)
-        exec(compile(block, "README.md", "exec"), namespace)

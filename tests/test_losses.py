@@ -1,11 +1,16 @@
 """MutualInformationLoss and FilterLoss: values, gradients, corners, and what they remember."""
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import picnn_fast
 from picnn_fast import PartTemplate, functional
@@ -225,10 +230,128 @@ def test_a_filter_loss_moves_and_loads_with_what_it_remembers() -> None:
     torch.testing.assert_close(other(x), loss(x), rtol=0, atol=0)
 
 
-def test_a_filter_loss_of_another_number_of_filters_is_refused() -> None:
+@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+def test_maps_of_another_number_of_filters_are_refused_by_name(estimator: Any) -> None:
+    loss = FilterLoss(PartTemplate(), num_filters=3, estimator=estimator)
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=rf"^x: got {channels} channels .* want 3, num_filter"):
+            loss(maps(4, channels, 4, 4))
+    assert loss.log_mean.shape == (3, 0)
+    with pytest.raises(ValueError, match=r"^x: got shape \(3, 4, 4\), want maps \[B, N, h, w\]"):
+        loss(maps(3, 4, 4))
+    with pytest.raises(ValueError, match=r"^x: got maps with h = 0"):
+        loss(maps(4, 3, 0, 4))
+
+
+@pytest.mark.parametrize("size", [(5, 5), (2, 8)])
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_maps_of_another_size_than_remembered_are_refused_in_the_users_terms(
+    estimator: Any, size: tuple[int, int]
+) -> None:
+    loss = FilterLoss(PartTemplate(), num_filters=3, estimator=estimator)
+    loss.eval()(maps(4, 3, 6, 2))  # remembers nothing, so that it is bound to no size
+    loss.train()(maps(4, 3, 4, 4))
+    before = loss.log_mean.clone()
+    message = rf"^x: got maps {size[0]} x {size[1]}, want 4 x 4 as in .* give images of one size"
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=message):
+            loss.train(mode)(maps(4, 3, *size))
+    torch.testing.assert_close(loss.log_mean, before, rtol=0, atol=0)
+    other = FilterLoss(PartTemplate(), num_filters=3, estimator=estimator)
+    other.load_state_dict(loss.state_dict())
+    with pytest.raises(ValueError, match=r"^x: got maps 5 x 6, want 16 positions as in the batch"):
+        other(maps(4, 3, 5, 6))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.5)}], ids=["mean", "exponential"]
+)
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_averages_of_the_weights_can_be_begun_before_the_first_batch(
+    estimator: Any, options: dict[str, Any]
+) -> None:
+    loss = FilterLoss(PartTemplate(), num_filters=3, estimator=estimator)
+    averaged = AveragedModel(copy.deepcopy(loss), use_buffers=True, **options)  # of a copy
+    loss(maps(4, 3, 4, 4))
+    averaged.update_parameters(loss)
+    torch.testing.assert_close(averaged.module.state_dict(), loss.state_dict())
+    loss(2 * maps(4, 3, 4, 4))
+    averaged.update_parameters(loss)
+    assert averaged.module.log_mean.isfinite().all()
+    averaged.eval()(maps(4, 3, 4, 4))
+
+
+def test_averages_can_be_begun_before_estimates_are_loaded() -> None:
+    trained = FilterLoss(PartTemplate(), num_filters=3, estimator="running")
+    trained(maps(4, 3, 4, 4))
     loss = FilterLoss(PartTemplate(), num_filters=3, estimator="running")
-    with pytest.raises(ValueError, match=r"state: got log_mean of shape \(3, 17\), want \(2, 17\)"):
-        loss(maps(4, 2, 4, 4))
+    averaged = AveragedModel(loss, use_buffers=True)
+    loss.load_state_dict(trained.state_dict())
+    averaged.update_parameters(loss)
+    torch.testing.assert_close(averaged.module.state_dict(), trained.state_dict())
+
+
+def test_copies_learn_apart_and_of_maps_of_any_size() -> None:
+    loss = FilterLoss(PartTemplate(), num_filters=3, estimator="running")
+    twin, pickled = copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))
+    loss(maps(4, 3, 4, 4))
+    assert twin.log_mean.isneginf().all()
+    assert pickled.log_mean.shape == (3, 0)
+    for other in (twin, pickled):
+        other(maps(4, 3, 5, 6))
+        assert other.log_mean.shape == (3, 31)
+    assert loss.log_mean.shape == (3, 17)
+
+
+def gradient(loss: Callable[[Tensor], Tensor], reentrant: bool | None) -> Tensor:
+    x = maps(4, 3, 4, 4).requires_grad_()
+    value = loss(x) if reentrant is None else checkpoint(loss, x, use_reentrant=reentrant)
+    value.sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_a_pass_computed_again_is_refused_where_it_would_renew_the_estimates_twice(
+    estimator: Any, reentrant: bool
+) -> None:
+    loss = FilterLoss(PartTemplate(tau=0.1), num_filters=3, estimator=estimator)
+    loss(2 * maps(4, 3, 4, 4))
+    state = functional.FilterLossState.empty(3, 4, 4)
+
+    def of_the_function(x: Tensor) -> Tensor:
+        return functional.filter_loss(x, PartTemplate(), estimator=estimator, state=state)
+
+    for each in (loss, of_the_function):
+        with pytest.raises(RuntimeError, match=r"^filter_loss: got computed again in the backward"):
+            gradient(each, reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", ["batch", "running", "target"])
+def test_a_pass_computed_again_has_the_same_gradient_where_nothing_is_renewed(
+    estimator: Any, reentrant: bool
+) -> None:
+    loss = FilterLoss(PartTemplate(tau=0.1), num_filters=3, estimator=estimator)
+    loss(2 * maps(4, 3, 4, 4))
+    loss.train(estimator == "batch")
+    expected = gradient(loss, None)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradient(loss, reentrant), expected, rtol=0, atol=0)
+
+
+def test_a_published_loss_computed_again_is_refused_in_training_alone() -> None:
+    loss = PublishedFilterLoss(PartTemplate(), num_classes=3)
+    labels, category = torch.tensor([0, 0, 2, 1]), torch.tensor([0, 2, 1])
+
+    def of_maps(x: Tensor) -> Tensor:
+        return loss(x, labels, category)
+
+    with pytest.raises(RuntimeError, match=r"^PublishedFilterLoss: got computed again"):
+        gradient(of_maps, False)
+    loss.eval()
+    torch.testing.assert_close(gradient(of_maps, False), gradient(of_maps, None))
 
 
 def test_the_published_filter_loss_counts_the_images_of_each_class() -> None:

@@ -88,7 +88,8 @@ class Split(NamedTuple):
                 raise self._other_filters(channels, num_filters)
             # It depends on the size of the images, which the old classifier was made for.
             positions, left_over = divmod(linear[0].in_features if linear else 0, channels)
-            if positions < 2 or left_over:
+            pooled = any(isinstance(layer, nn.AvgPool2d | nn.MaxPool2d) for layer in before)
+            if positions < (1 if pooled else 2) or left_over:
                 raise ValueError(
                     f"backbone: got maps of layer {self.layer!r} that nothing pools to one size"
                     " before a linear layer, want pooling there, such as nn.AdaptiveAvgPool2d(1);"
@@ -357,7 +358,8 @@ def _graph_module(
 def _flat_width(layers: list[nn.Module], channels: int) -> int | None:
     """Values in the vectors that layers make of maps, or None where the maps' size matters."""
     module = nn.Sequential(*layers)
-    shapes = {_output_shape(module, (channels, side, side)) for side in (15, 16)}
+    # So far apart that a window makes maps of two sizes of them, whatever its stride.
+    shapes = {_output_shape(module, (channels, side, side)) for side in (15, 64)}
     (shape, *others) = shapes
     return None if others or shape is None or len(shape) != 2 else shape[1]
 

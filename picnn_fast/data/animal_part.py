@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from picnn_fast._extras import extra
 from picnn_fast.data.loading import readers
+from picnn_fast.data.matlab import read_struct
+from picnn_fast.data.matlab_reader import is_hdf5
 from picnn_fast.data.parts import PartDataModule, PartSample
 from picnn_fast.data.photographs import (
     Photograph,
     PhotographedParts,
     checked,
     chosen,
-    load_struct,
     reading,
     share,
     some,
@@ -173,13 +172,12 @@ def _boxes(path: Path, count: int) -> list[_Box]:
     """Boxes of the ``count`` images of a category, as edges of pixels."""
     sides = ("xmin", "ymin", "xmax", "ymax")
     with reading(path, f"boxes of the {count} images beside it", _DOWNLOAD):
-        if _is_hdf5(path):
-            with _hdf5(path) as file:
-                found = [file[item]["bndbox"] for item in file["samples"]["obj"][()].ravel()]
-                boxes = [[box[side][()].item() for side in sides] for box in found]
+        samples = read_struct(path, "samples")
+        if is_hdf5(path):
+            objects = samples.obj.ravel()
         else:
-            samples = np.atleast_1d(load_struct(path, "samples"))
-            boxes = [[float(getattr(item.obj.bndbox, side)) for side in sides] for item in samples]
+            objects = [item.obj for item in np.atleast_1d(samples)]
+        boxes = [[getattr(item.bndbox, side).item() for side in sides] for item in objects]
         if len(boxes) < count:
             raise ValueError(f"it holds {len(boxes)}")
         # Pixels are counted from 1, and the last one is part of the box.
@@ -189,13 +187,11 @@ def _boxes(path: Path, count: int) -> list[_Box]:
 def _places(path: Path, boxes: list[_Box]) -> list[Tensor]:
     """(x, y) of a part in pixels of each file, NaN where it is not shown."""
     with reading(path, f"places of a part in {len(boxes)} images", _DOWNLOAD):
-        if _is_hdf5(path):
-            with _hdf5(path) as file:
-                items = [file[item] for item in file["truth"]["pHW_center"][()].ravel()]
-                # An empty array is written as its two sizes.
-                places = [() if item.attrs.get("MATLAB_empty") else item[()] for item in items]
+        truth = read_struct(path, "truth")
+        if is_hdf5(path):
+            places = list(truth.pHW_center.ravel())
         else:
-            places = [item.pHW_center for item in np.atleast_1d(load_struct(path, "truth"))]
+            places = [item.pHW_center for item in np.atleast_1d(truth)]
         if len(places) < len(boxes):
             raise ValueError(f"it holds {len(places)}")
         return [_in_file(np.ravel(p), box) for p, box in zip(places, boxes, strict=False)]
@@ -212,24 +208,12 @@ def _in_file(place: NDArray[np.float64], box: _Box) -> Tensor:
     return torch.tensor([x, y])
 
 
-def _is_hdf5(path: Path) -> bool:
-    """Of MATLAB 7.3: an HDF5 file behind a header of 512 bytes."""
-    with path.open("rb") as file:
-        return file.read(520)[512:] == b"\x89HDF\r\n\x1a\n"
-
-
-def _hdf5(path: Path) -> Any:
-    with extra("train"):
-        import h5py
-    return h5py.File(path, "r")
-
-
 def animal_part(
-    root: str,
+    root: str | Path,
     *,
     image_size: int = 224,
     categories: list[str] | None = None,
-    parts: str | None = None,
+    parts: str | Path | None = None,
     min_area: int = 2500,
     split_seed: int = 0,
     batch_size: int = 64,

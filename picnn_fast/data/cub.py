@@ -167,7 +167,7 @@ def _rows(path: Path, columns: int) -> NDArray[np.float64]:
 
 
 def cub(
-    root: str,
+    root: str | Path,
     *,
     image_size: int = 224,
     landmark_names: list[str] | None = None,

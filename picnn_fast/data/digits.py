@@ -5,14 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, readers
-
-with extra("train"):
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-from torch.utils.data import TensorDataset
 
 IMAGE_SIZE = 8
 _SPLIT_SEED = 0
@@ -67,6 +63,9 @@ class DigitsDataModule(SeededDataModule):
             raise ValueError(f"max_shift: got {max_shift}, want 0 to {IMAGE_SIZE - 1} pixels")
         self.max_shift = max_shift if augment else 0
         self.class_names = [str(digit) for digit in range(10)]
+        with extra("train"):
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).float().view(-1, 1, IMAGE_SIZE, IMAGE_SIZE) / 16
         targets = torch.from_numpy(labels).long()

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from picnn_fast.ops import checks
 
 with extra("train"):
     from PIL import Image
-    from scipy.io import loadmat
     from torchvision.transforms.v2.functional import pil_to_tensor
 
 # Where a data set has no split of its own, as in the code of the papers' authors.
@@ -177,11 +176,6 @@ def reading(path: Path, kind: str, download: str | None = None) -> Iterator[None
 def lines(path: Path) -> list[str]:
     """The lines of a table that hold something, whatever system wrote it."""
     return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-
-
-def load_struct(path: Path, name: str) -> Any:
-    """A variable of a MATLAB file of version 5 to 7; fields of structures are attributes."""
-    return loadmat(path, squeeze_me=True, struct_as_record=False)[name]
 
 
 def share(count: int, split: str, seed: int) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast.data.loading import readers
+from picnn_fast.data.matlab import read_struct
 from picnn_fast.data.parts import PartDataModule, PartSample, bounding_boxes, centres
 from picnn_fast.data.photographs import (
     Photograph,
@@ -16,7 +17,6 @@ from picnn_fast.data.photographs import (
     checked,
     chosen,
     lines,
-    load_struct,
     reading,
     share,
     some,
@@ -77,8 +77,8 @@ class VOCPart(PhotographedParts):
     images of its test were never annotated. Without the folder ImageSets, nine tenths of the
     annotated images, drawn by ``seed``, are to train on.
 
-    The annotations of the split are read once when the set is made: some 10 ms an object of 15
-    parts.
+    The annotations of the split are read once when the set is made: some 20 ms an object of 15
+    parts. A process of its own reads them, for a damaged file may end the one that reads it.
 
     Args:
         root: folder that holds ``Annotations_Part`` and ``VOCdevkit``.
@@ -184,7 +184,7 @@ def _read(path: Path) -> list[_Object]:
     """The annotated objects of an image, with the parts of those that are animals."""
     with reading(path, "an annotation of parts", _DOWNLOAD):
         found = []
-        for item in np.atleast_1d(load_struct(path, "anno").objects):
+        for item in np.atleast_1d(read_struct(path, "anno").objects):
             category, mask = getattr(item, "class"), _mask(item)
             parts: list[tuple[str, Tensor]] = []
             for part in np.atleast_1d(item.parts) if category in ANIMALS else ():
@@ -205,7 +205,7 @@ def _mask(item: Any) -> Tensor:
 
 
 def voc_part(
-    root: str,
+    root: str | Path,
     *,
     image_size: int = 224,
     categories: list[str] | None = None,

@@ -1,13 +1,14 @@
 """Grad-CAM of a subset of filters: what a class's own filters see, and what the others see."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from picnn_fast._extras import extra
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.ops import checks
 
 with extra("report"):
     from captum.attr import LayerGradCam
@@ -21,65 +22,101 @@ class PathwayGradCam(NamedTuple):
     complement: Tensor
 
 
-def filter_attributions(network: InterpretableNetwork, images: Tensor, targets: Tensor) -> Tensor:
+def filter_attributions(
+    network: nn.Module, images: Tensor, targets: Tensor, layer: str | nn.Module | None = None
+) -> Tensor:
     """Grad-CAM's term of each filter: its map, times the mean gradient of the target's logit.
 
     Args:
-        network: PICNN or STD, taken as it is: call ``eval()`` first.
+        network: taken as it is: call ``eval()`` first. An interpretable one, or any that makes
+            logits ``[B, K]`` of images.
         images: ``[B, C, H, W]``.
-        targets: class explained, ``[B]`` integers.
+        targets: class explained, ``[B]`` integers in [0, K).
+        layer: a module of the network or its name in ``named_modules()``, whose output are maps
+            ``[B, N, h, w]``. None takes the target layer, which interpretable networks and their
+            ``discriminator()`` have.
 
     Returns:
         ``[B, N, h, w]``; the sum over N before the ReLU is Grad-CAM.
 
     Raises:
-        ValueError: a network whose maps are not ``[B, N, h, w]``.
+        TypeError, ValueError: see ``grad_cam``.
 
     Source:
         Selvaraju et al., "Grad-CAM", ICCV 2017, eq. 1-2; captum's ``LayerGradCam``.
     """
+    _check_images("targets", targets, images)
+    module = _module(network, layer)
+    maps: list[Any] = []
 
     def logits(batch: Tensor) -> Tensor:
-        return network.head_logits(network.filter_maps(batch))
+        if isinstance(network, InterpretableNetwork):
+            output: Any = network.head_logits(network.filter_maps(batch))
+        else:
+            output = network(batch)
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise ValueError(f"network: yielded {_said(output)}, want logits [B, K]")
+        checks.labels("targets", targets, len(output), output.shape[1])
+        if not maps:
+            raise ValueError(f"layer: got {layer!r}, which the network does not run")
+        if not isinstance(maps[-1], Tensor) or maps[-1].ndim != 4:
+            raise ValueError(f"layer: yielded {_said(maps[-1])}, want maps [B, N, h, w]")
+        return output
 
-    if network.channel_dim != 1:
-        raise ValueError(
-            f"network: got one with channel_dim={network.channel_dim}, want maps [B, N, h, w]"
-        )
-    method = LayerGradCam(logits, network.features)
-    terms: Tensor = method.attribute(images, target=targets, attr_dim_summation=False)
+    # Gradients whatever the caller's mode is, and though every parameter be frozen.
+    with torch.inference_mode(False), torch.enable_grad():
+        batch = images.detach().clone().requires_grad_()
+        handle = module.register_forward_hook(lambda _, inputs, output: maps.append(output))
+        try:
+            method = LayerGradCam(logits, module)
+            terms: Tensor = method.attribute(
+                batch, target=targets.to(torch.int64), attr_dim_summation=False
+            )
+        finally:
+            handle.remove()
     return terms.detach()
 
 
 def grad_cam(
-    network: InterpretableNetwork, images: Tensor, targets: Tensor, filters: Tensor | None = None
+    network: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    filters: Tensor | None = None,
+    *,
+    layer: str | nn.Module | None = None,
 ) -> Tensor:
     """Grad-CAM of a class, through all filters or through some.
 
     Args:
-        network: PICNN or STD in eval mode.
+        network: in eval mode: an interpretable one, or any that makes logits ``[B, K]`` of images.
         images: ``[B, C, H, W]``.
-        targets: class explained, ``[B]`` integers.
+        targets: class explained, ``[B]`` integers in [0, K).
         filters: ``[B, N]`` weights, 1 for a filter that counts and 0 for one that does not; None
             takes all.
+        layer: a module of the network or its name in ``named_modules()``, whose output are maps
+            ``[B, N, h, w]``. None takes the target layer, which interpretable networks and their
+            ``discriminator()`` have.
 
     Returns:
         ``[B, H, W]``, at least 0, resized to the images bilinearly; in units of the logit, not
         normalised.
 
     Raises:
-        ValueError: shapes that disagree.
+        TypeError: arguments of the wrong kind.
+        ValueError: shapes that disagree, targets that are no class, a network that yields no
+            logits, a layer that there is not or that yields no maps ``[B, N, h, w]``.
 
     Example:
         >>> import torch
         >>> from picnn_fast.explain import grad_cam
         >>> from picnn_fast.models import make_interpretable
         >>> network = make_interpretable("small-resnet", num_classes=10).eval()
-        >>> grad_cam(network, torch.rand(2, 1, 8, 8), torch.tensor([3, 7])).shape
+        >>> images, targets = torch.rand(2, 1, 8, 8), torch.tensor([3, 7])
+        >>> grad_cam(network, images, targets).shape
         torch.Size([2, 8, 8])
+        >>> heat = grad_cam(network.discriminator(), images, targets, layer="features.0")
     """
-    _check(images, targets)
-    terms = filter_attributions(network, images, targets)
+    terms = filter_attributions(network, images, targets, layer)
     if filters is not None and filters.shape != terms.shape[:2]:
         raise ValueError(
             f"filters: got shape {tuple(filters.shape)}, want {tuple(terms.shape[:2])}:"
@@ -99,18 +136,24 @@ def pathway_grad_cam(
     classes.
 
     Args:
-        network: PICNN or STD in eval mode.
+        network: PICNN, STD or ICNN in eval mode.
         images: ``[B, C, H, W]``.
-        labels: true classes, ``[B]`` integers.
+        labels: true classes, ``[B]`` integers in [0, K).
         seed: of the draw.
 
     Returns:
         Three maps ``[B, H, W]`` an image, comparable with one another.
 
     Raises:
-        ValueError: shapes that disagree.
+        TypeError: arguments of the wrong kind.
+        ValueError: shapes that disagree, labels that are no class.
     """
-    _check(images, labels)
+    if not isinstance(network, InterpretableNetwork):
+        raise TypeError(
+            f"network: got {type(network).__name__}, want an InterpretableNetwork, whose filters"
+            " belong to classes; grad_cam takes any network"
+        )
+    _check_images("labels", labels, images)
     mask = network.class_mask(labels, seed=seed)
     terms = filter_attributions(network, images, labels)
     return PathwayGradCam(
@@ -120,13 +163,55 @@ def pathway_grad_cam(
     )
 
 
-def _check(images: Tensor, labels: Tensor) -> None:
+def _module(network: nn.Module, layer: str | nn.Module | None) -> nn.Module:
+    """The module of ``network`` that ``layer`` says."""
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: got {type(network).__name__}, want a torch.nn.Module")
+    modules: dict[str, nn.Module] = {name: m for name, m in network.named_modules() if name}
+    if isinstance(network, InterpretableNetwork) and layer is None:
+        if network.channel_dim != 1:
+            raise ValueError(
+                f"network: got one with channel_dim={network.channel_dim}, want maps [B, N, h, w]"
+            )
+        return modules["features"]
+    if layer is None:
+        if [name for name, _ in network.named_children()] == ["features", "head"]:  # discriminator
+            return modules["features"]
+        raise ValueError(
+            f"layer: got None with a {type(network).__name__}, want one of its modules, whose maps"
+            " count, or its name in named_modules()"
+        )
+    if isinstance(layer, nn.Module):
+        if all(layer is not module for module in modules.values()):
+            raise ValueError(
+                f"layer: got a {type(layer).__name__} that is no module of the network, want one"
+            )
+        return layer
+    if not isinstance(layer, str):
+        raise TypeError(f"layer: got {type(layer).__name__}, want a module or its name")
+    if layer not in modules:
+        raise ValueError(
+            f"layer: got {layer!r},{checks.did_you_mean(layer, modules)} want a module, named as in"
+            " named_modules() of the network"
+        )
+    return modules[layer]
+
+
+def _check_images(name: str, labels: Tensor, images: Tensor) -> None:
+    checks.floating("images", images)
     if images.ndim != 4:
         raise ValueError(f"images: got shape {tuple(images.shape)}, want [batch, channels, h, w]")
+    checks.tensor(name, labels)
     if labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, want ({len(images)},), one an image"
+            f"{name}: got shape {tuple(labels.shape)}, want ({len(images)},), one an image"
         )
+
+
+def _said(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _combine(terms: Tensor, filters: Tensor | None, images: Tensor) -> Tensor:

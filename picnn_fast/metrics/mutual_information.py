@@ -1,6 +1,7 @@
 """Mutual information between filters and classes, and its score MIS."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from picnn_fast.reference.histogram import plug_in, widen
 _BLOCK = 2**26
 _SCRATCH = 128
 _MEMORY_LIMIT = 2**32
+# Share of its value by which a filter may vary, and count as constant: rounding of float32 that
+# went through a network in batches of several sizes.
+_ROUNDING = 2**-17
 
 
 class MutualInformationScore(Metric):
@@ -117,6 +121,7 @@ class MutualInformationScore(Metric):
                 " an option of 'knn'"
             )
         self._matrix: Tensor | None = None
+        self._warned = False
         if estimator == "knn":
             self.add_state("activations", [], dist_reduce_fx="cat")
             self.add_state("labels", [], dist_reduce_fx="cat")
@@ -140,15 +145,12 @@ class MutualInformationScore(Metric):
                 metric is then as it was before.
         """
         self._check(activations, labels)
-        activations = activations.detach().to(self.device)
-        labels = labels.to(self.device, torch.int64)
         if self.estimator == "histogram":
-            self._count(activations, labels)
+            self._count(activations.detach().to(self.device), labels.to(self.device, torch.int64))
             return
-        if activations.untyped_storage().nbytes() > 2 * activations.nbytes:
-            activations = activations.clone()  # a view would keep all that it is a view of
-        self.activations.append(activations)
-        self.labels.append(labels)
+        # Copies: the caller may write into both before they are read again.
+        self.activations.append(activations.detach().to(self.device, copy=True))
+        self.labels.append(labels.to(self.device, torch.int64, copy=True))
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         """Add a batch as ``update`` does, and return the score of this batch alone.
@@ -173,6 +175,9 @@ class MutualInformationScore(Metric):
         Raises:
             ValueError: too few samples, see ``functional.mutual_information``, or activations that
                 are not finite.
+
+        Warns:
+            UserWarning: once, of filters that are constant over the samples.
         """
         self._matrix = self._mutual_information().cpu()
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -196,6 +201,7 @@ class MutualInformationScore(Metric):
         if not some:
             raise ValueError("activations: got no sample, want at least one")
         if self.estimator == "histogram":
+            self._warn_of_constant(minimum, maximum)
             few = max(1, 2**20 // (self.bins * self.num_classes))
             return torch.cat(
                 [plug_in(block, "class", self.bias_correction) for block in counts.split(few)], 1
@@ -203,13 +209,29 @@ class MutualInformationScore(Metric):
         activations, labels = dim_zero_cat(self.activations), dim_zero_cat(self.labels)
         if activations.device.type not in ("cpu", "cuda"):  # MPS has no float64
             activations, labels = activations.cpu(), labels.cpu()
-        return functional.mutual_information(
+        matrix = functional.mutual_information(
             activations,
             labels,
             self.num_classes,
             n_neighbors=self.n_neighbors,
             random_state=self.random_state,
         )
+        self._warn_of_constant(activations.amin(0).double(), activations.amax(0).double())
+        return matrix
+
+    def _warn_of_constant(self, least: Tensor, most: Tensor) -> None:
+        if self._warned:
+            return
+        constant = most - least <= _ROUNDING * torch.maximum(least.abs(), most.abs())
+        count = int(constant.sum())
+        if count:
+            self._warned = True
+            warnings.warn(
+                f"activations: {count} of {len(constant)} filters are constant over the samples,"
+                " but for rounding: they tell nothing of the classes, and what is estimated of"
+                " them is noise",
+                stacklevel=2,
+            )
 
     def _filters(self) -> int:
         """N, or 0 before the first sample."""

@@ -2,6 +2,7 @@
 
 import abc
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         TypeError: an argument of the wrong kind.
         ValueError: an argument out of range; at the first forward, maps or logits whose sizes
             disagree with ``num_filters`` or ``num_classes``.
+
+    Warns:
+        UserWarning: a single class; at the first forward, maps of a single position.
     """
 
     def __init__(
@@ -56,6 +60,12 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         self.masked_head = MaskedHead(
             head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim
         )
+        if num_classes == 1:
+            warnings.warn(
+                "num_classes: got 1, want at least 2 to tell apart: every image is of the one"
+                " class, whatever the filters see",
+                stacklevel=2,
+            )
         self.num_classes, self.num_filters = num_classes, num_filters
         self.channel_dim = channel_dim
         self.features = features
@@ -192,6 +202,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         network = nn.Sequential()
         network.add_module("features", self.features)
         network.add_module("head", self.head)
+        network.training = self.training
         return network
 
     def extra_repr(self) -> str:

@@ -46,6 +46,7 @@ class CSG(InterpretableNetwork):
         in_channels: channels of ``features``: a new target layer is put after them, a 3x3
             convolution to ``num_filters`` channels. None inserts nothing.
         inserted_activation: of that layer, "relu" or "none".
+        insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         period: one epoch in so many runs the CSG path, the last of each; 1 always runs it.
         start: epochs of the STD path alone at the beginning.
         bound: g, what the L1 norm of G may be without a penalty, at least N (every filter is
@@ -103,6 +104,7 @@ class CSG(InterpretableNetwork):
         *,
         in_channels: int | None = None,
         inserted_activation: Literal["relu", "none"] = "relu",
+        insert_kernel: int = 3,
         period: int = 3,
         start: int = 10,
         bound: float | None = None,
@@ -122,6 +124,7 @@ class CSG(InterpretableNetwork):
             num_filters,
             activation=inserted_activation,
             channel_dim=channel_dim,
+            kernel=insert_kernel,
         )
         super().__init__(
             features, head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim

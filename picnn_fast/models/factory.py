@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from picnn_fast.backbones import cut
+from picnn_fast.layers import check_insert_kernel
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.csg import CSG
 from picnn_fast.models.icnn import ICNN
@@ -18,6 +19,9 @@ METHODS: dict[str, type[InterpretableNetwork]] = {
     "icnn": ICNN,
 }
 FILTERS_PER_CLASS = 12.8  # PICNN, figure 5
+# A bound of ours: with so many for each of a thousand classes the inserted convolution would be
+# most of the network.
+MOST_TIMES_THE_CHANNELS = 4
 
 
 def make_interpretable(
@@ -28,6 +32,7 @@ def make_interpretable(
     layer: str | None = None,
     num_filters: int | None = None,
     insert_conv: bool = True,
+    insert_kernel: int = 3,
     in_channels: int | None = None,
     image_channels: int | None = None,
     weights: Any = None,
@@ -49,10 +54,12 @@ def make_interpretable(
             networks of their families; between ``forward_features`` and ``forward_head``.
         num_filters: N of the target layer. None: what the backbone yields for "icnn" and where no
             convolution is inserted (a pair without insertion must give it), else
-            ``round(12.8 * num_classes)``.
-        insert_conv: True puts a new 3x3 convolution to ``num_filters`` channels after the
-            features, with a ReLU unless ``inserted_activation`` says otherwise; False takes the
-            features' own last maps.
+            ``round(12.8 * num_classes)`` (PICNN, figure 5), but at most four times the channels
+            that the backbone yields, a bound of ours: with 1000 classes 2048 on a ResNet-18.
+        insert_conv: True puts a new convolution to ``num_filters`` channels after the features,
+            with a ReLU unless ``inserted_activation`` says otherwise; False takes the features'
+            own last maps.
+        insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         in_channels: channels that the features of a *pair* yield, wanted where a convolution is
             inserted; known for the other backbones, unless only running them can tell.
         image_channels: of the images, for a *name*; None takes 1 for "small-resnet", else 3.
@@ -81,15 +88,15 @@ def make_interpretable(
             f" {', '.join(map(repr, METHODS))}"
         )
     checks.integer("num_classes", num_classes, 1)
+    check_insert_kernel(insert_kernel, inserted=insert_conv)
+    if insert_kernel != 3:  # methods need not know of it
+        options["insert_kernel"] = insert_kernel
     known = inspect.signature(METHODS[method]).parameters
     for name in options:
         if name not in known:
             wanted = ", ".join(n for n, p in known.items() if p.kind is p.KEYWORD_ONLY)
             raise TypeError(f"{name}: method {method!r} has no such option, want one of {wanted}")
 
-    new_filters = None  # as many as the backbone yields
-    if insert_conv and method != "icnn":
-        new_filters = round(FILTERS_PER_CLASS * num_classes)
     if isinstance(backbone, tuple | list) and len(backbone) == 2:
         features, head = backbone
         given = {"layer": layer, "image_channels": image_channels, "weights": weights}
@@ -108,8 +115,9 @@ def make_interpretable(
                 "num_filters: got None with insert_conv=False, want the channels that features"
                 " yield"
             )
-        if num_filters is None:
-            num_filters = new_filters or in_channels
+        if num_filters is None and in_channels is not None:
+            checks.integer("in_channels", in_channels, 1)
+            num_filters = _default_filters(method, num_classes, in_channels, insert_conv)
     else:
         parts = cut(backbone, layer, image_channels=image_channels, weights=weights)
         features = parts.features
@@ -134,7 +142,7 @@ def make_interpretable(
                 " the channels that the backbone yields; or None"
             )
         if num_filters is None:
-            num_filters = new_filters or in_channels
+            num_filters = _default_filters(method, num_classes, in_channels, insert_conv)
         checks.integer("num_filters", num_filters, 1)
         head = parts.head(in_channels, num_filters, num_classes)
     build: Any = METHODS[method]
@@ -148,3 +156,9 @@ def make_interpretable(
     )
     placed = next(features.parameters(), None)
     return model if placed is None else model.to(placed.device)
+
+
+def _default_filters(method: str, num_classes: int, channels: int, insert_conv: bool) -> int:
+    if not insert_conv or method == "icnn":
+        return channels
+    return min(round(FILTERS_PER_CLASS * num_classes), MOST_TIMES_THE_CHANNELS * channels)

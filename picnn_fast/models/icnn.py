@@ -7,7 +7,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from picnn_fast.layers import LearnedBeta, TemplateMask
+from picnn_fast.layers import (
+    LearnedBeta,
+    TemplateMask,
+    check_insert_kernel,
+    inserted_convolution,
+)
 from picnn_fast.losses import FilterLoss, PublishedFilterLoss
 from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
 from picnn_fast.models.masked_head import layers_of, leading_pooling
@@ -60,7 +65,8 @@ class FilterCategories(nn.Module):
         self.momentum = momentum
         self.by = checks.one_of("category_by", by, ("sum", "max"))
         self.register_buffer("means", torch.zeros(num_classes, num_filters))
-        self.register_buffer("seen", torch.zeros(num_classes, 1, dtype=torch.bool))
+        # 1 for the classes that occurred. Not bool, of which averages of weights can make no mean.
+        self.register_buffer("seen", torch.zeros(num_classes, 1))
 
     @torch.no_grad()
     def update(self, maps: Tensor, labels: Tensor) -> None:
@@ -78,9 +84,9 @@ class FilterCategories(nn.Module):
         present = count > 0
         new = total / count.clamp_min(1)
         first = new if self.by == "sum" else new.clamp_min(0.1)
-        mixed = torch.where(self.seen, self.means.lerp(new, self.momentum), first)
+        mixed = torch.where(self.seen > 0, self.means.lerp(new, self.momentum), first)
         self.means.copy_(torch.where(present, mixed, self.means))
-        self.seen.logical_or_(present)
+        self.seen.masked_fill_(present, 1)
 
     def forward(self) -> Tensor:
         """``[N]`` int64; the first class before any batch."""
@@ -91,8 +97,8 @@ class ICNN(InterpretableNetwork):
     """An Interpretable CNN: mask layers and filter losses on the top convolutions.
 
     ``features`` end with the activation of the top convolution, which becomes interpretable: a mask
-    layer follows it. Above it comes, where ``in_channels`` is given, a second 3x3 convolution
-    (padding 1) with ReLU and a mask layer of its own, then ``head``. Both layers have a filter
+    layer follows it. Above it comes, where ``in_channels`` is given, a second convolution
+    (3x3, padding 1) with ReLU and a mask layer of its own, then ``head``. Both layers have a filter
     loss, taken of their maps before the mask.
 
     Loss = discrimination + sum over layers and filters of lambda·Loss_f. With t the epoch
@@ -120,6 +126,7 @@ class ICNN(InterpretableNetwork):
             inserted.
         in_channels: channels that ``features`` yield: inserts the second convolution, from as many
             to ``num_filters`` (the paper: the same number). None inserts nothing.
+        insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         initial: of the inserted convolution: "default" for PyTorch's, or "published": weights
             normal with deviation 0.01, no bias at first.
         template: of the mask layers and filter losses; None is the paper's, ``PartTemplate()``.
@@ -179,6 +186,7 @@ class ICNN(InterpretableNetwork):
         num_filters: int,
         *,
         in_channels: int | None = None,
+        insert_kernel: int = 3,
         initial: Literal["default", "published"] = "default",
         template: PartTemplate | None = None,
         center: Literal["argmax", "mass"] = "argmax",
@@ -201,11 +209,12 @@ class ICNN(InterpretableNetwork):
         widths = [num_filters]
         if in_channels is None:
             _refuse_without_convolution(initial, mask_after_pool)
+            check_insert_kernel(insert_kernel, inserted=False)
             layers["top_mask"] = mask(num_filters)
         else:
             widths = [checks.integer("in_channels", in_channels, 1), num_filters]
             layers["top_mask"] = mask(in_channels)
-            layers["conv"] = _convolution(in_channels, num_filters, initial)
+            layers["conv"] = _convolution(in_channels, num_filters, insert_kernel, initial)
             layers["relu"] = nn.ReLU()
             if mask_after_pool:
                 layers["pool"], head = _split_behind_pooling(head)
@@ -279,6 +288,7 @@ class ICNN(InterpretableNetwork):
         Raises:
             TypeError: labels that are not integers.
             ValueError: labels of another shape or out of range, or an output of another model.
+            RuntimeError: computed again by ``torch.utils.checkpoint``, in training.
         """
         check_output(output, ICNNOutput, labels, self.num_classes)
         if len(output.activations) != len(self.filter_losses):
@@ -286,6 +296,8 @@ class ICNN(InterpretableNetwork):
                 f"output: got {len(output.activations)} layers of activations, want"
                 f" {len(self.filter_losses)}: the output of this model's forward"
             )
+        if self.training:
+            checks.not_recomputed("ICNN.loss_terms")
         terms = []
         for layer, (maps, beta) in enumerate(zip(output.activations, self._betas(), strict=True)):
             filter_loss = self.filter_losses[layer]
@@ -340,8 +352,8 @@ class ICNN(InterpretableNetwork):
         }
 
 
-def _convolution(in_channels: int, num_filters: int, initial: str) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, num_filters, kernel_size=3, padding=1)
+def _convolution(in_channels: int, num_filters: int, kernel: int, initial: str) -> nn.Conv2d:
+    conv = inserted_convolution(in_channels, num_filters, kernel)
     if checks.one_of("initial", initial, INITIAL) == "published":
         assert conv.bias is not None
         nn.init.normal_(conv.weight, std=0.01)

@@ -1,5 +1,8 @@
 """A head that runs on all filters or on some: masks move behind the pooling it starts with."""
 
+import math
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -102,6 +105,7 @@ class MaskedHead:
         if channel_dim == 0:
             raise ValueError("channel_dim: got 0, the batch axis; want the filter axis of the maps")
         self.channel_dim = channel_dim
+        self._warned = False
         self._pooled = leading_pooling(head) if mask_at != "maps" and channel_dim == 1 else 0
         if mask_at == "late" and not self.late:
             start = next((type(layer).__name__ for layer in layers_of(head)), "nothing")
@@ -155,10 +159,10 @@ class MaskedHead:
 
     def classify(self, layers: list[nn.Module], maps: Tensor) -> Tensor:
         """Logits ``[B, K]`` by the rest of the head; ``maps`` are not written to."""
-        x = maps.clone() if _writes_to_input(layers) else maps
         # Some write in place without saying so: versions tell, where there are any.
-        watched = x is maps and not torch.compiler.is_compiling() and not maps.is_inference()
-        version = maps._version if watched else None
+        watched = not torch.compiler.is_compiling() and not maps.is_inference()
+        x = maps.clone() if _writes_to_input(layers, in_doubt=not watched) else maps
+        version = maps._version if watched and x is maps else None
         for layer in layers:
             x = layer(x)
         if version is not None and maps._version != version:
@@ -194,14 +198,32 @@ class MaskedHead:
                 f" num_filters={maps.shape[dim]}, or in_channels={maps.shape[dim]} to insert a"
                 " convolution to num_filters channels"
             )
+        if maps.ndim > 2 and not self._warned and not torch.compiler.is_compiling():
+            positions = [size for i, size in enumerate(maps.shape) if i not in (0, dim % maps.ndim)]
+            if math.prod(positions) == 1:
+                self._warned = True
+                warnings.warn(
+                    f"features: yield maps {' x '.join(map(str, positions))}: with a single"
+                    " position filters have no place in the image, and neither masks nor parts mean"
+                    " anything; give larger images, or cut the backbone at an earlier layer",
+                    stacklevel=2,
+                )
 
 
-def _writes_to_input(layers: list[nn.Module]) -> bool:
-    """Whether a layer that says it works in place may be given the memory of the first one."""
+def _writes_to_input(layers: list[nn.Module], in_doubt: bool) -> bool:
+    """Whether a layer that says it works in place may be given the memory of the first one.
+
+    Args:
+        layers: of a head.
+        in_doubt: what to say of layers other than PyTorch's, which may say nothing.
+    """
     for module in layers:
         for layer in layers_of(module):
             if any(getattr(part, "inplace", False) for part in layer.modules()):
                 return True
-            if type(layer).__module__.startswith("torch.nn.") and type(layer) not in _PASSING:
+            of_torch = type(layer).__module__.startswith("torch.nn.")
+            if of_torch and type(layer) not in _PASSING:
                 return False  # it yields memory of its own
+            if not of_torch and in_doubt:
+                return True
     return False

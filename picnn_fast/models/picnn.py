@@ -40,8 +40,9 @@ class PICNN(InterpretableNetwork):
 
     Args:
         features, head, num_classes, num_filters, channel_dim: see ``InterpretableNetwork``.
-        in_channels: channels of ``features``: a new target layer is put after them, a 3x3
-            convolution to ``num_filters`` channels. None inserts nothing.
+        in_channels: channels of ``features``: a new target layer is put after them, a convolution
+            to ``num_filters`` channels. None inserts nothing.
+        insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         inserted_activation: of that layer: "relu", or "none", as in the published code, where maps
             have both signs.
         normalization, initial: of the correspondence matrix, see ``Correspondence``.
@@ -94,6 +95,7 @@ class PICNN(InterpretableNetwork):
         num_filters: int,
         *,
         in_channels: int | None = None,
+        insert_kernel: int = 3,
         inserted_activation: Literal["relu", "none"] = "relu",
         sampling: Literal["bernoulli", "gumbel"] = "bernoulli",
         normalization: Literal["class_softmax", "sigmoid"] = "class_softmax",
@@ -111,6 +113,7 @@ class PICNN(InterpretableNetwork):
             num_filters,
             activation=inserted_activation,
             channel_dim=channel_dim,
+            kernel=insert_kernel,
         )
         super().__init__(
             features, head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim

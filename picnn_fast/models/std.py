@@ -25,8 +25,9 @@ class STD(InterpretableNetwork):
 
     Args:
         features, head, num_classes, num_filters, channel_dim: see ``InterpretableNetwork``.
-        in_channels: channels of ``features``: a new target layer is put after them, a 3x3
-            convolution to ``num_filters`` channels. None inserts nothing.
+        in_channels: channels of ``features``: a new target layer is put after them, a convolution
+            to ``num_filters`` channels. None inserts nothing.
+        insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         inserted_activation: of that layer, "relu" or "none" (PICNN's published code).
         normalization: of the random matrix, see ``Correspondence``.
         mask_at: where masks are applied, see ``MaskedHead``.
@@ -59,6 +60,7 @@ class STD(InterpretableNetwork):
         num_filters: int,
         *,
         in_channels: int | None = None,
+        insert_kernel: int = 3,
         inserted_activation: Literal["relu", "none"] = "relu",
         normalization: Literal["class_softmax", "sigmoid"] = "class_softmax",
         mask_at: Literal["auto", "maps", "late"] = "auto",
@@ -70,6 +72,7 @@ class STD(InterpretableNetwork):
             num_filters,
             activation=inserted_activation,
             channel_dim=channel_dim,
+            kernel=insert_kernel,
         )
         super().__init__(
             features, head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim

@@ -173,6 +173,21 @@ def labels(name: str, value: Tensor, batch: int, num_classes: int) -> None:
     _within(name, value, num_classes - 1, f"class indices in [0, {num_classes})")
 
 
+def not_recomputed(name: str) -> None:
+    """
+    Raises:
+        RuntimeError: called in a backward pass, where ``torch.utils.checkpoint`` computes again
+            what it did not keep: what ``name`` remembers is of another batch by then.
+    """
+    # A compiled graph has no moment at which to ask.
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name}: got computed again in the backward pass, as torch.utils.checkpoint does, want"
+            " it outside the checkpointed part: what it remembers would be renewed twice, and its"
+            " gradient be another"
+        )
+
+
 def accumulable(value: Tensor) -> Tensor:
     """Half types widened to float32, exactly."""
     return value if value.dtype in (torch.float32, torch.float64) else value.float()

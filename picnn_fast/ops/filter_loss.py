@@ -265,8 +265,9 @@ def filter_loss(
     labels: Tensor | None,
     filter_category: Tensor | None,
     state: FilterLossState | None,
+    renew: bool = True,
 ) -> Tensor:
-    """See ``functional.filter_loss``."""
+    """See ``functional.filter_loss``; ``renew``: whether the state takes in the batch."""
     check_maps(x)
     height, width = x.shape[2:]
     arguments = check_template(template).arguments(height, width, x)
@@ -277,6 +278,8 @@ def filter_loss(
     if state is None:
         loss: Tensor = torch.ops.picnn_fast.filter_loss.default(maps, *options)[0]
         return loss
+    if renew:
+        checks.not_recomputed("filter_loss")
     assigned = None
     if estimator == "target":
         peak = torch.ops.picnn_fast.template_mask.default(maps.detach(), *arguments, 1.0)[1]
@@ -287,9 +290,10 @@ def filter_loss(
     loss, _, log_mean, log_ratio = torch.ops.picnn_fast.filter_loss_running.default(
         maps, state.log_mean, state.log_ratio, state.momentum, assigned, *options
     )
-    with torch.no_grad():
-        state.log_mean.copy_(log_mean)
-        state.log_ratio.copy_(log_ratio)
+    if renew:
+        with torch.no_grad():
+            state.log_mean.copy_(log_mean)
+            state.log_ratio.copy_(log_ratio)
     return loss
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._decomp import register_decomposition
 
 NAMESPACE = "picnn_fast"
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -33,12 +34,15 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any] | None = None,
+    decomposition: Callable[..., Any] | None = None,
     triton: bool = True,
 ) -> None:
     """Define ``picnn_fast::<schema>`` with its reference implementation and shape function.
 
     ``autograd``: what a call does where gradients are recorded; it calls the operator again below
-    autograd (``below_autograd``). ``triton``: whether the family's Triton module has a kernel.
+    autograd (``below_autograd``). ``decomposition``: the operator in PyTorch's own, for exporters
+    that know no others; sizes may be symbols there. ``triton``: whether the family's Triton module
+    has a kernel.
     """
     name = schema.split("(", 1)[0]
     library.define(schema)
@@ -46,6 +50,11 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     if autograd is not None:
         library.impl(name, autograd, "Autograd")
+    if decomposition is not None:
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        register_decomposition(overload)(decomposition)
+        # Shapes alone are still told by ``fake``, not by tracing the decomposition.
+        register_decomposition(overload, type="meta")(fake)
     _references[name] = reference
     if triton:
         _triton_family[name] = family

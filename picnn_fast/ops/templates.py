@@ -269,12 +269,41 @@ def _fake_template_mask_backward(
     return torch.empty_like(grad_masked)
 
 
+def _decomposed_template_mask(
+    x: Tensor,
+    table: Tensor | None,
+    profile: int,
+    norm: int,
+    slope: float,
+    limit: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference has it, but for rounding, and without NumPy: sizes may be symbols."""
+    height, width = x.shape[2:]
+    peak = x.flatten(2).argmax(-1)
+    rows = torch.arange(height, device=x.device)[:, None] - (peak // width)[..., None, None]
+    columns = torch.arange(width, device=x.device) - (peak % width)[..., None, None]
+    dtype = accumulate_dtype(x.dtype)
+    if profile == reference.TABLE:
+        assert table is not None
+        template = table.to(dtype)[rows + (height - 1), columns + (width - 1)]
+    else:
+        distance = rows.abs() + columns.abs() if norm == 1 else rows * rows + columns * columns
+        if profile == reference.UNIFORM:
+            template = (distance < limit).to(dtype)
+        else:
+            length = distance.to(dtype) if norm == 1 else distance.to(dtype).sqrt()
+            template = 1 - slope * length
+    return (x.to(dtype) * (template.clamp_min(0) * scale)).to(x.dtype), peak
+
+
 registry.define(
     "templates",
     f"template_mask(Tensor x, {ARGUMENTS}, float scale) -> (Tensor masked, Tensor peak)",
     reference=reference.template_mask,
     fake=_fake_template_mask,
     autograd=TemplateMask.apply,
+    decomposition=_decomposed_template_mask,
 )
 registry.define(
     "templates",

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files."""
+"""Pictures of a run: each function returns matplotlib's figure, and writes a file where told."""
 
 from picnn_fast.report.figures import plot_correspondence, plot_curves, plot_grad_cam
 from picnn_fast.report.parts import plot_filter_images, plot_peak_heat_map, plot_template_gallery

@@ -1,5 +1,7 @@
 """The pictures of a run: correspondence matrices, training curves, Grad-CAM."""
 
+import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,36 @@ from torch import Tensor
 
 from picnn_fast._extras import extra
 from picnn_fast.explain import PathwayGradCam
+from picnn_fast.ops import checks
 
 with extra("report"):
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 _DPI = 150
+_OVERSHOOT = 0.05
+# Of a text that holds a name: a "$" in it is no mathematics.
+AS_IT_IS: dict[str, Any] = {"parse_math": False}
 _Image = npt.NDArray[np.float32]
 _PROBABILITY_COLOURS = "magma"
 _HEAT_COLOURS = "inferno"
-_PATHWAYS = {
-    "acc1": ("ACC1, all filters", "#1b6ca8"),
-    "acc2": ("ACC2, filters drawn for the pseudo-label", "#2e9e5b"),
-    "acc3": ("ACC3, without the true class's filters", "#d1495b"),
+# Told apart without colours too, and each seen where it lies on another: the first is the widest.
+_PATHWAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "acc1": ("ACC1, all filters", {"color": "#1b6ca8", "linewidth": 4.0}),
+    "acc2": (
+        "ACC2, filters drawn for the pseudo-label",
+        {"color": "#2e9e5b", "linewidth": 2.2, "linestyle": "--"},
+    ),
+    "acc3": (
+        "ACC3, without the true class's filters",
+        {"color": "#d1495b", "linewidth": 1.6, "linestyle": ":"},
+    ),
 }
+_TERM_COLOURS = ("#5b4b8a", "#e08e45", "#4a7c59", "#888888")
+_TERM_DASHES = ("-", "--", ":")  # three to four colours: twelve pairs before one comes again
 
 
 def sort_filters(correspondence: Tensor) -> Tensor:
@@ -42,23 +58,32 @@ def sort_filters(correspondence: Tensor) -> Tensor:
 
 
 def plot_correspondence(
-    matrices: Mapping[str, Tensor], class_names: Sequence[str], path: str | Path
-) -> None:
+    matrices: Mapping[str, Tensor], class_names: Sequence[str], path: str | Path | None = None
+) -> Figure:
     """Correspondence matrices as heat maps, one below the other, filters sorted by class.
+
+    Colours go from 0 to 1, or to the highest probability of a matrix where that is below a half:
+    of many classes each may have little.
 
     Args:
         matrices: title to probabilities ``[K, N]``.
         class_names: K names.
-        path: PNG file to write.
+        path: PNG file to write; None: none.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: a matrix that does not have a row for each name.
+        ValueError: no matrix, or one that does not have a row for each name.
 
     Example:
         >>> import torch
         >>> from picnn_fast.report import plot_correspondence
-        >>> plot_correspondence({"PICNN": torch.eye(3)}, "abc", "matrix.png")  # doctest: +SKIP
+        >>> figure = plot_correspondence({"PICNN": torch.eye(3)}, "abc")
+        >>> figure.savefig("matrix.pdf")  # doctest: +SKIP
     """
+    if not matrices:
+        raise ValueError("matrices: got none, want at least 1")
     for title, matrix in matrices.items():
         if matrix.ndim != 2 or len(matrix) != len(class_names):
             raise ValueError(
@@ -69,43 +94,61 @@ def plot_correspondence(
     height = 1.1 + len(matrices) * (0.75 + max(1.4, min(0.2 * rows, 6)))
     figure = Figure(figsize=(10, height), layout="constrained", dpi=_DPI)
     axes = figure.subplots(len(matrices), 1, squeeze=False)[:, 0]
+    scales = []
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         order = sort_filters(matrix)
         sorted_matrix = matrix.detach().cpu().float()[:, order].numpy()
+        most = float(sorted_matrix.max(initial=0))
+        scales.append(Normalize(0, most if 0 < most < 0.5 else 1))
         axis.imshow(
             sorted_matrix,
             aspect="auto",
             cmap=_PROBABILITY_COLOURS,
-            vmin=0,
-            vmax=1,
+            norm=scales[-1],
             interpolation="nearest",
         )
-        axis.set_title(title, loc="left", fontweight="bold")
+        axis.set_title(title, loc="left", fontweight="bold", **AS_IT_IS)
         axis.set_ylabel("class")
         # Beyond 40 classes the names would overlap.
         step = -(-rows // 40)
-        axis.set_yticks(range(0, rows, step), [class_names[i] for i in range(0, rows, step)])
+        shown = range(0, rows, step)
+        axis.set_yticks(shown, [class_names[i] for i in shown], **AS_IT_IS)
         axis.tick_params(length=0)
         _without_frame(axis)
     axes[-1].set_xlabel("filter, sorted by its most probable class")
-    colours = ScalarMappable(Normalize(0, 1), _PROBABILITY_COLOURS)
-    bar = figure.colorbar(colours, ax=list(axes), shrink=0.9, aspect=30, pad=0.015)
-    bar.set_label("probability that the class keeps the filter")
-    bar.outline.set_visible(False)
-    figure.savefig(path)
+    alike = len({scale.vmax for scale in scales}) == 1
+    for scale, beside in [(scales[0], list(axes))] if alike else zip(scales, axes, strict=True):
+        colours = ScalarMappable(scale, _PROBABILITY_COLOURS)
+        bar = figure.colorbar(colours, ax=beside, shrink=0.9, aspect=30, pad=0.015)
+        bar.set_label("probability that the class keeps the filter" if alike else "probability")
+        bar.outline.set_visible(False)
+    return saved(figure, path)
 
 
-def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
+def plot_curves(
+    histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path | None = None
+) -> Figure:
     """Training loss, and accuracy of the three pathways, over epochs; a column for each run.
 
     Args:
         histories: title to one mapping an epoch, with ``epoch`` (from 0), ``train/<term>`` losses
             and ``val/acc1`` … ``val/acc3``, as ``training.run.read_history`` returns.
-        path: PNG file to write.
+        path: PNG file to write; None: none.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: a history without epochs.
+        ValueError: no history, or one without epochs.
+
+    Example:
+        >>> from picnn_fast.report import plot_curves
+        >>> figure = plot_curves({"PICNN": [{"epoch": 0, "train/entropy": 2.3, "val/acc1": 0.1}]})
+        >>> figure.axes[0].get_title(loc="left")
+        'PICNN'
     """
+    if not histories:
+        raise ValueError("histories: got none, want at least 1")
     for title, history in histories.items():
         if not history:
             raise ValueError(f"histories[{title!r}]: got no epochs, want at least 1")
@@ -117,47 +160,72 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     grid = figure.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
     for column, (title, history) in enumerate(histories.items()):
         accuracy, loss = grid[0, column], grid[1, column]
-        accuracy.set_title(title, loc="left", fontweight="bold")
-        for key, (label, colour) in _PATHWAYS.items():
-            _line(accuracy, history, f"val/{key}", label, colour)
+        accuracy.set_title(title, loc="left", fontweight="bold", **AS_IT_IS)
+        for key, (label, style) in _PATHWAYS.items():
+            _line(accuracy, history, f"val/{key}", label, **style)
         accuracy.set_ylim(0, 1.02)
         terms = sorted(
             {key for row in history for key in row if key.startswith("train/")} - {"train/loss"}
         )
-        for term, colour in zip(terms, ("#5b4b8a", "#e08e45", "#4a7c59", "#888888"), strict=False):
-            _line(loss, history, term, term.removeprefix("train/").replace("_", " "), colour)
+        styles = itertools.cycle(_TERM_COLOURS), itertools.cycle(_TERM_DASHES)
+        for term, colour, dashes in zip(terms, *styles, strict=False):
+            label = term.removeprefix("train/").replace("_", " ")
+            _line(loss, history, term, label, color=colour, linestyle=dashes, linewidth=1.8)
         loss.set_yscale(loss_scale)
         loss.set_xlabel("epoch")
+        loss.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in (accuracy, loss):
             axis.grid(color="#dddddd", linewidth=0.6)
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
-        loss.legend(frameon=False, fontsize=9)
+        if terms:
+            loss.legend(frameon=False, fontsize=9, handlelength=3)
     grid[0, 0].set_ylabel("accuracy on validation images")
     grid[1, 0].set_ylabel("loss (weighted terms)")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path)
+    known = {line.get_label(): line for axis in grid[0] for line in axis.get_lines()}
+    labels = [label for label, _ in _PATHWAYS.values() if label in known]
+    figure.legend(
+        [known[label] for label in labels],
+        labels,
+        loc="outside upper center",
+        # Wider than one column of the grid.
+        ncols=1 if len(histories) == 1 else 3,
+        frameon=False,
+        fontsize=9,
+        handlelength=3.5,
+    )
+    return saved(figure, path)
 
 
 def plot_grad_cam(
     images: Tensor,
     rows: Mapping[str, PathwayGradCam],
     labels: Sequence[str],
-    path: str | Path,
-) -> None:
+    path: str | Path | None = None,
+) -> Figure:
     """Panels image | all filters | class filters | complementary filters, a block for each network.
 
     The colours of the three panels of one image share one scale, from 0 to their common maximum:
     dark means that these filters say nothing for the class.
 
     Args:
-        images: ``[B, C, H, W]`` in [0, 1], grey or RGB.
+        images: ``[B, C, H, W]`` in [0, 1], grey or RGB, before they are normalised; see
+            ``displayed``.
         rows: title (the network) to its Grad-CAM maps of these images.
         labels: B names, of the true classes.
-        path: PNG file to write.
+        path: PNG file to write; None: none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: images that are no floating tensor.
+        ValueError: no images, or not as many names as images.
     """
-    batch = len(images)
+    pixels = displayed(images)
+    batch = len(pixels)
+    if len(labels) != batch:
+        raise ValueError(f"labels: got {len(labels)} names, want {batch}, one for each of images")
     titles = ("image", "all filters", "class filters", "complement")
     figure = Figure(
         figsize=(4.7 * len(rows) + 0.9, 1.1 * batch + 0.9), layout="constrained", dpi=_DPI
@@ -166,15 +234,16 @@ def plot_grad_cam(
     *blocks, margin = figure.subfigures(
         1, len(widths), squeeze=False, width_ratios=widths, wspace=0.02
     )[0]
-    pixels = images.detach().cpu().float().clamp(0, 1).movedim(1, -1).squeeze(-1).numpy()
     for block, (title, cam) in zip(blocks, rows.items(), strict=True):
-        block.suptitle(title, fontweight="bold")
+        block.suptitle(title, fontweight="bold", **AS_IT_IS)
         axes = block.subplots(batch, 4, squeeze=False)
         heats = [maps.detach().cpu().float().numpy() for maps in cam]
         for i in range(batch):
             peak = max(float(heat[i].max()) for heat in heats) or 1.0
             axes[i, 0].imshow(pixels[i], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes[i, 0].set_ylabel(labels[i], rotation=0, ha="right", va="center", fontsize=11)
+            axes[i, 0].set_ylabel(
+                labels[i], rotation=0, ha="right", va="center", fontsize=11, **AS_IT_IS
+            )
             for axis, heat in zip(axes[i, 1:], heats, strict=True):
                 _overlay(axis, pixels[i], heat[i] / peak)
         for axis, name in zip(axes[0], titles, strict=True):
@@ -188,7 +257,48 @@ def plot_grad_cam(
     )
     bar.set_label("Grad-CAM, share of the image's maximum", fontsize=9)
     bar.outline.set_visible(False)
-    figure.savefig(path)
+    return saved(figure, path)
+
+
+def displayed(images: Tensor) -> list[_Image]:
+    """Images as matplotlib takes them, ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
+
+    Where some are out of that range, as after normalisation, a warning says so, and each is shown
+    from its lowest value to its highest.
+
+    Args:
+        images: ``[B, C, H, W]``, grey or RGB.
+
+    Raises:
+        TypeError: no floating tensor.
+        ValueError: another shape, or no images.
+    """
+    checks.floating("images", images)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
+        raise ValueError(
+            f"images: got shape {tuple(images.shape)}, want [B, C, H, W] with 1 or 3 channels, at"
+            " least one image"
+        )
+    pixels = images.detach().cpu().float()
+    lowest, highest = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+    least, most = lowest.min().item(), highest.max().item()
+    # Resizing may overshoot a little.
+    if least < -_OVERSHOOT or most > 1 + _OVERSHOOT:
+        warnings.warn(
+            f"images: got values from {least:.3g} to {most:.3g}, want [0, 1]; each is shown from"
+            " its lowest to its highest value, in other colours than its own (normalised images"
+            " want their mean and standard deviation back)",
+            stacklevel=3,
+        )
+        pixels = (pixels - lowest) / (highest - lowest).clamp_min(1e-6)
+    return list(pixels.clamp(0, 1).movedim(1, -1).squeeze(-1).numpy())
+
+
+def saved(figure: Figure, path: str | Path | None) -> Figure:
+    """The figure, written to ``path`` where there is one."""
+    if path is not None:
+        figure.savefig(path)
+    return figure
 
 
 def _overlay(axis: Axes, pixels: _Image, heat: _Image) -> None:
@@ -198,12 +308,12 @@ def _overlay(axis: Axes, pixels: _Image, heat: _Image) -> None:
 
 
 def _line(
-    axis: Axes, history: Sequence[Mapping[str, float]], key: str, label: str, colour: str
+    axis: Axes, history: Sequence[Mapping[str, float]], key: str, label: str, **style: Any
 ) -> None:
     points = [(row["epoch"] + 1, row[key]) for row in history if key in row]
     if points:
         epochs, values = zip(*points, strict=True)
-        axis.plot(epochs, values, label=label, color=colour, linewidth=1.8, marker="o", ms=2.5)
+        axis.plot(epochs, values, label=label, marker="o", ms=2.5, **style)
 
 
 def _without_frame(axis: Any) -> None:

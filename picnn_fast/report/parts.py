@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
 from picnn_fast.backbones import ReceptiveField
 from picnn_fast.ops import checks
-from picnn_fast.report.figures import _DPI, _HEAT_COLOURS, _overlay, _without_frame
+from picnn_fast.report.figures import (
+    _DPI,
+    _HEAT_COLOURS,
+    AS_IT_IS,
+    _overlay,
+    _without_frame,
+    displayed,
+    saved,
+)
 
 with extra("report"):
     from matplotlib.axes import Axes
@@ -26,12 +33,17 @@ _SIGNED_COLOURS = "RdBu_r"
 _FIELD_COLOUR = "#39d0c8"
 
 
-def plot_template_gallery(templates: Mapping[str, Tensor], path: str | Path) -> None:
+def plot_template_gallery(
+    templates: Mapping[str, Tensor], path: str | Path | None = None
+) -> Figure:
     """Part templates side by side, at most six a row, on one scale of colours about 0.
 
     Args:
         templates: title to ``[h, w]``.
-        path: PNG file to write.
+        path: PNG file to write; None: none.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: no template, or one that is not ``[h, w]``.
@@ -39,7 +51,7 @@ def plot_template_gallery(templates: Mapping[str, Tensor], path: str | Path) -> 
     Example:
         >>> import torch
         >>> from picnn_fast.report import plot_template_gallery
-        >>> plot_template_gallery({"flat": torch.ones(5, 5)}, "templates.png")
+        >>> figure = plot_template_gallery({"flat": torch.ones(5, 5)})
     """
     if not templates:
         raise ValueError("templates: got none, want at least 1")
@@ -56,19 +68,19 @@ def plot_template_gallery(templates: Mapping[str, Tensor], path: str | Path) -> 
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, title, value in zip(axes.flat, templates, values, strict=False):
         axis.imshow(value, cmap=_SIGNED_COLOURS, vmin=-most, vmax=most, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, **AS_IT_IS)
     for axis in axes.flat:
         _bare(axis)
     bar = figure.colorbar(
         ScalarMappable(Normalize(-most, most), _SIGNED_COLOURS), ax=list(axes[:, -1]), shrink=0.8
     )
     bar.outline.set_visible(False)
-    figure.savefig(path)
+    return saved(figure, path)
 
 
 def plot_peak_heat_map(
-    images: Tensor, peaks: Tensor, path: str | Path, *, radius: float | None = None
-) -> None:
+    images: Tensor, peaks: Tensor, path: str | Path | None = None, *, radius: float | None = None
+) -> Figure:
     """Where the peaks of all filters of a layer fall on each object (ICNN, figure 6).
 
     Every image above its heat map: a normal distribution about the peak of each filter, added up
@@ -78,9 +90,12 @@ def plot_peak_heat_map(
         images: ``[B, C, H, W]`` in [0, 1], grey or RGB.
         peaks: ``[B, N, 2]`` (x, y) in pixels, as ``ReceptiveField.peaks`` gives; NaN for a filter
             to leave out, such as one that does not fire.
-        path: PNG file to write.
+        path: PNG file to write; None: none.
         radius: standard deviation of the distributions in pixels; None takes a 24th of the
             image's diagonal.
+
+    Returns:
+        The figure.
 
     Raises:
         TypeError: not floating tensors, or a radius that is no number.
@@ -89,9 +104,9 @@ def plot_peak_heat_map(
     Example:
         >>> import torch
         >>> from picnn_fast.report import plot_peak_heat_map
-        >>> plot_peak_heat_map(torch.rand(2, 3, 16, 16), 16 * torch.rand(2, 8, 2), "heat.png")
+        >>> figure = plot_peak_heat_map(torch.rand(2, 3, 16, 16), 16 * torch.rand(2, 8, 2))
     """
-    pixels = _pixels(images)
+    pixels = displayed(images)
     checks.floating("peaks", peaks)
     if peaks.ndim != 3 or (len(peaks), peaks.shape[2]) != (len(images), 2):
         raise ValueError(
@@ -121,7 +136,7 @@ def plot_peak_heat_map(
     )
     bar.set_label("density of peaks, share of the image's maximum", fontsize=8)
     bar.outline.set_visible(False)
-    figure.savefig(path)
+    return saved(figure, path)
 
 
 def plot_filter_images(
@@ -129,10 +144,10 @@ def plot_filter_images(
     maps: Tensor,
     receptive_field: ReceptiveField,
     filters: Sequence[int],
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     columns: int = 6,
-) -> None:
+) -> Figure:
     """The images each filter fires on most, with its map and the field of its peak.
 
     A row for each filter, the image of the highest peak first. Over the image lies the map, where
@@ -145,8 +160,11 @@ def plot_filter_images(
         maps: ``[B, N, h, w]`` of these images.
         receptive_field: of the maps.
         filters: indices in [0, N).
-        path: PNG file to write.
+        path: PNG file to write; None: none.
         columns: images a filter, fewer where there are not as many.
+
+    Returns:
+        The figure.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -159,9 +177,9 @@ def plot_filter_images(
         >>> layer = torch.nn.Conv2d(3, 4, 5, stride=4, padding=2)
         >>> images = torch.rand(3, 3, 32, 32)
         >>> field = receptive_field(layer, 32)
-        >>> plot_filter_images(images, layer(images).relu(), field, [0, 3], "filters.png")
+        >>> figure = plot_filter_images(images, layer(images).relu(), field, [0, 3])
     """
-    pixels = _pixels(images)
+    pixels = displayed(images)
     peaks, centres = (x.cpu() for x in receptive_field.peaks(maps))
     if tuple(images.shape[2:]) != tuple(receptive_field.image_size) or len(images) != len(maps):
         wanted = (len(maps), images.shape[1], *receptive_field.image_size)
@@ -208,7 +226,7 @@ def plot_filter_images(
             axis.set_ylim(height - 0.5, -0.5)
             _bare(axis)
         row[0].set_ylabel(f"filter {index}", fontsize=9)
-    figure.savefig(path)
+    return saved(figure, path)
 
 
 def _draw_field(axis: Axes, field: ReceptiveField, centre: Sequence[float]) -> None:
@@ -220,17 +238,6 @@ def _draw_field(axis: Axes, field: ReceptiveField, centre: Sequence[float]) -> N
     x0, x1 = max(x - field.size[1] / 2, -0.5), min(x + field.size[1] / 2, width - 0.5)
     y0, y1 = max(y - field.size[0] / 2, -0.5), min(y + field.size[0] / 2, height - 0.5)
     axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, linewidth=0.9, linestyle="--", **style))
-
-
-def _pixels(images: Tensor) -> list[npt.NDArray[np.float32]]:
-    """Images as matplotlib takes them."""
-    checks.floating("images", images)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(
-            f"images: got shape {tuple(images.shape)}, want [B, C, H, W] with 1 or 3 channels, at"
-            " least one image"
-        )
-    return list(images.detach().cpu().float().clamp(0, 1).movedim(1, -1).squeeze(-1).numpy())
 
 
 def _bare(axis: Axes) -> None:

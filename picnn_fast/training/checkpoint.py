@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, and read back as a network with its options."""
 
-import os
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from picnn_fast.data import ImageFolderDataModule, SeededDataModule
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
-from picnn_fast.training.options import ConfigError, Options, one_line, qualified
-from picnn_fast.training.run_folder import RunFolderError
+from picnn_fast.training.options import ConfigError, Options, few, one_line, qualified
+from picnn_fast.training.run_folder import RunFolderError, replacing
 
 with extra("train"):
     import lightning as L
@@ -20,6 +21,7 @@ with extra("train"):
     from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 CHECKPOINT = "last.ckpt"
+BEST = "best.ckpt"  # of the epoch to report, where that is not the last
 _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 _PREFIX = "network."  # of the network's parameters in the module that trains it
 
@@ -36,18 +38,22 @@ def build_network(options: Options, num_classes: int, in_channels: int) -> Inter
         ConfigError: options that do not go together.
     """
     try:
-        return make_interpretable(
+        network = make_interpretable(
             options.backbone["name"],
             options.method["name"],
             num_classes=num_classes,
             num_filters=options.num_filters,
             insert_conv=options.insert_conv,
+            insert_kernel=options.insert_kernel,
             image_channels=in_channels,
             **options.arguments("backbone"),
             **options.arguments("method"),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(qualified(error, "method", options.method["name"])) from error
+    # Convolutions take the layout of their weights, whatever that of the images is.
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    return network.to(memory_format=layout)
 
 
 class SaveOptions(Callback):
@@ -67,33 +73,64 @@ class SaveOptions(Callback):
         checkpoint[_SAVED] = self.saved
 
 
+class FollowSchedule(Callback):
+    """Learning rates are those of this run's schedule, also where it goes on with a shorter run.
+
+    A checkpoint holds the rates that the shorter run would have gone on with.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            groups = schedule.optimizer.param_groups
+            for group, lr, share in zip(
+                groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = lr * share(schedule.last_epoch)
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that a kill leaves whole, and that are told in a line where they are not.
 
     Lightning moves a file over from the system's temporary folder, which may copy: a kill then
     leaves half a checkpoint. Here it is renamed within its folder.
+
+    Args:
+        class_names: of the data; a checkpoint of other classes is refused.
     """
+
+    def __init__(self, class_names: Sequence[str] | None = None) -> None:
+        self.class_names = class_names
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
         try:
-            with open(temporary, "wb") as file:
+            with replacing(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        except RuntimeError as error:
+            # torch tells that its archive is short, and not what the system said.
+            cause = error.__cause__ or error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
         finally:
-            temporary.unlink(missing_ok=True)
+            torch.serialization.set_crc32_options(checksums)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         try:
-            return read_checkpoint(Path(path))
+            content = read_checkpoint(Path(path))
+            names = [str(name) for name in content[_SAVED].get("class_names") or ()]
+            if self.class_names is not None and names != list(self.class_names):
+                raise RunFolderError(
+                    f"checkpoint: {path} is of other classes ({few(names)}) than the data"
+                    f" ({few(self.class_names)})"
+                )
+            return content
         except RunFolderError as error:
             raise RunFolderError(f"{error}; remove {Path(path).parent} to start anew") from error
 
@@ -108,8 +145,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
     try:
+        damaged = _damaged_part(path)
+        if damaged is not None:
+            raise RunFolderError(f"checkpoint: {path} is damaged: {damaged} is not as it was saved")
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = content[_SAVED]["config"]
+    except RunFolderError:
+        raise
     except PermissionError as error:
         raise RunFolderError(f"checkpoint: cannot read {path}: {error.strerror}") from error
     except Exception as error:
@@ -120,6 +162,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             " options; train it again"
         )
     return content  # type: ignore[no-any-return]
+
+
+def _damaged_part(path: Path) -> str | None:
+    """The part of a checkpoint whose checksum is wrong, which torch does not look at."""
+    with open(path, "rb") as file:
+        begun = file.read(2) == b"PK"
+    if not begun and not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except Exception as error:  # of many kinds, by what was damaged
+        return f"the archive ({one_line(error)})"
 
 
 def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, list[str]]:
@@ -154,7 +209,9 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, li
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
-    """The checkpoints of a run: the file itself, ``path/last.ckpt``, or one per sub-folder.
+    """The checkpoints of a run: the file itself, the one in the folder, or one per sub-folder.
+
+    That is ``best.ckpt`` where a run reports another epoch than the last, else ``last.ckpt``.
 
     Hidden folders, such as those of interrupted runs, do not count.
 
@@ -166,6 +223,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
         return [path]
     direct = path / CHECKPOINT
     found = [direct] if direct.is_file() else sorted(path.glob(f"[!.]*/{CHECKPOINT}"))
+    found = [best if (best := last.with_name(BEST)).is_file() else last for last in found]
     if not found:
         raise FileNotFoundError(
             f"run: {path} holds no {CHECKPOINT}; want a checkpoint, or the folder of a run"

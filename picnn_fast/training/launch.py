@@ -134,10 +134,10 @@ def _connect() -> None:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
-def check_accelerator(accelerator: str) -> None:
+def check_accelerator(accelerator: str, precision: str = "32-true") -> None:
     """
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or it has no such arithmetic.
     """
     there = {
         "gpu": CUDAAccelerator.is_available() or MPSAccelerator.is_available(),
@@ -147,6 +147,10 @@ def check_accelerator(accelerator: str) -> None:
         raise ConfigError(
             f"accelerator: got {accelerator!r}, but torch finds none here; want cpu or auto"
         )
+    if precision == "16-mixed" and (
+        accelerator == "cpu" or (accelerator == "auto" and not there["gpu"])
+    ):
+        raise ConfigError(f"precision: got {precision!r} on a CPU, want bf16-mixed or 32-true")
 
 
 def device_of(accelerator: str) -> torch.device:

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +16,12 @@ from picnn_fast.evaluation import FIGURES, Observation, pool
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
+from picnn_fast.training.checkpoint import load_checkpoint
 
 with extra("train"):
     import lightning as L
+    from lightning.pytorch.callbacks import Timer
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
 # Numbers that keep the draws of training and validation apart.
 _TRAIN, _EVALUATE = 0, 1
 
@@ -77,6 +76,7 @@ class InterpretableModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=("network", "optimizer"), logger=False)
         self.network = network
         self.lr = checks.positive("lr", lr)
         self.make_optimizer = optimizer
@@ -90,6 +90,8 @@ class InterpretableModule(L.LightningModule):
         )
         self.mutual_information = MutualInformationLoss(network.num_classes)
         self.seed = seed
+        # Lightning steps one optimiser by itself; where several take turns, training_step does.
+        self.automatic_optimization = len(network.optimizers(self.lr)) == 1
         self.figures = nn.ModuleDict(
             {
                 name: figure.metric(network, None, 1)
@@ -103,23 +105,101 @@ class InterpretableModule(L.LightningModule):
         logits: Tensor = self.network(images).logits
         return logits
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        *,
+        network: InterpretableNetwork | None = None,
+        **changed: Any,
+    ) -> Self:
+        """The module in a checkpoint, with the network and the optimiser it was trained with.
+
+        Args:
+            checkpoint_path: written by ``picnn-fast train``, or in one's own training loop.
+            map_location: see ``torch.load``.
+            network: to load the weights into; None builds that of ``picnn-fast train``.
+            changed: arguments of the class to have otherwise than in the checkpoint.
+
+        Raises:
+            FileNotFoundError: no such file.
+            RunFolderError: no network is given, and the file is not of ``picnn-fast train``.
+        """
+        if network is None:
+            network, options, _ = load_checkpoint(checkpoint_path)
+            changed = {"optimizer": options.optimizer_class(), **changed}
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, weights_only=True, network=network, **changed
+        )
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits of a batch of images, or of images and labels."""
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        logits: Tensor = self(images)
+        return logits
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.network.parameter_groups(self.lr))
-        epochs = self.trainer.max_epochs
-        if self.schedule == "cosine" and (epochs is None or epochs < 1):
-            raise ValueError(f"schedule: 'cosine' with max_epochs={epochs}, want max_epochs >= 1")
+        groups = self.network.optimizers(self.lr)
+        self._names = list(groups)
+        configured = []
+        for name in self._names:
+            optimizer = self.make_optimizer(groups[name])
+            interval, done = self._course(name)
+            rates = LambdaLR(optimizer, partial(self._share, done))
+            schedule = {"scheduler": rates, "interval": interval}
+            configured.append({"optimizer": optimizer, "lr_scheduler": schedule})
+        return configured[0] if len(configured) == 1 else configured
 
-        def share(epoch: int) -> float:
-            if epoch < self.warmup_epochs:
-                return (epoch + 1) / (self.warmup_epochs + 1)
-            if self.schedule == "constant":
-                return 1.0
-            falling = max((epochs or 0) - self.warmup_epochs, 1)
-            cosine = (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / falling)) / 2
-            return self.schedule_floor + (1 - self.schedule_floor) * cosine
+    def _course(self, name: str) -> tuple[str, Callable[[int], float]]:
+        """By what the rates of an optimiser change, "epoch" or "step", and how far it is then."""
+        epochs, steps = self.trainer.max_epochs or 0, self.trainer.max_steps
+        timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+        # By epochs where possible: counting steps would start the workers before a resumed epoch is
+        # known.
+        if epochs >= 1:
+            own = sum(self.network.optimizer_of(e + 1, epochs) == name for e in range(epochs))
+            falling = max(own - self.warmup_epochs, 1)
+            return "epoch", lambda epoch: (epoch - self.warmup_epochs) / falling
+        if self.schedule == "constant" and self.warmup_epochs == 0:
+            return "epoch", lambda epoch: 0.0
+        if self.warmup_epochs > 0:
+            raise ValueError(
+                f"warmup_epochs: got {self.warmup_epochs} without max_epochs, want 0, or max_epochs"
+            )
+        if len(self._names) > 1:
+            raise ValueError(
+                f"schedule: got {self.schedule!r} without max_epochs and with epochs that take"
+                " turns, want max_epochs, or 'constant'"
+            )
+        if steps >= 1:
+            return "step", lambda step: min(step / steps, 1.0)
+        if timer is not None:
 
-        # By epochs: counting steps would start the workers before a resumed epoch is known.
-        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, share)}
+            def elapsed(step: int) -> float:
+                whole = timer.time_elapsed() + (timer.time_remaining() or 0.0)
+                return min(timer.time_elapsed() / whole, 1.0) if whole > 0 else 0.0
+
+            return "step", elapsed
+        raise ValueError(
+            f"schedule: got {self.schedule!r} in a run without an end, want max_epochs, max_steps"
+            " or max_time; or 'constant'"
+        )
+
+    def _share(self, done: Callable[[int], float], count: int) -> float:
+        """Of each rate, after so many epochs or steps."""
+        if count < self.warmup_epochs:
+            return (count + 1) / (self.warmup_epochs + 1)
+        if self.schedule == "constant":
+            return 1.0
+        cosine = (1 + math.cos(math.pi * done(count))) / 2
+        return self.schedule_floor + (1 - self.schedule_floor) * cosine
+
+    def _turn(self) -> int:
+        """The place of the optimiser whose epoch it is, where several take turns."""
+        epochs = self.trainer.max_epochs or 0
+        name = self.network.optimizer_of(self.current_epoch + 1, epochs if epochs > 0 else None)
+        return self._names.index(name)
 
     def on_train_start(self) -> None:
         # The first epoch after resuming has no on_train_epoch_start.
@@ -128,8 +208,11 @@ class InterpretableModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(derive_seed(self.seed, _TRAIN, self.current_epoch, self.global_rank))
         batches = self.trainer.num_training_batches
+        epochs = self.trainer.max_epochs or 0
         self.network.begin_epoch(
-            self.current_epoch + 1, int(batches) if 0 < batches < math.inf else None
+            self.current_epoch + 1,
+            int(batches) if 0 < batches < math.inf else None,
+            epochs if epochs > 0 else None,
         )
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
@@ -156,19 +239,42 @@ class InterpretableModule(L.LightningModule):
         }
         self.log("train/loss", loss, prog_bar=True, **by_epoch)
         self.log_dict({f"train/{name}": term for name, term in terms.items()}, **by_epoch)
+        if not self.automatic_optimization:
+            optimizer: Any = self.optimizers()[self._turn()]  # type: ignore[index]
+            self.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.network.after_step()
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        self._check_finite(self.trainer.callback_metrics["train/loss"])
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # No loss is computed of what the last step makes of the weights, and they are saved next.
+        if self.trainer.is_last_batch:
+            images = batch[0].to(next(self.network.parameters()).dtype)
+            training = {part: part.training for part in self.network.modules()}
+            with torch.no_grad():
+                logits = Observation(self.network.eval(), images, batch[1], seed=0).logits
+            for part, mode in training.items():
+                part.training = mode
+            self._check_finite(logits.abs().amax(), "the largest logit after the last step")
 
-    def _check_finite(self, loss: Tensor) -> None:
-        if not loss.isfinite():
+    def on_train_epoch_end(self) -> None:
+        if not self.automatic_optimization:
+            self.lr_schedulers()[self._turn()].step()  # type: ignore[index]
+        own = {f"method/{name}": value for name, value in self.network.logged().items()}
+        self.log_dict(own, sync_dist=True)
+        loss = self.trainer.callback_metrics.get("train/loss")
+        if loss is not None:  # a bare trainer logs nothing
+            self._check_finite(loss)
+
+    def _check_finite(self, value: Tensor, name: str = "train/loss") -> None:
+        if not value.isfinite():
             rates = " or ".join(
                 f"{'' if group['name'] == 'network' else group['name'] + '_'}lr ({group['lr']})"
                 for group in self.network.parameter_groups(self.lr)
             )
             raise DivergenceError(
-                f"train/loss is {loss.item()} in epoch {self.current_epoch + 1}:"
+                f"{name} is {value.item()} in epoch {self.current_epoch + 1}:"
                 f" training diverged; lower {rates}, or use precision 32-true"
             )
 

@@ -6,6 +6,7 @@ its help that class's docstring: no list is kept here.
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -18,16 +19,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
+
 from picnn_fast._extras import extra
 from picnn_fast.backbones import BACKBONES, cut
 from picnn_fast.data import DATA
 from picnn_fast.models.factory import METHODS
 from picnn_fast.ops import checks
-from picnn_fast.training.module import OPTIMIZERS
 
 with extra("train"):
     import yaml
     from jsonargparse import ArgumentError, ArgumentParser
+
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
 
 
 class ConfigError(ValueError):
@@ -41,10 +50,12 @@ class Group:
     Attributes:
         rows: name to the class or function whose signature tells the options.
         taken: parameters that are no options, for the run gives them itself.
+        note: what else the help says of the names.
     """
 
     rows: Mapping[str, Any]
     taken: frozenset[str]
+    note: str = ""
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of what ``name`` names."""
@@ -56,14 +67,31 @@ class Group:
         }
 
 
+# The backbone of a run that names none, by the side of its images: a network made for small ones
+# keeps large maps, on which a step takes many times as long.
+BY_IMAGE_SIZE = "auto"
+_SMALL, _LARGE, _LARGEST_SMALL_IMAGE = "small-resnet", "resnet18", 64
+
 GROUPS: dict[str, Group] = {
     "method": Group(
         METHODS,
-        frozenset({"features", "head", "num_classes", "num_filters", "in_channels", "channel_dim"}),
+        frozenset(
+            {
+                "features",
+                "head",
+                "num_classes",
+                "num_filters",
+                "in_channels",
+                "insert_kernel",
+                "channel_dim",
+            }
+        ),
     ),
     "backbone": Group(
-        dict.fromkeys(BACKBONES, cut),
+        dict.fromkeys([BY_IMAGE_SIZE, *BACKBONES], cut),
         frozenset({"backbone", "image_channels"}),
+        f"; {BY_IMAGE_SIZE}: {_SMALL} for images of up to {_LARGEST_SMALL_IMAGE} pixels, else"
+        f" {_LARGE}",
     ),
     "data": Group(DATA, frozenset({"batch_size", "seed"})),
     # Its rate is an option by itself: torch's own may be a tensor.
@@ -83,13 +111,16 @@ class Options:
 
     Args:
         method: how filters are made interpretable.
-        backbone: network below the target layer.
+        backbone: network below the target layer; "auto" becomes small-resnet for images of up to
+            64 pixels, else resnet18.
         data: images to train and test on.
         optimizer: of torch, with its learning rate ``lr``.
         output: folder the finished run appears in; must not hold another.
         num_filters: filters of the target layer; null: as many as the backbone yields (icnn, or
-            without insert_conv), else 12.8 times the number of classes.
-        insert_conv: put a new 3x3 convolution of num_filters after the backbone.
+            without insert_conv), else 12.8 times the number of classes, but at most four times the
+            channels that the backbone yields.
+        insert_conv: put a new convolution of num_filters after the backbone.
+        insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         category: class that is told from all others, which then count as one.
         mutual_information_weight: weight of the mutual information between filters and classes as
             a loss.
@@ -100,12 +131,17 @@ class Options:
             the rate, or constant.
         schedule_floor: share of the learning rate that the cosine ends at.
         warmup_epochs: epochs over which the learning rates rise to their full value.
+        report_epoch: the epoch whose figures are reported: the last; the one with the best ACC1 on
+            the validation images; or best_on_test, on the test split that is reported on, as in
+            PICNN's published code, which flatters: it wants data.validation 0.
         seed: of initial weights, order, augmentation and masks.
         precision: of the arithmetic.
         accelerator: device type.
         devices: how many of them on each machine; null: 1, or as many as torchrun or SLURM started
             processes.
         strategy: across devices, as Lightning names it.
+        channels_last: keep weights and maps with their channels innermost, which convolutions run
+            faster on; results differ in rounding.
 
     Raises:
         ConfigError: an option that there is not, of the wrong type, or out of range.
@@ -118,12 +154,13 @@ class Options:
     """
 
     method: Any = "picnn"
-    backbone: Any = "small-resnet"
+    backbone: Any = BY_IMAGE_SIZE
     data: Any = "digits"
     optimizer: Any = "adamw"
     output: str = "runs/train"
     num_filters: int | None = None
     insert_conv: bool = True
+    insert_kernel: int = 3
     category: str | None = None
     mutual_information_weight: float = 0.0
     epochs: int = 30
@@ -131,11 +168,13 @@ class Options:
     schedule: Literal["cosine", "constant"] = "cosine"
     schedule_floor: float = 0.0
     warmup_epochs: int = 0
+    report_epoch: Literal["last", "best_on_validation", "best_on_test"] = "last"
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int | None = None
     strategy: Literal["auto", "ddp"] = "auto"
+    channels_last: bool = True
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -148,17 +187,28 @@ class Options:
         for name in given:
             # As they are read back from a file.
             object.__setattr__(self, name, json.loads(json.dumps(parsed[name])))
+        if self.backbone["name"] == BY_IMAGE_SIZE:
+            # A name of its own, so that a record and a checkpoint say what ran.
+            small = self.data.get("image_size", 0) <= _LARGEST_SMALL_IMAGE
+            name = _SMALL if small else _LARGE
+            object.__setattr__(self, "backbone", {**self.backbone, "name": name})
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 kind = "an integer" if isinstance(least, int) else "a number"
                 limit = f" and <= {most}" if most < math.inf else ""
                 raise ConfigError(f"{name}: got {value}, want {kind} >= {least}{limit}")
+        for group in GROUPS:
+            chosen = getattr(self, group)
+            for name, parameter in GROUPS[group].options(chosen["name"]).items():
+                if _is_path(parameter.annotation) and chosen[name] is not None:
+                    # The same folder wherever the options are read again.
+                    chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
         if not 0 < self.optimizer["lr"] < math.inf:
             raise ConfigError(f"optimizer.lr: got {self.optimizer['lr']}, want a number > 0")
 
     def identity(self) -> dict[str, Any]:
-        """The options that make two runs the same run: all but the output folder."""
+        """What a run notes about itself: all options but the output folder, where it is noted."""
         return {name: value for name, value in self.as_dict().items() if name != "output"}
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,6 +223,12 @@ class Options:
         values = built[group].as_dict()
         del values["name"]
         return dict(values)
+
+    def optimizer_class(self) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+        """What makes the optimiser of groups of parameters, each of which has its own rate."""
+        arguments = self.arguments("optimizer")
+        del arguments["lr"]
+        return functools.partial(OPTIMIZERS[self.optimizer["name"]], **arguments)
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -220,7 +276,8 @@ def build_parser(
             f"--{key}.name",
             type=Literal[tuple(rows)],
             default=name,
-            help=f"also --{key} NAME; --{key}.help NAME tells the options of each",
+            help=f"also --{key} NAME; --{key}.help NAME tells the options of each"
+            + GROUPS[key].note,
         )
         if key == "optimizer":
             parser.add_argument("--optimizer.lr", type=float, default=1e-3, help="learning rate")
@@ -467,8 +524,13 @@ def _annotation(option: str, names: Mapping[str, str]) -> Any:
     return inspect.Parameter.empty if parameter is None else parameter.annotation
 
 
+def _is_path(annotation: Any) -> bool:
+    return annotation is Path or any(map(_is_path, typing.get_args(annotation)))
+
+
 def _described(annotation: Any) -> str:
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    words[Path] = "a path"
     if annotation in words:
         return words[annotation]
     if annotation in (None, types.NoneType):
@@ -495,6 +557,11 @@ def _hint(got: object, known: Iterable[str]) -> str:
 
 def _of(source: str) -> str:
     return f"config {source}: " if source else ""
+
+
+def few(names: Sequence[str]) -> str:
+    """How many names there are, and the first of them."""
+    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
 
 
 def one_line(error: object) -> str:

@@ -2,19 +2,19 @@
 
 import copy
 import csv
-import functools
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from picnn_fast._extras import extra
+from picnn_fast._extras import extra, install_command
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
@@ -23,21 +23,31 @@ from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.evaluation import Figures, check_figures, evaluate
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (
+    BEST,
     CHECKPOINT,
+    FollowSchedule,
     SaveOptions,
     WholeCheckpoints,
     build_network,
+    read_checkpoint,
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
-from picnn_fast.training.module import OPTIMIZERS, InterpretableModule
+from picnn_fast.training.module import InterpretableModule
 from picnn_fast.training.options import ConfigError, Options, one_line, qualified
+from picnn_fast.training.progress import (
+    Introduction,
+    ProgressBar,
+    ProgressLines,
+    Work,
+    work,
+)
 from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_json
 
 with extra("train"):
     import lightning as L
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 METRICS = "metrics.json"
 # Of one map; the time of a filter loss grows with the square.
@@ -81,6 +91,9 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
     if not started.child and started.decide(lambda: not overwrite and folder.complete()):
         return read_metrics(folder.path, [method])[method] if started.first else {}
     run = assemble(options, folder.work, started=started, progress=progress)
+    earlier = None if overwrite else folder.earlier()
+    if earlier is not None and progress and started.first:
+        print(_going_on(earlier["epochs"], options), flush=True)
     with started.owning(folder, overwrite=overwrite) as work:
         figures = fit(run, progress=progress)
         if started.first:
@@ -89,8 +102,24 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
 
 
 def train_folder(options: Options) -> RunFolder:
-    """The folder of the run with these options."""
-    return RunFolder(options.output, "train", options.identity())
+    """The folder of the run with these options, which may go on with one of fewer epochs."""
+    return RunFolder(
+        options.output,
+        "train",
+        options.identity(),
+        free=("data.num_workers",),
+        growing=("epochs",),
+    )
+
+
+def _going_on(epochs: int, options: Options) -> str:
+    line = f"goes on with a run of {epochs} epochs"
+    if options.schedule == "cosine":
+        line += (
+            f"; its cosine was of that length, so this is not the run that {options.epochs} epochs"
+            " from the start would be"
+        )
+    return line
 
 
 def assemble(
@@ -110,17 +139,15 @@ def assemble(
         ConfigError: data, network or devices cannot be had, or do not go together.
     """
     started = launch(options.devices) if started is None else started
-    check_accelerator(options.accelerator)
+    check_accelerator(options.accelerator, options.precision)
     data = build_data(options)
+    _choose_validation(options, data)
     with _quiet():
         # Weights, and the random correspondence matrix of STD, follow from the seed.
         L.seed_everything(options.seed, workers=False, verbose=False)
     network = build_network(options, data.num_classes, data.in_channels)
-    _try_image(options, network, data)
-    arguments = options.arguments("optimizer")
-    del arguments["lr"]  # a group of parameters has its own
-    kind: Any = OPTIMIZERS[options.optimizer["name"]]
-    optimizer = functools.partial(kind, **arguments)
+    cost = _try_image(options, network, data)
+    optimizer = options.optimizer_class()
     module = InterpretableModule(
         network,
         lr=options.optimizer["lr"],
@@ -137,12 +164,31 @@ def assemble(
         raise ConfigError(f"optimizer: {error}") from error
     callbacks: list[Callback] = [
         SaveOptions(options, data),
+        FollowSchedule(),
         ModelCheckpoint(
             dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
         ),
     ]
+    if options.report_epoch != "last":
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=folder,
+                filename=Path(BEST).stem,
+                monitor="val/acc1",
+                mode="max",
+                enable_version_counter=False,
+            )
+        )
     if progress:
-        callbacks.append(RichProgressBar() if sys.stdout.isatty() else EpochLines())
+        introduction = Introduction(
+            data,
+            network,
+            cost,
+            data_name=options.data["name"],
+            backbone=options.backbone["name"],
+            output=options.output,
+        )
+        callbacks += [introduction, ProgressBar() if sys.stdout.isatty() else ProgressLines()]
     processes = started.devices * started.nodes
     try:
         with _quiet():
@@ -154,13 +200,10 @@ def assemble(
                 devices=started.devices,
                 num_nodes=started.nodes,
                 strategy="ddp" if started.outside and processes > 1 else options.strategy,
-                logger=[
-                    CSVLogger(folder, name="csv"),
-                    TensorBoardLogger(folder, name="tensorboard", version=""),
-                ],
+                logger=_loggers(folder),
                 callbacks=callbacks,
-                plugins=[WholeCheckpoints()],
-                enable_progress_bar=progress and sys.stdout.isatty(),
+                plugins=[WholeCheckpoints(data.class_names)],
+                enable_progress_bar=False,
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
                 log_every_n_steps=1,
@@ -173,17 +216,55 @@ def assemble(
     return Run(options, data, network, module, trainer)
 
 
-def _try_image(options: Options, network: InterpretableNetwork, data: SeededDataModule) -> None:
+def _choose_validation(options: Options, data: SeededDataModule) -> None:
     """
+    Raises:
+        ConfigError: the epoch to report is to be chosen on images that there are none of.
+    """
+    if options.report_epoch == "best_on_validation" and data.validation_set is None:
+        raise ConfigError(
+            "report_epoch: got 'best_on_validation' without validation images, want data.validation"
+            " above 0"
+        )
+    if options.report_epoch == "best_on_test":
+        if data.validation_set is not None:
+            raise ConfigError(
+                "report_epoch: got 'best_on_test' with validation images,"
+                " want 'best_on_validation', or data.validation 0"
+            )
+        data.validation_set = data.test_set
+        data.validation_source = (
+            "the test split: the epoch reported is chosen on what it is tested on"
+        )
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    """Logs as CSV, and for TensorBoard where it is installed."""
+    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
+    try:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    except ModuleNotFoundError:
+        warnings.warn(
+            "tensorboard is not installed, logs are CSV alone; it comes with:"
+            f" {install_command('train')}",
+            stacklevel=3,
+        )
+    return loggers
+
+
+def _try_image(options: Options, network: InterpretableNetwork, data: SeededDataModule) -> Work:
+    """What training takes, by a forward pass.
+
     Raises:
         ConfigError: the network cannot take the images, or so small a batch of them.
     """
-    with _reading_images():
+    with reading_images():
         image = data.test_set[0][0][None]
     backbone, (height, width) = options.backbone["name"], image.shape[2:]
     try:
+        cost = work(network.eval(), image, inserted=options.insert_conv)
         with torch.no_grad():
-            activations = getattr(network.eval()(image), "activations", ())
+            activations = getattr(network(image), "activations", ())
         if isinstance(data, PartDataModule):
             receptive_field(network.features, (height, width))
     except (RuntimeError, ValueError) as error:
@@ -206,6 +287,7 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
         except ValueError as error:  # batch normalisation of maps of one position
             raise ConfigError(f"batch_size: got 1, want at least 2: {error}") from error
         network.load_state_dict(before)
+    return cost
 
 
 def fit(run: Run, *, progress: bool = True) -> Figures:
@@ -228,15 +310,19 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
     """
     trainer = run.trainer
     checkpoint = Path(trainer.default_root_dir) / CHECKPOINT
-    if progress and trainer.is_global_zero:
-        print(f"validation images: {run.data.validation_source}", flush=True)
-    with _quiet(), _reading_images():
+    with _quiet(), reading_images():
         trainer.fit(run.module, run.data, ckpt_path=checkpoint if checkpoint.exists() else None)
         device = trainer.strategy.root_device
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if trainer.global_rank != 0:
             return {}
+        for remark in run.network.remarks():
+            warnings.warn(remark, stacklevel=2)
+        best = checkpoint.with_name(BEST)
+        if run.options.report_epoch != "last" and best.exists():
+            saved = read_checkpoint(best)["state_dict"]
+            run.module.load_state_dict(saved)
         # Measured in float32, as from the checkpoint, also after training with 64-true.
         return evaluate(
             run.network.float(),
@@ -293,26 +379,6 @@ def read_metrics(folder: Path, methods: Collection[str]) -> dict[str, Figures]:
     return {method: content[method] for method in methods}
 
 
-class EpochLines(Callback):
-    """A line an epoch, where there is no terminal to draw a progress bar on."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = {
-            name: f"{value.item():.3f}"
-            for name, value in sorted(trainer.callback_metrics.items())
-            if name.startswith("val/")
-        }
-        width = len(str(trainer.max_epochs))
-        print(
-            f"epoch {trainer.current_epoch + 1:{width}}/{trainer.max_epochs}",
-            *(f"{name.removeprefix('val/')} {value}" for name, value in values.items()),
-            sep="  ",
-            flush=True,
-        )
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's remarks on hardware found, on workers, and on folders it resumes in."""
@@ -332,10 +398,18 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _reading_images() -> Iterator[None]:
+def reading_images() -> Iterator[None]:
     """An image that cannot be read is told in a line, whichever process was reading it."""
     try:
         yield
+    except RuntimeError as error:
+        killed = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if killed is None:
+            raise
+        raise ConfigError(
+            f"data.num_workers: a process that reads images was killed ({killed[1]}), perhaps for"
+            " want of memory; want fewer of them"
+        ) from error
     except (DamagedFileError, FileNotFoundError) as error:
         if error.errno is not None:  # of the system: no image, but a log or a checkpoint
             raise

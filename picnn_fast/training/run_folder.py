@@ -5,38 +5,55 @@ renamed at the end. A run that was interrupted leaves the sibling behind, and go
 """
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from picnn_fast._extras import extra
 from picnn_fast._version import __version__
+
+with extra("train"):
+    from filelock import BaseFileLock, FileLock, Timeout
 
 RECORD = "run.json"
 _LOCK = ".lock"
+_TEMPORARY = ".tmp"  # ends the names of hidden files that are not whole yet
+_KEYS: dict[str, type] = {"kind": str, "config": dict, "overwrite": bool, "goes_on": bool}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolderError(RuntimeError):
     """The output folder cannot be used as asked; the message says why and what to do."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that other processes, and a crash, see whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, in place of ``path`` once the block ends without an exception.
+
+    Other processes, and a crash, see the old file or the new one, whole.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that other processes, and a crash, see whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -47,10 +64,14 @@ def write_json(path: Path, content: Any) -> None:
 class RunFolder:
     """The folder of one run.
 
+    A link is followed: the run appears where it leads to.
+
     Args:
         path: where the complete run appears.
         kind: command that makes it, e.g. "train".
         config: its options, JSON values; equal options mean the same run.
+        free: options of which another value makes no other run, nested ones as "data.num_workers".
+        growing: numbers of which a larger value goes on with the run that had the smaller one.
 
     Example:
         >>> import pathlib, tempfile
@@ -64,14 +85,26 @@ class RunFolder:
         (True, 'done')
     """
 
-    def __init__(self, path: str | Path, kind: str, config: dict[str, Any]) -> None:
-        # Absolute, so that names such as "." and "runs/../x" have a name and a parent.
-        self.path = Path(os.path.abspath(path))
-        if not str(path) or not self.path.name:
+    def __init__(
+        self,
+        path: str | Path,
+        kind: str,
+        config: dict[str, Any],
+        *,
+        free: Collection[str] = (),
+        growing: Collection[str] = (),
+    ) -> None:
+        # Resolved, so that names such as "." and "runs/../x" have a name and a parent, and the
+        # run is moved to where a link leads, not over the link.
+        self.path = Path(os.path.realpath(path))
+        if not str(path) or not self.path.name or self.path.is_symlink():
             raise RunFolderError(f"output: got {str(path)!r}, want a folder that can be made")
         self.work = self.path.with_name(f".{self.path.name}.partial")
+        self._replaced = self.path.with_name(f".{self.path.name}.replaced")
         self.kind = kind
         self.config = config
+        self.free = free
+        self.growing = growing
 
     def complete(self) -> bool:
         """Whether the run is there, complete, with these very options.
@@ -88,22 +121,37 @@ class RunFolder:
                 " choose another folder with --output"
             )
         self._same(record, self.path)
+        if self._grown(record):
+            return False
+        # What a kill has left of the run that this one replaced.
+        shutil.rmtree(self._replaced, ignore_errors=True)
         return True
+
+    def earlier(self) -> dict[str, Any] | None:
+        """The options of the smaller run that this one goes on with, None where there is none."""
+        for folder in (self.work, self.path) if self._trained() else (self.path,):
+            record = self._record(folder)
+            if record is not None and not self._differing(record):
+                config: dict[str, Any] = record["config"]
+                return config if self._grown(record) else None
+        return None
 
     @contextlib.contextmanager
     def writing(self, *, overwrite: bool = False) -> Iterator[Path]:
         """The work folder, renamed to ``path`` when the block ends without an exception.
 
         A work folder left behind by the same run is handed out again with what it holds; one of
-        another run is emptied if that run had written no checkpoint (``*.ckpt``) yet.
+        another run is emptied if that run had written no checkpoint (``*.ckpt``) yet. Where this
+        run goes on with a complete one, it holds a copy of that one.
 
         Args:
             overwrite: start anew, and replace what is at ``path`` once the new run is complete.
                 A run started so and interrupted goes on like any other.
 
         Raises:
-            RunFolderError: another run is complete or partial here, or is writing right now, or
-                the folder is not one of picnn-fast's.
+            RunFolderError: another run is complete or partial here, or is writing right now; the
+                folder is not one of picnn-fast's, is another user's or cannot be replaced at the
+                end; or no space is left in it.
         """
         if overwrite:
             if self._occupied() and self._record(self.path) is None:
@@ -114,13 +162,23 @@ class RunFolder:
         elif self.complete():
             raise RunFolderError(f"output: {self.path} is complete; redo it with --overwrite")
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
+            self.work.mkdir(parents=True)
+        except FileExistsError:
+            self._check_owner(self.work)
         except OSError as error:
             raise self._unusable(error) from error
-        with self._locked():
-            self._prepare(overwrite)
-            yield self.work
-            self._finish(overwrite)
+        with self._locked() as lock:
+            try:
+                self._restore()
+                self._check_replaceable()
+                self._prepare(overwrite)
+                yield self.work
+                lock.release()  # a folder that holds an open file is not renamed everywhere
+                self._finish()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise self._full(error) from error
 
     def _occupied(self) -> bool:
         try:
@@ -134,23 +192,77 @@ class RunFolder:
             " choose another folder with --output"
         )
 
+    def _full(self, error: OSError) -> RunFolderError:
+        saved = max(self.work.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, default=None)
+        kept = "there is no checkpoint yet" if saved is None else f"the last checkpoint is {saved}"
+        return RunFolderError(
+            f"output: no space left in {self.work} ({error.strerror}); {kept}. The same command"
+            " goes on once there is space"
+        )
+
+    def _check_owner(self, folder: Path) -> None:
+        """In a folder that many may write to, another user may have put this one there."""
+        found = folder.lstat()
+        # Some file systems give every file to one user, whoever makes it.
+        with tempfile.TemporaryFile(dir=folder.parent) as ours:
+            owner = os.fstat(ours.fileno()).st_uid
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == owner:
+            return
+        problem = "another user's" if stat.S_ISDIR(found.st_mode) else "no folder"
+        raise RunFolderError(
+            f"output: {folder} is {problem}; remove it, or choose another folder with --output"
+        )
+
+    def _check_replaceable(self) -> None:
+        """A folder that is there already has to give way at the end: a mount point does not."""
+        if not self.path.exists() or os.name == "nt":
+            return
+        try:
+            os.rename(self.path, self.work)  # which is not empty, so that this never succeeds
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return
+            mounted = ", a mount point" if error.errno in (errno.EBUSY, errno.EXDEV) else ""
+            raise RunFolderError(
+                f"output: {self.path}{mounted}, cannot be replaced by a finished run"
+                f" ({error.strerror}); choose a folder in it with --output"
+            ) from error
+
     def _record(self, folder: Path) -> dict[str, Any] | None:
         """What a run noted about itself, None where there is no such note."""
         try:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        known = isinstance(record, dict) and record.get("program") == "picnn_fast"
-        return record if known else None
+        if not isinstance(record, dict) or record.get("program") != "picnn_fast":
+            return None
+        record = {"goes_on": False, **record}  # earlier versions had no such key
+        damaged = [key for key, kind in _KEYS.items() if not isinstance(record.get(key), kind)]
+        if damaged:
+            raise RunFolderError(
+                f"output: {folder / RECORD} is damaged, it tells no {' and no '.join(damaged)};"
+                f" remove {folder}, or choose another folder with --output"
+            )
+        return record
 
     def _differing(self, record: dict[str, Any]) -> list[str]:
         if record["kind"] != self.kind:
             return [f"a {record['kind']} run, not a {self.kind} run"]
         then, now = _flat(record["config"]), _flat(self.config)
+        grown = self._grown(record)
         return [
             f"{key} {then.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
+            if then.get(key) != now.get(key) and key not in self.free and key not in grown
+        ]
+
+    def _grown(self, record: dict[str, Any]) -> list[str]:
+        """The numbers that are larger than those of a run."""
+        then, now = _flat(record["config"]), _flat(self.config)
+        return [
+            key
+            for key in self.growing
+            if isinstance(then.get(key), int | float) and then[key] < now[key]
         ]
 
     def _same(self, record: dict[str, Any], folder: Path) -> None:
@@ -163,40 +275,71 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[BaseFileLock]:
         # The kernel lets go of the lock when the process dies, however it dies.
-        with open(self.work / _LOCK, "w", encoding="utf-8") as file:
-            self._lock(file)
-            yield
-
-    def _lock(self, file: IO[str]) -> None:
+        lock = FileLock(self.work / _LOCK, timeout=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock.acquire()
+        except Timeout as error:
             raise RunFolderError(
                 f"output: another process is writing {self.work}; wait for it,"
                 " or choose another folder with --output"
             ) from error
+        except OSError as error:  # a link, which is not followed
+            raise self._unusable(error) from error
+        try:
+            yield lock
+        finally:
+            lock.release()
+            with contextlib.suppress(OSError):
+                if [entry.name for entry in self.work.iterdir()] == [_LOCK]:  # refused
+                    (self.work / _LOCK).unlink()
+                    self.work.rmdir()
+
+    def _restore(self) -> None:
+        """A kill while a run was replaced has left it under another name."""
+        if not os.path.lexists(self._replaced):
+            return
+        self._check_owner(self._replaced)
+        if self._occupied():
+            shutil.rmtree(self._replaced)
+        else:
+            os.rename(self._replaced, self.path)
 
     def _prepare(self, overwrite: bool) -> None:
+        self._sweep()
         record = self._record(self.work)
-        if record is not None and overwrite:
-            begun_so = record["overwrite"] and record["kind"] == self.kind
-            if not begun_so or record["config"] != self.config:
-                self._clear()
-                record = None
-        # What broke off before the first checkpoint is nothing to keep.
-        if record is not None and self._differing(record) and not self._trained():
+        if record is not None and not self._kept(record, overwrite):
             self._clear()
             record = None
         if record is not None:
             self._same(record, self.work)
+            self._note(record["overwrite"], record["goes_on"])
             return
         if any(entry.name != _LOCK for entry in self.work.iterdir()) and not overwrite:
             raise RunFolderError(
                 f"output: {self.work} holds files but no {RECORD}; remove it, or use --overwrite"
             )
         self._clear()
+        goes_on = not overwrite and self.earlier() is not None
+        self._note(overwrite, goes_on)
+        if goes_on:
+            self._copy_complete()
+
+    def _sweep(self) -> None:
+        """A kill while a file was written has left it under a name of its own."""
+        for leftover in list(self.work.rglob(f".*{_TEMPORARY}")):
+            leftover.unlink()
+
+    def _kept(self, record: dict[str, Any], overwrite: bool) -> bool:
+        """Whether an interrupted run is more than something to clear away."""
+        if overwrite:
+            return bool(record["overwrite"]) and not self._differing(record)
+        # What broke off before the first checkpoint is nothing to keep.
+        other = self._differing(record) or record["goes_on"] or record["overwrite"]
+        return self._trained() or not other
+
+    def _note(self, overwrite: bool, goes_on: bool) -> None:
         write_json(
             self.work / RECORD,
             {
@@ -204,9 +347,20 @@ class RunFolder:
                 "version": __version__,
                 "kind": self.kind,
                 "overwrite": overwrite,
+                "goes_on": goes_on,
                 "config": self.config,
             },
         )
+
+    def _copy_complete(self) -> None:
+        """The complete run to go on with, its checkpoints last: they tell that all was copied."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.suffix == ".ckpt"):
+            target = self.work / entry.name
+            if entry.is_dir():
+                shutil.copytree(entry, target)
+            elif entry.name != RECORD:
+                with replacing(target) as file, entry.open("rb") as source:
+                    shutil.copyfileobj(source, file)
 
     def _trained(self) -> bool:
         return any(self.work.rglob("*.ckpt"))
@@ -220,16 +374,23 @@ class RunFolder:
             elif entry.name != _LOCK:
                 entry.unlink()
 
-    def _finish(self, overwrite: bool) -> None:
+    def _finish(self) -> None:
+        record = self._record(self.work)
+        assert record is not None
+        self._sweep()
         (self.work / _LOCK).unlink(missing_ok=True)
-        if overwrite and self._occupied():
-            replaced = self.path.with_name(f".{self.path.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(self.path, replaced)
-            os.rename(self.work, self.path)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(self.work, self.path)
+        occupied = self._occupied()
+        if occupied and not (record["overwrite"] or record["goes_on"]):
+            raise RunFolderError(
+                f"output: {self.path} holds files that were not there when the run began; its"
+                f" result is in {self.work}"
+            )
+        if occupied:
+            os.rename(self.path, self._replaced)
+        elif self.path.exists() and os.name == "nt":  # where nothing is renamed to what is there
+            self.path.rmdir()
+        os.rename(self.work, self.path)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -132,6 +132,7 @@ resnet, alexnet, vgg = (partial(changed, name) for name in ("resnet18", "alexnet
         (resnet(avgpool=nn.Identity(), fc=nn.Linear(512 * 4, 5)), [80]),
         (alexnet(), [20 * 36, 4096, 4096]),
         (alexnet(classifier=nn.Sequential(nn.Linear(9216, 7), nn.Linear(7, 5))), [20 * 36, 7]),
+        (alexnet(avgpool=nn.Identity()), [20 * 36, 4096, 4096]),
         (vgg(classifier=nn.Identity()), [20 * 49]),
         (vgg(classifier=nn.Linear(512 * 49, 5)), [20 * 49]),
         (vgg(avgpool=nn.Identity(), classifier=nn.Linear(512 * 4, 5)), [80]),
@@ -142,7 +143,8 @@ def test_changed_classifiers_are_made_anew(network: nn.Module, inputs: list[int]
     model = on_meta(network, num_filters=20)
     linear = [layer for layer in model.head if isinstance(layer, nn.Linear)]
     assert [layer.in_features for layer in linear] == inputs
-    images = torch.empty(2, 3, 64, 64, device="meta")
+    unpooled = isinstance(network, torchvision.models.AlexNet) and inputs[0] == 20 * 36
+    images = torch.empty(2, 3, *((224, 224) if unpooled else (64, 64)), device="meta")
     assert model(images).logits.shape == (2, 3)
 
 

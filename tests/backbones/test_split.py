@@ -223,6 +223,15 @@ def test_vectors_whose_length_hangs_on_the_images_are_as_long_as_the_old_classif
     assert head(torch.randn(2, 8, 3, 3)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("side", [2, 7, 8])
+def test_a_pooling_by_a_window_leaves_as_many_positions_as_the_old_classifier_says(side) -> None:
+    for positions in (1, 4):
+        size = (side * int(positions**0.5),) * 2
+        network = nn.Sequential(CONV, nn.AvgPool2d(side), nn.Flatten(), nn.Linear(6 * positions, 2))
+        head = split(network, "0").head(6, 8, 3)
+        assert head(torch.randn(2, 8, *size)).shape == (2, 3)
+
+
 def test_the_axis_of_the_channels_is_checked() -> None:
     parts = split(nn.Sequential(CONV, nn.Flatten()), "0")
     assert (parts.channels(), parts.channels(-3)) == (6, 6)

@@ -44,11 +44,3 @@ def test_it_measures_every_weight_and_seed_and_names_itself(
         mutual_information_loss.report(content)
     )
     assert content["command"] == "python -m benchmarks.mutual_information_loss"
-
-
-def test_the_readme_shows_the_committed_experiment() -> None:
-    name = f"{mutual_information_loss.NAME}.json"
-    content = json.loads((Path(harness.__file__).parent / "results" / name).read_text())
-    readme = (Path(harness.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert mutual_information_loss.report(content) in readme
-    assert content["command"] in readme

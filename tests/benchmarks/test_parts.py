@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, parts
+from benchmarks import parts
 
 METRICS = {
     "location_instability_middle": 0.05,
@@ -84,8 +84,7 @@ def test_the_networks_are_those_the_names_say() -> None:
     one = methods["l2 running 0.0003"]
     assert (one["estimator"], one["filter_loss_weight"]) == ("running", 0.0003)
     assert (one["template"]["norm"], one["template"]["tau"]) == ("l2", 0.1)
-    centers = {name: options.method.get("center") for name, options in parts.centers().items()}
-    assert {name for name in centers if centers[name] == "mass"} == {
+    assert {name for name, method in methods.items() if method.get("center") == "mass"} == {
         "mask l1 mass",
         "l1 batch 0.003 mass",
     }
@@ -115,11 +114,3 @@ def test_a_short_run_trains_measures_and_draws(
         "filters-std.png",
         "filters-icnn.png",
     }
-
-
-@pytest.mark.parametrize("name", [parts.NAME, parts.CENTERS])
-def test_the_readme_shows_the_committed_experiments(name: str) -> None:
-    content = json.loads((harness.RESULTS / f"{name}.json").read_text())
-    readme = (harness.RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
-    assert parts.report(content) in readme
-    assert content["command"] in readme

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import picnn_fast
-from benchmarks import bias, filter_loss, harness, masking, mutual_information
+from benchmarks import bias, filter_loss, harness, masking, mutual_information, overhead
 
 
 def test_the_bias_script_runs_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    committed = json.loads((harness.RESULTS / f"{bias.NAME}.json").read_text())
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     bias.main(["--smoke"])
     assert "closed form" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    committed = json.loads((RESULTS / f"{bias.NAME}.json").read_text())
     bias.draw(committed, tmp_path / "bias.png")
     assert [path.name for path in tmp_path.iterdir()] == ["bias.png"]
 
@@ -249,42 +249,17 @@ def test_compiled_and_triton_kernels_are_timed_by_the_hosts_clock_as_well(
     )
 
 
-RESULTS = harness.RESULTS
-README = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("family", [masking, mutual_information, filter_loss])
-def test_the_readme_shows_the_committed_measurements(family: ModuleType) -> None:
-    paths = sorted(RESULTS.glob(f"{family.__name__.rpartition('.')[2]}-*.json"))
-    assert paths
-    for path in paths:
-        content = json.loads(path.read_text())
-        assert content.get("complete", True), f"{path.name} is not finished"
-        assert family.report(content) in README
-        assert content["command"] in README
-
-
-def test_the_readme_shows_the_committed_bias() -> None:
-    content = json.loads((RESULTS / f"{bias.NAME}.json").read_text())
-    assert bias.report(content) in README
-    assert f"benchmarks/results/{bias.NAME}.png" in README
-
-
-def test_the_readme_shows_the_committed_demo() -> None:
-    shown = json.loads((RESULTS / "demo" / "metrics.json").read_text())
-    seeds = json.loads((RESULTS / "demo" / "seeds.json").read_text())
-    assert {run["seed"] for run in seeds["runs"]} == {0, 1, 2}
-    assert seeds["command"] in README
-    names = ("acc1", "acc2", "acc3", "mis")
-    rows = []
-    for method, values in shown.items():
-        rows.append([method.upper(), *(f"{values[name]:.3f}" for name in names)])
-        every = [run[method] for run in seeds["runs"]]
-        assert values in every
-        ends = (
-            (min(run[name] for run in every), max(run[name] for run in every)) for name in names
-        )
-        rows.append(["least to greatest", *(f"{low:.3f} to {high:.3f}" for low, high in ends)])
-    assert harness.table(["", "ACC1", "ACC2", "ACC3", "MIS"], rows) in README
-    errors = [v for run in shown.values() for k, v in run.items() if k.endswith("standard_error")]
-    assert f"at most {max(errors):.3f}".replace("0.", ".") in README
+def test_steps_are_measured_over_the_plain_network_and_by_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overhead.main(["--smoke", "--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    (entry,) = content["classes"]
+    assert (entry["classes"], entry["filters"]) == (10, 128)
+    assert set(entry["milliseconds"]) == {"plain", "std", "picnn"}
+    for name in ("std_over_plain", "picnn_over_std", "picnn_over_plain"):
+        assert 0 < entry[name]["q1"] <= entry[name]["median"] <= entry[name]["q3"]
+    assert set(content["forms"]["speedup"]) == set(overhead.FORMS)
+    assert content["forms"]["speedup"]["contiguous"]["median"] == 1
+    assert "PICNN over plain" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -37,9 +38,10 @@ FLAGS = (
 _library: torch.library.Library | None = None
 
 
-def compiler() -> str | None:
-    """The C++ compiler, None where there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+def compiler() -> list[str] | None:
+    """The words of the C++ compiler's command, None where there is none."""
+    words = shlex.split(os.environ.get("CXX") or "g++")
+    return words if shutil.which(words[0]) else None
 
 
 def build(source: Path, extra_flags: Sequence[str] = ()) -> Path:
@@ -52,14 +54,15 @@ def build(source: Path, extra_flags: Sequence[str] = ()) -> Path:
     if found is None:
         raise RuntimeError("no C++ compiler: g++ is not on PATH")
     torch_folder = Path(torch.__file__).parent
-    command = [found, *FLAGS, *extra_flags, "-include", str(HEADER)]
+    command = [*found, *FLAGS, *extra_flags, "-include", str(HEADER)]
     command += ["-isystem", str(torch_folder / "include"), "-I", str(CSRC / "cuda")]
     command += ["-x", "c++", str(source), "-L", str(torch_folder / "lib"), "-ltorch_cpu"]
     digest = hashlib.sha256(repr((command, torch.__version__)).encode())
     for file in (source, HEADER, *sorted(CSRC.rglob("*.h"))):
         digest.update(file.read_bytes())
-    cache = Path(tempfile.gettempdir()) / f"picnn_fast_cuda_on_cpu_{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
+    # In the source tree: what is loaded here nobody else may have put there.
+    cache = HERE.parent.parent / "build" / "cuda_on_cpu"
+    cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{source.stem}_{digest.hexdigest()[:20]}.so"
     if not target.exists():
         # Renamed when it is whole: other test processes may be at it as well.

@@ -203,3 +203,19 @@ def test_masking_kernels_do_not_depend_on_the_order(
         monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
         for got, wanted in zip(run_all(maps), expected, strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_what_is_loaded_lies_where_nobody_else_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "empty.cu"
+    source.write_text("")
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nfor word; do out=$word; done\n: > "$out"\n')
+    compiler.chmod(0o755)
+    # A launcher before the compiler is taken too.
+    monkeypatch.setenv("CXX", f"env {compiler}")
+    library = build.build(source)
+    library.unlink()
+    assert library.parent.is_relative_to(HERE.parent.parent)
+    assert library.parent.stat().st_uid == HERE.stat().st_uid

@@ -1,7 +1,10 @@
 """What every data set of DATA owes to a run: splits apart, and options by signature."""
 
+import ast
 import inspect
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -253,3 +256,34 @@ def test_images_of_one_source_are_held_out_together():
         kept, out = held_out(labels, 0.4, seed, sources)
         assert len(out) == 2
         assert {sources[i] for i in kept}.isdisjoint(sources[i] for i in out)
+
+
+def _imported_with(path):
+    """The packages that a module imports as it is imported itself."""
+    left = ast.parse(path.read_text(encoding="utf-8")).body
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0]
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            left += ast.iter_child_nodes(node)
+
+
+def test_what_one_data_set_alone_needs_is_wanted_by_no_other():
+    package = Path(inspect.getfile(DATA["folder"])).parents[1]
+    for path in package.rglob("*.py"):
+        assert not {"sklearn", "scipy", "h5py"} & set(_imported_with(path)), path
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("digits", "sklearn.datasets", "sklearn"), ("animal-part", "scipy", "scipy")],
+)
+def test_a_data_set_whose_package_is_missing_says_what_to_install(
+    roots, monkeypatch, name, module, package
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"{package}.* is not installed; .*pip install"):
+        DATA[name](batch_size=4, seed=0, **roots(name), **OPTIONS[name])

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from picnn_fast.evaluation import Observation, pool
-from picnn_fast.models import make_interpretable
+from picnn_fast.models import METHODS, make_interpretable
+from picnn_fast.models.masked_head import MaskedHead
 
 
 def _network(method="picnn"):
@@ -67,3 +68,19 @@ def test_maps_of_a_half_type_are_averaged_in_single_precision(dtype):
     maps = torch.rand(4, 5, 7, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     torch.testing.assert_close(pool(maps, 1), maps.float().mean((2, 3)))
     torch.testing.assert_close(pool(maps.movedim(1, -1), -1), maps.float().mean((2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.Hardswish, nn.ELU])
+def test_pathways_of_a_head_that_writes_in_place_are_those_of_one_that_does_not(method, kind):
+    images, labels = torch.rand(6, 1, 4, 4) - 0.5, torch.arange(6) % 3
+    seen = []
+    for inplace in (True, False):
+        network = _network(method)
+        network.features = network.features[:-1]  # maps of both signs
+        network.head = nn.Sequential(kind(inplace=inplace), *network.head)
+        network.masked_head = MaskedHead(network.head, 3, 6)
+        seen.append(Observation(network, images, labels, seed=0, draws=2))
+    for name in ("logits", "masked_logits", "complement_logits", "pooled", "maps"):
+        torch.testing.assert_close(*(getattr(each, name) for each in seen))

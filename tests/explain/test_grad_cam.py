@@ -4,7 +4,27 @@ from torch import nn
 
 from picnn_fast.explain import grad_cam, pathway_grad_cam
 from picnn_fast.explain.grad_cam import filter_attributions
-from picnn_fast.models import make_interpretable
+from picnn_fast.models import METHODS, make_interpretable
+
+
+class Residual(nn.Module):
+    """Branches, a layer that runs twice, and one that writes into the maps of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.act, self.unused = nn.ReLU(inplace=True), nn.ReLU()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, images):
+        maps = self.act(self.stem(images))
+        return self.fc(self.act(maps + self.conv(maps)).mean((2, 3)))
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return Residual().eval()
 
 
 @pytest.fixture
@@ -65,9 +85,98 @@ def test_draw_repeats_with_the_seed(network, images):
 
 
 def test_shapes_that_disagree_are_refused(network, images):
-    with pytest.raises(ValueError, match=r"^labels: got shape"):
+    with pytest.raises(ValueError, match=r"^targets: got shape"):
         grad_cam(network, images, LABELS[:2])
+    with pytest.raises(ValueError, match=r"^labels: got shape"):
+        pathway_grad_cam(network, images, LABELS[:2])
     with pytest.raises(ValueError, match=r"^images: got shape"):
         grad_cam(network, images[0], LABELS)
     with pytest.raises(ValueError, match=r"^filters: got shape"):
         grad_cam(network, images, LABELS, torch.ones(5, 7))
+
+
+def by_definition(network, images, layer):
+    """Of the layer's last run."""
+    outputs = []
+
+    def hook(module, inputs, output):
+        outputs.append(output)
+        return output.clone()
+
+    handle = layer.register_forward_hook(hook)
+    score = network(images).gather(1, LABELS[:, None]).sum()
+    handle.remove()
+    (gradient,) = torch.autograd.grad(score, outputs[-1])
+    terms = gradient.mean((2, 3), keepdim=True) * outputs[-1]
+    heat = terms.sum(1, keepdim=True).relu().detach()
+    return nn.functional.interpolate(heat, size=images.shape[2:], mode="bilinear")[:, 0]
+
+
+@pytest.mark.parametrize("layer", ["stem", "conv", "act"])
+def test_any_network_is_explained_by_any_layer_that_yields_maps(plain, images, layer):
+    expected = by_definition(plain, images, plain.get_submodule(layer))
+    assert expected.max() > 0
+    torch.testing.assert_close(grad_cam(plain, images, LABELS, layer=layer), expected)
+    by_module = grad_cam(plain, images, LABELS, layer=plain.get_submodule(layer))
+    torch.testing.assert_close(by_module, expected)
+    shares = torch.rand(5, 6)
+    half = grad_cam(plain, images, LABELS, shares / 2, layer=layer)
+    torch.testing.assert_close(2 * half, grad_cam(plain, images, LABELS, shares, layer=layer))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_discriminator_is_explained_as_its_network_is(method, images):
+    model = make_interpretable("small-resnet", method, num_classes=3).eval()
+    expected = grad_cam(model, images, LABELS)
+    assert expected.max() > 0
+    torch.testing.assert_close(grad_cam(model.discriminator(), images, LABELS), expected)
+    torch.testing.assert_close(grad_cam(model, images, LABELS, layer="features"), expected)
+    earlier = grad_cam(model, images, LABELS, layer=model.features[0])
+    assert not torch.equal(earlier, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_had_in_every_mode_and_of_frozen_networks(network, plain, images, mode):
+    for each, layer in ((network, None), (plain, "conv")):
+        expected = grad_cam(each, images, LABELS, layer=layer)
+        each.requires_grad_(False)
+        with mode():
+            shown = images.clone()
+            torch.testing.assert_close(grad_cam(each, shown, LABELS, layer=layer), expected)
+    with mode():
+        cam = pathway_grad_cam(network, images, LABELS)
+    torch.testing.assert_close(cam.all_filters, grad_cam(network, images, LABELS))
+    assert not images.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"layer": None}, ValueError, "layer: got None with a Residual, want one of its modules"),
+        ({"layer": "cnv"}, ValueError, r"layer: got 'cnv', did you mean 'conv'\? want a module"),
+        ({"layer": ""}, ValueError, "layer: got '', want a module"),
+        ({"layer": 3}, TypeError, "layer: got int, want a module or its name"),
+        ({"layer": nn.ReLU()}, ValueError, "layer: got a ReLU that is no module of the network"),
+        ({"layer": "fc"}, ValueError, r"layer: yielded a tensor of shape \(5, 3\), want maps"),
+        ({"layer": "unused"}, ValueError, "layer: got 'unused', which the network does not run"),
+        ({"network": nn.Flatten(0)}, ValueError, "network: yielded a tensor of shape"),
+        ({"network": len}, TypeError, "network: got builtin_function_or_method, want a torch.nn"),
+        ({"targets": LABELS + 1}, ValueError, r"targets: got values in \[1, 3\], want class indic"),
+        ({"targets": LABELS - 1}, ValueError, r"targets: got values in \[-1, 1\], want class ind"),
+        ({"targets": LABELS.float()}, TypeError, "targets: got dtype torch.float32, want integers"),
+        ({"targets": LABELS.tolist()}, TypeError, "targets: got list, want a torch.Tensor"),
+        ({"images": torch.ones(5, 1, 8, 8).byte()}, TypeError, "images: got dtype torch.uint8"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_in_a_line(plain, images, change, error, message):
+    given = {"network": plain, "images": images, "targets": LABELS, "layer": "conv"} | change
+    if isinstance(given["network"], nn.Flatten):
+        given |= {"network": nn.Sequential(given["network"]), "layer": "0"}
+    with pytest.raises(error, match=f"^{message}") as caught:
+        grad_cam(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_pathways_want_filters_that_belong_to_classes(plain, images):
+    with pytest.raises(TypeError, match=r"^network: got Residual, want an InterpretableNetwork"):
+        pathway_grad_cam(plain, images, LABELS)

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -321,3 +322,40 @@ def test_bad_input_is_refused_and_changes_nothing(estimator: str) -> None:
 def test_bad_options_are_refused_by_name(wrong: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=f"^{next(iter(wrong))}: got"):
         MutualInformationScore(**({"num_classes": 3} | wrong))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_the_caller_writes_into_its_buffers_afterwards_does_not_count(
+    estimator: str, dtype: torch.dtype
+) -> None:
+    activations, labels = data(dtype)
+    expected = filled(activations, labels, 20, estimator=estimator).compute()
+    again = MutualInformationScore(CLASSES, estimator=estimator)
+    buffer, marks = torch.empty(20, FILTERS, dtype=dtype), torch.empty(20, dtype=torch.int64)
+    for x, y in zip(activations.split(20), labels.split(20), strict=True):
+        buffer.copy_(x)
+        marks.copy_(y)
+        again.update(buffer, marks)
+    same(again.compute(), expected)
+    written = MutualInformationScore(CLASSES, estimator=estimator)
+    written.update(activations, labels)
+    activations.zero_()
+    labels.zero_()
+    same(written.compute(), filled(*data(dtype), SAMPLES, estimator=estimator).compute())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_filters_that_are_constant_but_for_rounding_are_warned_of_once(estimator: str) -> None:
+    activations, labels = data()
+    activations[:, 1] = 0
+    activations[:, 3] = 5 + 1e-6 * torch.randn(SAMPLES)
+    activations[:, 4] = 5 + 1e-2 * torch.randn(SAMPLES)
+    metric = filled(activations, labels, estimator=estimator)
+    with pytest.warns(UserWarning, match=r"^activations: 2 of 5 filters are constant over the"):
+        metric.compute()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metric.update(activations, labels)
+        metric.compute()
+        filled(*data(), estimator=estimator).compute()

@@ -210,14 +210,27 @@ def test_a_layer_that_writes_in_place_does_not_reach_the_other_pathway() -> None
     )
 
 
-def test_a_layer_that_writes_in_place_without_saying_so_is_refused() -> None:
+def test_a_layer_that_writes_in_place_without_saying_so_is_refused_or_given_a_copy() -> None:
     class Silent(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.mul_(2)
 
-    model = build((nn.AdaptiveAvgPool2d(1), Silent(), nn.Flatten(), nn.Linear(6, 3)))
-    with torch.no_grad(), pytest.raises(ValueError, match="head: modifies its input in place"):
-        model(images())
+    for method in METHODS:
+        head = (nn.AdaptiveAvgPool2d(1), Silent(), nn.Flatten(), nn.Linear(6, 3))
+        model = build(head, method)
+        with torch.no_grad(), pytest.raises(ValueError, match="head: modifies its input in place"):
+            model(images())
+        # Where nothing can tell, it is given a copy.
+        model = build((Silent(), *head[:1], *head[2:]), method)
+        for mode in (torch.inference_mode, torch.no_grad):
+            logits = model.head_logits
+            if mode is torch.no_grad:
+                logits = torch.compile(logits, backend="eager")
+            with mode():
+                maps = model.filter_maps(images())
+                before = maps.clone()
+                torch.testing.assert_close(logits(maps), model.head[1:](2 * before))
+                torch.testing.assert_close(maps, before, rtol=0, atol=0)
 
 
 def test_class_mask_draws_the_rows_of_the_labels() -> None:

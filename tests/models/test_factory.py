@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from picnn_fast.models import PICNN, STD, make_interpretable
+from picnn_fast.models import METHODS, PICNN, STD, make_interpretable
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -30,10 +31,56 @@ def test_a_name_makes_a_model_with_a_late_mask(method: str, kind: type[nn.Module
     assert model.filter_maps(images).shape[1] == 128
 
 
-@pytest.mark.parametrize(("classes", "filters"), [(6, 77), (10, 128), (100, 1280)])
-def test_filters_default_to_12_8_a_class(classes: int, filters: int) -> None:
-    model = make_interpretable("small-resnet", num_classes=classes)
-    assert model.num_filters == filters
+@pytest.mark.parametrize(
+    ("backbone", "classes", "filters"),
+    [
+        ("small-resnet", 6, 77),
+        ("small-resnet", 10, 128),
+        ("small-resnet", 40, 512),  # 12.8 a class, and four times its channels
+        ("small-resnet", 41, 512),
+        ("resnet18", 100, 1280),
+        ("resnet18", 1000, 2048),
+    ],
+)
+def test_filters_default_to_12_8_a_class_and_at_most_four_times_the_channels(
+    backbone: str, classes: int, filters: int
+) -> None:
+    with torch.device("meta"):
+        for method in ("picnn", "std"):
+            model = make_interpretable(backbone, method, num_classes=classes)
+            assert model.num_filters == filters
+        model = make_interpretable(backbone, "icnn", num_classes=classes)
+        assert model.num_filters == model.features.conv.in_channels
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_inserted_convolution_has_the_kernel_asked_for_and_keeps_the_size(method: str) -> None:
+    weights = {}
+    for kernel in (1, 3):
+        options = {"num_classes": 3, "num_filters": 6, "in_channels": 6}
+        if kernel != 3:
+            options["insert_kernel"] = kernel
+        model = make_interpretable(pair(), method, **options)
+        (_, inserted) = (m for m in model.features.modules() if isinstance(m, nn.Conv2d))
+        assert inserted.kernel_size == (kernel, kernel)
+        assert model.filter_maps(torch.randn(2, 2, 8, 5)).shape == (2, 6, 6, 3)
+        weights[kernel] = inserted.weight.numel()
+    assert weights[3] == 9 * weights[1]
+    build = METHODS[method]
+    for kernel in (1, 3):  # without the factory
+        build(*pair(), 3, 6, in_channels=6, insert_kernel=kernel)
+    with pytest.raises(ValueError, match=r"^insert_kernel: got 2, want 1 or 3$"):
+        build(*pair(), 3, 6, in_channels=6, insert_kernel=2)
+    with pytest.raises(ValueError, match=r"^insert_kernel: got 1, want 3: no convolution is ins"):
+        build(*pair(), 3, 6, insert_kernel=1)
+
+
+def test_a_single_class_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"^num_classes: got 1, want at least 2 to tell apart"):
+        make_interpretable("small-resnet", num_classes=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_interpretable("small-resnet", num_classes=2)
 
 
 def test_resnet18_trains_a_step_at_64_pixels() -> None:
@@ -68,8 +115,8 @@ def test_a_pair_with_and_without_insertion() -> None:
     assert model(images).logits.shape == (2, 3)
     model = make_interpretable(pair(20), num_classes=3, num_filters=20, in_channels=6)
     assert model.filter_maps(images).shape == (2, 20, 6, 6)
-    model = make_interpretable(pair(38), num_classes=3, in_channels=6)
-    assert model(images).mask.shape == (2, 38)
+    model = make_interpretable(pair(24), num_classes=3, in_channels=6)
+    assert model(images).mask.shape == (2, 24)  # four times six, for 38 would be more
 
 
 def test_options_reach_the_model() -> None:
@@ -99,6 +146,16 @@ def test_the_model_is_made_on_the_device_of_the_backbone() -> None:
         (("features", nn.Identity()), {"in_channels": 2}, TypeError, "features: got str"),
         ("small-resnet", {"num_classes": 0}, ValueError, "num_classes: got 0"),
         ("small-resnet", {"num_filters": 0}, ValueError, "num_filters: got 0"),
+        ("small-resnet", {"insert_kernel": 2}, ValueError, "insert_kernel: got 2, want 1 or 3"),
+        ("small-resnet", {"insert_kernel": 0}, ValueError, "insert_kernel: got 0"),
+        ("small-resnet", {"insert_kernel": "1"}, TypeError, "insert_kernel: got str"),
+        (
+            "small-resnet",
+            {"insert_kernel": 1, "insert_conv": False},
+            ValueError,
+            "insert_kernel: got 1, want 3: no convolution",
+        ),
+        (pair(), {"in_channels": "6"}, TypeError, "in_channels: got str"),
         ("small-resnet", {"in_channels": 1}, ValueError, "in_channels: got 1.*image_channels"),
         ("small-resnet", {"image_channels": 0}, ValueError, "image_channels: got 0"),
         ("small-resnet", {"weights": "DEFAULT"}, ValueError, "weights: got 'DEFAULT', want None"),

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from picnn_fast import PartTemplate, functional
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.layers import TemplateMask
-from picnn_fast.losses import FilterLoss
 from picnn_fast.models import ICNN, make_interpretable
 from picnn_fast.models.icnn import ESTIMATORS, FilterCategories
 
@@ -202,11 +203,76 @@ def test_epochs_count_from_one(epoch):
         build().begin_epoch(epoch)
 
 
-def test_maps_of_another_size_than_remembered_are_refused():
-    loss = FilterLoss(PartTemplate(), 6, estimator="running")
-    loss(torch.rand(2, 6, 4, 4))
-    with pytest.raises(ValueError, match=r"state: got log_mean of shape \(6, 17\), want \(6, 26\)"):
-        loss(torch.rand(2, 6, 5, 5))
+@pytest.mark.parametrize("estimator", ["running", "target"])
+def test_images_of_another_size_than_remembered_are_refused(estimator):
+    model = build(insert=False, estimator=estimator)
+    model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    model.loss(model(images()), LABELS)
+    with pytest.raises(ValueError, match=r"^x: got maps 9 x 16, want 12 x 12 .* of one size"):
+        model.loss(model(torch.randn(4, 3, 9, 16)), LABELS)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_averages_of_the_weights_can_be_begun_before_the_first_batch(estimator):
+    model = build(estimator=estimator)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(model(images()), LABELS).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    for name, buffer in averaged.module.named_buffers():
+        torch.testing.assert_close(buffer, model.get_buffer(name), rtol=0, atol=0)
+    averaged.eval()
+    averaged.module.loss(averaged(images()), LABELS)
+
+
+@pytest.mark.parametrize("name", ["WeightAveraging", "StochasticWeightAveraging"])
+def test_lightnings_averages_can_be_begun_before_the_first_batch(name, tmp_path):
+    L = pytest.importorskip("lightning")
+    kind = getattr(L.pytorch.callbacks, name, None)
+    if kind is None:
+        pytest.skip(f"this Lightning has no {name}")
+    from picnn_fast.training.module import InterpretableModule
+
+    module = InterpretableModule(build(estimator="running"), lr=0.01)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images(), LABELS), batch_size=2
+    )
+    options = {"swa_lrs": 0.01, "swa_epoch_start": 1} if name.startswith("St") else {}
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        callbacks=[kind(**options)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, data, data)
+    assert module.network.filter_losses[0].log_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_loss_computed_again_is_refused_in_training_alone(estimator):
+    model = build(estimator=estimator)
+    model.loss(model(images()), LABELS)
+
+    def loss(x):
+        return model.loss(model(x), LABELS)
+
+    def gradients(checkpointed):
+        model.zero_grad()
+        value = checkpoint(loss, images(), use_reentrant=False) if checkpointed else loss(images())
+        value.backward()
+        return [p.grad for p in model.parameters()]
+
+    with pytest.raises(RuntimeError, match=r"^ICNN.loss_terms: got computed again"):
+        gradients(True)
+    model.eval()
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -491,3 +557,42 @@ def test_a_published_step_compiles_into_one_graph():
             network.after_step()
     torch.testing.assert_close(model.state_dict(), other.state_dict())
     assert (model.features.mask.beta.value != 2).any()
+
+
+MASKS = {
+    "l1": {},
+    "uniform": {"template": PartTemplate("l2", "uniform")},
+    "function": {"template": PartTemplate(profile=lambda distance: 1 - distance / 4)},
+    "table": {"template": PartTemplate(profile=torch.linspace(-1, 1, 23 * 23).view(23, 23))},
+    "mass": {"center": "mass"},
+    "learnt": {"learn_beta": True},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_layers_are_whole_in_a_trace_and_their_maps_can_be_extracted(name):
+    network = build(**MASKS[name]).eval().discriminator()
+    traced = torch.fx.symbolic_trace(network)
+    masks = {str(n.target) for n in traced.graph.nodes if n.op == "call_module"}
+    assert {"features.top_mask", "features.mask"} <= masks
+    for batch in (images(), images()[:1]):
+        torch.testing.assert_close(traced(batch), network(batch))
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    nodes = {"features.top_mask": "top", "features.mask": "last"}
+    maps = extraction.create_feature_extractor(network, nodes)(images())
+    top = network.features[:2](images())
+    torch.testing.assert_close(maps, {"top": top, "last": network.features(images())})
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_it_is_exported_to_onnx(name):
+    pytest.importorskip("onnxscript")
+    network = build(**MASKS[name]).eval().discriminator()
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.onnx.export(
+        network, (images(),), dynamo=True, verbose=False, dynamic_shapes=({0: batch},)
+    )
+    reference = pytest.importorskip("onnx.reference").ReferenceEvaluator(program.model_proto)
+    for x in (images(), images()[:3]):
+        (logits,) = reference.run(None, {reference.input_names[0]: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), network(x))

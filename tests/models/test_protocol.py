@@ -1,7 +1,7 @@
 """What every method of METHODS owes to training loops, metrics and pictures, on a few backbones.
 
 A method that is added to the registry is tested here without a test being written; so is the
-README's example of one.
+example of one in CONTRIBUTING.md.
 """
 
 import copy
@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import picnn_fast
 from picnn_fast.models import METHODS, InterpretableNetwork, make_interpretable
 
 CLASSES = 3
@@ -70,17 +70,17 @@ BACKBONES: tuple[Callable[[], dict[str, Any]], ...] = (
 )
 
 
-README = Path(__file__).parents[2] / "README.md"
+RECIPES = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 def example() -> type[InterpretableNetwork]:
-    """The README's method, which it registers as "groups"."""
-    (block,) = re.findall(r"^```python\n(from typing.*?)^```", README.read_text(), re.S | re.M)
+    """The method of CONTRIBUTING.md, which it registers as "groups"."""
+    blocks = re.findall(r"^```python\n(.*?)^```", RECIPES.read_text(encoding="utf-8"), re.S | re.M)
+    (block,) = (block for block in blocks if 'METHODS["groups"]' in block)
     assert sum(bool(line.strip()) for line in block.splitlines()) < 40
     # A module by that name, which the compiler of older versions of torch looks up.
-    module = sys.modules.setdefault("readme", types.ModuleType("readme"))
-    vars(module).update(picnn_fast=picnn_fast, torch=torch)
-    exec(compile(block, "README.md", "exec"), vars(module))
+    module = sys.modules.setdefault("recipes", types.ModuleType("recipes"))
+    exec(compile(block, RECIPES.name, "exec"), vars(module))
     kind: type[InterpretableNetwork] = METHODS.pop("groups")
     return kind
 
@@ -306,6 +306,8 @@ def test_wrong_labels_and_outputs_of_other_methods_are_refused(build) -> None:
             model.loss(output, labels)
     with pytest.raises(ValueError, match="output: got tuple, want a"):
         model.loss_terms((output.logits, output.maps), LABELS)
+    with pytest.raises(ValueError, match=r"^output: got Tensor, want a .*forward yields$"):
+        model.loss(output.logits, LABELS)
     with pytest.raises(TypeError, match="mask: got list"):
         model.head_logits(output.maps, [1.0])
 
@@ -330,3 +332,29 @@ def test_it_says_where_it_comes_from(method: str) -> None:
     module = Path(inspect.getfile(METHODS[method]))
     assert module.name == f"{method}.py"
     assert "Source:" in (inspect.getdoc(METHODS[method]) or "")
+
+
+def test_maps_of_a_single_position_are_warned_of_once(method: str) -> None:
+    features, head = pair()
+    features.append(nn.AdaptiveAvgPool2d((1, 2)))
+    model = make_interpretable(
+        (features, head), method, num_classes=CLASSES, num_filters=6, insert_conv=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
+    features[-1] = nn.AdaptiveAvgPool2d(1)
+    with pytest.warns(UserWarning, match=r"^features: yield maps 1 x 1: with a single position"):
+        run(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
+
+
+def test_the_discriminator_has_the_mode_of_the_network_and_can_be_traced(method: str) -> None:
+    model = make_interpretable(method=method, num_classes=CLASSES, **inserted_pair())
+    assert model.discriminator().training
+    network = model.eval().discriminator()
+    assert not network.training
+    traced = torch.fx.symbolic_trace(network)
+    torch.testing.assert_close(traced(images()), network(images()))

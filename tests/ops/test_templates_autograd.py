@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.autograd import gradcheck, gradgradcheck
 
 from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
+from picnn_fast.layers import TemplateMask
 from tests.conftest import Backend, each_backend_once
 from tests.ops.test_masking_autograd import OPCHECKS, assert_same_second_derivatives
 
@@ -209,3 +211,30 @@ def test_autocast_keeps_the_maps_type(backend: Backend):
     for t in convolution.parameters():
         assert t.grad.isfinite().all()
         assert t.grad.any()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_decomposition_is_the_operator_in_pytorchs_own(name, dtype):
+    (decomposition,) = get_decompositions([torch.ops.picnn_fast.template_mask]).values()
+    generator = torch.Generator().manual_seed(0)
+    for shape in (SHAPE, (1, 2, 3, 2), (2, 3, 1, 1), (0, *SHAPE[1:]), (2, 0, *SHAPE[2:])):
+        x = torch.randn(shape, generator=generator).to(dtype)
+        x[:, :, -1:] = x[:, :, :1]  # equal peaks
+        arguments = (*TEMPLATES[name].arguments(*shape[2:], x), 0.5)
+        expected = torch.ops.picnn_fast.template_mask(x, *arguments)
+        torch.testing.assert_close(decomposition(x, *arguments), expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_exported_mask_keeps_the_operator_until_it_is_decomposed(name):
+    layer = TemplateMask(TEMPLATES[name])
+    batch = torch.export.Dim("batch")
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.rand(SHAPE),), dynamic_shapes=({0: batch},))
+        plain = program.run_decompositions(get_decompositions([torch.ops.picnn_fast.template_mask]))
+        x = torch.rand(7, *SHAPE[1:])
+        for each, kept in ((program, True), (plain, False)):
+            assert any("picnn_fast" in str(node.target) for node in each.graph.nodes) is kept
+            torch.testing.assert_close(each.module()(x), layer(x))

@@ -1,13 +1,23 @@
+import itertools
+import warnings
+
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from picnn_fast.explain import PathwayGradCam
-from picnn_fast.report import plot_correspondence, plot_curves, plot_grad_cam
-from picnn_fast.report.figures import sort_filters
+from picnn_fast.report import (
+    plot_correspondence,
+    plot_curves,
+    plot_grad_cam,
+    plot_template_gallery,
+)
+from picnn_fast.report.figures import displayed, sort_filters
 
 
 def _pixels(path):
@@ -24,6 +34,28 @@ def test_correspondence_shows_the_probabilities(tmp_path):
     # Black is probability 0: three quarters of the sharp matrix, none of the flat one.
     assert black[0] > 0.2
     assert black[1] < 0.05
+
+
+@pytest.mark.parametrize("classes", [3, 100])
+def test_colours_reach_the_highest_probability_of_many_classes(classes):
+    flat = torch.full((classes, 2 * classes), 1 / classes)
+    sharp = torch.eye(classes)
+    names = [str(i) for i in range(classes)]
+    shown = {}
+    for matrices in ({"flat": flat}, {"sharp": sharp}, {"flat": flat, "sharp": sharp}):
+        figure = plot_correspondence(matrices, names)
+        images = [axis.images[0] for axis in figure.axes if axis.images]
+        for title, image in zip(matrices, images, strict=True):
+            shown.setdefault(title, []).append(image.get_clim())
+    assert shown["flat"] == [pytest.approx((0, 1 / classes))] * 2
+    assert shown["sharp"] == [(0, 1)] * 2
+
+
+def test_probabilities_that_are_high_share_one_scale_from_0_to_1():
+    matrices = {"high": torch.full((2, 3), 0.6), "sure": torch.eye(2, 3), "none": torch.zeros(2, 3)}
+    figure = plot_correspondence(matrices, "ab")
+    assert [axis.images[0].get_clim() for axis in figure.axes if axis.images] == [(0, 1)] * 3
+    assert len(figure.axes) == 4  # and one bar
 
 
 @given(classes=st.integers(1, 6), filters=st.integers(1, 30), seed=st.integers(0, 99))
@@ -51,6 +83,89 @@ def test_curves_draw_every_run(tmp_path):
     assert counts[1] > 1.5 * counts[0] > 0
 
 
+def _curves(runs, terms=1):
+    values = {f"train/{i}": 1.0 for i in range(terms)}
+    history = [{"epoch": e, **values, **dict.fromkeys(PATHWAYS, e / 4)} for e in range(3)]
+    return plot_curves({f"run {i}": history for i in range(runs)})
+
+
+PATHWAYS = ("val/acc1", "val/acc2", "val/acc3")
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_the_legend_of_the_curves_is_whole(runs):
+    figure = _curves(runs)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, (width, height) = legend.get_window_extent(), figure.bbox.size
+    assert (box.x0 >= 0, box.x1 <= width, box.y0 >= 0, box.y1 <= height) == (True,) * 4
+    assert [text.get_text()[:4] for text in legend.get_texts()] == ["ACC1", "ACC2", "ACC3"]
+
+
+def test_the_legend_tells_what_any_run_has():
+    plain = [{"epoch": 0, "train/a": 1.0, "val/acc1": 0.5}]
+    figure = plot_curves({"plain": plain, "more": [{**plain[0], "val/acc3": 0.25}]})
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text[:4] for text in texts] == ["ACC1", "ACC3"]
+
+
+def test_curves_that_lie_on_each_other_are_all_seen(tmp_path):
+    figure = _curves(1)
+    figure.savefig(tmp_path / "same.png")
+    height = round(figure.axes[0].get_window_extent().y1)
+    drawn = _pixels(tmp_path / "same.png")[-height:]  # without the legend
+    for colour in ("1b6ca8", "2e9e5b", "d1495b"):
+        wanted = np.array(list(bytes.fromhex(colour))) / 255
+        assert (np.abs(drawn - wanted).max(-1) < 0.02).sum() > 100
+
+
+@pytest.mark.parametrize("terms", [3, 9])
+def test_curves_are_told_apart_without_colours(terms):
+    accuracy, loss = _curves(1, terms).axes[:2]
+    lines = accuracy.get_lines()
+    assert len({line.get_linestyle() for line in lines}) == len(lines) == 3
+    lines = loss.get_lines()
+    assert len({(line.get_linestyle(), line.get_color()) for line in lines}) == len(lines) == terms
+    dashes = [line.get_linestyle() for line in lines]
+    assert all(one != other for one, other in itertools.pairwise(dashes))
+
+
+def test_epochs_are_whole_numbers():
+    figure = _curves(1)
+    figure.draw_without_rendering()
+    assert all(tick == int(tick) for tick in figure.axes[1].get_xticks())
+
+
+@pytest.mark.parametrize("name", ["$x_$", "a$b$c", "$100", "[red]", r"\frac"])
+def test_names_are_shown_as_they_are(name):
+    dark = torch.zeros(1, 8, 8)
+    for figure, count in (
+        (plot_correspondence({name: torch.eye(1)}, [name]), 2),
+        (plot_curves({name: [{"epoch": 0, "train/a": 0.5}]}), 1),
+        (plot_grad_cam(dark[None], {name: PathwayGradCam(dark, dark, dark)}, [name]), 2),
+        (plot_template_gallery({name: torch.ones(2, 2)}), 1),
+    ):
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if text.get_text() == name]
+        assert not any(text.get_parse_math() for text in texts)
+        assert len(texts) >= count
+
+
+def test_figures_are_returned_and_written_only_where_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dark = torch.zeros(1, 8, 8)
+    cam = {"PICNN": PathwayGradCam(dark, dark, dark)}
+    for draw, *arguments in (
+        (plot_correspondence, {"PICNN": torch.eye(3)}, "abc"),
+        (plot_curves, {"PICNN": [{"epoch": 0, "val/acc1": 0.5}]}),
+        (plot_grad_cam, torch.rand(1, 1, 8, 8), cam, "a"),
+    ):
+        assert isinstance(draw(*arguments), Figure)
+        assert not list(tmp_path.iterdir())
+        assert isinstance(draw(*arguments, tmp_path / "figure.png"), Figure)
+        (tmp_path / "figure.png").unlink()
+
+
 def test_curves_show_terms_below_zero(tmp_path):
     history = [{"epoch": e, "train/a": 1.0, "train/b": -0.1 * e - 0.1} for e in range(5)]
     plot_curves({"one": history, "two": [{"epoch": 0, "train/a": 1.0}]}, tmp_path / "below.png")
@@ -76,9 +191,47 @@ def test_grad_cam_shows_where_the_heat_is(tmp_path, channels):
     assert warm[1] == 0
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_out_of_range_are_told_and_shown_whole(channels):
+    images = torch.rand(2, channels, 4, 5, generator=torch.Generator().manual_seed(0))
+    lowest, highest = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
+    wanted = ((images - lowest) / (highest - lowest)).movedim(1, -1).squeeze(-1)
+    for normalised in ((images - 0.45) / 0.22, 255 * images, images - 1):
+        with pytest.warns(UserWarning, match=r"^images: got values from .*want \[0, 1\]"):
+            shown = torch.from_numpy(np.stack(displayed(normalised)))
+        torch.testing.assert_close(shown, wanted, rtol=0, atol=1e-5)
+
+
+def test_the_warning_of_images_out_of_range_names_the_callers_line():
+    dark = torch.zeros(1, 4, 5)
+    with pytest.warns(UserWarning, match=r"^images: got") as told:
+        plot_grad_cam(dark[None] - 1, {"PICNN": PathwayGradCam(dark, dark, dark)}, "a")
+    assert told[0].filename == __file__
+
+
+def test_images_within_range_are_shown_as_they_are():
+    images = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, :2] = torch.tensor([-0.01, 1.02])  # as resizing may leave it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shown = displayed(images)
+    assert np.array_equal(np.stack(shown), images.clamp(0, 1).movedim(1, -1).numpy())
+
+
 def test_bad_input_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"^matrices\['x'\]: got shape \(3, 4\)"):
         plot_correspondence({"x": torch.zeros(3, 4)}, "ab", tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"^histories\['x'\]: got no epochs"):
         plot_curves({"x": []}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"^matrices: got none"):
+        plot_correspondence({}, "ab", tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"^histories: got none"):
+        plot_curves({}, tmp_path / "x.png")
+    for images, error, message in (
+        (torch.zeros(2, 1, 4, 4), ValueError, "labels: got 1 names, want 2"),
+        (torch.zeros(1, 2, 4, 4), ValueError, r"images: got shape \(1, 2, 4, 4\)"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), TypeError, "images: got"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            plot_grad_cam(images, {}, "a", tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

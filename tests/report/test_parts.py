@@ -117,3 +117,17 @@ def test_bad_input_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"^columns: got 0"):
         plot_filter_images(images, maps, FIELD, [0], path, columns=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_are_returned_and_images_out_of_range_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, maps = torch.rand(2, 3, 32, 32) - 2, torch.rand(2, 3, 8, 8)
+    assert isinstance(plot_template_gallery({"flat": torch.ones(3, 3)}), Figure)
+    for draw, *arguments in (
+        (plot_peak_heat_map, torch.zeros(2, 1, 2)),
+        (plot_filter_images, maps, FIELD, [0]),
+    ):
+        with pytest.warns(UserWarning, match=r"^images: got values from -2 to -1"):
+            figure = draw(images, *arguments)
+        assert isinstance(figure, Figure)
+    assert not list(tmp_path.iterdir())

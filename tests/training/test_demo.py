@@ -1,8 +1,11 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from picnn_fast import cli
+from picnn_fast.evaluation import FIGURES
 from picnn_fast.training import demo
 from picnn_fast.training.demo import run_demo
 
@@ -43,3 +46,24 @@ def test_both_networks_are_trained_alike(tmp_path):
     assert dataclasses.replace(std, method=picnn.method, output=picnn.output) == picnn
     assert (std.method["name"], picnn.method["name"]) == ("std", "picnn")
     assert (std.seed, std.epochs) == (3, 2)
+
+
+def test_the_demo_tells_how_far_apart_seeds_lie(capsys, monkeypatch, tmp_path):
+    figures = {name: dict.fromkeys(FIGURES, 0.5) for name in demo.METHODS}
+    monkeypatch.setattr(demo, "run_demo", lambda *arguments, **options: figures)
+    told = []
+    for epochs in (demo.EPOCHS, 1):
+        assert cli.main(["demo", "--output", str(tmp_path / "x"), "--epochs", str(epochs)]) == 0
+        told.append(
+            "thereabouts; three seeds lay this far apart: ACC1 0.02, " in capsys.readouterr().out
+        )
+    assert told == [True, False]
+
+
+def test_what_the_demo_tells_of_seeds_is_what_was_measured():
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "demo" / "seeds.json"
+    runs = json.loads(results.read_text())["runs"]
+    for name, told in demo.SPREAD.items():
+        values = [[run[method][name] for run in runs] for method in demo.METHODS]
+        measured = max(max(of_one) - min(of_one) for of_one in values)
+        assert measured <= told < 2.5 * measured, name

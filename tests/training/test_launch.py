@@ -27,12 +27,11 @@ def _clean(monkeypatch):
     launch(None)  # this process is the first again
 
 
-def _torchrun(output, *more):
+def _torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port", str(_free_port()), "-m", "picnn_fast", "train"]
-    command += [f"--{name}={value}" for name, value in FLAGS.items()]
+    command += ["--master-port", str(_free_port()), "-m", "picnn_fast", *arguments]
     return subprocess.run(
-        [*command, "--output", str(output), *more],
+        command,
         capture_output=True,
         text=True,
         timeout=240,
@@ -49,7 +48,8 @@ def _free_port():
 
 def test_torchrun_trains_one_run_whose_figures_are_those_of_its_checkpoint(tmp_path):
     output = tmp_path / "run"
-    done = _torchrun(output)
+    flags = [f"--{name}={value}" for name, value in FLAGS.items()] + [f"--output={output}"]
+    done = _torchrun("train", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((output / "metrics.json").read_text())["picnn"]
     assert figures.keys() >= FIGURES.keys()
@@ -57,10 +57,14 @@ def test_torchrun_trains_one_run_whose_figures_are_those_of_its_checkpoint(tmp_p
     assert [row["epoch"] for row in read_history(output)] == [0, 1]
     network, options, _ = load_checkpoint(output / "last.ckpt")
     assert evaluate(network, build_data(options), seed=0) == figures
+    # Measured again by two processes, of which the first alone counts the images and speaks.
+    measured = _torchrun("evaluate", str(output), "--accelerator=cpu", "--json")
+    assert measured.returncode == 0, measured.stderr[-2000:]
+    assert json.loads(measured.stdout) == {"picnn": figures}
     # What the first process refuses, every process does.
-    other = _torchrun(output, "--epochs=3")
+    other = _torchrun("train", *flags, "--epochs=1")
     assert other.returncode != 0
-    assert "holds a complete run with other options: epochs 2, now 3" in other.stderr
+    assert "holds a complete run with other options: epochs 2, now 1" in other.stderr
 
 
 def test_torchrun_and_slurm_tell_how_many_processes_there_are(monkeypatch):
@@ -88,7 +92,9 @@ def test_torchrun_and_slurm_tell_how_many_processes_there_are(monkeypatch):
     assert (found.rank, found.devices, found.nodes, found.outside) == (0, 2, 1, True)
 
 
-@pytest.mark.parametrize("left", [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "1"}])
+@pytest.mark.parametrize(
+    "left", [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "1"}, {"JSM_NAMESPACE_RANK": "1"}]
+)
 def test_variables_left_over_leave_a_single_process_the_first(monkeypatch, tmp_path, left):
     for name, value in left.items():
         monkeypatch.setenv(name, value)

@@ -1,3 +1,4 @@
+import itertools
 import math
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models import STD, make_interpretable
 from picnn_fast.training.module import DivergenceError, InterpretableModule
+from picnn_fast.training.run_folder import RunFolderError
 
 
 def _network(method="picnn", **options):
@@ -95,6 +97,29 @@ def test_validation_repeats_whatever_was_drawn_before():
         results.append(_trainer().validate(module, _loader(), verbose=False)[0])
     assert results[0] == results[1]
     assert results[0].keys() == {"val/acc1", "val/acc2", "val/acc3"}
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5, 1])
+def test_validation_leaves_what_training_draws_as_it_was(interval):
+    """However often it comes, each step has draws of its own, those of a run without it."""
+
+    def drawn(interval):
+        module, draws = InterpretableModule(_network()), []
+
+        class Watch(L.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                draws.append(tuple(torch.get_rng_state().tolist()))
+
+        torch.manual_seed(0)
+        trainer = _trainer(max_epochs=2, val_check_interval=interval, callbacks=[Watch()])
+        images = _loader().dataset
+        ordered = DataLoader(images, batch_size=3, generator=torch.Generator())
+        trainer.fit(module, ordered, ordered if interval else None)
+        return draws
+
+    states = drawn(interval)
+    assert len(set(states)) == len(states) == 8
+    assert states == drawn(None)
 
 
 def test_a_run_without_validation_images_is_trained_all_the_same():
@@ -229,3 +254,128 @@ def test_weight_on_mutual_information_adds_its_gradient_to_the_step(method):
             assert parameter.grad.any()
             expected = expected - 5 * parameter.grad
         torch.testing.assert_close(weighted[name], expected, rtol=1e-9, atol=1e-9)
+
+
+def _rates(module, *, loader=None, **options):
+    """Of the network in each step."""
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    _trainer(callbacks=[Watch()], **options).fit(module, loader or _loader())
+    return seen
+
+
+def test_without_epochs_the_cosine_falls_over_the_steps():
+    seen = _rates(InterpretableModule(_network(), lr=1.0), max_steps=4)
+    assert seen == pytest.approx([(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
+
+
+def test_without_epochs_and_steps_the_cosine_falls_over_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time.monotonic", lambda: now[0])
+
+    class Loader(DataLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                now[0] += 2.5
+                yield batch
+
+    loader = Loader(_loader().dataset, batch_size=4)
+    seen = _rates(InterpretableModule(_network(), lr=1.0), loader=loader, max_time={"seconds": 10})
+    assert seen[0] == 1
+    assert all(later < earlier for earlier, later in itertools.pairwise(seen))
+
+
+def test_a_run_without_an_end_has_no_cosine():
+    trainer = _trainer(max_epochs=-1, max_steps=-1)
+    with pytest.raises(ValueError, match=r"^schedule: got 'cosine' in a run without an end"):
+        trainer.fit(InterpretableModule(_network()), _loader())
+    with pytest.raises(ValueError, match=r"^warmup_epochs: got 2 without max_epochs"):
+        _trainer(max_steps=2).fit(InterpretableModule(_network(), warmup_epochs=2), _loader())
+
+
+def test_images_with_labels_and_without_are_predicted_alike():
+    module = InterpretableModule(_network())
+    loader = _loader()
+    images = DataLoader(loader.dataset.tensors[0], batch_size=4)
+    (pairs, alone) = (torch.cat(_trainer().predict(module, part)) for part in (loader, images))
+    assert pairs.shape == (12, 3)
+    torch.testing.assert_close(pairs, alone)
+
+
+def test_a_bare_trainer_trains():
+    module = InterpretableModule(_network())
+    before = module.network.head[2].weight.clone()
+    L.Trainer(accelerator="cpu", max_epochs=1, barebones=True).fit(module, _loader(), _loader())
+    assert not torch.equal(before, module.network.head[2].weight)
+
+
+def test_hyperparameters_are_kept_and_a_checkpoint_loads_into_a_network(tmp_path):
+    module = InterpretableModule(_network(), lr=0.02, schedule="constant", seed=4)
+    assert module.hparams["lr"] == 0.02
+    assert module.hparams["schedule"] == "constant"
+    trainer = _trainer(max_epochs=1)
+    trainer.fit(module, _loader())
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    loaded = InterpretableModule.load_from_checkpoint(tmp_path / "own.ckpt", network=_network())
+    assert (loaded.lr, loaded.schedule, loaded.seed) == (0.02, "constant", 4)
+    for mine, theirs in zip(loaded.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    with pytest.raises(RunFolderError, match="is not one of picnn-fast train"):
+        InterpretableModule.load_from_checkpoint(tmp_path / "own.ckpt")
+
+
+def _csg(**options):
+    return _network("csg", start=1, period=2, csg_lr=0.05, bound=6.0, penalty_weight=0.5, **options)
+
+
+def test_epochs_that_take_turns_have_an_optimiser_and_a_schedule_each():
+    module = InterpretableModule(_csg(), lr=0.01)
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+            steps = [
+                max((int(state["step"]) for state in optimizer.state.values()), default=0)
+                for optimizer in trainer.optimizers
+            ]
+            seen.append((rates, steps))
+
+    trainer = _trainer(max_epochs=5, callbacks=[Watch()])
+    trainer.fit(module, _loader(), _loader())
+    # Epochs 2 and 4 are of the gate, three batches each; the last is not.
+    assert [steps for _, steps in seen] == [[0, 0], [3, 0], [3, 3], [6, 3], [6, 6]]
+    std, csg = zip(*(rates for rates, _ in seen), strict=True)
+    assert std == pytest.approx([0.01, 0.0075, 0.0075, 0.0025, 0.0025])
+    assert csg == pytest.approx([0.05, 0.05, 0.025, 0.025, 0.0], abs=1e-12)
+    assert "method/density" in trainer.callback_metrics
+    assert module.network.ownership().amax(0).tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_run_resumed_within_a_period_ends_with_the_same_weights(tmp_path, epochs):
+    whole = InterpretableModule(_csg(), lr=0.01, schedule="constant")
+    _trainer(max_epochs=5).fit(whole, _loader())
+    begun = InterpretableModule(_csg(), lr=0.01, schedule="constant")
+
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch + 1 == epochs:
+                trainer.should_stop = True
+
+    trainer = _trainer(max_epochs=5, callbacks=[Stop()])
+    trainer.fit(begun, _loader())
+    trainer.save_checkpoint(tmp_path / "begun.ckpt")
+    resumed = InterpretableModule(_csg(), lr=0.01, schedule="constant")
+    _trainer(max_epochs=5).fit(resumed, _loader(), ckpt_path=tmp_path / "begun.ckpt")
+    for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_epochs_that_take_turns_want_a_number_of_epochs():
+    with pytest.raises(ValueError, match="epochs that take turns, want max_epochs"):
+        _trainer(max_steps=2).fit(InterpretableModule(_csg()), _loader())

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from picnn_fast.models import METHODS
+from picnn_fast.training.checkpoint import build_network
 from picnn_fast.training.options import GROUPS, ConfigError, Options, parse
 
 
@@ -74,6 +76,37 @@ def test_the_record_of_a_run_is_taken_as_a_file(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(record))
     assert _parse("--config", str(path)) == options
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"name": "digits"}, "small-resnet"),
+        ({"name": "folder", "root": "birds", "image_size": 64}, "small-resnet"),
+        ({"name": "folder", "root": "birds", "image_size": 65}, "resnet18"),
+        ({"name": "folder", "root": "birds"}, "resnet18"),
+        ({"name": "part-animals", "image_size": 32}, "small-resnet"),
+        ({"name": "part-animals"}, "resnet18"),
+        ({"name": "cub", "root": "birds"}, "resnet18"),
+    ],
+)
+def test_a_backbone_that_is_not_named_goes_by_the_size_of_the_images(data, name, tmp_path):
+    options = Options(data=data)
+    assert options.backbone == Options(data=data, backbone=name).backbone
+    assert Options(data=data, backbone="small-cnn").backbone["name"] == "small-cnn"
+    flags = [f"--data.{key}={value}" for key, value in data.items()]
+    path = _yaml(tmp_path, json.dumps({"data": data}))
+    assert _parse(*flags) == _parse("--config", str(path)) == options
+    cut = _parse(*flags, "--backbone.layer", "features.0").backbone
+    assert (cut["name"], cut["layer"]) == (name, "features.0")
+
+
+def test_what_the_backbone_became_is_recorded_and_stays():
+    options = Options(data={"name": "folder", "root": "birds", "image_size": 32})
+    for record in (options.identity(), options.as_dict()):
+        assert record["backbone"]["name"] == "small-resnet"
+        record["data"]["image_size"] = 224
+        assert Options(**record).backbone["name"] == "small-resnet"
 
 
 def test_hyphens_are_taken_for_underscores():
@@ -155,10 +188,26 @@ def test_bad_values_are_refused_by_name(given, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_convolution_inserted_is_as_the_options_say(method):
+    kernels = {}
+    for kernel in (1, 3):
+        network = build_network(Options(method=method, insert_kernel=kernel), 3, 1)
+        kernels[kernel] = [m.kernel_size for m in network.features if isinstance(m, nn.Conv2d)]
+    assert kernels == {1: [(1, 1)], 3: [(3, 3)]}
+    assert Options().insert_kernel == 3
+    for options, message in (
+        ({"insert_kernel": 2}, r"^insert_kernel: got 2, want 1 or 3$"),
+        ({"insert_kernel": 1, "insert_conv": False}, r"^insert_kernel: got 1, want 3: no convol"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_network(Options(method=method, **options), 3, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_options_of_a_method_are_its_keyword_only_signature(method):
     parameters = inspect.signature(METHODS[method]).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for name in ("in_channels", "channel_dim"):  # of the network that a run builds
+    for name in ("in_channels", "insert_kernel", "channel_dim"):  # of the network that a run builds
         keywords.pop(name, None)
     assert {**keywords, "name": method} == Options(method=method).method
 
@@ -180,6 +229,21 @@ def test_arguments_are_what_the_signature_takes():
 def test_options_survive_a_file():
     options = Options(method="icnn", optimizer="adam", epochs=4)
     assert Options(**json.loads(json.dumps(options.as_dict()))) == options
+
+
+@pytest.mark.parametrize("given", ["images", "images/", "./images", "x/../images", "~/images"])
+@pytest.mark.parametrize("data", ["folder", "voc-part", "cub", "animal-part"])
+def test_folders_are_kept_by_their_whole_path(monkeypatch, tmp_path, given, data):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = Options(data={"name": data, "root": given})
+    assert options == Options(data={"name": data, "root": str(tmp_path / "images")})
+    if data == "animal-part":
+        assert options.data["parts"] is None
+        parts = Options(data={"name": data, "root": "x", "parts": given}).data["parts"]
+        assert parts == options.data["root"]
+    monkeypatch.chdir("/")
+    assert dataclasses.replace(options).data["root"] == str(tmp_path / "images")
 
 
 def test_output_is_no_part_of_what_makes_a_run():
@@ -209,7 +273,7 @@ def test_printed_configuration_is_read_back(capsys, tmp_path):
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")))
 def test_every_recipe_is_taken_with_a_folder(path):
     options = _parse("--config", str(path), "--data.root", "images")
-    assert options.data["root"] == "images"
+    assert options.data["root"] == str(Path("images").absolute())
     assert path.stem in options.output
 
 

@@ -1,7 +1,14 @@
+import ast
 import dataclasses
+import errno
 import io
 import json
 import math
+import os
+import random
+import re
+import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -9,15 +16,17 @@ import sys
 import time
 import warnings
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from picnn_fast.data import image_folder
 from picnn_fast.evaluation import FIGURES, evaluate
 from picnn_fast.training import checkpoint, launch, run
 from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
-from picnn_fast.training.module import InterpretableModule
+from picnn_fast.training.module import DivergenceError, InterpretableModule
 from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run import assemble, build_data, fit, read_history, train
 from picnn_fast.training.run_folder import RunFolderError
@@ -97,6 +106,18 @@ def test_train_writes_a_complete_folder(config, tmp_path):
     assert [row["epoch"] for row in history] == [0, 1, 2]
     assert all({"train/loss", "val/acc1", "val/acc3"} <= row.keys() for row in history)
     assert [p.name for p in output.parent.iterdir()] == ["one"]
+
+
+def test_without_tensorboard_logs_are_csv_alone_and_that_is_said(config, monkeypatch, tmp_path):
+    def missing(*arguments, **options):
+        raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
+
+    monkeypatch.setattr(run, "TensorBoardLogger", missing)
+    with pytest.warns(UserWarning, match="tensorboard is not installed.*pip install"):
+        train(dataclasses.replace(config, epochs=1), progress=False)
+    output = tmp_path / "runs" / "one"
+    assert len(read_history(output)) == 1
+    assert not (output / "tensorboard").exists()
 
 
 def test_everything_is_built_once(config, monkeypatch):
@@ -198,8 +219,169 @@ def test_complete_run_is_read_back_and_another_is_refused(config, monkeypatch):
     first = train(dataclasses.replace(config, epochs=1), progress=False)
     monkeypatch.setattr(run, "assemble", None)
     assert train(dataclasses.replace(config, epochs=1), progress=False) == first
-    with pytest.raises(RunFolderError, match="epochs 1, now 2"):
-        train(dataclasses.replace(config, epochs=2), progress=False)
+    with pytest.raises(RunFolderError, match="seed 0, now 1"):
+        train(dataclasses.replace(config, epochs=1, seed=1), progress=False)
+
+
+def test_more_epochs_go_on_from_the_last_one(config, tmp_path, capsys):
+    config = dataclasses.replace(config, schedule="constant")
+    whole = train(config, progress=False)
+    shorter = dataclasses.replace(config, output=str(tmp_path / "runs" / "two"), epochs=1)
+    train(shorter, progress=False)
+    capsys.readouterr()
+    assert train(dataclasses.replace(shorter, epochs=3)) == whole
+    assert "goes on with a run of 1 epochs\n" in capsys.readouterr().out
+    one, two = (_weights(tmp_path / "runs" / name / "last.ckpt") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert read_history(tmp_path / "runs" / "two") == read_history(tmp_path / "runs" / "one")
+    with pytest.raises(RunFolderError, match="epochs 3, now 2"):
+        train(dataclasses.replace(shorter, epochs=2), progress=False)
+
+
+def test_a_cosine_that_goes_on_follows_its_new_length_and_says_so(config, monkeypatch, capsys):
+    rates = []
+    original = InterpretableModule.training_step
+
+    def noted(self, batch, batch_idx):
+        if batch_idx == 0:
+            rates.append(self.optimizers().param_groups[0]["lr"])
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(InterpretableModule, "training_step", noted)
+    config = dataclasses.replace(config, epochs=2)
+    train(config, progress=False)
+    capsys.readouterr()
+    train(dataclasses.replace(config, epochs=4))
+    line = "its cosine was of that length, so this is not the run that 4 epochs from the start"
+    assert line in capsys.readouterr().out
+    shares = [(1 + math.cos(math.pi * t)) / 2 for t in (0, 1 / 2, 2 / 4, 3 / 4)]
+    assert rates == pytest.approx([1e-3 * share for share in shares])
+
+
+def test_the_same_run_is_known_by_another_path_and_number_of_workers(config, tmp_path, monkeypatch):
+    first = train(dataclasses.replace(config, epochs=1), progress=False)
+    monkeypatch.setattr(run, "assemble", None)
+    monkeypatch.chdir(tmp_path)
+    for root in ("images", "images/", "./images", str(tmp_path / "images" / "..") + "/images"):
+        same = _with(dataclasses.replace(config, epochs=1), "data", root=root, num_workers=2)
+        assert train(same, progress=False) == first
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_a_run_does_not_go_on_with_other_classes(config, tmp_path, monkeypatch, change):
+    for split in ("train", "test"):
+        folder = tmp_path / "images" / split
+        shutil.copytree(folder / "dark", folder / "black")
+    with monkeypatch.context() as patch:
+        _stop_after(1, patch)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config, progress=False)
+    for split in ("train", "test"):
+        folder = tmp_path / "images" / split
+        if change == "added":
+            shutil.copytree(folder / "dark", folder / "grey")
+        elif change == "removed":
+            shutil.rmtree(folder / "dark")
+        else:
+            (folder / "dark").rename(folder / "a")
+    message = (
+        r"is of other classes \(3: black, bright, dark\) than the data \(\d: .*; remove .*partial"
+    )
+    with pytest.raises(RunFolderError, match=message) as caught:
+        train(config, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.25])
+def test_weights_that_the_last_step_breaks_are_not_saved(config, validation):
+    # All images in one step: no other loss tells.
+    one = dataclasses.replace(
+        _with(config, "data", validation=validation), epochs=1, batch_size=100
+    )
+    broken = _with(one, "optimizer", lr=1e25)
+    for _ in range(2):
+        with pytest.raises(
+            DivergenceError, match=r"the largest logit after .* in epoch 1: .*lower"
+        ):
+            train(broken, progress=False)
+    assert train(one, progress=False)["acc1"] >= 0
+
+
+def test_a_look_at_the_last_step_changes_nothing(config, tmp_path, monkeypatch):
+    _fit(config, tmp_path / "looked")
+    monkeypatch.delattr(InterpretableModule, "on_train_batch_end")
+    _fit(config, tmp_path / "blind")
+    looked, blind = (_weights(tmp_path / name / "last.ckpt") for name in ("looked", "blind"))
+    assert all(torch.equal(looked[name], blind[name]) for name in blind)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+def test_half_precision_on_a_cpu_is_refused(config, monkeypatch, accelerator):
+    monkeypatch.setattr(launch.CUDAAccelerator, "is_available", lambda: False)
+    monkeypatch.setattr(launch.MPSAccelerator, "is_available", lambda: False)
+    config = dataclasses.replace(config, precision="16-mixed", accelerator=accelerator)
+    with pytest.raises(ConfigError, match=r"^precision: got '16-mixed' on a CPU, want bf16-mixed"):
+        train(config, progress=False)
+
+
+def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_with_more_space(
+    config, tmp_path, monkeypatch
+):
+    save, saved = torch.save, []
+
+    def filling(content, file):
+        saved.append(None)
+        if len(saved) < 3:
+            return save(content, file)
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:  # as torch tells it
+            raise RuntimeError("[enforce fail] . unexpected pos 704 vs 598")  # noqa: B904
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", filling)
+        message = (
+            r"no space left in .*one.partial \(No space.*\); the last checkpoint is .*last.ckpt"
+        )
+        with pytest.raises(RunFolderError, match=message) as caught:
+            train(config, progress=False)
+    assert "\n" not in str(caught.value)
+    assert _epoch(tmp_path / "runs" / ".one.partial") == 1
+    train(config, progress=False)
+    assert _epoch(tmp_path / "runs" / "one") == 2
+
+
+def test_a_limit_on_the_size_of_files_leaves_the_last_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    content = {"weights": torch.ones(100)}
+    checkpoint.WholeCheckpoints().save_checkpoint(content, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.WholeCheckpoints().save_checkpoint({"weights": torch.ones(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(torch.load(path, weights_only=True)["weights"], content["weights"])
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_reading_process_that_is_killed_is_told_in_a_line(config, monkeypatch):
+    original = image_folder._Images.__getitem__
+
+    def killed(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, index)
+
+    monkeypatch.setattr(image_folder._Images, "__getitem__", killed)
+    # How long torch waits for an answer, and for its processes to end, seconds.
+    reader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(reader._try_get_data, "__defaults__", (0.1,))
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    with pytest.raises(ConfigError, match=r"^data.num_workers: a process .* killed \(") as caught:
+        train(_with(config, "data", num_workers=1), progress=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_checkpoint_gives_back_the_network_and_its_figures(config, tmp_path):
@@ -268,6 +450,47 @@ def test_damaged_checkpoints_are_told_in_one_line(config, tmp_path, damage):
     with pytest.raises(RunFolderError, match=f"^checkpoint: {path} is damaged, or of an") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_one_wrong_bit_or_an_empty_block_is_damage(config, tmp_path):
+    made = assemble(config, tmp_path, progress=False)
+    content = {"state_dict": made.module.state_dict()}
+    saving = checkpoint.SaveOptions(config, made.data)
+    saving.on_save_checkpoint(made.trainer, made.module, content)
+    path = tmp_path / "x.ckpt"
+    torch.save(content, path)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    places = [0, 1, 2, len(whole) - 22] + [draw.randrange(len(whole)) for _ in range(60)]
+    told = []
+    for i, place in enumerate(places):
+        damaged = bytearray(whole)
+        if i % 4:
+            damaged[place] ^= 1 << draw.randrange(8)
+        else:
+            start = min(place, len(whole) - 4096)
+            damaged[start : start + 4096] = bytes(4096)
+        path.write_bytes(damaged)
+        try:
+            state = checkpoint.read_checkpoint(path)["state_dict"]
+        except RunFolderError as error:
+            told.append(str(error))
+        else:  # a field of the archive that nothing depends on
+            assert all(torch.equal(state[key], content["state_dict"][key]) for key in state)
+    assert len(told) > 50
+    message = rf"checkpoint: {path} is damaged: .* is not as it was saved"
+    assert [text for text in told if not re.fullmatch(message, text)] == []
+
+
+def test_a_checkpoint_has_its_checksums_whatever_the_process_is_set_to(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        content = {"picnn_fast": {"config": {}}, "weights": torch.ones(5)}
+        checkpoint.WholeCheckpoints().save_checkpoint(content, tmp_path / "x.ckpt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoint.read_checkpoint(tmp_path / "x.ckpt")["weights"].sum() == 5
 
 
 def test_a_checkpoint_that_may_not_be_read_says_so(tmp_path, monkeypatch):
@@ -431,3 +654,65 @@ def test_no_warnings_of_lightning_reach_the_user(config, tmp_path):
         warnings.simplefilter("always")
         _fit(dataclasses.replace(config, epochs=1), tmp_path / "work")
     assert [str(w.message) for w in caught if "lightning" in w.filename] == []
+
+
+def test_whatever_torch_loads_is_loaded_as_data_and_never_runs():
+    root = Path(__file__).parents[2]
+    calls = [
+        (path, call)
+        for folder in ("picnn_fast", "benchmarks", "tests")
+        for path in (root / folder).rglob("*.py")
+        if "torch.load" in path.read_text()
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("torch.load")
+    ]
+    assert len(calls) > 5
+    for path, call in calls:
+        assert "weights_only=True" in ast.unparse(call), path
+
+
+def test_the_module_of_a_run_is_loaded_from_its_checkpoint_alone(config):
+    options = dataclasses.replace(config, optimizer="sgd")
+    train(options, progress=False)
+    path = Path(options.output) / "last.ckpt"
+    module = InterpretableModule.load_from_checkpoint(path)
+    network, _, _ = load_checkpoint(path)
+    for mine, theirs in zip(module.network.parameters(), network.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert isinstance(module.make_optimizer(module.network.parameter_groups(1.0)), torch.optim.SGD)
+    assert module.hparams["lr"] == options.optimizer["lr"]
+
+
+@pytest.mark.parametrize("choice", ["best_on_validation", "best_on_test"])
+def test_the_epoch_reported_is_the_best_where_that_is_asked_for(config, monkeypatch, choice):
+    figures = iter([0.2, 0.9, 0.1])
+    monkeypatch.setattr(
+        InterpretableModule,
+        "on_validation_epoch_end",
+        lambda self: self.log("val/acc1", next(figures)),
+    )
+    validation = 0.0 if choice == "best_on_test" else 0.25
+    options = dataclasses.replace(
+        _with(config, "data", validation=validation), epochs=3, report_epoch=choice
+    )
+    run = assemble(options, Path(options.output))
+    tests_on_itself = run.data.validation_set is run.data.test_set
+    assert tests_on_itself == (choice == "best_on_test")
+    reported = fit(run, progress=False)
+    (chosen,) = find_checkpoints(options.output)
+    assert chosen.name == "best.ckpt"
+    assert checkpoint.read_checkpoint(chosen)["epoch"] == 1
+    network, saved, _ = load_checkpoint(chosen)
+    assert evaluate(network, build_data(saved), seed=saved.seed) == reported
+
+
+def test_an_epoch_cannot_be_chosen_on_images_that_there_are_none_of(config, tmp_path):
+    for choice, validation, wanted in (
+        ("best_on_validation", 0.0, "want data.validation above 0"),
+        ("best_on_test", 0.25, "or data.validation 0"),
+    ):
+        options = dataclasses.replace(
+            _with(config, "data", validation=validation), report_epoch=choice
+        )
+        with pytest.raises(ConfigError, match=wanted):
+            assemble(options, tmp_path)

@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import importlib.util
 import json
 import os
 import signal
@@ -9,7 +11,13 @@ import time
 import pytest
 
 from picnn_fast.training import run_folder
-from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_atomically
+from picnn_fast.training.run_folder import (
+    RunFolder,
+    RunFolderError,
+    replacing,
+    write_atomically,
+    write_json,
+)
 
 
 def _folder(tmp_path, **config):
@@ -168,3 +176,274 @@ def test_record_tells_what_made_the_run(tmp_path):
     record = json.loads((folder.path / "run.json").read_text())
     assert record["config"] == {"seed": 0, "epochs": 2}
     assert record["kind"] == "train"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_and_stays_one(tmp_path, there):
+    target, link = tmp_path / "disk" / "space", tmp_path / "run"
+    target.parent.mkdir()
+    if there:
+        target.mkdir()
+    link.symlink_to(target)
+    folder = _folder(tmp_path)
+    _write(folder, "old")
+    _write(folder, "new", overwrite=True)
+    assert link.is_symlink()
+    assert (target / "result.txt").read_text() == "new"
+    assert _folder(tmp_path).complete()
+    assert [p.name for p in target.parent.iterdir()] == ["space"]
+
+
+def test_a_link_that_leads_to_itself_is_refused(tmp_path):
+    (tmp_path / "run").symlink_to("run")
+    with pytest.raises(RunFolderError, match=r"^output: got .*run', want a folder"):
+        _folder(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EPERM])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_cannot_give_way_is_refused_before_the_run(
+    tmp_path, monkeypatch, number, overwrite
+):
+    folder = _folder(tmp_path)
+    if overwrite:
+        _write(folder)
+    else:
+        folder.path.mkdir()
+
+    def fixed(source, target):
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    monkeypatch.setattr(run_folder.os, "rename", fixed)
+    with pytest.raises(RunFolderError, match=r"run.* cannot be replaced .*; choose a folder in it"):
+        folder.writing(overwrite=overwrite).__enter__()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_folder_one_is_in_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    _write(RunFolder(".", "train", {}))
+    assert (tmp_path / "run" / "result.txt").read_text() == "done"
+
+
+def test_files_that_come_meanwhile_are_not_lost_and_nor_is_the_run(tmp_path):
+    folder = _folder(tmp_path)
+    writing = folder.writing()
+    (writing.__enter__() / "result.txt").write_text("done")
+    folder.path.mkdir()
+    (folder.path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunFolderError, match=r"not there when .* in .*partial"):
+        writing.__exit__(None, None, None)
+    assert (folder.path / "thesis.tex").exists()
+    assert (folder.work / "result.txt").read_text() == "done"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("saved", [None, "last.ckpt", "std/last.ckpt"])
+def test_a_full_disk_is_told_with_the_last_checkpoint(tmp_path, number, saved):
+    folder = _folder(tmp_path)
+    kept = "there is no checkpoint yet" if saved is None else rf"the last checkpoint is .*{saved}"
+    writing = folder.writing()
+    work = writing.__enter__()
+    if saved is not None:
+        (work / saved).parent.mkdir(exist_ok=True)
+        (work / saved).touch()
+    full = OSError(number, os.strerror(number))
+    with pytest.raises(RunFolderError, match=rf"^output: no space left in .*; {kept}\.") as caught:
+        writing.__exit__(OSError, full, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_another_kind_stays_what_it_is(tmp_path):
+    with pytest.raises(PermissionError), _folder(tmp_path).writing():
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_folders_are_locked_where_there_is_no_fcntl(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("elsewhere", run_folder.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_a_planted_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    folder, victim = _folder(tmp_path), tmp_path / "thesis.tex"
+    victim.write_text("years of work")
+    folder.work.mkdir()
+    (folder.work / ".lock").symlink_to(victim)
+    with pytest.raises(RunFolderError, match=r"^output: .*run cannot be used: .*\.lock"):
+        folder.writing().__enter__()
+    assert victim.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", [".run.partial", ".run.replaced"])
+@pytest.mark.parametrize("planted", ["link", "file", "another user's"])
+def test_a_folder_that_another_may_have_planted_is_refused(tmp_path, monkeypatch, name, planted):
+    place, elsewhere = tmp_path / name, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if planted == "link":
+        place.symlink_to(elsewhere)
+    elif planted == "file":
+        place.touch()
+    else:
+        place.mkdir()
+        if name == ".run.partial":
+            write_json(place / "run.json", {"program": "picnn_fast"})
+        mine = os.stat_result([0] * 4 + [place.stat().st_uid + 1] + [0] * 5)
+        original = os.fstat
+        monkeypatch.setattr(
+            run_folder.os, "fstat", lambda fd: mine if original(fd).st_nlink == 0 else original(fd)
+        )
+        (place / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunFolderError, match=rf"{name} is (another user's|no folder)"):
+        _folder(tmp_path).writing().__enter__()
+    assert list(elsewhere.iterdir()) == []
+    assert planted != "another user's" or (place / "thesis.tex").exists()
+
+
+def test_what_a_kill_left_while_saving_is_swept_by_the_next_start(tmp_path):
+    folder = _folder(tmp_path)
+    _fail(folder, "last.ckpt")
+    (folder.work / "csv").mkdir()
+    saving = [replacing(folder.work / name) for name in ("last.ckpt", "csv/metrics.csv")]
+    for file in saving:
+        file.__enter__()
+    left = {p.name for p in folder.work.rglob(".*")} - {".lock"}
+    assert len(left) == 2
+    with folder.writing() as work:
+        assert [p.name for p in work.rglob(".*")] == [".lock"]
+        saving.append(replacing(work / "metrics.json"))  # and by the end
+        saving[-1].__enter__()
+    assert {p.name for p in folder.path.rglob("*")} == {"last.ckpt", "csv", "run.json"}
+
+
+def test_a_kill_while_a_run_is_replaced_loses_neither(tmp_path, monkeypatch):
+    folder = _folder(tmp_path)
+    _write(folder, "old")
+    rename = os.rename
+
+    def killed(source, target):
+        if str(source) == str(folder.work):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(run_folder.os, "rename", killed)
+        _write(folder, "new", overwrite=True)
+    assert not folder.path.exists()
+    with folder.writing(overwrite=True) as work:
+        assert (folder.path / "result.txt").read_text() == "old"
+        assert (work / "result.txt").read_text() == "new"
+    assert (folder.path / "result.txt").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_is_left_of_a_replaced_run_goes_with_the_next_look(tmp_path):
+    folder = _folder(tmp_path)
+    _write(folder)
+    (tmp_path / ".run.replaced").mkdir()
+    (tmp_path / ".run.replaced" / "half.txt").touch()
+    assert folder.complete()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_files_are_readable_for_whom_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "metrics.json", "{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "metrics.json").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("key", ["kind", "config", "overwrite"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_a_record_without_its_keys_is_told_in_a_line(tmp_path, key, value):
+    folder = _folder(tmp_path)
+    _write(folder)
+    for place in (folder.path, folder.work):
+        record = json.loads((place / "run.json").read_text())
+        record[key] = value
+        if value is None:
+            del record[key]
+        write_json(place / "run.json", record)
+        with pytest.raises(RunFolderError, match=rf"run.json is damaged, it tells no {key};") as e:
+            folder.writing().__enter__()
+        assert "\n" not in str(e.value)
+        write_json(place / "run.json", {**record, key: "train"})
+        place.rename(folder.work)  # complete, then interrupted
+
+
+def _longer(tmp_path, epochs, **config):
+    config = {"epochs": epochs, "data": {"root": "a", "num_workers": 0}, **config}
+    return RunFolder(
+        tmp_path / "run", "train", config, free=["data.num_workers"], growing=["epochs"]
+    )
+
+
+def _complete(tmp_path, epochs):
+    with _longer(tmp_path, epochs).writing() as work:
+        (work / "csv").mkdir()
+        for name in ("last.ckpt", "csv/metrics.csv", "metrics.json"):
+            (work / name).write_text(f"of {epochs}")
+
+
+def test_a_longer_run_goes_on_in_a_copy_of_the_shorter_one(tmp_path):
+    _complete(tmp_path, 3)
+    longer = _longer(tmp_path, 5)
+    assert not longer.complete()
+    assert longer.earlier()["epochs"] == 3
+    for _ in range(2):  # also after an interruption
+        with contextlib.suppress(KeyboardInterrupt), longer.writing() as work:
+            assert (work / "last.ckpt").read_text() == "of 3"
+            assert (work / "csv" / "metrics.csv").read_text() == "of 3"
+            assert _longer(tmp_path, 3).complete()
+            raise KeyboardInterrupt
+    with longer.writing() as work:
+        (work / "last.ckpt").write_text("of 5")
+    assert longer.complete()
+    assert longer.earlier() is None
+    assert (longer.path / "last.ckpt").read_text() == "of 5"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(RunFolderError, match="epochs 5, now 3"):
+        _longer(tmp_path, 3).complete()
+
+
+def test_a_run_that_had_no_checkpoint_yet_is_nothing_to_go_on_with(tmp_path):
+    _fail(_longer(tmp_path, 3))
+    assert _longer(tmp_path, 5).earlier() is None
+    _complete(tmp_path, 3)
+    _fail(_longer(tmp_path, 5), overwrite=True)
+    with _longer(tmp_path, 5).writing() as work:
+        assert (work / "last.ckpt").read_text() == "of 3"
+
+
+def test_a_kill_before_the_shorter_run_is_copied_loses_nothing_of_it(tmp_path, monkeypatch):
+    _complete(tmp_path, 3)
+
+    def killed(source, target):
+        target.write(source.read()[:2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(run_folder.shutil, "copyfileobj", killed)
+        _longer(tmp_path, 5).writing().__enter__()
+    with _longer(tmp_path, 5).writing() as work:
+        assert (work / "last.ckpt").read_text() == "of 3"
+        assert (work / "metrics.json").read_text() == "of 3"
+
+
+def test_an_interrupted_run_takes_more_epochs_too_and_keeps_them(tmp_path):
+    _fail(_longer(tmp_path, 3), "last.ckpt")
+    _fail(_longer(tmp_path, 5), "second.txt")
+    assert _longer(tmp_path, 7).earlier()["epochs"] == 5
+    with pytest.raises(RunFolderError, match=r"an interrupted run .*epochs 5, now 3"):
+        _longer(tmp_path, 3).writing().__enter__()
+
+
+def test_options_that_change_nothing_may_differ(tmp_path):
+    _complete(tmp_path, 3)
+    assert _longer(tmp_path, 3, data={"root": "a", "num_workers": 4}).complete()
+    with pytest.raises(RunFolderError, match=r"data.root 'a', now 'b'\."):
+        _longer(tmp_path, 3, data={"root": "b", "num_workers": 4}).complete()
