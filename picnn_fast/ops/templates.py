@@ -92,8 +92,13 @@ class PartTemplate:
                     f"{name}: got {value!r}, want None: it is an option of"
                     f" {' and '.join(map(repr, profiles))} profiles"
                 )
-            if not (value == "published" and (name, self.profile) == ("beta", "gradient")):
-                checks.positive(name, value)
+            if value == "published" and (name, self.profile) == ("beta", "gradient"):
+                continue
+            if isinstance(value, str):
+                raise TypeError(
+                    f"{name}: got {value!r} with profile {self.profile!r}, want a number > 0"
+                )
+            checks.positive(name, value)
         if self.tau is not None:
             _float32("tau", self.tau)
 

@@ -164,9 +164,99 @@ def test_bad_flags_are_refused_in_one_line(flags, message):
     assert "\n" not in str(caught.value)
 
 
+ICNN = "--method icnn --method.template"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (f"{ICNN}.norm l3", "method.template.norm: got 'l3', want one of l1, l2"),
+        (f"{ICNN}.profile cone", "method.template.profile: got 'cone', want one of gradient, unif"),
+        (f"{ICNN}.beta x", "method.template.beta: got 'x', want a number or published or null"),
+        (f"{ICNN}.tau -1", "method.template.tau: got -1.0, want a number > 0"),
+        (f"{ICNN}.gamma 1", "method.template.gamma: got 1.0, want None: it is an option of 'unif"),
+        (f"{ICNN} l1", "method.template: got 'l1', want a mapping of norm, profile, .* or null"),
+        (
+            f"{ICNN}.beta published {ICNN}.profile uniform",
+            "method.template.beta: got 'published' w",
+        ),
+        (f"{ICNN}.nrm l2", "method.template.nrm: there is no .* mean 'method.template.norm'"),
+        (f'{ICNN}={{"nrm":"l2"}}', "method.template.nrm: there is no such option; did you mean"),
+        (f'{ICNN}={{"norm":"l3"}}', "method.template.norm: got 'l3', want one of l1, l2"),
+        (
+            "--optimizer.lr.x 3",
+            "optimizer.lr.x: there is no such option; did you mean 'optimizer.lr",
+        ),
+        ("--method.sampling.x 3", "method.sampling.x: there is no such option; did you mean"),
+        ("--epochs.x 3", "epochs.x: there is no such option; did you mean 'epochs'"),
+        ("--num-filters.x=3", "num_filters.x: there is no such option; did you mean 'num_filters'"),
+    ],
+)
+def test_options_within_an_option_are_refused_by_their_whole_names(flags, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        _parse(*flags.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "whole"),
+    [
+        ("lr", "optimizer.lr"),
+        ("sampling", "method.sampling"),
+        ("max_shift", "data.max_shift"),
+        ("image-size", "data.image_size"),  # of other data than the digits
+        ("momentum", "method.momentum"),
+        ("template.norm", "method.template.norm"),
+        ("norm", "method.template.norm"),
+        ("weights", "backbone.weights"),
+    ],
+)
+def test_the_last_part_of_an_option_is_told_as_its_whole_name(tmp_path, option, whole):
+    message = f"{option.replace('-', '_')}: there is no such option; did you mean '{whole}'"
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        _parse(f"--{option}", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "near"),
+    [
+        ("--method PICNN", "picnn"),
+        ("--method.name Std", "std"),
+        ("--backbone ResNet18", "resnet18"),
+        ("--data CUB", "cub"),
+        ("--optimizer AdamW", "adamw"),
+        ("--accelerator CPU", "cpu"),
+        ("--method.sampling GUMBEL", "gumbel"),
+        ("--Epochs 3", "epochs"),
+    ],
+)
+def test_the_nearest_match_is_found_in_any_case(flags, near):
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+        _parse(*flags.split())
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"color_jitter": [0.4, 0.4]}, r"got '\[0.4, 0.4\]', want \[a number, .*\] or null"),
+        ({"mean": 3}, r"got '3', want \[a number, a number, a number\]"),
+        ({"resize": "big"}, "got 'big', want an integer or null"),
+    ],
+)
+def test_what_an_option_wants_is_said_in_words(given, message):
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"^data.{name}: {message}$"):
+        Options(data={"name": "folder", "root": "x", **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": {"name": ["picnn"]}}, r"method: got \['picnn'\], want one of"),
+        (
+            {"method": {"name": "icnn", "template": {"tau": 0}}},
+            "method.template.tau: got 0.0, want",
+        ),
         ({"epochs": 0}, "epochs: got 0, want an integer >= 1"),
         ({"epochs": 1.5}, "epochs: got '1.5', want an integer"),
         ({"epochs": True}, "epochs: got 'True', want an integer"),
