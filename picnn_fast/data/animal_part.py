@@ -242,6 +242,7 @@ def animal_part(
     Raises:
         FileNotFoundError, ValueError: see ``AnimalPart`` and ``PartDataModule``.
     """
+    checks.integer("split_seed", split_seed, 0)
     train_set, test_set = (
         AnimalPart(
             root,

@@ -494,6 +494,8 @@ def part_animals(
     Raises:
         FileNotFoundError, ValueError: see ``PartAnimals`` and ``PartDataModule``.
     """
+    checks.integer("train_images", train_images, 1)
+    checks.integer("test_images", test_images, 1)
     return PartDataModule(
         PartAnimals("train", train_images, image_size=image_size),
         PartAnimals("test", test_images, image_size=image_size),

@@ -236,6 +236,7 @@ def voc_part(
     Raises:
         FileNotFoundError, ValueError: see ``VOCPart`` and ``PartDataModule``.
     """
+    checks.integer("split_seed", split_seed, 0)
     train_set, test_set = (
         VOCPart(
             root,

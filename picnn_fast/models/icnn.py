@@ -17,7 +17,7 @@ from picnn_fast.losses import FilterLoss, PublishedFilterLoss
 from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
 from picnn_fast.models.masked_head import layers_of, leading_pooling
 from picnn_fast.ops import checks
-from picnn_fast.ops.templates import PartTemplate, check_template
+from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
 
 TASKS = ("softmax", "logistic", "single")
 INITIAL = ("default", "published")
@@ -200,6 +200,7 @@ class ICNN(InterpretableNetwork):
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
         template = PartTemplate() if template is None else check_template(template)
+        check_scale(mask_scale, "mask_scale")
 
         def mask(width: int) -> TemplateMask:
             beta = LearnedBeta(template, width) if learn_beta else None

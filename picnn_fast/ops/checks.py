@@ -49,7 +49,11 @@ def _number(name: str, value: object) -> None:
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
+        near = did_you_mean(value, choices)
+        raise ValueError(
+            f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}"
+            + (f";{near}" if near else "")
+        )
     return value
 
 

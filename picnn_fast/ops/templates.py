@@ -340,11 +340,11 @@ def _float32(name: str, value: float) -> float:
     return float(value)
 
 
-def check_scale(scale: float | Literal["tau"]) -> float | Literal["tau"]:
+def check_scale(scale: float | Literal["tau"], name: str = "scale") -> float | Literal["tau"]:
     if isinstance(scale, str):
-        checks.one_of("scale", scale, ("tau",))
+        checks.one_of(name, scale, ("tau",))
         return scale
-    return _float32("scale", scale)
+    return _float32(name, scale)
 
 
 def check_beta(beta: Tensor, template: PartTemplate, x: Tensor) -> None:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -223,19 +223,16 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
     Raises:
         ConfigError: the network cannot take the images, or so small a batch of them.
     """
-    with reading_images():
-        image = data.test_set[0][0][None]
-    backbone, (height, width) = options.backbone["name"], image.shape[2:]
-    try:
-        cost = work(network.eval(), image, inserted=options.insert_conv)
-        with torch.no_grad():
-            activations = getattr(network(image), "activations", ())
-        if isinstance(data, PartDataModule):
+    backbone = options.backbone["name"]
+    image, output = try_image(network, data, f"backbone: {backbone}")
+    height, width = image.shape[2:]
+    if isinstance(data, PartDataModule):
+        try:
             receptive_field(network.features, (height, width))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"backbone: {backbone} cannot take images of {width} x {height} pixels: {error}"
-        ) from error
+        except ValueError as error:
+            raise ConfigError(f"backbone: got {backbone}: {one_line(error)}") from error
+    cost = work(network, image, inserted=options.insert_conv)
+    activations = getattr(output, "activations", ())
     maps = max(activations, key=lambda maps: maps[0, 0].numel(), default=None)
     if maps is not None and maps[0, 0].numel() > MANY_POSITIONS:
         warnings.warn(
@@ -253,6 +250,28 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
             raise ConfigError(f"batch_size: got 1, want at least 2: {error}") from error
         network.load_state_dict(before)
     return cost
+
+
+def try_image(
+    network: InterpretableNetwork, data: SeededDataModule, what: str
+) -> tuple[torch.Tensor, Any]:
+    """A test image ``[1, C, H, W]``, and what the network, in eval mode, makes of it.
+
+    Raises:
+        ConfigError: it cannot take the image; the message begins with ``what``.
+    """
+    with reading_images():
+        image = data.test_set[0][0][None]
+    height, width = image.shape[2:]
+    try:
+        with torch.no_grad():
+            output = network.eval()(image)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"
+            f" {one_line(error)}"
+        ) from error
+    return image, output
 
 
 def fit(run: Run, *, progress: bool = True) -> Figures:

@@ -11,6 +11,7 @@ from torch import nn
 from picnn_fast.models import METHODS
 from picnn_fast.training.checkpoint import build_network
 from picnn_fast.training.options import GROUPS, ConfigError, Options, parse
+from picnn_fast.training.run import build_data
 
 
 def _parse(*arguments):
@@ -398,3 +399,55 @@ def test_a_method_added_to_the_registry_is_taken_as_it_is(monkeypatch, capsys):
     assert "--method.weight" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"^method\.weight: method picnn has no .*want method gr"):
         _parse("--method.weight", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backbone": {"layer": "layr4"}}, r"backbone\.layer: got 'layr4', did you mean 'layer4'"),
+        ({"backbone": {"weights": "NONE"}}, r"backbone\.weights: got 'NONE', want one of 'IMAGE"),
+        (
+            {"backbone": {"weights": "default"}},
+            r"backbone\.weights: got 'default', did you mean 'DEFAULT'\? want one of",
+        ),
+        (
+            {"backbone": {"name": "small-resnet", "weights": "DEFAULT"}},
+            r"backbone\.weights: got 'DEFAULT', want None: 'small-resnet' has no trained weights",
+        ),
+        (
+            {"method": {"name": "icnn", "task": "single"}},
+            r"method\.task: got 'single' with 7 classes, want --category NAME",
+        ),
+        ({"method": {"name": "icnn", "mask_scale": -1}}, r"method\.mask_scale: got -1\.0, want"),
+        ({"method": {"name": "icnn", "momentum": -1}}, r"method\.momentum: got -1\.0, want"),
+    ],
+)
+def test_what_the_network_refuses_is_told_by_the_option_of_the_run(given, message):
+    backbone = {"name": "resnet18"} | given.get("backbone", {})
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        build_network(Options(**given | {"backbone": backbone}), 7, 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_trained_weights_on_images_that_are_not_of_colour_ask_for_other_data(channels):
+    options = Options(backbone={"name": "resnet18", "weights": "DEFAULT"})
+    message = rf"^backbone\.weights: got 'DEFAULT' with images of {channels} .* null, or data of"
+    with pytest.raises(ConfigError, match=message):
+        build_network(options, 10, channels)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("part-animals", {"train_images": 0}, "train_images: got 0, want an int >= 1"),
+        ("part-animals", {"test_images": -1}, "test_images: got -1, want an int >= 1"),
+        ("voc-part", {"split_seed": -1}, "split_seed: got -1, want an int >= 0"),
+        ("animal-part", {"split_seed": -1}, "split_seed: got -1, want an int >= 0"),
+        ("voc-part", {"categories": ["catt"]}, "categories: got 'catt', .*; did you mean 'cat'"),
+    ],
+)
+def test_what_data_refuses_is_told_by_the_option_of_the_run(tmp_path, data, options, message):
+    root = {} if data == "part-animals" else {"root": str(tmp_path)}
+    with pytest.raises(ConfigError, match=rf"^data\.{message}"):
+        build_data(Options(data={"name": data, **root, **options}))
