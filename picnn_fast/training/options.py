@@ -299,8 +299,9 @@ def build_parser(
             )
         else:
             parser.add_function_arguments(rows[name], key, skip=skip, fail_untyped=False)
-    # A file for one group alone: ``--method NAME`` means something else here.
     for action in parser._actions:
+        action.help = action.help and action.help.replace("``", "")
+        # A file for one group alone: ``--method NAME`` means something else here.
         if action.option_strings and action.option_strings[0][2:] in groups:
             action.help = argparse.SUPPRESS
     return parser
@@ -434,6 +435,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config: {path} holds a {type(content).__name__}, want option: value")
     if content.get("program") == "picnn_fast" and isinstance(content.get("config"), Mapping):
         content = content["config"]
+        unknown = content.keys() - {field.name for field in dataclasses.fields(Options)}
+        if unknown or isinstance(content.get("method"), str):
+            raise ConfigError(
+                f"config: {path} was made by an earlier picnn_fast, whose options were others; see"
+                " --help for those of today"
+            )
     return {str(key): value for key, value in content.items()}
 
 
@@ -442,7 +449,7 @@ def _with_names(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The names of the groups among ``values``, and the values with groups as mappings."""
     names, content = {}, dict(values)
-    for key in GROUPS.keys() & values.keys():
+    for key in (key for key in GROUPS if key in values):
         group = values[key]
         if isinstance(group, Mapping):
             default = next(f.default for f in dataclasses.fields(Options) if f.name == key)
@@ -520,8 +527,8 @@ def _unknown(option: str, kinds: Mapping[str, Any], names: Mapping[str, str]) ->
         for row in GROUPS[other].rows:
             for end, parameter in GROUPS[other].options(row).items():
                 known += _and_within(f"{other}.{end}", parameter.annotation)
-    whole = [known for known in known if known.endswith(f".{option}")]
-    near = f"; did you mean {whole[0]!r}?" if whole else _hint(option, kinds)
+    whole = [repr(name) for name in dict.fromkeys(known) if name.endswith(f".{option}")]
+    near = f"; did you mean {' or '.join(whole)}?" if whole else _hint(option, kinds)
     return f"{option}: there is no such option{near or '; --help lists all there are'}"
 
 

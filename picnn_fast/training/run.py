@@ -20,7 +20,7 @@ from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule
 from picnn_fast.data.photographs import DamagedFileError
-from picnn_fast.evaluation import Figures, check_figures, evaluate
+from picnn_fast.evaluation import Figures, evaluate, read_figures
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (
     CHECKPOINT,
@@ -107,6 +107,7 @@ def train_folder(options: Options) -> RunFolder:
         options.identity(),
         free=("data.num_workers",),
         growing=("epochs",),
+        read=lambda config: Options(**config).identity(),
     )
 
 
@@ -338,7 +339,7 @@ def build_data(options: Options) -> SeededDataModule:
 
 
 def read_metrics(folder: Path, methods: Collection[str]) -> dict[str, Figures]:
-    """What ``metrics.json`` of a complete run says of these methods.
+    """What ``metrics.json`` of a complete run says of these methods; see ``read_figures``.
 
     Raises:
         RunFolderError: it is gone or damaged.
@@ -346,15 +347,16 @@ def read_metrics(folder: Path, methods: Collection[str]) -> dict[str, Figures]:
     path = folder / METRICS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        figures: dict[str, Figures] = {}
         for method in methods:
             if not isinstance(content, dict) or method not in content:
                 raise ValueError(f"it holds no figures of {method}")
-            check_figures(content[method])
+            figures[method] = read_figures(content[method])
     except (OSError, ValueError) as error:
         raise RunFolderError(
             f"output: {path} cannot be read: {error}; redo the run with --overwrite"
         ) from error
-    return {method: content[method] for method in methods}
+    return figures
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from picnn_fast.models import METHODS
 from picnn_fast.training.checkpoint import build_network
-from picnn_fast.training.options import GROUPS, ConfigError, Options, parse
+from picnn_fast.training.options import GROUPS, ConfigError, Options, build_parser, parse
 from picnn_fast.training.run import build_data
 
 
@@ -77,6 +78,14 @@ def test_the_record_of_a_run_is_taken_as_a_file(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(record))
     assert _parse("--config", str(path)) == options
+
+
+@pytest.mark.parametrize("config", [{"method": "picnn", "epochs": 2}, {"lr": 0.1, "seed": 3}])
+def test_the_record_of_an_earlier_version_is_said_to_be_one(tmp_path, config):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"program": "picnn_fast", "kind": "train", "config": config}))
+    with pytest.raises(ConfigError, match=r"^config: .*run.json was made by an earlier picnn_fast"):
+        _parse("--config", str(path))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +215,7 @@ def test_options_within_an_option_are_refused_by_their_whole_names(flags, messag
         ("sampling", "method.sampling"),
         ("max_shift", "data.max_shift"),
         ("image-size", "data.image_size"),  # of other data than the digits
-        ("momentum", "method.momentum"),
+        ("momentum", "method.momentum' or 'optimizer.momentum"),
         ("template.norm", "method.template.norm"),
         ("norm", "method.template.norm"),
         ("weights", "backbone.weights"),
@@ -351,6 +360,25 @@ def test_every_row_of_every_group_can_be_told_its_options(key, capsys):
         out = capsys.readouterr().out
         for option in GROUPS[key].options(name):
             assert f"--{key}.{option}" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [(key, name) for key in GROUPS for name in GROUPS[key].rows]
+)
+def test_every_option_of_every_row_has_a_help_that_stands_by_itself(key, name):
+    parser = build_parser({key: name}, groups=[key], common=False)
+    helps = {a.dest: a.help for a in parser._actions if not a.dest.endswith("help")}
+    for option in GROUPS[key].options(name):
+        text = helps[f"{key}.{option}"]
+        assert text, option
+        assert len(text.split()) > 1, text
+        # What only a reader of the code could follow.
+        assert not re.search(r"``|\b[Ss]ee\b|of (that layer|their choice)", text), text
+
+
+def test_every_option_of_a_run_has_a_help():
+    parser = build_parser({key: next(iter(GROUPS[key].rows)) for key in GROUPS})
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 def test_printed_configuration_is_read_back(capsys, tmp_path):
