@@ -398,7 +398,7 @@ def _convert(arguments: Sequence[str]) -> int:
         )
         parser.add_argument(
             "--root",
-            type=str,
+            type=Path,
             required=True,
             help="folder of the images it was trained on, train/<class>/… and test/<class>/…",
         )

@@ -504,6 +504,7 @@ def _told(text: str, kinds: Mapping[str, Any], names: Mapping[str, str]) -> str:
         return f"{key}: got {value!r}, want {_described(kinds[key])}{near}"
     found = re.match(r"the following arguments are required: ([\w.]+)", text)
     found = found or re.match(r"Option '([\w.]+)' is required", text)
+    found = found or re.match(r"argument --([\w.]+): expected one argument", text)
     if found:
         return f"{found[1]}: got nothing, want {_described(kinds[found[1]])}"
     found = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
@@ -537,7 +538,8 @@ def _kinds(parser: ArgumentParser) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for action in parser._actions:
         if not action.dest.endswith(".help"):
-            kinds |= _and_within(action.dest, getattr(action, "_typehint", str))
+            untyped = str if action.option_strings else Path
+            kinds |= _and_within(action.dest, getattr(action, "_typehint", untyped))
     return kinds
 
 

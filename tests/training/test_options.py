@@ -164,7 +164,8 @@ def test_missing_yaml_is_named(tmp_path):
         ("--epochs x", "epochs: got 'x', want an integer"),
         ("--num_filters 2.5", "num_filters: got '2.5', want an integer or null"),
         ("--optimizer.lr fast", "optimizer.lr: got 'fast', want a number"),
-        ("--epochs", "epochs: expected one argument"),
+        ("--epochs", "epochs: got nothing, want an integer"),
+        ("--method.sampling", "method.sampling: got nothing, want one of bernoulli, gumbel"),
         ("stray", "unrecognized arguments: stray"),
     ],
 )
