@@ -17,7 +17,7 @@ from picnn_fast.losses import FilterLoss, PublishedFilterLoss
 from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
 from picnn_fast.models.masked_head import layers_of, leading_pooling
 from picnn_fast.ops import checks
-from picnn_fast.ops.templates import PartTemplate, check_template
+from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
 
 TASKS = ("softmax", "logistic", "single")
 INITIAL = ("default", "published")
@@ -110,7 +110,8 @@ class ICNN(InterpretableNetwork):
 
     The paper's tau suits activations of tens, as in its networks. Where they are about 1, as after
     batch norm, every exp(s) is 1 and the filter loss does next to nothing: give the template a tau
-    of 0.1 or so. "running" and "target" are bound to the size of the first images.
+    of 0.1 or so. "running" and "target" are bound to the size of the first images; see
+    ``functional.filter_loss`` and ``functional.published_filter_loss``.
 
     The defaults are the paper's text. The authors' published code has, beside other training,
     ``center="mass"``, ``learn_beta=True``, ``mask_after_pool=True``, ``category_by="max"``,
@@ -129,25 +130,29 @@ class ICNN(InterpretableNetwork):
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         initial: of the inserted convolution: "default" for PyTorch's, or "published": weights
             normal with deviation 0.01, no bias at first.
-        template: of the mask layers and filter losses; None is the paper's, ``PartTemplate()``.
-        center: of the masks, see ``functional.template_mask``: "argmax", or "mass" as published.
-        learn_beta: of the masks, and of "published" losses: one a filter, which follows how far its
-            maps spread, see ``LearnedBeta``; ``after_step`` takes it on. The other losses keep the
+        template: the shape of a part, of the mask layers and filter losses; None is the paper's,
+            ``PartTemplate()``.
+        center: where a mask's template lies: "argmax": on the largest activation; "mass": on the
+            map's centre of mass, as published.
+        learn_beta: let each filter learn the template's beta for its masks, and for "published"
+            losses; it follows how far the filter's maps spread. The other losses keep the
             template's. Gradient templates alone.
-        mask_after_pool: put the second mask layer and filter loss behind the pooling that ``head``
-            starts with, which goes over to ``features``: up to its last max or average pooling of
-            a fixed window; ``head`` must be an ``nn.Sequential``.
-        estimator: "batch", "running" or "target", see ``functional.filter_loss``; "published", see
-            ``functional.published_filter_loss``. "target" and "published" use the categories.
-        category_by: the map's "sum", or its "max" as published, see ``FilterCategories``.
+        mask_after_pool: put the second mask layer and filter loss behind the pooling that the head
+            starts with, which goes over to the features: up to its last max or average pooling of
+            a fixed window; the head must be an ``nn.Sequential``.
+        estimator: of the filter loss: exact over each "batch"; from "running" estimates; from those
+            and the "target", the one template that a map is assigned to by its filter's category;
+            or as "published" by the authors, by the categories too.
+        category_by: what of a filter's maps tells its category: their "sum", or their "max" as
+            published.
         task: "softmax": cross entropy over the classes; "logistic": the sum of K independent
             logistic losses; "single": one category against the rest, label 1 for its images and
             0 for the others, logistic loss of the difference of two logits (K = 2); every filter
             is of category 1.
-        filter_loss_weight: of lambda, >= 0; None takes 0.003, and 1e-6 for "published". Lambda
-            grows with the activations, which the loss makes grow: too large a weight drowns the
-            discrimination.
-        momentum: of the running estimates of filter loss and categories.
+        filter_loss_weight: of the filter losses, which lambda is in proportion to, >= 0; None takes
+            0.003, and 1e-6 for the estimator "published". Lambda grows with the activations, which
+            the loss makes grow: too large a weight drowns the discrimination.
+        momentum: share of a new batch in the running estimates of filter loss and categories.
         mask_scale: what a mask layer multiplies the peak by: 1, or "tau" for the paper's text.
 
     Raises:
@@ -200,6 +205,7 @@ class ICNN(InterpretableNetwork):
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
         template = PartTemplate() if template is None else check_template(template)
+        check_scale(mask_scale, "mask_scale")
 
         def mask(width: int) -> TemplateMask:
             beta = LearnedBeta(template, width) if learn_beta else None

@@ -28,9 +28,13 @@ class STD(InterpretableNetwork):
         in_channels: channels of ``features``: a new target layer is put after them, a convolution
             to ``num_filters`` channels. None inserts nothing.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
-        inserted_activation: of that layer, "relu" or "none" (PICNN's published code).
-        normalization: of the random matrix, see ``Correspondence``.
-        mask_at: where masks are applied, see ``MaskedHead``.
+        inserted_activation: behind the inserted convolution: "relu", or "none", as in PICNN's
+            published code.
+        normalization: of the random correspondence matrix P: "class_softmax": over the classes, so
+            that each filter's column sums to 1; "sigmoid": independent probabilities.
+        mask_at: where filters are masked to measure them: "maps", or "late", behind the pooling
+            that the head starts with, where it is the same and takes less; "auto": late where
+            possible.
 
     Raises:
         TypeError, ValueError: see ``InterpretableNetwork``.

@@ -156,11 +156,15 @@ def test_labels_of_one_category_are_0_and_1(config):
 @pytest.mark.parametrize(
     ("group", "options", "message"),
     [
-        ("method", {"task": "single"}, "num_classes: got 6 with task='single', want 2"),
+        (
+            "method",
+            {"task": "single"},
+            "^method.task: got 'single' with 6 classes, want --category",
+        ),
         ("data", {"image_size": 8}, r"^data\.image_size: got 8"),
-        ("data", {"train_images": -1}, r"^data: size: got -1"),
+        ("data", {"train_images": -1}, r"^data\.train_images: got -1"),
         ("method", {"filter_loss_weight": -1.0}, r"^method\.filter_loss_weight: got -1\.0"),
-        ("method", {"template": {"tau": -1.0}}, "tau: got -1.0"),
+        ("method", {"template": {"tau": -1.0}}, r"^method\.template\.tau: got -1\.0"),
     ],
 )
 def test_options_out_of_range_are_refused(config, group, options, message):
