@@ -15,10 +15,8 @@ from typing import NamedTuple
 import torch
 
 from picnn_fast._extras import extra, install_command
-from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
-from picnn_fast.data.parts import PartDataModule
 from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.evaluation import Figures, check_figures, evaluate
 from picnn_fast.models.base import InterpretableNetwork
@@ -48,8 +46,6 @@ with extra("train"):
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 METRICS = "metrics.json"
-# Of one map; the time of a filter loss grows with the square.
-MANY_POSITIONS = 1024
 
 
 class Run(NamedTuple):
@@ -228,22 +224,10 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
     backbone, (height, width) = options.backbone["name"], image.shape[2:]
     try:
         cost = work(network.eval(), image, inserted=options.insert_conv)
-        with torch.no_grad():
-            activations = getattr(network(image), "activations", ())
-        if isinstance(data, PartDataModule):
-            receptive_field(network.features, (height, width))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"backbone: {backbone} cannot take images of {width} x {height} pixels: {error}"
         ) from error
-    maps = max(activations, key=lambda maps: maps[0, 0].numel(), default=None)
-    if maps is not None and maps[0, 0].numel() > MANY_POSITIONS:
-        warnings.warn(
-            f"backbone: {backbone} makes maps of {maps.shape[3]} x {maps.shape[2]} of images of"
-            f" {width} x {height}; filter losses take long on more than {MANY_POSITIONS}"
-            " positions, a deeper backbone or a smaller data.image_size takes less",
-            stacklevel=3,
-        )
     network.train()
     if options.batch_size == 1:
         before = copy.deepcopy(network.state_dict())
