@@ -164,8 +164,7 @@ def pathway_grad_cam(
 
 def _module(network: nn.Module, layer: str | nn.Module | None) -> nn.Module:
     """The module of ``network`` that ``layer`` says."""
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network: got {type(network).__name__}, want a torch.nn.Module")
+    checks.module("network", network)
     modules: dict[str, nn.Module] = {name: m for name, m in network.named_modules() if name}
     if isinstance(network, InterpretableNetwork) and layer is None:
         if network.channel_dim != 1:

@@ -57,9 +57,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         channel_dim: int = 1,
     ) -> None:
         super().__init__()
-        for name, module in (("features", features), ("head", head)):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: got {type(module).__name__}, want a torch.nn.Module")
+        checks.module("features", features)
+        checks.module("head", head)
         self.masked_head = MaskedHead(
             head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim
         )

@@ -208,6 +208,7 @@ class ICNN(InterpretableNetwork):
         momentum: float = 0.1,
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
+        checks.module("features", features)
         template = PartTemplate() if template is None else check_template(template)
 
         def mask(width: int) -> TemplateMask:
