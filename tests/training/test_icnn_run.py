@@ -192,7 +192,7 @@ def test_options_that_do_not_go_together_are_refused(config, options, message):
         (nn.AdaptiveAvgPool2d(5), "want sizes that divide"),
         (nn.Upsample(scale_factor=2), "(Upsample), want convolutions, pooling"),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=["AdaptiveAvgPool2d", "Upsample"],
 )
 def test_a_run_whose_receptive_fields_nothing_can_tell_starts_and_its_figures_say_so(
     config, monkeypatch, last, reason
