@@ -74,7 +74,7 @@ def _needs_parts(kind: str) -> Callable[[InterpretableNetwork, SeededDataModule]
             return "the maps are not [B, N, h, w]"
         try:
             field = _field(network, data)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             return str(error)
         samples = len(data.part_sets["test"])
         size = samples * network.num_filters * math.prod(field.map_size) * 4

@@ -1,8 +1,10 @@
 """ICNN: Interpretable CNN, whose top filters are pushed to stand for one object part each."""
 
+import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from picnn_fast.layers import (
     check_insert_kernel,
     inserted_convolution,
 )
-from picnn_fast.losses import FilterLoss, PublishedFilterLoss
-from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.losses import FilterLoss, PublishedFilterLoss, check_output, cross_entropy
+from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.masked_head import layers_of, leading_pooling
 from picnn_fast.ops import checks
 from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
@@ -22,6 +24,8 @@ from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
 TASKS = ("softmax", "logistic", "single")
 INITIAL = ("default", "published")
 ESTIMATORS = ("batch", "running", "target", "published")
+# Of one map; the time of a filter loss grows with the square.
+MANY_POSITIONS = 1024
 
 
 class ICNNOutput(NamedTuple):
@@ -159,6 +163,10 @@ class ICNN(InterpretableNetwork):
         TypeError, ValueError: see ``InterpretableNetwork``; options out of range, or that do not go
             together.
 
+    Warns:
+        UserWarning: see ``InterpretableNetwork``; at a forward, maps on which filter losses take
+            long, once.
+
     Note:
         In ``forward``, hooks on ``features`` itself do not run, hooks on its layers do.
 
@@ -181,6 +189,7 @@ class ICNN(InterpretableNetwork):
         torch.Size([8])
     """
 
+    filters_per_class: ClassVar[float | None] = None  # the paper: as many as the layer below
     epoch: Tensor
 
     def __init__(
@@ -204,6 +213,7 @@ class ICNN(InterpretableNetwork):
         momentum: float = 0.1,
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
+        checks.module("features", features)
         template = PartTemplate() if template is None else check_template(template)
         check_scale(mask_scale, "mask_scale")
 
@@ -226,6 +236,7 @@ class ICNN(InterpretableNetwork):
                 layers["pool"], head = _split_behind_pooling(head)
             layers["mask"] = mask(num_filters)
         super().__init__(nn.Sequential(layers), head, num_classes, num_filters)
+        self._warned = False
         self.task = checks.one_of("task", task, TASKS)
         if task == "single" and num_classes != 2:
             raise ValueError(
@@ -268,17 +279,13 @@ class ICNN(InterpretableNetwork):
         return categories
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> ICNNOutput:
-        """Logits, maps and activations.
-
-        Args:
-            images: ``[B, C, H, W]``, whatever ``features`` take.
-            labels: not used.
-        """
+        """Logits, maps and activations; the labels are not used."""
         maps, activations = images, []
         for layer in self.features.children():
             if isinstance(layer, TemplateMask):
                 activations.append(maps)
             maps = layer(maps)
+        self._warn_of_many_positions(activations)
         return ICNNOutput(self.head_logits(maps), maps, tuple(activations))
 
     def loss_terms(self, output: ICNNOutput, labels: Tensor) -> dict[str, Tensor]:
@@ -287,13 +294,8 @@ class ICNN(InterpretableNetwork):
         In training mode the categories and running estimates take in the batch, and learnt betas
         see where they are to go.
 
-        Args:
-            output: of ``forward``.
-            labels: ``[B]`` integers in [0, K).
-
         Raises:
-            TypeError: labels that are not integers.
-            ValueError: labels of another shape or out of range, or an output of another model.
+            TypeError, ValueError: see ``InterpretableNetwork``.
             RuntimeError: computed again by ``torch.utils.checkpoint``, in training.
         """
         check_output(output, ICNNOutput, labels, self.num_classes)
@@ -339,6 +341,19 @@ class ICNN(InterpretableNetwork):
     def _betas(self) -> list[LearnedBeta | None]:
         """Of each mask layer."""
         return [mask.beta for mask in self.features.children() if isinstance(mask, TemplateMask)]
+
+    def _warn_of_many_positions(self, activations: list[Tensor]) -> None:
+        if self._warned or torch.compiler.is_compiling():
+            return
+        size = max((maps.shape[2:] for maps in activations), key=math.prod)
+        if math.prod(size) > MANY_POSITIONS:
+            self._warned = True
+            warnings.warn(
+                f"features: yield maps {' x '.join(map(str, size))}; filter losses take long on"
+                f" more than {MANY_POSITIONS} positions: smaller images, or a deeper backbone, take"
+                " less",
+                stacklevel=3,
+            )
 
     def _discrimination(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.task != "logistic":  # of two logits, cross entropy is the logistic loss

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from picnn_fast.functional import bernoulli_mask, gumbel_mask
 from picnn_fast.layers import with_target_layer
-from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.losses import check_output, cross_entropy
+from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.ops import checks
 
@@ -149,9 +150,7 @@ class PICNN(InterpretableNetwork):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> PICNNOutput:
         """Both pathways, in training and in evaluation alike (``discriminator()`` runs one alone).
 
-        Args:
-            images: ``[B, C, H, W]``, whatever ``features`` take.
-            labels: not used; the pseudo-label keeps the label from leaking (paper, figure 4).
+        The labels are not used: the pseudo-label keeps them from leaking (paper, figure 4).
         """
         maps = self.filter_maps(images)
         shared, layers = self.masked_head.share(self.head, maps)
@@ -164,16 +163,7 @@ class PICNN(InterpretableNetwork):
         return PICNNOutput(logits, masked_logits, mask, pseudo_label, maps)
 
     def loss_terms(self, output: PICNNOutput, labels: Tensor) -> dict[str, Tensor]:
-        """``discrimination`` (eq. 1) and ``interpretation`` (eq. 2, times λ); they sum to eq. 3.
-
-        Args:
-            output: of ``forward``.
-            labels: ``[B]`` integers in [0, K).
-
-        Raises:
-            TypeError: labels that are not integers.
-            ValueError: labels of another shape or out of range, or an output of another model.
-        """
+        """``discrimination`` (eq. 1) and ``interpretation`` (eq. 2, times λ); they sum to eq. 3."""
         check_output(output, PICNNOutput, labels, self.num_classes)
         discrimination = cross_entropy(output.logits, labels).mean()
         interpretation = cross_entropy(output.masked_logits, labels)

@@ -72,6 +72,11 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
 
 
+def module(name: str, value: object) -> None:
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.nn.Module")
+
+
 def floating(name: str, value: Tensor) -> None:
     tensor(name, value)
     if value.dtype not in FLOATING:

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from picnn_fast._extras import extra, install_command
-from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
-from picnn_fast.data.parts import PartDataModule
 from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.evaluation import Figures, evaluate, read_figures
 from picnn_fast.models.base import InterpretableNetwork
@@ -50,8 +48,6 @@ with extra("train"):
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 METRICS = "metrics.json"
-# Of one map; the time of a filter loss grows with the square.
-MANY_POSITIONS = 1024
 
 
 class Run(NamedTuple):
@@ -259,24 +255,8 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
     Raises:
         ConfigError: the network cannot take the images, or so small a batch of them.
     """
-    backbone = options.backbone["name"]
-    image, output = try_image(network, data, f"backbone: {backbone}")
-    height, width = image.shape[2:]
-    if isinstance(data, PartDataModule):
-        try:
-            receptive_field(network.features, (height, width))
-        except ValueError as error:
-            raise ConfigError(f"backbone: got {backbone}: {one_line(error)}") from error
+    image = try_image(network, data, f"backbone: {options.backbone['name']}")
     cost = work(network, image, inserted=options.insert_conv)
-    activations = getattr(output, "activations", ())
-    maps = max(activations, key=lambda maps: maps[0, 0].numel(), default=None)
-    if maps is not None and maps[0, 0].numel() > MANY_POSITIONS:
-        warnings.warn(
-            f"backbone: {backbone} makes maps of {maps.shape[3]} x {maps.shape[2]} of images of"
-            f" {width} x {height}; filter losses take long on more than {MANY_POSITIONS}"
-            " positions, a deeper backbone or a smaller data.image_size takes less",
-            stacklevel=3,
-        )
     network.train()
     if options.batch_size == 1:
         before = copy.deepcopy(network.state_dict())
@@ -288,10 +268,8 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
     return cost
 
 
-def try_image(
-    network: InterpretableNetwork, data: SeededDataModule, what: str
-) -> tuple[torch.Tensor, Any]:
-    """A test image ``[1, C, H, W]``, and what the network, in eval mode, makes of it.
+def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) -> torch.Tensor:
+    """A test image ``[1, C, H, W]``, once the network, in eval mode, has taken it.
 
     Raises:
         ConfigError: it cannot take the image; the message begins with ``what``.
@@ -301,13 +279,13 @@ def try_image(
     height, width = image.shape[2:]
     try:
         with torch.no_grad():
-            output = network.eval()(image)
+            network.eval()(image)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"
             f" {one_line(error)}"
         ) from error
-    return image, output
+    return image
 
 
 def fit(run: Run, *, progress: bool = True) -> Figures:

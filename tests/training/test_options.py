@@ -279,7 +279,10 @@ def test_what_an_option_wants_is_said_in_words(given, message):
         ({"seed": 2**32}, "seed: got 4294967296, want an integer >= 0 and <= 4294967295"),
         ({"schedule_floor": 1.5}, "schedule_floor: got 1.5, want a number >= 0.0 and <= 1"),
         ({"mutual_information_weight": -1.0}, "mutual_information_weight: got -1.0, want a number"),
-        ({"method": {"name": "std", "initial": "uniform"}}, "method.initial: method std has no"),
+        (
+            {"method": {"name": "std", "interpretation_weight": 1.0}},
+            "method.interpretation_weight: method std has no",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_name(given, message):
