@@ -92,9 +92,9 @@ class PartTemplate:
                     f"{name}: got {value!r}, want None: it is an option of"
                     f" {' and '.join(map(repr, profiles))} profiles"
                 )
-            if value == "published" and (name, self.profile) == ("beta", "gradient"):
-                continue
-            if isinstance(value, str):
+            if isinstance(value, str) and (name, value) == ("beta", "published"):
+                if self.profile == "gradient":
+                    continue
                 raise TypeError(
                     f"{name}: got {value!r} with profile {self.profile!r}, want a number > 0"
                 )
