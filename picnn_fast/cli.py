@@ -291,8 +291,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from picnn_fast.evaluation import evaluate
     from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
     from picnn_fast.training.launch import device_of, launch
-    from picnn_fast.training.options import ConfigError, few, parse
-    from picnn_fast.training.run import build_data, reading_images
+    from picnn_fast.training.options import ConfigError, check_range, few, parse
+    from picnn_fast.training.run import build_data, reading_images, try_image
 
     def add(parser: Any) -> None:
         parser.add_argument(
@@ -326,7 +326,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
         return 0
     # What can be said of the data hangs on the checkpoint, which has to be found first.
     rest, of_data = _without_data(arguments)
-    args = parse(rest, groups=(), **described)
+    args = parse(rest, groups=("data",), **described)
+    del args["data"]
+    check_range("draws", args["draws"], 1)
     path = Path(args["path"])
     figures = {}
     for checkpoint in find_checkpoints(path):
@@ -356,6 +358,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
             )
         name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
         with reading_images():
+            try_image(network, data, f"the network in {checkpoint}")
             figures[options.method["name"] if name == "." else name] = evaluate(
                 network,
                 data,
@@ -395,7 +398,7 @@ def _convert(arguments: Sequence[str]) -> int:
         )
         parser.add_argument(
             "--root",
-            type=str,
+            type=Path,
             required=True,
             help="folder of the images it was trained on, train/<class>/… and test/<class>/…",
         )

@@ -184,8 +184,7 @@ def with_target_layer(
                 f"inserted_activation: got {activation!r}, want 'relu': no convolution is inserted"
             )
         return features
-    if not isinstance(features, nn.Module):
-        raise TypeError(f"features: got {type(features).__name__}, want a torch.nn.Module")
+    checks.module("features", features)
     if channel_dim != 1:
         raise ValueError(
             f"in_channels: got {in_channels} with channel_dim={channel_dim}, want None:"

@@ -339,3 +339,32 @@ class PublishedFilterLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.template}, num_classes={self.num_classes}"
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per-sample cross entropy ``[B]`` in float32 or wider, whatever autocast makes the logits."""
+    return nn.functional.cross_entropy(
+        checks.accumulable(logits), labels.to(torch.int64), reduction="none"
+    )
+
+
+def check_output(output: object, kind: type[tuple[Any, ...]], labels: Tensor, classes: int) -> None:
+    """What a method's ``loss_terms`` is given, at the door.
+
+    Args:
+        output: to be a ``kind``, which has ``logits`` ``[B, K]``.
+        kind: what the method's forward yields.
+        labels: to be ``[B]`` integers in [0, K).
+        classes: K.
+
+    Raises:
+        ValueError: an output of another method's forward, labels of another shape or out of range.
+        TypeError: labels that are not integers.
+    """
+    if not isinstance(output, kind):
+        raise ValueError(
+            f"output: got {type(output).__name__}, want a {kind.__name__}, what this model's"
+            " forward yields"
+        )
+    logits: Tensor = output.logits  # type: ignore[attr-defined]
+    checks.labels("labels", labels, len(logits), classes)

@@ -1,7 +1,9 @@
 import dataclasses
+import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from PIL import Image
 import picnn_fast
 from picnn_fast import cli
 from picnn_fast._version import __version__
+from picnn_fast.data import DATA
 from picnn_fast.evaluation import FIGURES
 from picnn_fast.training.options import Options
 
@@ -273,6 +276,39 @@ def test_bad_values_are_refused_by_name(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate x --draws 0", "draws: got 0, want an integer >= 1"),
+        ("evaluate x --draws -3", "draws: got -3, want an integer >= 1"),
+        ("evaluate x --draws many", "draws: got 'many', want an integer"),
+        ("evaluate x --drawz 3", "drawz: there is no such option; did you mean 'draws'?"),
+        ("evaluate x --epochs 3", "epochs: there is no such option; --help lists all there are"),
+        ("evaluate x --image-size 3", "image_size: .* did you mean 'data.image_size'?"),
+        ("evaluate x --accelerator CPU", "accelerator: got 'CPU', want .* did you mean 'cpu'?"),
+        ("evaluate x --batch-size 1.5", "batch_size: got '1.5', want an integer or null"),
+        ("evaluate", "path: got nothing, want a path"),
+        ("evaluate x --draws", "draws: got nothing, want an integer"),
+        ("demo --draws 3", "draws: there is no such option; --help lists all there are"),
+        ("demo --epochs x", "epochs: got 'x', want an integer"),
+        ("demo --seed -1", "seed: got -1, want an integer >= 0 and <= 4294967295"),
+        ("convert a b", "root: got nothing, want a path"),
+        ("convert a --root x", "target: got nothing, want a path"),
+        ("convert a b --rot x", "rot: there is no such option; did you mean 'root'?"),
+        ("train --lr 0.1", "lr: there is no such option; did you mean 'optimizer.lr'?"),
+    ],
+)
+def test_bad_options_of_every_command_are_refused_in_one_line(
+    capsys, monkeypatch, tmp_path, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = _main(capsys, *arguments.split())
+    command = arguments.split()[0]
+    assert (status, out) == (2, "")
+    assert re.fullmatch(f"picnn-fast {command}: error: {message}\n".replace("?", r"\?"), err), err
+    assert not list(tmp_path.iterdir())
+
+
 def test_options_of_another_method_are_refused_from_flags_and_yaml(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("method: {name: picnn, template: {norm: l2}}\n")
@@ -367,6 +403,45 @@ def test_evaluation_on_other_classes_says_that_they_differ(capsys, one_category)
     assert status == 2
     assert f"error: data: folder has other classes (2: boat, car) than {one_category}" in err
     assert "was trained on (2: not cow, cow)" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--draws", 0), "draws: got 0, want"),
+        (("--batch-size", 0), "batch_size: got 0, want"),
+        (("--seed", -1), "seed: got -1, want"),
+        (("--accelerator", "mps"), "accelerator: got 'mps', but torch finds none here"),
+        (("--data.test_images", 0), "data.test_images: got 0, want"),
+        (("--data.test_images", 2), "data: got 2 test images, want"),
+        (("--data.image_size", 15), "data.image_size: got 15, want"),
+        (("--data.num_workers", -1), "data.num_workers: got -1, want"),
+        (("--data.sampling", 3), "data.sampling: there is no such option"),
+    ],
+)
+def test_bad_options_of_an_evaluation_are_refused_in_one_line(
+    capsys, one_category, option, message
+):
+    status, out, err = _main(capsys, "evaluate", one_category, *option)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+
+
+def test_evaluation_on_images_that_the_network_cannot_take_says_so(
+    capsys, monkeypatch, one_category
+):
+    from picnn_fast.data import part_animals
+
+    @functools.wraps(part_animals)  # whose options it has
+    def grey(**options):
+        data = part_animals(**options)
+        data.test_set = [(image.mean(0, keepdim=True), label) for image, label in data.test_set]
+        return data
+
+    monkeypatch.setitem(DATA, "part-animals", grey)
+    status, out, err = _main(capsys, "evaluate", one_category, "--accelerator", "cpu")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert f"the network in {one_category} cannot take images of 32 x 32 pixels and 1 ch" in err
 
 
 def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
@@ -511,7 +586,22 @@ def test_convert_writes_a_checkpoint_that_evaluate_takes(capsys, tmp_path):
     assert (status, "source: cannot read" in err) == (2, True)
     (tmp_path / "text").write_text("hello")
     status, _, err = _main(capsys, "convert", tmp_path / "text", tmp_path / "x.ckpt", *root)
-    assert (status, "is no checkpoint of PICNN's" in err, err.count("\n")) == (2, True, 1)
+    assert (status, err.endswith(f"source: {tmp_path}/text is not a PyTorch checkpoint\n")) == (
+        2,
+        True,
+    )
+    correlation = {name: value for name, value in model.items() if not name.endswith("relation")}
+    for content, message in (
+        ([1], "is no checkpoint of PICNN's: it holds no tensors under 'model'; want one"),
+        ({"model": correlation}, "is no checkpoint of PICNN's: it lacks correlation; want one"),
+        ({"model": {**model, "correlation": torch.ones(2)}}, "its correlation is no matrix"),
+        ({"model": model, "args": Path("x")}, "holds pathlib.PosixPath, which could run code"),
+    ):
+        torch.save(content, tmp_path / "other.pth")
+        status, _, err = _main(
+            capsys, "convert", tmp_path / "other.pth", tmp_path / "x.ckpt", *root
+        )
+        assert (status, message in err, err.count("\n")) == (2, True, 1), err
     assert not (tmp_path / "x.ckpt").exists()
 
 

@@ -219,8 +219,7 @@ def receptive_field(
         >>> field.size, field.stride, field.first_centre, field.map_size
         ((6, 6), (2, 2), (1.0, 1.0), (16, 16))
     """
-    if not isinstance(features, nn.Module):
-        raise TypeError(f"features: got {type(features).__name__}, want a torch.nn.Module")
+    checks.module("features", features)
     height, width = _pair("image_size", image_size)
     checks.integer("channels", channels, 1)
     # Inside another module, so that a single layer is one too.

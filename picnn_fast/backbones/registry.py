@@ -111,12 +111,12 @@ def cut(
 
     Args:
         backbone: a name of ``BACKBONES``, or a module: images to logits.
-        layer: behind which it is cut, see ``split``. None: that of the backbone's row, of the row
-            whose family a given network is of, or between its ``forward_features`` and
-            ``forward_head``.
+        layer: name of the module behind which it is cut, as "layer4" or "features.29". None:
+            where the backbone of that name is cut, or a given network of its family, or one between
+            its ``forward_features`` and ``forward_head``.
         image_channels: of the images, for a name. None: the network's own default.
-        weights: trained ones, for a name that torchvision has them for, e.g. "DEFAULT" or
-            "IMAGENET1K_V1".
+        weights: trained weights, for a name that torchvision has them for, e.g. "DEFAULT" or
+            "IMAGENET1K_V1"; None: random ones.
 
     Raises:
         TypeError: a backbone that is neither, or of which the layer is not known.

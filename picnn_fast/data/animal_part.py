@@ -227,21 +227,22 @@ def animal_part(
 
     Args:
         root: folder of ``<synset>_obj`` folders.
-        image_size: side, pixels.
-        categories: some of ``CATEGORIES``, in this order; None: all 30.
+        image_size: side of the square images, pixels.
+        categories: some of the 30 animals, as bird or "red panda", in this order; None: all.
         parts: folder of ``<synset>`` folders with the places of parts; None: root.
         min_area: of an object's box, square pixels of the photograph; smaller ones are left out.
-        split_seed: of training and test images.
+        split_seed: of the split into training and test images.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.
         validation: share of the training images held out to validate on.
-        validation_seed: of their choice.
+        validation_seed: of the choice of the images held out.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
         FileNotFoundError, ValueError: see ``AnimalPart`` and ``PartDataModule``.
     """
+    checks.integer("split_seed", split_seed, 0)
     train_set, test_set = (
         AnimalPart(
             root,

@@ -182,13 +182,13 @@ def cub(
 
     Args:
         root: the folder ``CUB_200_2011``.
-        image_size: side, pixels.
+        image_size: side of the square images, pixels.
         landmark_names: some of ``parts/parts.txt``, in this order; None: all.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.
         validation: share of the training images held out to validate on.
-        validation_seed: of their choice.
+        validation_seed: of the choice of the images held out.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:

@@ -24,9 +24,9 @@ class DigitsDataModule(SeededDataModule):
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the shifts.
         max_shift: training images move by up to this many pixels along each axis, filled with 0.
-        augment: False leaves them where they are, whatever max_shift.
+        augment: False leaves training images where they are, whatever max_shift.
         validation: share of the training images held out to validate on.
-        validation_seed: of their choice.
+        validation_seed: of the choice of the images held out.
         num_workers: processes that read images; None: 0, fastest for images in memory.
 
     Raises:

@@ -30,6 +30,7 @@ with extra("train"):
 _FOREIGN = frozenset(
     {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
+_VALIDATION = 0.1  # share of the training images
 # Of each class, where the folder has no split: always the same images, whatever the seeds.
 _TEST_SHARE, _TEST_SEED = 0.2, 0
 
@@ -45,9 +46,10 @@ class ImageFolderDataModule(SeededDataModule):
     read as an image is an OSError that names it, once its turn comes.
 
     Validation images come from ``root/validation`` or ``root/val`` where there is one, else they
-    are held out of the training images. Where there is no ``root/test``, that folder is the test
-    split instead. Where ``root`` has no split but holds the class folders itself, a fifth of each
-    class is the test split, always the same. ``validation_source`` says which it is.
+    are held out of the training images; ``validation=0`` does without either. Where there is no
+    ``root/test``, that folder is the test split instead. Where ``root`` has no split but holds the
+    class folders itself, a fifth of each class is the test split, always the same.
+    ``validation_source`` says which it is.
 
     Ours is ``crop="random-resized"``; PICNN's published code has ``resize=256, crop="random",
     color_jitter=(0.4, 0.4, 0.4, 0.1)`` at 224 pixels, and the usual training on CIFAR-10
@@ -67,14 +69,14 @@ class ImageFolderDataModule(SeededDataModule):
         crop: of training images: "random-resized": 50 to 100 % of the area, resized to the square;
             "random": a square of image_size pixels of the resized image; "none": as in testing.
         padding: zero pixels put around the image before a random crop.
-        flip: left to right, half of the training images.
+        flip: turn half of the training images left to right.
         color_jitter: of training images: greatest change of brightness, contrast, saturation and
             hue, as torchvision's ``ColorJitter`` takes them; None: no change.
-        validation: share of the training images held out to validate on, where there is no folder
-            of validation images.
-        validation_seed: of their choice.
-        mean: per colour, on a scale of [0, 1], subtracted; ImageNet's by default.
-        std: per colour, on that scale, divided by; ImageNet's by default.
+        validation: share of the training images held out to validate on; 0: no validation. Images
+            in a validation folder are taken in place of the default, and no other goes with one.
+        validation_seed: of the choice of the images held out.
+        mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
+        std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
@@ -103,7 +105,7 @@ class ImageFolderDataModule(SeededDataModule):
         padding: int = 0,
         flip: bool = True,
         color_jitter: tuple[float, float, float, float] | None = None,
-        validation: float = 0.1,
+        validation: float = _VALIDATION,
         validation_seed: int = 0,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
@@ -175,7 +177,12 @@ class ImageFolderDataModule(SeededDataModule):
             remark = f"; the test split is {len(out)} of the {len(images)} images, drawn once"
         elif folders["test"].name != "test":
             remark = f"; the test split is {folders['test']}"
-        if "validation" in files:
+        if "validation" in files and self.validation not in (0, _VALIDATION):
+            raise ValueError(
+                f"validation: got {self.validation} beside {folders['validation']}, want"
+                f" {_VALIDATION}, the default, to validate on the images there, or 0 for none"
+            )
+        if "validation" in files and self.validation > 0:
             chosen = files["validation"]
             self.validation_source = f"the {len(chosen)} images in {folders['validation']}"
         else:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from picnn_fast._extras import extra
+from picnn_fast.ops import checks
 
 with extra("train"):
     import lightning as L
@@ -155,7 +156,8 @@ class SeededDataModule(L.LightningDataModule):
         """
         if self.category is not None or name not in self.class_names:
             raise ValueError(
-                f"category: got {name!r}, want one of {', '.join(map(repr, self.class_names))}"
+                f"category: got {name!r},{checks.did_you_mean(name, self.class_names)} want one of"
+                f" {', '.join(map(repr, self.class_names))}"
                 + ("" if self.category is None else ", once")
             )
         self.category = self.class_names.index(name)

@@ -481,19 +481,21 @@ def part_animals(
     """Drawn animals with their parts annotated, see ``PartAnimals``.
 
     Args:
-        image_size: side, pixels.
+        image_size: side of the square images, pixels.
         train_images: how many are drawn to train on, those held out included.
         test_images: how many are drawn to test on.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.
         validation: share of the training images held out to validate on.
-        validation_seed: of their choice.
+        validation_seed: of the choice of the images held out.
         num_workers: processes that read images; None: 0, they are in memory.
 
     Raises:
         FileNotFoundError, ValueError: see ``PartAnimals`` and ``PartDataModule``.
     """
+    checks.integer("train_images", train_images, 1)
+    checks.integer("test_images", test_images, 1)
     return PartDataModule(
         PartAnimals("train", train_images, image_size=image_size),
         PartAnimals("test", test_images, image_size=image_size),

@@ -222,20 +222,21 @@ def voc_part(
 
     Args:
         root: folder that holds ``Annotations_Part`` and ``VOCdevkit``.
-        image_size: side, pixels.
+        image_size: side of the square images, pixels.
         categories: some of bird, cat, cow, dog, horse, sheep, in this order; None: all.
         min_area: of an object's box, square pixels of the photograph; smaller ones are left out.
-        split_seed: of training and test images where VOC's own lists are not there.
+        split_seed: of the split into training and test images where VOC's own lists are not there.
         batch_size: images a step (a process, when there are several).
         seed: of the order of the images, and of the flips.
         augment: flip half of the training images left to right.
         validation: share of the training images held out to validate on.
-        validation_seed: of their choice.
+        validation_seed: of the choice of the images held out.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
         FileNotFoundError, ValueError: see ``VOCPart`` and ``PartDataModule``.
     """
+    checks.integer("split_seed", split_seed, 0)
     train_set, test_set = (
         VOCPart(
             root,

@@ -1,6 +1,6 @@
 """The figures a trained network is measured by: one record each, and the loop that walks them."""
 
-from picnn_fast.evaluation.figures import FIGURES, Figure, check_figures, format_figure
+from picnn_fast.evaluation.figures import FIGURES, Figure, format_figure, read_figures
 from picnn_fast.evaluation.loop import Figures, evaluate
 from picnn_fast.evaluation.observation import Observation, pool
 
@@ -9,8 +9,8 @@ __all__ = [
     "Figure",
     "Figures",
     "Observation",
-    "check_figures",
     "evaluate",
     "format_figure",
     "pool",
+    "read_figures",
 ]

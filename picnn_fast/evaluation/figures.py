@@ -74,7 +74,7 @@ def _needs_parts(kind: str) -> Callable[[InterpretableNetwork, SeededDataModule]
             return "the maps are not [B, N, h, w]"
         try:
             field = _field(network, data)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             return str(error)
         samples = len(data.part_sets["test"])
         size = samples * network.num_filters * math.prod(field.map_size) * 4
@@ -208,18 +208,22 @@ FIGURES: dict[str, Figure] = {
 }
 
 
-def check_figures(values: object) -> None:
-    """
+def read_figures(values: object) -> dict[str, float | str]:
+    """Figures that were written down; one that is new since then is "n/a".
+
     Raises:
         ValueError: values that are not those ``evaluate`` returns.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"got {type(values).__name__}, want a mapping of figures")
-    for name in FIGURES:
-        value = values.get(name)
+    if FIGURES.keys().isdisjoint(values):
+        raise ValueError(f"got no figure, want a mapping of {', '.join(FIGURES)}")
+    for name in FIGURES.keys() & values.keys():
+        value = values[name]
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number and not (isinstance(value, str) and value.startswith(NOT_AVAILABLE)):
             raise ValueError(f"{name} is {value!r}, want a number, or text {NOT_AVAILABLE!r}…")
+    return {**dict.fromkeys(FIGURES, f"{NOT_AVAILABLE}not measured then"), **values}
 
 
 def format_figure(values: Mapping[str, float | str], name: str) -> str:

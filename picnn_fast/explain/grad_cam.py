@@ -130,13 +130,12 @@ def pathway_grad_cam(
 ) -> PathwayGradCam:
     """Grad-CAM of the true class through all filters, the class's filters, and the rest.
 
-    The class's filters are a mask drawn for the label's row of the correspondence matrix, as in
-    ACC3; the rest is its complement. Where the matrix is near 0 and 1 (a trained PICNN) the draw
-    hardly matters; for STD, whose matrix is random, it is a random tenth of the filters with ten
-    classes.
+    The class's filters are a mask drawn for the label's row of ``ownership()``, as in ACC3; the
+    rest is its complement. Where that is near 0 and 1 (a trained PICNN) the draw hardly matters;
+    where it is random (STD), it is a random tenth of the filters with ten classes.
 
     Args:
-        network: PICNN, STD or ICNN in eval mode.
+        network: any whose filters belong to classes, in eval mode.
         images: ``[B, C, H, W]``.
         labels: true classes, ``[B]`` integers in [0, K).
         seed: of the draw.
@@ -146,7 +145,7 @@ def pathway_grad_cam(
 
     Raises:
         TypeError: arguments of the wrong kind.
-        ValueError: shapes that disagree, labels that are no class.
+        ValueError: shapes that disagree, labels that are no class, filters that belong to none.
     """
     if not isinstance(network, InterpretableNetwork):
         raise TypeError(
@@ -165,8 +164,7 @@ def pathway_grad_cam(
 
 def _module(network: nn.Module, layer: str | nn.Module | None) -> nn.Module:
     """The module of ``network`` that ``layer`` says."""
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network: got {type(network).__name__}, want a torch.nn.Module")
+    checks.module("network", network)
     modules: dict[str, nn.Module] = {name: m for name, m in network.named_modules() if name}
     if isinstance(network, InterpretableNetwork) and layer is None:
         if network.channel_dim != 1:

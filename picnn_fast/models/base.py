@@ -1,15 +1,14 @@
 """What every method offers to the training loop, the metrics and the pictures: one protocol."""
 
 import abc
-import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from picnn_fast.functional import bernoulli_mask
+from picnn_fast.models.correspondence import drawn_mask
 from picnn_fast.models.masked_head import MaskedHead
 from picnn_fast.ops import checks
 
@@ -33,6 +32,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
 
     Attributes:
         features, head, num_classes, num_filters, channel_dim: as given.
+        filters_per_class: filters that ``make_interpretable`` takes for each class where it inserts
+            the target layer; None takes as many as the backbone yields.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -42,6 +43,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     Warns:
         UserWarning: a single class; at the first forward, maps of a single position.
     """
+
+    filters_per_class: ClassVar[float | None] = 12.8  # PICNN, figure 5
 
     def __init__(
         self,
@@ -54,9 +57,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         channel_dim: int = 1,
     ) -> None:
         super().__init__()
-        for name, module in (("features", features), ("head", head)):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: got {type(module).__name__}, want a torch.nn.Module")
+        checks.module("features", features)
+        checks.module("head", head)
         self.masked_head = MaskedHead(
             head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim
         )
@@ -77,7 +79,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
 
         Args:
             images: ``[B, C, H, W]``, whatever ``features`` take.
-            labels: ``[B]`` integers, for methods that select filters by the true label.
+            labels: ``[B]`` integers; used by methods that select filters by the true label alone.
         """
 
     @abc.abstractmethod
@@ -115,18 +117,13 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimiser groups, each with a ``name`` and its rate; decay where it is a group's own.
 
-        Args:
-            lr: of the network, >= 0; e.g. 1e-3 with Adam.
+        The network's rate is ``lr`` >= 0, e.g. 1e-3 with Adam.
         """
         lr = checks.non_negative("lr", lr)
         return [{"params": list(self.parameters()), "lr": lr, "name": "network"}]
 
     def optimizers(self, lr: float) -> dict[str, list[dict[str, Any]]]:
-        """Groups of each optimiser by name: one, but for methods whose epochs take turns.
-
-        Args:
-            lr: of the network, >= 0.
-        """
+        """Groups of each optimiser by name: one, but for methods whose epochs take turns."""
         return {"network": self.parameter_groups(lr)}
 
     def optimizer_of(self, epoch: int, epochs: int | None = None) -> str:
@@ -136,12 +133,10 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     def begin_epoch(
         self, epoch: int, batches: int | None = None, epochs: int | None = None
     ) -> None:
-        """Told by the training loop before each epoch.
+        """Told by the training loop before each epoch, which count from 1.
 
-        Args:
-            epoch: from 1.
-            batches: of that epoch, on each rank; None where it is not known beforehand.
-            epochs: of the run; None where that is not known.
+        ``batches`` are those of the epoch on each rank, ``epochs`` those of the run; None where
+        that is not known beforehand.
         """
         checks.integer("epoch", epoch, 1)
         for name, value in (("batches", batches), ("epochs", epochs)):
@@ -177,20 +172,12 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             ``[B, N]`` of 0 and 1, float32 or wider, without gradient.
 
         Raises:
-            TypeError, ValueError: labels that are no class indices.
-            ValueError: a method whose filters belong to no class.
+            TypeError, ValueError: labels that are no class indices; filters that belong to none.
         """
         probabilities = self.ownership()
         if probabilities is None:
             raise ValueError(f"class_mask: {type(self).__name__} gives no filter to a class")
-        checks.tensor("labels", labels)
-        checks.labels("labels", labels, labels.numel(), self.num_classes)
-        checks.same_device("labels", labels, "the model", probabilities)
-        # All of softmax's weight on the label: the pseudo-label drawn is the label itself.
-        logits = probabilities.new_full((len(labels), self.num_classes), -math.inf)
-        logits = logits.scatter(1, labels.to(torch.int64)[:, None], 0.0)
-        maps = probabilities.new_zeros(len(labels), self.num_filters)
-        return bernoulli_mask(maps, logits, probabilities, seed=seed)[1]
+        return drawn_mask(probabilities, labels, seed=seed)
 
     def discriminator(self) -> nn.Sequential:
         """The plain network to deploy, images to logits.
@@ -212,25 +199,3 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     def options(self) -> Mapping[str, object]:
         """The method's own options, as they were given, for ``repr``."""
         return {}
-
-
-def check_output(output: object, kind: type[tuple[Any, ...]], labels: Tensor, classes: int) -> None:
-    """
-    Raises:
-        ValueError: an output of another method's forward, labels of another shape or out of range.
-        TypeError: labels that are not integers.
-    """
-    if not isinstance(output, kind):
-        raise ValueError(
-            f"output: got {type(output).__name__}, want a {kind.__name__}, what this model's"
-            " forward yields"
-        )
-    logits: Tensor = output.logits  # type: ignore[attr-defined]
-    checks.labels("labels", labels, len(logits), classes)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-sample cross entropy ``[B]`` in float32 or wider, whatever autocast makes the logits."""
-    return nn.functional.cross_entropy(
-        checks.accumulable(logits), labels.to(torch.int64), reduction="none"
-    )

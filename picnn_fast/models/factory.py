@@ -18,7 +18,6 @@ METHODS: dict[str, type[InterpretableNetwork]] = {
     "csg": CSG,
     "icnn": ICNN,
 }
-FILTERS_PER_CLASS = 12.8  # PICNN, figure 5
 # A bound of ours: with so many for each of a thousand classes the inserted convolution would be
 # most of the network.
 MOST_TIMES_THE_CHANNELS = 4
@@ -52,13 +51,14 @@ def make_interpretable(
         layer: name of the module behind which the backbone is cut, "layer4" or "features.29", see
             ``picnn_fast.backbones.split``. None: where the named ones are cut, and torchvision's
             networks of their families; between ``forward_features`` and ``forward_head``.
-        num_filters: N of the target layer. None: what the backbone yields for "icnn" and where no
-            convolution is inserted (a pair without insertion must give it), else
-            ``round(12.8 * num_classes)`` (PICNN, figure 5), but at most four times the channels
-            that the backbone yields, a bound of ours: with 1000 classes 2048 on a ResNet-18.
+        num_filters: N of the target layer. None: what the backbone yields where no convolution is
+            inserted (a pair without insertion must give it) and for methods without
+            ``filters_per_class``, as "icnn"; else ``round(filters_per_class * num_classes)``, 12.8
+            a class (PICNN, figure 5), but at most four times the channels that the backbone
+            yields, a bound of ours: with 1000 classes 2048 on a ResNet-18.
         insert_conv: True puts a new convolution to ``num_filters`` channels after the features,
             with a ReLU unless ``inserted_activation`` says otherwise; False takes the features'
-            own last maps.
+            own last maps, as a method that has no ``in_channels`` wants it.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         in_channels: channels that the features of a *pair* yield, wanted where a convolution is
             inserted; known for the other backbones, unless only running them can tell.
@@ -91,11 +91,18 @@ def make_interpretable(
     check_insert_kernel(insert_kernel, inserted=insert_conv)
     if insert_kernel != 3:  # methods need not know of it
         options["insert_kernel"] = insert_kernel
-    known = inspect.signature(METHODS[method]).parameters
+    kind = METHODS[method]
+    known = inspect.signature(kind).parameters
     for name in options:
         if name not in known:
             wanted = ", ".join(n for n, p in known.items() if p.kind is p.KEYWORD_ONLY)
             raise TypeError(f"{name}: method {method!r} has no such option, want one of {wanted}")
+    if insert_conv and "in_channels" not in known:
+        raise ValueError(
+            f"insert_conv: got True, want False: method {method!r} has no in_channels, and puts no"
+            " convolution after the features"
+        )
+    per_class = kind.filters_per_class if insert_conv else None
 
     if isinstance(backbone, tuple | list) and len(backbone) == 2:
         features, head = backbone
@@ -117,7 +124,7 @@ def make_interpretable(
             )
         if num_filters is None and in_channels is not None:
             checks.integer("in_channels", in_channels, 1)
-            num_filters = _default_filters(method, num_classes, in_channels, insert_conv)
+            num_filters = _default_filters(per_class, num_classes, in_channels)
     else:
         parts = cut(backbone, layer, image_channels=image_channels, weights=weights)
         features = parts.features
@@ -142,23 +149,18 @@ def make_interpretable(
                 " the channels that the backbone yields; or None"
             )
         if num_filters is None:
-            num_filters = _default_filters(method, num_classes, in_channels, insert_conv)
+            num_filters = _default_filters(per_class, num_classes, in_channels)
         checks.integer("num_filters", num_filters, 1)
         head = parts.head(in_channels, num_filters, num_classes)
-    build: Any = METHODS[method]
-    model: InterpretableNetwork = build(
-        features,
-        head,
-        num_classes,
-        num_filters,
-        in_channels=in_channels if insert_conv else None,
-        **options,
-    )
+    if insert_conv:
+        options["in_channels"] = in_channels
+    build: Any = kind
+    model: InterpretableNetwork = build(features, head, num_classes, num_filters, **options)
     placed = next(features.parameters(), None)
     return model if placed is None else model.to(placed.device)
 
 
-def _default_filters(method: str, num_classes: int, channels: int, insert_conv: bool) -> int:
-    if not insert_conv or method == "icnn":
+def _default_filters(per_class: float | None, num_classes: int, channels: int) -> int:
+    if per_class is None:
         return channels
-    return min(round(FILTERS_PER_CLASS * num_classes), MOST_TIMES_THE_CHANNELS * channels)
+    return min(round(per_class * num_classes), MOST_TIMES_THE_CHANNELS * channels)

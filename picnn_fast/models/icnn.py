@@ -1,8 +1,10 @@
 """ICNN: Interpretable CNN, whose top filters are pushed to stand for one object part each."""
 
+import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +15,17 @@ from picnn_fast.layers import (
     check_insert_kernel,
     inserted_convolution,
 )
-from picnn_fast.losses import FilterLoss, PublishedFilterLoss
-from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.losses import FilterLoss, PublishedFilterLoss, check_output, cross_entropy
+from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.masked_head import layers_of, leading_pooling
 from picnn_fast.ops import checks
-from picnn_fast.ops.templates import PartTemplate, check_template
+from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
 
 TASKS = ("softmax", "logistic", "single")
 INITIAL = ("default", "published")
 ESTIMATORS = ("batch", "running", "target", "published")
+# Of one map; the time of a filter loss grows with the square.
+MANY_POSITIONS = 1024
 
 
 class ICNNOutput(NamedTuple):
@@ -110,7 +114,8 @@ class ICNN(InterpretableNetwork):
 
     The paper's tau suits activations of tens, as in its networks. Where they are about 1, as after
     batch norm, every exp(s) is 1 and the filter loss does next to nothing: give the template a tau
-    of 0.1 or so. "running" and "target" are bound to the size of the first images.
+    of 0.1 or so. "running" and "target" are bound to the size of the first images; see
+    ``functional.filter_loss`` and ``functional.published_filter_loss``.
 
     The defaults are the paper's text. The authors' published code has, beside other training,
     ``center="mass"``, ``learn_beta=True``, ``mask_after_pool=True``, ``category_by="max"``,
@@ -129,30 +134,38 @@ class ICNN(InterpretableNetwork):
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         initial: of the inserted convolution: "default" for PyTorch's, or "published": weights
             normal with deviation 0.01, no bias at first.
-        template: of the mask layers and filter losses; None is the paper's, ``PartTemplate()``.
-        center: of the masks, see ``functional.template_mask``: "argmax", or "mass" as published.
-        learn_beta: of the masks, and of "published" losses: one a filter, which follows how far its
-            maps spread, see ``LearnedBeta``; ``after_step`` takes it on. The other losses keep the
+        template: the shape of a part, of the mask layers and filter losses; None is the paper's,
+            ``PartTemplate()``.
+        center: where a mask's template lies: "argmax": on the largest activation; "mass": on the
+            map's centre of mass, as published.
+        learn_beta: let each filter learn the template's beta for its masks, and for "published"
+            losses; it follows how far the filter's maps spread. The other losses keep the
             template's. Gradient templates alone.
-        mask_after_pool: put the second mask layer and filter loss behind the pooling that ``head``
-            starts with, which goes over to ``features``: up to its last max or average pooling of
-            a fixed window; ``head`` must be an ``nn.Sequential``.
-        estimator: "batch", "running" or "target", see ``functional.filter_loss``; "published", see
-            ``functional.published_filter_loss``. "target" and "published" use the categories.
-        category_by: the map's "sum", or its "max" as published, see ``FilterCategories``.
+        mask_after_pool: put the second mask layer and filter loss behind the pooling that the head
+            starts with, which goes over to the features: up to its last max or average pooling of
+            a fixed window; the head must be an ``nn.Sequential``.
+        estimator: of the filter loss: exact over each "batch"; from "running" estimates; from those
+            and the "target", the one template that a map is assigned to by its filter's category;
+            or as "published" by the authors, by the categories too.
+        category_by: what of a filter's maps tells its category: their "sum", or their "max" as
+            published.
         task: "softmax": cross entropy over the classes; "logistic": the sum of K independent
             logistic losses; "single": one category against the rest, label 1 for its images and
             0 for the others, logistic loss of the difference of two logits (K = 2); every filter
             is of category 1.
-        filter_loss_weight: of lambda, >= 0; None takes 0.003, and 1e-6 for "published". Lambda
-            grows with the activations, which the loss makes grow: too large a weight drowns the
-            discrimination.
-        momentum: of the running estimates of filter loss and categories.
+        filter_loss_weight: of the filter losses, which lambda is in proportion to, >= 0; None takes
+            0.003, and 1e-6 for the estimator "published". Lambda grows with the activations, which
+            the loss makes grow: too large a weight drowns the discrimination.
+        momentum: share of a new batch in the running estimates of filter loss and categories.
         mask_scale: what a mask layer multiplies the peak by: 1, or "tau" for the paper's text.
 
     Raises:
         TypeError, ValueError: see ``InterpretableNetwork``; options out of range, or that do not go
             together.
+
+    Warns:
+        UserWarning: see ``InterpretableNetwork``; at a forward, maps on which filter losses take
+            long, once.
 
     Note:
         In ``forward``, hooks on ``features`` itself do not run, hooks on its layers do.
@@ -176,6 +189,7 @@ class ICNN(InterpretableNetwork):
         torch.Size([8])
     """
 
+    filters_per_class: ClassVar[float | None] = None  # the paper: as many as the layer below
     epoch: Tensor
 
     def __init__(
@@ -199,7 +213,9 @@ class ICNN(InterpretableNetwork):
         momentum: float = 0.1,
         mask_scale: float | Literal["tau"] = 1.0,
     ) -> None:
+        checks.module("features", features)
         template = PartTemplate() if template is None else check_template(template)
+        check_scale(mask_scale, "mask_scale")
 
         def mask(width: int) -> TemplateMask:
             beta = LearnedBeta(template, width) if learn_beta else None
@@ -220,6 +236,7 @@ class ICNN(InterpretableNetwork):
                 layers["pool"], head = _split_behind_pooling(head)
             layers["mask"] = mask(num_filters)
         super().__init__(nn.Sequential(layers), head, num_classes, num_filters)
+        self._warned = False
         self.task = checks.one_of("task", task, TASKS)
         if task == "single" and num_classes != 2:
             raise ValueError(
@@ -262,17 +279,13 @@ class ICNN(InterpretableNetwork):
         return categories
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> ICNNOutput:
-        """Logits, maps and activations.
-
-        Args:
-            images: ``[B, C, H, W]``, whatever ``features`` take.
-            labels: not used.
-        """
+        """Logits, maps and activations; the labels are not used."""
         maps, activations = images, []
         for layer in self.features.children():
             if isinstance(layer, TemplateMask):
                 activations.append(maps)
             maps = layer(maps)
+        self._warn_of_many_positions(activations)
         return ICNNOutput(self.head_logits(maps), maps, tuple(activations))
 
     def loss_terms(self, output: ICNNOutput, labels: Tensor) -> dict[str, Tensor]:
@@ -281,13 +294,8 @@ class ICNN(InterpretableNetwork):
         In training mode the categories and running estimates take in the batch, and learnt betas
         see where they are to go.
 
-        Args:
-            output: of ``forward``.
-            labels: ``[B]`` integers in [0, K).
-
         Raises:
-            TypeError: labels that are not integers.
-            ValueError: labels of another shape or out of range, or an output of another model.
+            TypeError, ValueError: see ``InterpretableNetwork``.
             RuntimeError: computed again by ``torch.utils.checkpoint``, in training.
         """
         check_output(output, ICNNOutput, labels, self.num_classes)
@@ -335,6 +343,19 @@ class ICNN(InterpretableNetwork):
     def _betas(self) -> list[LearnedBeta | None]:
         """Of each mask layer."""
         return [mask.beta for mask in self.features.children() if isinstance(mask, TemplateMask)]
+
+    def _warn_of_many_positions(self, activations: list[Tensor]) -> None:
+        if self._warned or torch.compiler.is_compiling():
+            return
+        size = max((maps.shape[2:] for maps in activations), key=math.prod)
+        if math.prod(size) > MANY_POSITIONS:
+            self._warned = True
+            warnings.warn(
+                f"features: yield maps {' x '.join(map(str, size))}; filter losses take long on"
+                f" more than {MANY_POSITIONS} positions: smaller images, or a deeper backbone, take"
+                " less",
+                stacklevel=3,
+            )
 
     def _discrimination(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.task != "logistic":  # of two logits, cross entropy is the logistic loss

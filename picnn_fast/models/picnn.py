@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from picnn_fast.functional import bernoulli_mask, gumbel_mask
 from picnn_fast.layers import with_target_layer
-from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.losses import check_output, cross_entropy
+from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.ops import checks
 
@@ -43,21 +44,27 @@ class PICNN(InterpretableNetwork):
         in_channels: channels of ``features``: a new target layer is put after them, a convolution
             to ``num_filters`` channels. None inserts nothing.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
-        inserted_activation: of that layer: "relu", or "none", as in the published code, where maps
-            have both signs.
-        normalization, initial: of the correspondence matrix, see ``Correspondence``.
-        correspondence_lr: learning rate of W; None follows the network's, as published. At 100
-            times the network's (tuned on the digits) P soon is near 0 and 1; on photographs the
-            pattern of the mask alone then names the class.
-        correspondence_weight_decay: of W; None follows the optimiser's, as published.
-        mask_at: where masks are applied, see ``MaskedHead``.
-        sampling: "bernoulli", or "gumbel": Gumbel-softmax at temperature 0.01, the paper's
-            ablation (table 4), for ``normalization="class_softmax"`` alone. ``class_mask`` is a
-            Bernoulli draw either way: a filter's chance in one row is the same.
+        inserted_activation: behind the inserted convolution: "relu", or "none", as in the published
+            code, where maps have both signs.
+        normalization: of the correspondence matrix P, from free weights W: "class_softmax": over
+            the classes, so that each filter's column sums to 1; "sigmoid": independent
+            probabilities.
+        initial: W of the correspondence matrix: "uniform" in [0, 1); "published": the softmax over
+            the classes of such numbers, as in the authors' code, which makes P flatter.
+        correspondence_lr: learning rate of the correspondence matrix; None follows the network's,
+            as published. At 100 times the network's (tuned on the digits) P soon is near 0 and 1;
+            on photographs the pattern of the mask alone then names the class.
+        correspondence_weight_decay: of the correspondence matrix; None follows the optimiser's, as
+            published.
+        mask_at: where filters are masked: "maps", or "late", behind the pooling that the head
+            starts with, where it is the same and takes less; "auto": late where possible.
+        sampling: how masks are drawn: "bernoulli", or "gumbel": Gumbel-softmax at temperature 0.01,
+            the paper's ablation (table 4), with normalization "class_softmax" alone. Masks of a
+            given class are Bernoulli draws either way: a filter's chance in one row is the same.
         interpretation_loss_on: "correct": the interpretation pathway's cross entropy is the mean
             over the samples whose pseudo-label is the label (0 where there is none), as in the
             published code; "all": over all samples, as in the paper's text.
-        interpretation_weight: λ of eq. 3.
+        interpretation_weight: of the interpretation pathway's loss, λ of eq. 3.
 
     Raises:
         TypeError, ValueError: see ``InterpretableNetwork``.
@@ -143,9 +150,7 @@ class PICNN(InterpretableNetwork):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> PICNNOutput:
         """Both pathways, in training and in evaluation alike (``discriminator()`` runs one alone).
 
-        Args:
-            images: ``[B, C, H, W]``, whatever ``features`` take.
-            labels: not used; the pseudo-label keeps the label from leaking (paper, figure 4).
+        The labels are not used: the pseudo-label keeps them from leaking (paper, figure 4).
         """
         maps = self.filter_maps(images)
         shared, layers = self.masked_head.share(self.head, maps)
@@ -158,16 +163,7 @@ class PICNN(InterpretableNetwork):
         return PICNNOutput(logits, masked_logits, mask, pseudo_label, maps)
 
     def loss_terms(self, output: PICNNOutput, labels: Tensor) -> dict[str, Tensor]:
-        """``discrimination`` (eq. 1) and ``interpretation`` (eq. 2, times λ); they sum to eq. 3.
-
-        Args:
-            output: of ``forward``.
-            labels: ``[B]`` integers in [0, K).
-
-        Raises:
-            TypeError: labels that are not integers.
-            ValueError: labels of another shape or out of range, or an output of another model.
-        """
+        """``discrimination`` (eq. 1) and ``interpretation`` (eq. 2, times λ); they sum to eq. 3."""
         check_output(output, PICNNOutput, labels, self.num_classes)
         discrimination = cross_entropy(output.logits, labels).mean()
         interpretation = cross_entropy(output.masked_logits, labels)

@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from picnn_fast.layers import with_target_layer
-from picnn_fast.models.base import InterpretableNetwork, check_output, cross_entropy
+from picnn_fast.losses import check_output, cross_entropy
+from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
 
 
@@ -28,9 +29,15 @@ class STD(InterpretableNetwork):
         in_channels: channels of ``features``: a new target layer is put after them, a convolution
             to ``num_filters`` channels. None inserts nothing.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
-        inserted_activation: of that layer, "relu" or "none" (PICNN's published code).
-        normalization: of the random matrix, see ``Correspondence``.
-        mask_at: where masks are applied, see ``MaskedHead``.
+        inserted_activation: behind the inserted convolution: "relu", or "none", as in PICNN's
+            published code.
+        normalization: of the random correspondence matrix P: "class_softmax": over the classes, so
+            that each filter's column sums to 1; "sigmoid": independent probabilities.
+        initial: "uniform": P is made of numbers uniform in [0, 1); "published": of their softmax,
+            as in PICNN's published code, which makes it flatter.
+        mask_at: where filters are masked to measure them: "maps", or "late", behind the pooling
+            that the head starts with, where it is the same and takes less; "auto": late where
+            possible.
 
     Raises:
         TypeError, ValueError: see ``InterpretableNetwork``.
@@ -63,6 +70,7 @@ class STD(InterpretableNetwork):
         insert_kernel: int = 3,
         inserted_activation: Literal["relu", "none"] = "relu",
         normalization: Literal["class_softmax", "sigmoid"] = "class_softmax",
+        initial: Literal["uniform", "published"] = "uniform",
         mask_at: Literal["auto", "maps", "late"] = "auto",
         channel_dim: int = 1,
     ) -> None:
@@ -78,30 +86,20 @@ class STD(InterpretableNetwork):
             features, head, num_classes, num_filters, mask_at=mask_at, channel_dim=channel_dim
         )
         self.correspondence = Correspondence(
-            num_classes, num_filters, normalization=normalization, trained=False
+            num_classes,
+            num_filters,
+            normalization=normalization,
+            initial=initial,
+            trained=False,
         )
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> STDOutput:
-        """Logits and maps.
-
-        Args:
-            images: ``[B, C, H, W]``, whatever ``features`` take.
-            labels: not used.
-        """
+        """Logits and maps; the labels are not used."""
         maps = self.filter_maps(images)
         return STDOutput(self.head_logits(maps), maps)
 
     def loss_terms(self, output: STDOutput, labels: Tensor) -> dict[str, Tensor]:
-        """``discrimination`` alone: the mean cross entropy of the logits.
-
-        Args:
-            output: of ``forward``.
-            labels: ``[B]`` integers in [0, K).
-
-        Raises:
-            TypeError: labels that are not integers.
-            ValueError: labels of another shape or out of range, or an output of another model.
-        """
+        """``discrimination`` alone: the mean cross entropy of the logits."""
         check_output(output, STDOutput, labels, self.num_classes)
         return {"discrimination": cross_entropy(output.logits, labels).mean()}
 

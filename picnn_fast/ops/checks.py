@@ -49,19 +49,32 @@ def _number(name: str, value: object) -> None:
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
+        near = did_you_mean(value, choices)
+        raise ValueError(
+            f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}"
+            + (f";{near}" if near else "")
+        )
     return value
 
 
 def did_you_mean(value: object, names: Iterable[str]) -> str:
-    """For the error about a name that is none of these: " did you mean 'x'?", or nothing."""
-    near = difflib.get_close_matches(str(value), names, 1)
-    return f" did you mean {near[0]!r}?" if near else ""
+    """For the error about a name that is none of these: " did you mean 'x'?", or nothing.
+
+    Upper and lower case are alike.
+    """
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower(), lower, 1)
+    return f" did you mean {lower[near[0]]!r}?" if near else ""
 
 
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+
+
+def module(name: str, value: object) -> None:
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.nn.Module")
 
 
 def floating(name: str, value: Tensor) -> None:

@@ -92,8 +92,13 @@ class PartTemplate:
                     f"{name}: got {value!r}, want None: it is an option of"
                     f" {' and '.join(map(repr, profiles))} profiles"
                 )
-            if not (value == "published" and (name, self.profile) == ("beta", "gradient")):
-                checks.positive(name, value)
+            if isinstance(value, str) and (name, value) == ("beta", "published"):
+                if self.profile == "gradient":
+                    continue
+                raise TypeError(
+                    f"{name}: got {value!r} with profile {self.profile!r}, want a number > 0"
+                )
+            checks.positive(name, value)
         if self.tau is not None:
             _float32("tau", self.tau)
 
@@ -335,11 +340,11 @@ def _float32(name: str, value: float) -> float:
     return float(value)
 
 
-def check_scale(scale: float | Literal["tau"]) -> float | Literal["tau"]:
+def check_scale(scale: float | Literal["tau"], name: str = "scale") -> float | Literal["tau"]:
     if isinstance(scale, str):
-        checks.one_of("scale", scale, ("tau",))
+        checks.one_of(name, scale, ("tau",))
         return scale
-    return _float32("scale", scale)
+    return _float32(name, scale)
 
 
 def check_beta(beta: Tensor, template: PartTemplate, x: Tensor) -> None:

@@ -1,18 +1,24 @@
-"""The pictures of a run: correspondence matrices, training curves, Grad-CAM."""
+"""The pictures of a run: which filter stands for which class, training curves, Grad-CAM."""
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from picnn_fast._extras import extra
 from picnn_fast.explain import PathwayGradCam
-from picnn_fast.ops import checks
+from picnn_fast.report.style import (
+    AS_IT_IS,
+    DPI,
+    HEAT_COLOURS,
+    displayed,
+    overlay,
+    saved,
+    without_frame,
+)
 
 with extra("report"):
     from matplotlib.axes import Axes
@@ -21,34 +27,20 @@ with extra("report"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-_DPI = 150
-_OVERSHOOT = 0.05
-# Of a text that holds a name: a "$" in it is no mathematics.
-AS_IT_IS: dict[str, Any] = {"parse_math": False}
-_Image = npt.NDArray[np.float32]
-_PROBABILITY_COLOURS = "magma"
-_HEAT_COLOURS = "inferno"
+_SHARE_COLOURS = "magma"
 # Told apart without colours too, and each seen where it lies on another: the first is the widest.
-_PATHWAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "acc1": ("ACC1, all filters", {"color": "#1b6ca8", "linewidth": 4.0}),
-    "acc2": (
-        "ACC2, filters drawn for the pseudo-label",
-        {"color": "#2e9e5b", "linewidth": 2.2, "linestyle": "--"},
-    ),
-    "acc3": (
-        "ACC3, without the true class's filters",
-        {"color": "#d1495b", "linewidth": 1.6, "linestyle": ":"},
-    ),
-}
+_FIGURE_COLOURS = ("#1b6ca8", "#2e9e5b", "#d1495b", "#8a6d1f")
+_FIGURE_DASHES = ("-", "--", ":")
+_FIGURE_WIDTHS = (4.0, 2.2, 1.6)
 _TERM_COLOURS = ("#5b4b8a", "#e08e45", "#4a7c59", "#888888")
 _TERM_DASHES = ("-", "--", ":")  # three to four colours: twelve pairs before one comes again
 
 
 def sort_filters(correspondence: Tensor) -> Tensor:
-    """Order of the filters by their most probable class, the surest first within a class.
+    """Order of the filters by the class that keeps most of each, the surest first within a class.
 
     Args:
-        correspondence: ``[K, N]`` probabilities.
+        correspondence: ``[K, N]`` in [0, 1], of ``ownership()``.
 
     Returns:
         ``[N]`` filter indices.
@@ -60,13 +52,14 @@ def sort_filters(correspondence: Tensor) -> Tensor:
 def plot_correspondence(
     matrices: Mapping[str, Tensor], class_names: Sequence[str], path: str | Path | None = None
 ) -> Figure:
-    """Correspondence matrices as heat maps, one below the other, filters sorted by class.
+    """Which filter stands for which class, as heat maps one below the other, filters sorted.
 
-    Colours go from 0 to 1, or to the highest probability of a matrix where that is below a half:
-    of many classes each may have little.
+    Colours go from 0 to 1, or to the highest share in a matrix where that is below a half: of many
+    classes each may have little.
 
     Args:
-        matrices: title to probabilities ``[K, N]``.
+        matrices: title to ``[K, N]`` in [0, 1], what the ``ownership()`` of a network gives: the
+            probabilities of a PICNN, the categories of an ICNN, …
         class_names: K names.
         path: PNG file to write; None: none.
 
@@ -92,7 +85,7 @@ def plot_correspondence(
             )
     rows = len(class_names)
     height = 1.1 + len(matrices) * (0.75 + max(1.4, min(0.2 * rows, 6)))
-    figure = Figure(figsize=(10, height), layout="constrained", dpi=_DPI)
+    figure = Figure(figsize=(10, height), layout="constrained", dpi=DPI)
     axes = figure.subplots(len(matrices), 1, squeeze=False)[:, 0]
     scales = []
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
@@ -103,7 +96,7 @@ def plot_correspondence(
         axis.imshow(
             sorted_matrix,
             aspect="auto",
-            cmap=_PROBABILITY_COLOURS,
+            cmap=_SHARE_COLOURS,
             norm=scales[-1],
             interpolation="nearest",
         )
@@ -114,26 +107,30 @@ def plot_correspondence(
         shown = range(0, rows, step)
         axis.set_yticks(shown, [class_names[i] for i in shown], **AS_IT_IS)
         axis.tick_params(length=0)
-        _without_frame(axis)
-    axes[-1].set_xlabel("filter, sorted by its most probable class")
+        without_frame(axis)
+    axes[-1].set_xlabel("filter, sorted by the class that keeps most of it")
     alike = len({scale.vmax for scale in scales}) == 1
     for scale, beside in [(scales[0], list(axes))] if alike else zip(scales, axes, strict=True):
-        colours = ScalarMappable(scale, _PROBABILITY_COLOURS)
+        colours = ScalarMappable(scale, _SHARE_COLOURS)
         bar = figure.colorbar(colours, ax=beside, shrink=0.9, aspect=30, pad=0.015)
-        bar.set_label("probability that the class keeps the filter" if alike else "probability")
+        bar.set_label("share of the filter that the class keeps" if alike else "share kept")
         bar.outline.set_visible(False)
     return saved(figure, path)
 
 
 def plot_curves(
-    histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path | None = None
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    path: str | Path | None = None,
+    *,
+    headings: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Training loss, and accuracy of the three pathways, over epochs; a column for each run.
+    """Figures of the validation images, and training loss, over epochs; a column for each run.
 
     Args:
         histories: title to one mapping an epoch, with ``epoch`` (from 0), ``train/<term>`` losses
-            and ``val/acc1`` … ``val/acc3``, as ``training.run.read_history`` returns.
+            and ``val/<figure>``, as ``training.run.read_history`` returns.
         path: PNG file to write; None: none.
+        headings: figure to its name in the legend, in that order; others follow, in capitals.
 
     Returns:
         The figure.
@@ -156,14 +153,26 @@ def plot_curves(
     # Minus the mutual information is below 0.
     below = any(key.startswith("train/") and value < 0 for key, value in logged)
     loss_scale = "linear" if below else "log"
-    figure = Figure(figsize=(5.2 * len(histories), 6.4), layout="constrained", dpi=_DPI)
+    figures = [(key, value) for key, value in logged if key.startswith("val/")]
+    names = {f"val/{name}": heading for name, heading in (headings or {}).items()}
+    names |= {key: key[4:].upper() for key in sorted(dict(figures)) if key not in names}
+    shares = all(0 <= value <= 1 for _, value in figures)
+    figure = Figure(figsize=(5.2 * len(histories), 6.4), layout="constrained", dpi=DPI)
     grid = figure.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
     for column, (title, history) in enumerate(histories.items()):
-        accuracy, loss = grid[0, column], grid[1, column]
-        accuracy.set_title(title, loc="left", fontweight="bold", **AS_IT_IS)
-        for key, (label, style) in _PATHWAYS.items():
-            _line(accuracy, history, f"val/{key}", label, **style)
-        accuracy.set_ylim(0, 1.02)
+        above, loss = grid[0, column], grid[1, column]
+        above.set_title(title, loc="left", fontweight="bold", **AS_IT_IS)
+        looks = zip(
+            itertools.cycle(_FIGURE_COLOURS),
+            itertools.cycle(_FIGURE_DASHES),
+            itertools.cycle(_FIGURE_WIDTHS),
+            strict=False,
+        )
+        for (key, label), (colour, dashes, width) in zip(names.items(), looks, strict=False):
+            style = {"color": colour, "linestyle": dashes, "linewidth": width}
+            _line(above, history, key, label, zorder=3 - width / 10, **style)
+        if shares:
+            above.set_ylim(0, 1.02)
         terms = sorted(
             {key for row in history for key in row if key.startswith("train/")} - {"train/loss"}
         )
@@ -174,16 +183,16 @@ def plot_curves(
         loss.set_yscale(loss_scale)
         loss.set_xlabel("epoch")
         loss.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for axis in (accuracy, loss):
+        for axis in (above, loss):
             axis.grid(color="#dddddd", linewidth=0.6)
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
         if terms:
             loss.legend(frameon=False, fontsize=9, handlelength=3)
-    grid[0, 0].set_ylabel("accuracy on validation images")
+    grid[0, 0].set_ylabel("validation images")
     grid[1, 0].set_ylabel("loss (weighted terms)")
     known = {line.get_label(): line for axis in grid[0] for line in axis.get_lines()}
-    labels = [label for label, _ in _PATHWAYS.values() if label in known]
+    labels = [label for label in names.values() if label in known]
     figure.legend(
         [known[label] for label in labels],
         labels,
@@ -228,7 +237,7 @@ def plot_grad_cam(
         raise ValueError(f"labels: got {len(labels)} names, want {batch}, one for each of images")
     titles = ("image", "all filters", "class filters", "complement")
     figure = Figure(
-        figsize=(4.7 * len(rows) + 0.9, 1.1 * batch + 0.9), layout="constrained", dpi=_DPI
+        figsize=(4.7 * len(rows) + 0.9, 1.1 * batch + 0.9), layout="constrained", dpi=DPI
     )
     widths = [4.7] * len(rows) + [0.9]
     *blocks, margin = figure.subfigures(
@@ -245,66 +254,19 @@ def plot_grad_cam(
                 labels[i], rotation=0, ha="right", va="center", fontsize=11, **AS_IT_IS
             )
             for axis, heat in zip(axes[i, 1:], heats, strict=True):
-                _overlay(axis, pixels[i], heat[i] / peak)
+                overlay(axis, pixels[i], heat[i] / peak)
         for axis, name in zip(axes[0], titles, strict=True):
             axis.set_title(name, fontsize=9)
         for axis in axes.flat:
             axis.set_xticks([])
             axis.set_yticks([])
-            _without_frame(axis)
+            without_frame(axis)
     bar = figure.colorbar(
-        ScalarMappable(Normalize(0, 1), _HEAT_COLOURS), cax=margin.add_axes((0.1, 0.15, 0.2, 0.7))
+        ScalarMappable(Normalize(0, 1), HEAT_COLOURS), cax=margin.add_axes((0.1, 0.15, 0.2, 0.7))
     )
     bar.set_label("Grad-CAM, share of the image's maximum", fontsize=9)
     bar.outline.set_visible(False)
     return saved(figure, path)
-
-
-def displayed(images: Tensor) -> list[_Image]:
-    """Images as matplotlib takes them, ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
-
-    Where some are out of that range, as after normalisation, a warning says so, and each is shown
-    from its lowest value to its highest.
-
-    Args:
-        images: ``[B, C, H, W]``, grey or RGB.
-
-    Raises:
-        TypeError: no floating tensor.
-        ValueError: another shape, or no images.
-    """
-    checks.floating("images", images)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(
-            f"images: got shape {tuple(images.shape)}, want [B, C, H, W] with 1 or 3 channels, at"
-            " least one image"
-        )
-    pixels = images.detach().cpu().float()
-    lowest, highest = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
-    least, most = lowest.min().item(), highest.max().item()
-    # Resizing may overshoot a little.
-    if least < -_OVERSHOOT or most > 1 + _OVERSHOOT:
-        warnings.warn(
-            f"images: got values from {least:.3g} to {most:.3g}, want [0, 1]; each is shown from"
-            " its lowest to its highest value, in other colours than its own (normalised images"
-            " want their mean and standard deviation back)",
-            stacklevel=3,
-        )
-        pixels = (pixels - lowest) / (highest - lowest).clamp_min(1e-6)
-    return list(pixels.clamp(0, 1).movedim(1, -1).squeeze(-1).numpy())
-
-
-def saved(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, written to ``path`` where there is one."""
-    if path is not None:
-        figure.savefig(path)
-    return figure
-
-
-def _overlay(axis: Axes, pixels: _Image, heat: _Image) -> None:
-    axis.imshow(heat, cmap=_HEAT_COLOURS, vmin=0, vmax=1, interpolation="bilinear")
-    # The image on top as a faint light, so that strokes stay visible where the heat is dark.
-    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", alpha=0.25)
 
 
 def _line(
@@ -314,8 +276,3 @@ def _line(
     if points:
         epochs, values = zip(*points, strict=True)
         axis.plot(epochs, values, label=label, marker="o", ms=2.5, **style)
-
-
-def _without_frame(axis: Any) -> None:
-    for spine in axis.spines.values():
-        spine.set_visible(False)

@@ -12,14 +12,14 @@ from torch import Tensor
 from picnn_fast._extras import extra
 from picnn_fast.backbones import ReceptiveField
 from picnn_fast.ops import checks
-from picnn_fast.report.figures import (
-    _DPI,
-    _HEAT_COLOURS,
+from picnn_fast.report.style import (
     AS_IT_IS,
-    _overlay,
-    _without_frame,
+    DPI,
+    HEAT_COLOURS,
     displayed,
+    overlay,
     saved,
+    without_frame,
 )
 
 with extra("report"):
@@ -64,7 +64,7 @@ def plot_template_gallery(
     most = max(float(np.abs(value).max()) for value in values) or 1.0
     columns = min(len(values), 6)
     rows = -(-len(values) // columns)
-    figure = Figure(figsize=(2.0 * columns + 1.2, 2.2 * rows), layout="constrained", dpi=_DPI)
+    figure = Figure(figsize=(2.0 * columns + 1.2, 2.2 * rows), layout="constrained", dpi=DPI)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, title, value in zip(axes.flat, templates, values, strict=False):
         axis.imshow(value, cmap=_SIGNED_COLOURS, vmin=-most, vmax=most, interpolation="nearest")
@@ -115,7 +115,7 @@ def plot_peak_heat_map(
         )
     height, width = images.shape[2:]
     sigma = math.hypot(height, width) / 24 if radius is None else checks.positive("radius", radius)
-    figure = Figure(figsize=(1.5 * len(pixels) + 1.0, 3.3), layout="constrained", dpi=_DPI)
+    figure = Figure(figsize=(1.5 * len(pixels) + 1.0, 3.3), layout="constrained", dpi=DPI)
     axes = figure.subplots(2, len(pixels), squeeze=False)
     y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     for above, below, image, places in zip(
@@ -128,11 +128,11 @@ def plot_peak_heat_map(
         )
         heat = (down.T @ across).numpy()
         above.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        _overlay(below, image, heat / (float(heat.max()) or 1.0))
+        overlay(below, image, heat / (float(heat.max()) or 1.0))
         _bare(above)
         _bare(below)
     bar = figure.colorbar(
-        ScalarMappable(Normalize(0, 1), _HEAT_COLOURS), ax=list(axes[:, -1]), shrink=0.8
+        ScalarMappable(Normalize(0, 1), HEAT_COLOURS), ax=list(axes[:, -1]), shrink=0.8
     )
     bar.set_label("density of peaks, share of the image's maximum", fontsize=8)
     bar.outline.set_visible(False)
@@ -193,7 +193,7 @@ def plot_filter_images(
         checks.integer("filters", index, 0, maps.shape[1])
     columns = min(checks.integer("columns", columns, 1), len(images))
     figure = Figure(
-        figsize=(1.5 * columns + 0.8, 1.5 * len(filters) + 0.1), layout="constrained", dpi=_DPI
+        figsize=(1.5 * columns + 0.8, 1.5 * len(filters) + 0.1), layout="constrained", dpi=DPI
     )
     axes = figure.subplots(len(filters), columns, squeeze=False)
     activations = maps.detach().cpu().float().clamp_min(0)
@@ -211,7 +211,7 @@ def plot_filter_images(
         for axis, image in zip(row, order.tolist(), strict=True):
             axis.imshow(
                 activations[image, index].numpy() / most,
-                cmap=_HEAT_COLOURS,
+                cmap=HEAT_COLOURS,
                 vmin=0,
                 vmax=1,
                 interpolation="bilinear",
@@ -243,4 +243,4 @@ def _draw_field(axis: Axes, field: ReceptiveField, centre: Sequence[float]) -> N
 def _bare(axis: Axes) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
-    _without_frame(axis)
+    without_frame(axis)

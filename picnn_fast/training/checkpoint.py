@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, and read back as a network with its options."""
 
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,10 +51,30 @@ def build_network(options: Options, num_classes: int, in_channels: int) -> Inter
             **options.arguments("method"),
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(qualified(error, "method", options.method["name"])) from error
+        raise ConfigError(_as_option(error, options, num_classes, in_channels)) from error
     # Convolutions take the layout of their weights, whatever that of the images is.
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     return network.to(memory_format=layout)
+
+
+def _as_option(error: Exception, options: Options, num_classes: int, in_channels: int) -> str:
+    """An error about an argument of the network, as one about what a run can be told."""
+    argument = str(error).partition(":")[0]
+    if argument == "image_channels":
+        return (
+            f"backbone.weights: got {options.backbone['weights']!r} with images of {in_channels}"
+            " channels, want null, or data of colour images, which trained weights take"
+        )
+    if argument == "num_classes" and options.method.get("task") == "single":
+        return (
+            f"method.task: got 'single' with {num_classes} classes, want --category NAME, the class"
+            " that is told from all others"
+        )
+    for key in ("method", "backbone"):
+        text = qualified(error, key, getattr(options, key)["name"])
+        if text != str(error):
+            return text
+    return str(error)
 
 
 class SaveOptions(Callback):
@@ -248,11 +269,21 @@ def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
         raise ConfigError(f"target: got {target}, which exists; want a new file")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
-        state = published_picnn(content)
     except OSError as error:
         raise ConfigError(f"source: cannot read {source}: {error.strerror}") from error
-    except Exception as error:
-        text = one_line(error)[:200]
+    except Exception as error:  # of many kinds, with advice over many lines
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ConfigError(
+            f"source: {source} holds {code[1]}, which could run code when it is read; want tensors"
+            if code
+            else f"source: {source} is not a PyTorch checkpoint"
+        ) from error
+    try:
+        state = published_picnn(content)
+        if state["correspondence.weight"].ndim != 2:
+            raise ValueError("its correlation is no matrix")
+    except (AttributeError, TypeError, ValueError) as error:
+        text = str(error).removeprefix("checkpoint: ")
         raise ConfigError(f"source: {source} is no checkpoint of PICNN's: {text}") from error
     classes, filters = state["correspondence.weight"].shape
     options = Options(

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from picnn_fast.evaluation import Figures
+from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.evaluation import FIGURES, Figures
 from picnn_fast.explain import pathway_grad_cam
+from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.report import plot_correspondence, plot_curves, plot_grad_cam
 from picnn_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from picnn_fast.training.options import Options
@@ -77,12 +79,15 @@ def run_demo(
     if not overwrite and folder.complete():
         return read_metrics(folder.path, TITLES)
     metrics: dict[str, Figures] = {}
+    trained: dict[str, tuple[InterpretableNetwork, SeededDataModule]] = {}
     with folder.writing(overwrite=overwrite) as work:
         for method, title in TITLES.items():
             part = work / method
             if (part / METRICS).exists():
                 metrics[method] = read_metrics(part, [method])[method]
                 say(f"{title}: trained before the interruption")
+                network, saved, _ = load_checkpoint(part / CHECKPOINT)
+                trained[method] = network, build_data(saved)
                 continue
             resumed = " (goes on from its last checkpoint)" if (part / CHECKPOINT).exists() else ""
             run = assemble(options[method], part, progress=progress)
@@ -90,10 +95,11 @@ def run_demo(
             say(f"{title}: {epochs} epochs on {images} digits{resumed}")
             start = time.perf_counter()
             metrics[method] = fit(run, progress=progress)
+            trained[method] = run.network.cpu(), run.data
             say(f"{title}: trained and measured in {time.perf_counter() - start:.0f} s")
             write_json(part / METRICS, {method: metrics[method]})
         say("drawing the pictures")
-        draw(work, work, seed)
+        _draw(trained, work, seed)
         write_json(work / METRICS, metrics)
     return metrics
 
@@ -117,24 +123,26 @@ def demo_folder(output: str | Path, *, seed: int, epochs: int) -> RunFolder:
     return RunFolder(output, "demo", {"seed": seed, "epochs": epochs})
 
 
-def draw(run: Path, output: Path, seed: int) -> None:
-    """The three pictures of the demonstration in ``run``, into ``output``."""
+def _draw(
+    trained: dict[str, tuple[InterpretableNetwork, SeededDataModule]], folder: Path, seed: int
+) -> None:
+    """The three pictures of the demonstration in ``folder``, of its networks in eval mode."""
     matrices: dict[str, torch.Tensor] = {}
     cams = {}
     for method, title in TITLES.items():
-        network, options, class_names = load_checkpoint(run / method / CHECKPOINT)
+        network, data = trained[method]
         ownership = network.ownership()
         assert ownership is not None
         matrices[_MATRIX_TITLES[method]] = ownership
-        data = build_data(options)
         test = torch.utils.data.default_collate(list(data.test_set))  # type: ignore[call-overload]
         images, labels = _one_of_each(*test)
         cams[title] = pathway_grad_cam(network, images, labels, seed=seed)
-    names = [class_names[label] for label in labels.tolist()]
-    plot_correspondence(matrices, class_names, output / "correspondence.png")
-    plot_grad_cam(images, cams, names, output / "gradcam.png")
-    histories = {title: read_history(run / method) for method, title in TITLES.items()}
-    plot_curves(histories, output / "curves.png")
+    names = [data.class_names[label] for label in labels.tolist()]
+    plot_correspondence(matrices, data.class_names, folder / "correspondence.png")
+    plot_grad_cam(images, cams, names, folder / "gradcam.png")
+    histories = {title: read_history(folder / method) for method, title in TITLES.items()}
+    headings = {name: f"{figure.heading}, {figure.meaning}" for name, figure in FIGURES.items()}
+    plot_curves(histories, folder / "curves.png", headings=headings)
 
 
 def _one_of_each(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -116,9 +116,9 @@ class Options:
         data: images to train and test on.
         optimizer: of torch, with its learning rate ``lr``.
         output: folder the finished run appears in; must not hold another.
-        num_filters: filters of the target layer; null: as many as the backbone yields (icnn, or
-            without insert_conv), else 12.8 times the number of classes, but at most four times the
-            channels that the backbone yields.
+        num_filters: filters of the target layer; null: as the method says, 12.8 times the number of
+            classes, but at most four times the channels that the backbone yields; or as many as it
+            yields (icnn, or without insert_conv).
         insert_conv: put a new convolution of num_filters after the backbone.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         category: class that is told from all others, which then count as one.
@@ -183,7 +183,7 @@ class Options:
         try:
             parsed = parser.parse_object(content).as_dict()
         except ArgumentError as error:
-            _refuse(error, names)
+            _refuse(error, parser, names)
         for name in given:
             # As they are read back from a file.
             object.__setattr__(self, name, json.loads(json.dumps(parsed[name])))
@@ -193,17 +193,20 @@ class Options:
             name = _SMALL if small else _LARGE
             object.__setattr__(self, "backbone", {**self.backbone, "name": name})
         for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                kind = "an integer" if isinstance(least, int) else "a number"
-                limit = f" and <= {most}" if most < math.inf else ""
-                raise ConfigError(f"{name}: got {value}, want {kind} >= {least}{limit}")
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), least, most)
         for group in GROUPS:
             chosen = getattr(self, group)
             for name, parameter in GROUPS[group].options(chosen["name"]).items():
                 if _is_path(parameter.annotation) and chosen[name] is not None:
                     # The same folder wherever the options are read again.
                     chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
+                for kind in _dataclasses_in(parameter.annotation):
+                    if chosen[name] is not None:
+                        try:
+                            kind(**chosen[name])
+                        except (TypeError, ValueError) as error:
+                            raise ConfigError(f"{group}.{name}.{error}") from error
         if not 0 < self.optimizer["lr"] < math.inf:
             raise ConfigError(f"optimizer.lr: got {self.optimizer['lr']}, want a number > 0")
 
@@ -241,6 +244,17 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "devices": (1, 1024),
 }
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """
+    Raises:
+        ConfigError: a number below ``least`` or above ``most``.
+    """
+    if not least <= value <= most:
+        kind = "an integer" if isinstance(least, int) else "a number"
+        limit = f" and <= {most}" if most < math.inf else ""
+        raise ConfigError(f"{name}: got {value}, want {kind} >= {least}{limit}")
 
 
 def build_parser(
@@ -289,8 +303,9 @@ def build_parser(
             )
         else:
             parser.add_function_arguments(rows[name], key, skip=skip, fail_untyped=False)
-    # A file for one group alone: ``--method NAME`` means something else here.
     for action in parser._actions:
+        action.help = action.help and action.help.replace("``", "")
+        # A file for one group alone: ``--method NAME`` means something else here.
         if action.option_strings and action.option_strings[0][2:] in groups:
             action.help = argparse.SUPPRESS
     return parser
@@ -349,23 +364,21 @@ def parse(
             parser.parse_object(content)
     except ArgumentError as error:
         if "required" not in str(error):  # a flag may say what the file does not
-            _refuse(error, names, source)
+            _refuse(error, parser, names, source)
     if "_ARGCOMPLETE" in os.environ:
-        _offer_values(parser, names)
+        _offer_values(parser)
     try:
         file = ["--config", json.dumps(content)] if content else []
         return dict(parser.parse_args([*file, *tokens]).as_dict())
     except ArgumentError as error:
-        _refuse(error, names)
+        _refuse(error, parser, names)
 
 
-def _offer_values(parser: ArgumentParser, names: Mapping[str, str]) -> None:
+def _offer_values(parser: ArgumentParser) -> None:
     """Have argcomplete offer the values that an option lists, of which jsonargparse tells none."""
+    kinds = _kinds(parser)
     for action in parser._actions:
-        option = action.option_strings[0][2:] if action.option_strings else ""
-        key = option.removesuffix(".name")
-        rows = list(GROUPS[key].rows) if key in GROUPS else []
-        values = rows or [str(value) for value in _literals(_annotation(option, names))]
+        values = [str(value) for value in _literals(kinds.get(action.dest))]
         action.completer = lambda values=values, **context: values  # type: ignore[attr-defined]
 
 
@@ -426,6 +439,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config: {path} holds a {type(content).__name__}, want option: value")
     if content.get("program") == "picnn_fast" and isinstance(content.get("config"), Mapping):
         content = content["config"]
+        unknown = content.keys() - {field.name for field in dataclasses.fields(Options)}
+        if unknown or isinstance(content.get("method"), str):
+            raise ConfigError(
+                f"config: {path} was made by an earlier picnn_fast, whose options were others; see"
+                " --help for those of today"
+            )
     return {str(key): value for key, value in content.items()}
 
 
@@ -434,7 +453,7 @@ def _with_names(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The names of the groups among ``values``, and the values with groups as mappings."""
     names, content = {}, dict(values)
-    for key in GROUPS.keys() & values.keys():
+    for key in (key for key in GROUPS if key in values):
         group = values[key]
         if isinstance(group, Mapping):
             default = next(f.default for f in dataclasses.fields(Options) if f.name == key)
@@ -453,7 +472,7 @@ def _with_names(
 
 def _check_name(key: str, name: object, source: str = "") -> None:
     rows = GROUPS[key].rows
-    if name not in rows:
+    if not isinstance(name, str) or name not in rows:
         raise ConfigError(
             f"{_of(source)}{key}: got {name!r}, want one of {', '.join(rows)}{_hint(name, rows)}"
         )
@@ -465,63 +484,81 @@ def qualified(error: Exception, key: str, name: str) -> str:
     return f"{key}.{error}" if argument in GROUPS[key].options(name) else str(error)
 
 
-def _refuse(error: ArgumentError, names: Mapping[str, str], source: str = "") -> NoReturn:
+def _refuse(
+    error: ArgumentError, parser: ArgumentParser, names: Mapping[str, str], source: str = ""
+) -> NoReturn:
     """What jsonargparse says over several lines, as one: option, what it got, what it wants."""
-    text = str(error)
-    found = re.match(r'Parser key "([\w.]+)":', text)
-    if found:
-        key = found[1]
-        got = re.search(r"(?:Got|Given) value: (.*)$", text, re.DOTALL)
+    raise ConfigError(_of(source) + _told(str(error), _kinds(parser), names)) from error
+
+
+def _told(text: str, kinds: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    if text.startswith("Parser key"):
+        # An option within an option is told within what is told of the outer one.
+        keys = re.findall(r'Parser key "([\w.]+)":', text)
+        key, rest = ".".join(keys), text.rpartition("Parser key")[2].partition(":")[2]
+        got = re.search(r"(?:Got|Given) value: (.*?)(?=\n +(?:- |Given value)|\Z)", rest, re.S)
         value = got[1].strip() if got else "nothing"
-        wanted = _annotation(key, names)
-        if wanted is inspect.Parameter.empty:
-            message = f"{key}: {one_line(text.removeprefix(found[0]))}"
-        else:
-            near = _hint(value, [str(c) for c in _literals(wanted)])
-            message = f"{key}: got {value!r}, want {_described(wanted)}{near}"
-        raise ConfigError(_of(source) + message) from error
+        unknown = re.search(r"Option '([\w.]+)' is not accepted", rest)
+        unknown = unknown or re.match(r"NestedArg\(key='([\w.]+)'", value)
+        if unknown:
+            return _unknown(f"{key}.{unknown[1]}", kinds, names)
+        if key not in kinds:
+            return f"{key}: {one_line(rest)}"
+        near = _hint(value, [str(c) for c in _literals(kinds[key])])
+        return f"{key}: got {value!r}, want {_described(kinds[key])}{near}"
     found = re.match(r"the following arguments are required: ([\w.]+)", text)
     found = found or re.match(r"Option '([\w.]+)' is required", text)
+    found = found or re.match(r"argument --([\w.]+): expected one argument", text)
     if found:
-        wanted = _described(_annotation(found[1], names))
-        raise ConfigError(f"{_of(source)}{found[1]}: got nothing, want {wanted}") from error
+        return f"{found[1]}: got nothing, want {_described(kinds[found[1]])}"
     found = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
-    unknown = f"{found[1]}.{found[2]}" if found else None
-    found = re.match(r"Option '([\w.-]+)' is not accepted", text)
-    unknown = found[1] if found else unknown
-    found = re.match(r"unrecognized arguments: (?:.*? )?--([\w.]+)", text)
-    unknown = found[1] if found else unknown
-    if unknown is not None:
-        raise ConfigError(_of(source) + _unknown(unknown, names)) from error
-    raise ConfigError(_of(source) + one_line(text).removeprefix("argument --")) from error
+    found = found or re.match(r"Option '([\w.-]+)' is not accepted", text)
+    found = found or re.match(r"unrecognized arguments: (?:.*? )?--([\w.]+)", text)
+    if found:
+        return _unknown(".".join(found.groups()), kinds, names)
+    return one_line(text).removeprefix("argument --")
 
 
-def _unknown(option: str, names: Mapping[str, str]) -> str:
+def _unknown(option: str, kinds: Mapping[str, Any], names: Mapping[str, str]) -> str:
     key, _, name = option.partition(".")
     if key in names and name:
         group = GROUPS[key]
         owners = [row for row in group.rows if name.partition(".")[0] in group.options(row)]
-        if owners:
+        if owners and names[key] not in owners:
             wanted = " or ".join(owners)
             return f"{option}: {key} {names[key]} has no such option, want {key} {wanted}"
-    known = [field.name for field in dataclasses.fields(Options)]
-    for group_name, row in names.items():
-        known += [f"{group_name}.{o}" for o in ("name", *GROUPS[group_name].options(row))]
-    owners = [f"{group}.{option}" for group in names if f"{group}.{option}" in known]
-    near = f"; did you mean {owners[0]!r}?" if owners else _hint(option, known)
+    known = list(kinds)
+    for other in names:
+        for row in GROUPS[other].rows:
+            for end, parameter in GROUPS[other].options(row).items():
+                known += _and_within(f"{other}.{end}", parameter.annotation)
+    whole = [repr(name) for name in dict.fromkeys(known) if name.endswith(f".{option}")]
+    near = f"; did you mean {' or '.join(whole)}?" if whole else _hint(option, kinds)
     return f"{option}: there is no such option{near or '; --help lists all there are'}"
 
 
-def _annotation(option: str, names: Mapping[str, str]) -> Any:
-    """The type of an option; empty where it is not one of ours."""
-    key, _, name = option.partition(".")
-    if not name:
-        hints = typing.get_type_hints(Options)
-        return hints.get(key, inspect.Parameter.empty)
-    if option == "optimizer.lr":
-        return float
-    parameter = GROUPS[key].options(names[key]).get(name) if key in names else None
-    return inspect.Parameter.empty if parameter is None else parameter.annotation
+def _kinds(parser: ArgumentParser) -> dict[str, Any]:
+    """The type of every option, and of those within an option, by their whole names."""
+    kinds: dict[str, Any] = {}
+    for action in parser._actions:
+        if not action.dest.endswith(".help"):
+            untyped = str if action.option_strings else Path
+            kinds |= _and_within(action.dest, getattr(action, "_typehint", untyped))
+    return kinds
+
+
+def _and_within(option: str, annotation: Any) -> dict[str, Any]:
+    kinds = {option: annotation}
+    for kind in _dataclasses_in(annotation):
+        hints = typing.get_type_hints(kind)
+        kinds |= {f"{option}.{name}": hint for name, hint in hints.items()}
+    return kinds
+
+
+def _dataclasses_in(annotation: Any) -> list[Any]:
+    """Those whose fields are options: of ``PartTemplate | None``, PartTemplate."""
+    kinds = [annotation, *typing.get_args(annotation)]
+    return [kind for kind in kinds if inspect.isclass(kind) and dataclasses.is_dataclass(kind)]
 
 
 def _is_path(annotation: Any) -> bool:
@@ -530,18 +567,22 @@ def _is_path(annotation: Any) -> bool:
 
 def _described(annotation: Any) -> str:
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    words[Path] = "a path"
+    words |= {Path: "a path", Any: "text", types.NoneType: "null"}
     if annotation in words:
         return words[annotation]
-    if annotation in (None, types.NoneType):
-        return "null"
-    if typing.get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(annotation)))}"
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return " or ".join(_described(kind) for kind in typing.get_args(annotation))
-    if inspect.isclass(annotation) and typing.get_origin(annotation) is None:
-        return f"a {annotation.__name__}"
-    return str(annotation)
+    kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    if kind is tuple:
+        return f"[{', '.join(map(_described, parts))}]"
+    if kind is list:
+        return f"[{_described(parts[0])}, …]"
+    if kind in (types.UnionType, typing.Union):
+        # Functions and tensors are for Python alone.
+        return " or ".join(filter(None, map(_described, parts)))
+    if _dataclasses_in(annotation):
+        return f"a mapping of {', '.join(field.name for field in dataclasses.fields(annotation))}"
+    return ""
 
 
 def _literals(annotation: Any) -> list[Any]:

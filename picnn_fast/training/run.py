@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 
 from picnn_fast._extras import extra, install_command
-from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
-from picnn_fast.data.parts import PartDataModule
 from picnn_fast.data.photographs import DamagedFileError
-from picnn_fast.evaluation import Figures, check_figures, evaluate
+from picnn_fast.evaluation import Figures, evaluate, read_figures
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (
     BEST,
@@ -50,8 +48,6 @@ with extra("train"):
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 METRICS = "metrics.json"
-# Of one map; the time of a filter loss grows with the square.
-MANY_POSITIONS = 1024
 
 
 class Run(NamedTuple):
@@ -109,6 +105,7 @@ def train_folder(options: Options) -> RunFolder:
         options.identity(),
         free=("data.num_workers",),
         growing=("epochs",),
+        read=lambda config: Options(**config).identity(),
     )
 
 
@@ -258,27 +255,8 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
     Raises:
         ConfigError: the network cannot take the images, or so small a batch of them.
     """
-    with reading_images():
-        image = data.test_set[0][0][None]
-    backbone, (height, width) = options.backbone["name"], image.shape[2:]
-    try:
-        cost = work(network.eval(), image, inserted=options.insert_conv)
-        with torch.no_grad():
-            activations = getattr(network(image), "activations", ())
-        if isinstance(data, PartDataModule):
-            receptive_field(network.features, (height, width))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"backbone: {backbone} cannot take images of {width} x {height} pixels: {error}"
-        ) from error
-    maps = max(activations, key=lambda maps: maps[0, 0].numel(), default=None)
-    if maps is not None and maps[0, 0].numel() > MANY_POSITIONS:
-        warnings.warn(
-            f"backbone: {backbone} makes maps of {maps.shape[3]} x {maps.shape[2]} of images of"
-            f" {width} x {height}; filter losses take long on more than {MANY_POSITIONS}"
-            " positions, a deeper backbone or a smaller data.image_size takes less",
-            stacklevel=3,
-        )
+    image = try_image(network, data, f"backbone: {options.backbone['name']}")
+    cost = work(network, image, inserted=options.insert_conv)
     network.train()
     if options.batch_size == 1:
         before = copy.deepcopy(network.state_dict())
@@ -288,6 +266,26 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
             raise ConfigError(f"batch_size: got 1, want at least 2: {error}") from error
         network.load_state_dict(before)
     return cost
+
+
+def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) -> torch.Tensor:
+    """A test image ``[1, C, H, W]``, once the network, in eval mode, has taken it.
+
+    Raises:
+        ConfigError: it cannot take the image; the message begins with ``what``.
+    """
+    with reading_images():
+        image = data.test_set[0][0][None]
+    height, width = image.shape[2:]
+    try:
+        with torch.no_grad():
+            network.eval()(image)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"
+            f" {one_line(error)}"
+        ) from error
+    return image
 
 
 def fit(run: Run, *, progress: bool = True) -> Figures:
@@ -360,7 +358,7 @@ def build_data(options: Options) -> SeededDataModule:
 
 
 def read_metrics(folder: Path, methods: Collection[str]) -> dict[str, Figures]:
-    """What ``metrics.json`` of a complete run says of these methods.
+    """What ``metrics.json`` of a complete run says of these methods; see ``read_figures``.
 
     Raises:
         RunFolderError: it is gone or damaged.
@@ -368,15 +366,16 @@ def read_metrics(folder: Path, methods: Collection[str]) -> dict[str, Figures]:
     path = folder / METRICS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        figures: dict[str, Figures] = {}
         for method in methods:
             if not isinstance(content, dict) or method not in content:
                 raise ValueError(f"it holds no figures of {method}")
-            check_figures(content[method])
+            figures[method] = read_figures(content[method])
     except (OSError, ValueError) as error:
         raise RunFolderError(
             f"output: {path} cannot be read: {error}; redo the run with --overwrite"
         ) from error
-    return {method: content[method] for method in methods}
+    return figures
 
 
 @contextmanager

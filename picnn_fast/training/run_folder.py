@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,7 @@ RECORD = "run.json"
 _LOCK = ".lock"
 _TEMPORARY = ".tmp"  # ends the names of hidden files that are not whole yet
 _KEYS: dict[str, type] = {"kind": str, "config": dict, "overwrite": bool, "goes_on": bool}
+_MOST_SHOWN = 5  # options that differ
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -72,6 +73,8 @@ class RunFolder:
         config: its options, JSON values; equal options mean the same run.
         free: options of which another value makes no other run, nested ones as "data.num_workers".
         growing: numbers of which a larger value goes on with the run that had the smaller one.
+        read: what a run noted as its config to what it is today, with the defaults of options that
+            are new; a TypeError or ValueError where it cannot be said.
 
     Example:
         >>> import pathlib, tempfile
@@ -93,6 +96,7 @@ class RunFolder:
         *,
         free: Collection[str] = (),
         growing: Collection[str] = (),
+        read: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         # Resolved, so that names such as "." and "runs/../x" have a name and a parent, and the
         # run is moved to where a link leads, not over the link.
@@ -105,6 +109,7 @@ class RunFolder:
         self.config = config
         self.free = free
         self.growing = growing
+        self.read = read
 
     def complete(self) -> bool:
         """Whether the run is there, complete, with these very options.
@@ -243,11 +248,15 @@ class RunFolder:
                 f"output: {folder / RECORD} is damaged, it tells no {' and no '.join(damaged)};"
                 f" remove {folder}, or choose another folder with --output"
             )
-        return record
+        with contextlib.suppress(TypeError, ValueError):
+            return {**record, "config": self.read(record["config"]), "known": True}
+        return {**record, "known": False}
 
     def _differing(self, record: dict[str, Any]) -> list[str]:
         if record["kind"] != self.kind:
             return [f"a {record['kind']} run, not a {self.kind} run"]
+        if not record["known"]:
+            return ["it was made by an earlier picnn_fast, whose options were others"]
         then, now = _flat(record["config"]), _flat(self.config)
         grown = self._grown(record)
         return [
@@ -269,6 +278,9 @@ class RunFolder:
         differing = self._differing(record)
         if differing:
             state = "an interrupted run" if folder == self.work else "a complete run"
+            if len(differing) > _MOST_SHOWN:
+                rest = len(differing) - _MOST_SHOWN
+                differing = [*differing[:_MOST_SHOWN], f"and {rest} more"]
             raise RunFolderError(
                 f"output: {folder} holds {state} with other options: {'; '.join(differing)}."
                 " Replace it with --overwrite, or choose another folder with --output"

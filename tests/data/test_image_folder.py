@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -185,6 +187,22 @@ def test_a_folder_of_validation_images_is_taken(root, name):
     assert not {path for path, _ in data.validation_set.files} & {
         path for path, _ in data.test_set.files
     }
+
+
+@pytest.mark.parametrize("name", ["validation", "val"])
+def test_no_validation_is_none_beside_a_folder_for_it_too(root, name):
+    shutil.copytree(root / "test", root / name)
+    data = ImageFolderDataModule(root, image_size=8, validation=0)
+    assert (data.validation_set, data.val_dataloader(), len(data.train_set)) == (None, [], 6)
+    assert data.validation_source == "none: validation is 0"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.05, 0.11])
+def test_a_share_to_hold_out_beside_a_folder_of_validation_images_is_refused(root, share):
+    shutil.copytree(root / "test", root / "val")
+    message = rf"^validation: got {share} beside {root / 'val'}, want 0\.1, .* or 0 for none"
+    with pytest.raises(ValueError, match=message):
+        ImageFolderDataModule(root, image_size=8, validation=share)
 
 
 def test_two_folders_of_validation_images_are_refused(root):

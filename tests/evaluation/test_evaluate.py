@@ -10,7 +10,7 @@ from sklearn.feature_selection import mutual_info_classif
 from picnn_fast import evaluation
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
-from picnn_fast.evaluation import FIGURES, check_figures, evaluate, figures, format_figure
+from picnn_fast.evaluation import FIGURES, evaluate, figures, format_figure, read_figures
 from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
@@ -41,7 +41,7 @@ def digits():
 
 def test_every_record_is_a_number_or_says_why_not(digits):
     values = evaluate(*digits)
-    check_figures(values)
+    read_figures(values)
     assert {name for name in FIGURES if isinstance(values[name], str)} == PARTS
     assert {name for name in values if name not in FIGURES} == {
         "acc2_standard_error",
@@ -170,10 +170,18 @@ def test_a_record_added_is_measured_and_shown(digits, monkeypatch):
     monkeypatch.setitem(FIGURES, "quarter", record)
     values = evaluate(*digits)
     assert format_figure(values, "quarter") == "0.250"
-    check_figures(values)
-    del values["quarter"]
+    assert read_figures(values) == values
+    values["quarter"] = None
     with pytest.raises(ValueError, match="quarter is None, want a number"):
-        check_figures(values)
+        read_figures(values)
+
+
+def test_a_figure_that_is_new_is_not_available_of_figures_written_before():
+    written = {"acc1": 0.5, "acc2": 0.25, "acc2_standard_error": 0.125, "gone": "whatever"}
+    figures = read_figures(written)
+    assert {name: figures[name] for name in written} == written
+    assert all(figures[name].startswith("n/a: ") for name in FIGURES.keys() - written.keys())
+    assert format_figure(figures, "mis") == "n/a"
 
 
 def test_figures_are_written_with_their_standard_error():
@@ -189,7 +197,7 @@ def test_figures_are_written_with_their_standard_error():
 @pytest.mark.parametrize("values", [None, [], {}, {"acc1": "high"}, dict.fromkeys(FIGURES, True)])
 def test_what_are_no_figures_is_refused(values):
     with pytest.raises(ValueError, match="want a"):
-        check_figures(values)
+        read_figures(values)
 
 
 def test_bad_arguments_are_refused_by_name(digits):

@@ -53,6 +53,43 @@ def test_filters_default_to_12_8_a_class_and_at_most_four_times_the_channels(
         assert model.num_filters == model.features.conv.in_channels
 
 
+class Plain(STD):
+    """A method with the signature of ``InterpretableNetwork``."""
+
+    def __init__(self, features, head, num_classes, num_filters) -> None:
+        super().__init__(features, head, num_classes, num_filters)
+
+
+class Few(STD):
+    filters_per_class = 2.6
+
+
+class AsManyAsTheBackbone(STD):
+    filters_per_class = None
+
+
+def test_the_default_number_of_filters_is_the_methods_own(monkeypatch) -> None:
+    for kind, filters in ((Few, 8), (AsManyAsTheBackbone, 128)):
+        monkeypatch.setitem(METHODS, "own", kind)
+        model = make_interpretable("small-resnet", "own", num_classes=3)
+        assert model.num_filters == filters
+        assert model(torch.ones(1, 1, 8, 8)).maps.shape[1] == filters
+        model = make_interpretable("small-resnet", "own", num_classes=3, insert_conv=False)
+        assert model.num_filters == 128
+
+
+def test_a_method_without_in_channels_takes_the_backbones_own_maps_alone(monkeypatch) -> None:
+    monkeypatch.setitem(METHODS, "plain", Plain)
+    for backbone, options in (("small-resnet", {}), (pair(), {"num_filters": 6})):
+        model = make_interpretable(backbone, "plain", num_classes=3, insert_conv=False, **options)
+        assert type(model) is Plain
+        images = torch.ones(2, 1 if backbone == "small-resnet" else 2, 8, 8)
+        assert model(images).logits.shape == (2, 3)
+        for more in ({}, {"in_channels": 6}, {"insert_kernel": 3}):
+            with pytest.raises(ValueError, match=r"^insert_conv: got True, want False: .*'plain'"):
+                make_interpretable(backbone, "plain", num_classes=3, **options, **more)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_inserted_convolution_has_the_kernel_asked_for_and_keeps_the_size(method: str) -> None:
     weights = {}

@@ -1,6 +1,7 @@
 """ICNN: its layers, its loss term by term, its categories, and what it keeps in a checkpoint."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -201,6 +202,20 @@ def test_a_half_model_keeps_sums_and_estimates_in_single_precision(estimator):
 def test_epochs_count_from_one(epoch):
     with pytest.raises((TypeError, ValueError), match="epoch: got"):
         build().begin_epoch(epoch)
+
+
+def test_maps_on_which_filter_losses_take_long_are_warned_of_once():
+    model = build()
+    model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for small in ((32, 32), (8, 128)):
+            model(torch.zeros(1, 3, *small))
+    with pytest.warns(UserWarning, match=r"^features: yield maps 33 x 32; filter .* 1024 pos"):
+        model(torch.zeros(1, 3, 33, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.zeros(1, 3, 40, 40))
 
 
 @pytest.mark.parametrize("estimator", ["running", "target"])

@@ -192,6 +192,19 @@ def test_filters_belong_to_classes_or_to_none(build) -> None:
     assert (mask[sure == 0] == 0).all()
 
 
+def test_masks_keep_filters_as_often_as_they_belong_to_the_class(method: str) -> None:
+    model = make_interpretable(method=method, num_classes=CLASSES, **plain_pair())
+    p = model.ownership()
+    if p is None:
+        pytest.skip("filters belong to no class")
+    draws = 20_000
+    for label in range(CLASSES):
+        mask = model.class_mask(torch.full((draws,), label), seed=label)
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}
+        error = (mask.mean(0) - p[label]).abs()
+        assert (error <= 5 * (p[label] * (1 - p[label]) / draws).sqrt()).all()
+
+
 def test_masked_logits_are_those_of_masked_maps(build) -> None:
     model = build().eval()
     maps = model.filter_maps(images())
@@ -225,6 +238,36 @@ def test_a_head_that_writes_in_place_leaves_the_maps_alone(method: str, first: n
         model.head_logits(maps)
         torch.testing.assert_close(maps, before, rtol=0, atol=0)
         torch.testing.assert_close(run(model, images() - 0.5).maps, before, rtol=0, atol=0)
+
+
+class Silent(nn.Module):
+    """Writes in place and has no attribute that says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+def test_a_head_that_writes_in_place_without_saying_so_is_refused_or_given_a_copy(
+    method: str,
+) -> None:
+    features, layers = pair()
+    pooling, *rest = layers
+    for head in (nn.Sequential(pooling, Silent(), *rest), nn.Sequential(Silent(), *layers)):
+        model = make_interpretable(
+            (features, head), method, num_classes=CLASSES, num_filters=6, insert_conv=False
+        )
+        with torch.no_grad(), pytest.raises(ValueError, match="head: modifies its input in place"):
+            run(model)
+    # Where nothing can tell, it is given a copy.
+    for mode in (torch.inference_mode, torch.no_grad):
+        logits = model.head_logits
+        if mode is torch.no_grad:
+            logits = torch.compile(logits, backend="eager")
+        with mode():
+            maps = model.filter_maps(images())
+            before = maps.clone()
+            torch.testing.assert_close(logits(maps), head[1:](2 * before))
+            torch.testing.assert_close(maps, before, rtol=0, atol=0)
 
 
 def test_the_discriminator_is_the_plain_network(build) -> None:
@@ -299,6 +342,7 @@ def test_wrong_labels_and_outputs_of_other_methods_are_refused(build) -> None:
     for labels, error in (
         (LABELS[:3], ValueError),
         (LABELS + 1, ValueError),
+        (LABELS[:, None], ValueError),
         (LABELS.double(), TypeError),
         (LABELS.tolist(), TypeError),
     ):
@@ -308,8 +352,67 @@ def test_wrong_labels_and_outputs_of_other_methods_are_refused(build) -> None:
         model.loss_terms((output.logits, output.maps), LABELS)
     with pytest.raises(ValueError, match=r"^output: got Tensor, want a .*forward yields$"):
         model.loss(output.logits, LABELS)
+    if model.ownership() is not None:
+        for labels, error in (
+            (LABELS - 1, ValueError),
+            (LABELS[:, None], ValueError),
+            (LABELS.double(), TypeError),
+            ([0], TypeError),
+        ):
+            with pytest.raises(error, match="labels: got"):
+                model.class_mask(labels)
     with pytest.raises(TypeError, match="mask: got list"):
         model.head_logits(output.maps, [1.0])
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def test_maps_and_logits_that_disagree_are_named(method: str) -> None:
+    def build(features: nn.Module, *head: nn.Module) -> InterpretableNetwork:
+        return make_interpretable(
+            (features, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)),
+            method,
+            num_classes=CLASSES,
+            num_filters=6,
+            insert_conv=False,
+        )
+
+    model = build(nn.Identity())
+    with pytest.raises(ValueError, match=r"num_filters: got 6, .* yield 4.*in_channels=4"):
+        model.filter_maps(torch.ones(2, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"num_filters: got 6, .* yield 4.*in_channels=4"):
+        model(torch.ones(2, 4, 5, 5), LABELS[:2])
+    with pytest.raises(ValueError, match=r"head: yielded \(2, 6\).*want logits \(2, 3\)"):
+        model(torch.ones(2, 6, 5, 5), LABELS[:2])
+    with pytest.raises(ValueError, match=r"mask: got shape \(2, 5\)"):
+        model.head_logits(torch.ones(2, 6, 5, 5), torch.ones(2, 5))
+    # Where a layer follows the features, it is the first to see the maps.
+    with pytest.raises(TypeError, match=r"^(features: yielded|x: got) tuple, want a "):
+        build(Pair())(torch.ones(2, 6, 5, 5), LABELS[:2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"num_classes": 0}, ValueError, "num_classes: got 0, want an int >= 1"),
+        ({"num_classes": 2.0}, TypeError, "num_classes: got float"),
+        ({"num_filters": True}, TypeError, "num_filters: got bool"),
+        ({"num_filters": 0}, ValueError, "num_filters: got 0, want an int >= 1"),
+        ({"features": "resnet"}, TypeError, "features: got str"),
+        ({"head": None}, TypeError, "head: got NoneType"),
+        ({"in_channels": 0}, ValueError, "in_channels: got 0"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    method: str, wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    features, head = pair()
+    good = {"features": features, "head": head, "num_classes": CLASSES, "num_filters": 6}
+    with pytest.raises(error, match=f"^{message}"):
+        METHODS[method](**(good | wrong))
 
 
 def test_its_options_are_keywords_with_defaults_that_the_docstring_explains(method: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,11 +11,11 @@ from picnn_fast.models import PICNN, STD
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
-def build(method: type[PICNN] | type[STD]) -> PICNN | STD:
+def build(method: type[PICNN] | type[STD], **options: object) -> PICNN | STD:
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
-    return method(features, head, num_classes=3, num_filters=6, in_channels=5)
+    return method(features, head, num_classes=3, num_filters=6, in_channels=5, **options)
 
 
 def images() -> torch.Tensor:
@@ -38,8 +39,9 @@ def test_the_loss_is_the_cross_entropy() -> None:
     torch.testing.assert_close(model.loss(output, LABELS), expected)
 
 
-def test_the_same_seed_starts_the_same_network_and_matrix_as_picnn() -> None:
-    std, picnn = build(STD), build(PICNN)
+@pytest.mark.parametrize("initial", ["uniform", "published"])
+def test_the_same_seed_starts_the_same_network_and_matrix_as_picnn(initial: str) -> None:
+    std, picnn = build(STD, initial=initial), build(PICNN, initial=initial)
     torch.testing.assert_close(std.state_dict(), picnn.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(std.discriminator()(images()), picnn.discriminator()(images()))
 

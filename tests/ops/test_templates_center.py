@@ -212,7 +212,9 @@ def test_bad_centres_and_betas_are_refused_by_name(options, error, message):
 
 
 def test_published_is_no_beta_of_a_uniform_template():
-    with pytest.raises(TypeError, match="beta: got str"):
+    with pytest.raises(
+        TypeError, match="beta: got 'published' with profile 'uniform', want a number > 0"
+    ):
         PartTemplate(profile="uniform", beta="published")
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from picnn_fast.evaluation import FIGURES
 from picnn_fast.explain import PathwayGradCam
 from picnn_fast.report import (
     plot_correspondence,
@@ -17,7 +18,8 @@ from picnn_fast.report import (
     plot_grad_cam,
     plot_template_gallery,
 )
-from picnn_fast.report.figures import displayed, sort_filters
+from picnn_fast.report.figures import sort_filters
+from picnn_fast.report.style import displayed
 
 
 def _pixels(path):
@@ -83,23 +85,25 @@ def test_curves_draw_every_run(tmp_path):
     assert counts[1] > 1.5 * counts[0] > 0
 
 
-def _curves(runs, terms=1):
+def _curves(runs, terms=1, figures=("acc1", "acc2", "acc3"), **options):
     values = {f"train/{i}": 1.0 for i in range(terms)}
-    history = [{"epoch": e, **values, **dict.fromkeys(PATHWAYS, e / 4)} for e in range(3)]
-    return plot_curves({f"run {i}": history for i in range(runs)})
+    logged = [f"val/{name}" for name in figures]
+    history = [{"epoch": e, **values, **dict.fromkeys(logged, e / 4)} for e in range(3)]
+    return plot_curves({f"run {i}": history for i in range(runs)}, **options)
 
 
-PATHWAYS = ("val/acc1", "val/acc2", "val/acc3")
+HEADINGS = {name: f"{figure.heading}, {figure.meaning}" for name, figure in FIGURES.items()}
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3])
 def test_the_legend_of_the_curves_is_whole(runs):
-    figure = _curves(runs)
+    figure = _curves(runs, headings=HEADINGS)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     box, (width, height) = legend.get_window_extent(), figure.bbox.size
     assert (box.x0 >= 0, box.x1 <= width, box.y0 >= 0, box.y1 <= height) == (True,) * 4
-    assert [text.get_text()[:4] for text in legend.get_texts()] == ["ACC1", "ACC2", "ACC3"]
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == [HEADINGS[name] for name in ("acc1", "acc2", "acc3")]
 
 
 def test_the_legend_tells_what_any_run_has():
@@ -107,6 +111,43 @@ def test_the_legend_tells_what_any_run_has():
     figure = plot_curves({"plain": plain, "more": [{**plain[0], "val/acc3": 0.25}]})
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [text[:4] for text in texts] == ["ACC1", "ACC3"]
+
+
+def test_every_figure_that_is_logged_is_drawn_under_its_heading_or_its_name():
+    headings = {"mis": "MIS, nats", "of_nobody": "not logged", "acc1": "ACC1"}
+    figure = _curves(2, figures=("acc1", "edges", "mis", "bars"), headings=headings)
+    wanted = ["MIS, nats", "ACC1", "BARS", "EDGES"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == wanted
+    for axis in figure.axes[:2]:
+        lines = {line.get_label(): line for line in axis.get_lines()}
+        assert list(lines) == wanted
+        assert all(list(line.get_ydata()) == [0, 0.25, 0.5] for line in lines.values())
+
+
+def test_a_figure_looks_the_same_in_every_run_and_twelve_are_told_apart():
+    names = [f"figure_{i:02}" for i in range(12)]
+    lines = _curves(1, figures=names).axes[0].get_lines()
+    assert len({(line.get_linestyle(), line.get_color()) for line in lines}) == len(lines) == 12
+    headings = {name: name for name in names}
+    (alone,) = _curves(1, figures=names[3:4], headings=headings).axes[0].get_lines()
+    for look in ("get_color", "get_linestyle", "get_linewidth"):
+        assert getattr(alone, look)() == getattr(lines[3], look)()
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.5, 0, 1.02), (2.5, None, 2.5)])
+def test_figures_that_are_no_shares_are_whole_in_the_picture(value, low, high):
+    history = [{"epoch": e, "train/a": 1.0, "val/acc1": 0.5, "val/mis": value} for e in range(2)]
+    bottom, top = plot_curves({"run": history}).axes[0].get_ylim()
+    assert bottom == low if low is not None else bottom <= 0.5
+    assert top >= high
+
+
+def test_what_belongs_to_classes_is_called_no_probability():
+    for matrices in ({"gate": torch.eye(3)}, {"gate": torch.eye(3), "flat": torch.ones(3, 3) / 3}):
+        figure = plot_correspondence(matrices, "abc")
+        texts = " ".join(text.get_text() for text in figure.findobj(Text))
+        assert "probab" not in texts
+        assert "share" in texts
 
 
 def test_curves_that_lie_on_each_other_are_all_seen(tmp_path):

@@ -33,7 +33,10 @@ def test_interrupted_demo_goes_on_with_the_network_that_was_missing(monkeypatch,
     std = json.loads((tmp_path / ".demo.partial" / "std" / "metrics.json").read_text())["std"]
 
     lines.clear()
+    load, loaded = demo.load_checkpoint, []
+    monkeypatch.setattr(demo, "load_checkpoint", lambda path: loaded.append(path) or load(path))
     metrics = run_demo(output, epochs=1, progress=False, say=lines.append)
+    assert [path.parent.name for path in loaded] == ["std"]  # what was trained now is at hand
     assert metrics["std"] == std
     assert any("STD" in line and "before the interruption" in line for line in lines)
     assert json.loads((output / "metrics.json").read_text()) == metrics

@@ -2,16 +2,19 @@
 
 import dataclasses
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from picnn_fast.backbones import BACKBONES, Row, cut
 from picnn_fast.evaluation import FIGURES, evaluate
 from picnn_fast.models import ICNN
 from picnn_fast.training import checkpoint
 from picnn_fast.training.checkpoint import load_checkpoint
 from picnn_fast.training.module import InterpretableModule
-from picnn_fast.training.options import ConfigError, Options
+from picnn_fast.training.options import GROUPS, ConfigError, Options
 from picnn_fast.training.run import assemble, build_data, read_history, train
 
 
@@ -156,11 +159,15 @@ def test_labels_of_one_category_are_0_and_1(config):
 @pytest.mark.parametrize(
     ("group", "options", "message"),
     [
-        ("method", {"task": "single"}, "num_classes: got 6 with task='single', want 2"),
+        (
+            "method",
+            {"task": "single"},
+            "^method.task: got 'single' with 6 classes, want --category",
+        ),
         ("data", {"image_size": 8}, r"^data\.image_size: got 8"),
-        ("data", {"train_images": -1}, r"^data: size: got -1"),
+        ("data", {"train_images": -1}, r"^data\.train_images: got -1"),
         ("method", {"filter_loss_weight": -1.0}, r"^method\.filter_loss_weight: got -1\.0"),
-        ("method", {"template": {"tau": -1.0}}, "tau: got -1.0"),
+        ("method", {"template": {"tau": -1.0}}, r"^method\.template\.tau: got -1\.0"),
     ],
 )
 def test_options_out_of_range_are_refused(config, group, options, message):
@@ -183,6 +190,35 @@ def test_options_that_do_not_go_together_are_refused(config, options, message):
         train(dataclasses.replace(config, **options), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        (nn.AdaptiveAvgPool2d(5), "want sizes that divide"),
+        (nn.Upsample(scale_factor=2), "(Upsample), want convolutions, pooling"),
+    ],
+    ids=["AdaptiveAvgPool2d", "Upsample"],
+)
+def test_a_run_whose_receptive_fields_nothing_can_tell_starts_and_its_figures_say_so(
+    config, monkeypatch, last, reason
+):
+    def network(image_channels=3):
+        features = nn.Sequential(nn.Conv2d(image_channels, 6, 4, stride=4), nn.ReLU(), last)
+        return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+
+    monkeypatch.setitem(BACKBONES, "odd", Row(network, layer="0"))
+    monkeypatch.setitem(GROUPS["backbone"].rows, "odd", cut)
+    run = assemble(
+        dataclasses.replace(config, method="std", backbone="odd"),
+        Path(config.output),
+        progress=False,
+    )
+    figures = evaluate(run.network, run.data, draws=1)
+    for name in ("location_instability", "part_interpretability"):
+        assert figures[name].startswith("n/a: ")
+        assert reason in figures[name]
+    assert 0 <= figures["acc1"] <= 1
+
+
 def test_a_logistic_loss_is_icnns_alone():
     with pytest.raises(
         ConfigError, match=r"method\.task: method std has no such option, want.*icnn"
@@ -201,4 +237,6 @@ def test_maps_on_which_a_filter_loss_takes_long_are_told(backbone, warned, tmp_p
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assemble(options, tmp_path, progress=False)
-    assert any("makes maps of" in str(one.message) for one in caught) is warned
+    messages = [str(one.message) for one in caught]
+    told = [text for text in messages if text.startswith("features: yield maps 64 x 64; filter")]
+    assert len(told) == warned

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 from picnn_fast.models import METHODS
 from picnn_fast.training.checkpoint import build_network
-from picnn_fast.training.options import GROUPS, ConfigError, Options, parse
+from picnn_fast.training.options import GROUPS, ConfigError, Options, build_parser, parse
+from picnn_fast.training.run import build_data
 
 
 def _parse(*arguments):
@@ -76,6 +78,14 @@ def test_the_record_of_a_run_is_taken_as_a_file(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(record))
     assert _parse("--config", str(path)) == options
+
+
+@pytest.mark.parametrize("config", [{"method": "picnn", "epochs": 2}, {"lr": 0.1, "seed": 3}])
+def test_the_record_of_an_earlier_version_is_said_to_be_one(tmp_path, config):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"program": "picnn_fast", "kind": "train", "config": config}))
+    with pytest.raises(ConfigError, match=r"^config: .*run.json was made by an earlier picnn_fast"):
+        _parse("--config", str(path))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +164,8 @@ def test_missing_yaml_is_named(tmp_path):
         ("--epochs x", "epochs: got 'x', want an integer"),
         ("--num_filters 2.5", "num_filters: got '2.5', want an integer or null"),
         ("--optimizer.lr fast", "optimizer.lr: got 'fast', want a number"),
-        ("--epochs", "epochs: expected one argument"),
+        ("--epochs", "epochs: got nothing, want an integer"),
+        ("--method.sampling", "method.sampling: got nothing, want one of bernoulli, gumbel"),
         ("stray", "unrecognized arguments: stray"),
     ],
 )
@@ -164,9 +175,99 @@ def test_bad_flags_are_refused_in_one_line(flags, message):
     assert "\n" not in str(caught.value)
 
 
+ICNN = "--method icnn --method.template"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (f"{ICNN}.norm l3", "method.template.norm: got 'l3', want one of l1, l2"),
+        (f"{ICNN}.profile cone", "method.template.profile: got 'cone', want one of gradient, unif"),
+        (f"{ICNN}.beta x", "method.template.beta: got 'x', want a number or published or null"),
+        (f"{ICNN}.tau -1", "method.template.tau: got -1.0, want a number > 0"),
+        (f"{ICNN}.gamma 1", "method.template.gamma: got 1.0, want None: it is an option of 'unif"),
+        (f"{ICNN} l1", "method.template: got 'l1', want a mapping of norm, profile, .* or null"),
+        (
+            f"{ICNN}.beta published {ICNN}.profile uniform",
+            "method.template.beta: got 'published' w",
+        ),
+        (f"{ICNN}.nrm l2", "method.template.nrm: there is no .* mean 'method.template.norm'"),
+        (f'{ICNN}={{"nrm":"l2"}}', "method.template.nrm: there is no such option; did you mean"),
+        (f'{ICNN}={{"norm":"l3"}}', "method.template.norm: got 'l3', want one of l1, l2"),
+        (
+            "--optimizer.lr.x 3",
+            "optimizer.lr.x: there is no such option; did you mean 'optimizer.lr",
+        ),
+        ("--method.sampling.x 3", "method.sampling.x: there is no such option; did you mean"),
+        ("--epochs.x 3", "epochs.x: there is no such option; did you mean 'epochs'"),
+        ("--num-filters.x=3", "num_filters.x: there is no such option; did you mean 'num_filters'"),
+    ],
+)
+def test_options_within_an_option_are_refused_by_their_whole_names(flags, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        _parse(*flags.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "whole"),
+    [
+        ("lr", "optimizer.lr"),
+        ("sampling", "method.sampling"),
+        ("max_shift", "data.max_shift"),
+        ("image-size", "data.image_size"),  # of other data than the digits
+        ("momentum", "method.momentum' or 'optimizer.momentum"),
+        ("template.norm", "method.template.norm"),
+        ("norm", "method.template.norm"),
+        ("weights", "backbone.weights"),
+    ],
+)
+def test_the_last_part_of_an_option_is_told_as_its_whole_name(tmp_path, option, whole):
+    message = f"{option.replace('-', '_')}: there is no such option; did you mean '{whole}'"
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        _parse(f"--{option}", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "near"),
+    [
+        ("--method PICNN", "picnn"),
+        ("--method.name Std", "std"),
+        ("--backbone ResNet18", "resnet18"),
+        ("--data CUB", "cub"),
+        ("--optimizer AdamW", "adamw"),
+        ("--accelerator CPU", "cpu"),
+        ("--method.sampling GUMBEL", "gumbel"),
+        ("--Epochs 3", "epochs"),
+    ],
+)
+def test_the_nearest_match_is_found_in_any_case(flags, near):
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+        _parse(*flags.split())
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"color_jitter": [0.4, 0.4]}, r"got '\[0.4, 0.4\]', want \[a number, .*\] or null"),
+        ({"mean": 3}, r"got '3', want \[a number, a number, a number\]"),
+        ({"resize": "big"}, "got 'big', want an integer or null"),
+    ],
+)
+def test_what_an_option_wants_is_said_in_words(given, message):
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"^data.{name}: {message}$"):
+        Options(data={"name": "folder", "root": "x", **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": {"name": ["picnn"]}}, r"method: got \['picnn'\], want one of"),
+        (
+            {"method": {"name": "icnn", "template": {"tau": 0}}},
+            "method.template.tau: got 0.0, want",
+        ),
         ({"epochs": 0}, "epochs: got 0, want an integer >= 1"),
         ({"epochs": 1.5}, "epochs: got '1.5', want an integer"),
         ({"epochs": True}, "epochs: got 'True', want an integer"),
@@ -178,7 +279,10 @@ def test_bad_flags_are_refused_in_one_line(flags, message):
         ({"seed": 2**32}, "seed: got 4294967296, want an integer >= 0 and <= 4294967295"),
         ({"schedule_floor": 1.5}, "schedule_floor: got 1.5, want a number >= 0.0 and <= 1"),
         ({"mutual_information_weight": -1.0}, "mutual_information_weight: got -1.0, want a number"),
-        ({"method": {"name": "std", "initial": "uniform"}}, "method.initial: method std has no"),
+        (
+            {"method": {"name": "std", "interpretation_weight": 1.0}},
+            "method.interpretation_weight: method std has no",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_name(given, message):
@@ -262,6 +366,25 @@ def test_every_row_of_every_group_can_be_told_its_options(key, capsys):
             assert f"--{key}.{option}" in out
 
 
+@pytest.mark.parametrize(
+    ("key", "name"), [(key, name) for key in GROUPS for name in GROUPS[key].rows]
+)
+def test_every_option_of_every_row_has_a_help_that_stands_by_itself(key, name):
+    parser = build_parser({key: name}, groups=[key], common=False)
+    helps = {a.dest: a.help for a in parser._actions if not a.dest.endswith("help")}
+    for option in GROUPS[key].options(name):
+        text = helps[f"{key}.{option}"]
+        assert text, option
+        assert len(text.split()) > 1, text
+        # What only a reader of the code could follow.
+        assert not re.search(r"``|\b[Ss]ee\b|of (that layer|their choice)", text), text
+
+
+def test_every_option_of_a_run_has_a_help():
+    parser = build_parser({key: next(iter(GROUPS[key].rows)) for key in GROUPS})
+    assert [action.dest for action in parser._actions if not action.help] == []
+
+
 def test_printed_configuration_is_read_back(capsys, tmp_path):
     flags = ("--method", "icnn", "--method.template.norm", "l2", "--epochs", "3")
     with pytest.raises(SystemExit):
@@ -308,3 +431,55 @@ def test_a_method_added_to_the_registry_is_taken_as_it_is(monkeypatch, capsys):
     assert "--method.weight" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"^method\.weight: method picnn has no .*want method gr"):
         _parse("--method.weight", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backbone": {"layer": "layr4"}}, r"backbone\.layer: got 'layr4', did you mean 'layer4'"),
+        ({"backbone": {"weights": "NONE"}}, r"backbone\.weights: got 'NONE', want one of 'IMAGE"),
+        (
+            {"backbone": {"weights": "default"}},
+            r"backbone\.weights: got 'default', did you mean 'DEFAULT'\? want one of",
+        ),
+        (
+            {"backbone": {"name": "small-resnet", "weights": "DEFAULT"}},
+            r"backbone\.weights: got 'DEFAULT', want None: 'small-resnet' has no trained weights",
+        ),
+        (
+            {"method": {"name": "icnn", "task": "single"}},
+            r"method\.task: got 'single' with 7 classes, want --category NAME",
+        ),
+        ({"method": {"name": "icnn", "mask_scale": -1}}, r"method\.mask_scale: got -1\.0, want"),
+        ({"method": {"name": "icnn", "momentum": -1}}, r"method\.momentum: got -1\.0, want"),
+    ],
+)
+def test_what_the_network_refuses_is_told_by_the_option_of_the_run(given, message):
+    backbone = {"name": "resnet18"} | given.get("backbone", {})
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        build_network(Options(**given | {"backbone": backbone}), 7, 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_trained_weights_on_images_that_are_not_of_colour_ask_for_other_data(channels):
+    options = Options(backbone={"name": "resnet18", "weights": "DEFAULT"})
+    message = rf"^backbone\.weights: got 'DEFAULT' with images of {channels} .* null, or data of"
+    with pytest.raises(ConfigError, match=message):
+        build_network(options, 10, channels)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("part-animals", {"train_images": 0}, "train_images: got 0, want an int >= 1"),
+        ("part-animals", {"test_images": -1}, "test_images: got -1, want an int >= 1"),
+        ("voc-part", {"split_seed": -1}, "split_seed: got -1, want an int >= 0"),
+        ("animal-part", {"split_seed": -1}, "split_seed: got -1, want an int >= 0"),
+        ("voc-part", {"categories": ["catt"]}, "categories: got 'catt', .*; did you mean 'cat'"),
+    ],
+)
+def test_what_data_refuses_is_told_by_the_option_of_the_run(tmp_path, data, options, message):
+    root = {} if data == "part-animals" else {"root": str(tmp_path)}
+    with pytest.raises(ConfigError, match=rf"^data\.{message}"):
+        build_data(Options(data={"name": data, **root, **options}))

@@ -267,6 +267,44 @@ def test_the_same_run_is_known_by_another_path_and_number_of_workers(config, tmp
         assert train(same, progress=False) == first
 
 
+def _noted(options, monkeypatch, change):
+    """A complete run, whose record was changed."""
+    monkeypatch.setattr(run, "fit", lambda *arguments, **given: dict.fromkeys(FIGURES, 0.5))
+    train(options, progress=False)
+    path = Path(options.output) / "run.json"
+    record = json.loads(path.read_text())
+    change(record["config"])
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(run, "assemble", None)
+
+
+def test_a_record_without_options_that_are_new_is_of_their_defaults(config, monkeypatch):
+    def without(noted):
+        del noted["channels_last"], noted["insert_kernel"], noted["method"]["mask_at"]
+        del noted["data"]["flip"]
+
+    _noted(config, monkeypatch, without)
+    assert train(config, progress=False) == dict.fromkeys(FIGURES, 0.5)
+    with pytest.raises(RunFolderError, match=r"options: insert_kernel 3, now 1\. Replace"):
+        train(dataclasses.replace(config, insert_kernel=1), progress=False)
+
+
+FLAT = {"method": "picnn", "lr": 0.001, "sampling": "bernoulli", "data": "folder", "crop": "none"}
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [FLAT, {"kernel": 3}, {"method": {"name": "picnn", "sharpness": 2.0}}, {"method": "pathway"}],
+)
+def test_a_run_of_an_earlier_version_is_told_in_a_line(config, monkeypatch, earlier):
+    _noted(config, monkeypatch, lambda noted: noted.update(earlier))
+    with pytest.raises(
+        RunFolderError, match="other options: it was made by an earlier picnn_fast"
+    ) as e:
+        train(config, progress=False)
+    assert len(str(e.value)) < 300 + len(config.output)
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "renamed"])
 def test_a_run_does_not_go_on_with_other_classes(config, tmp_path, monkeypatch, change):
     for split in ("train", "test"):
@@ -411,6 +449,15 @@ def test_metrics_that_cannot_be_read_back_are_named(config, tmp_path):
         path.unlink() if text is None else path.write_text(text)
         with pytest.raises(RunFolderError, match=r"metrics.json cannot be read: .*--overwrite"):
             train(config, progress=False)
+
+
+def test_metrics_of_an_earlier_version_are_read_with_what_they_lack(config, monkeypatch, capsys):
+    _noted(config, monkeypatch, lambda noted: None)
+    path = Path(config.output) / "metrics.json"
+    path.write_text(json.dumps({"picnn": {"acc1": 0.75, "purity": 0.5}}))
+    figures = train(config, progress=False)
+    assert (figures["acc1"], figures["purity"], figures["mis"][:5]) == (0.75, 0.5, "n/a: ")
+    assert figures.keys() > FIGURES.keys()
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(config, tmp_path):

@@ -92,6 +92,55 @@ def test_complete_run_with_other_options_is_refused_with_the_difference(tmp_path
         RunFolder(tmp_path / "run", "demo", {}).complete()
 
 
+def test_of_many_differences_five_are_shown_and_the_others_counted(tmp_path):
+    then, now = ({f"o{i}": value for i in range(9)} for value in (0, 1))
+    _write(_folder(tmp_path, **then))
+    shown = "; ".join(f"o{i} 0, now 1" for i in range(5))
+    with pytest.raises(RunFolderError, match=f"other options: {shown}; and 4 more. Replace"):
+        _folder(tmp_path, **now).complete()
+    few = {f"o{i}": int(i < 5) for i in range(9)}
+    with pytest.raises(RunFolderError, match=f"other options: {shown}. Replace"):
+        _folder(tmp_path, **few).complete()
+
+
+def _read(config):
+    """Of two options, one new; an older run may have had a third."""
+    if "old" in config:
+        raise ValueError("old: there is no such option")
+    return {"new": "default", **config}
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_option_that_is_new_had_its_default(tmp_path, complete):
+    before = _folder(tmp_path)
+    _write(before) if complete else _fail(before, "last.ckpt")
+    for value in ("default", "other"):
+        today = RunFolder(tmp_path / "run", "train", {"seed": 0, "new": value}, read=_read)
+        if value == "other":
+            with pytest.raises(RunFolderError, match=r"options: new 'default', now 'other'\. Rep"):
+                today.complete() if complete else today.writing().__enter__()
+        elif complete:
+            assert today.complete()
+        else:
+            assert _fail(today) is not None
+            assert (today.work / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_run_with_options_of_an_earlier_version_is_told_in_a_line(tmp_path, complete):
+    before = _folder(tmp_path, old=1, **{f"o{i}": i for i in range(40)})
+    _write(before) if complete else _fail(before, "last.ckpt")
+    today = RunFolder(tmp_path / "run", "train", {"seed": 0, "new": "default"}, read=_read)
+    with pytest.raises(
+        RunFolderError, match=r"made by an earlier picnn_fast.*--overwrite"
+    ) as caught:
+        today.complete() if complete else today.writing().__enter__()
+    assert "o1" not in str(caught.value)
+    assert today.earlier() is None
+    _write(today, "new", overwrite=True)
+    assert today.complete()
+
+
 def test_overwrite_keeps_the_old_run_until_the_new_one_is_complete(tmp_path):
     _write(_folder(tmp_path, lr=1), "old")
     new = _folder(tmp_path, lr=2)

@@ -1,0 +1,77 @@
+"""What the pictures have in common: resolution, colours, and how images are shown."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from picnn_fast._extras import extra
+from picnn_fast.ops import checks
+
+with extra("report"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+HEAT_COLOURS = "inferno"
+# Of a text that holds a name: a "$" in it is no mathematics.
+AS_IT_IS: dict[str, Any] = {"parse_math": False}
+_OVERSHOOT = 0.05
+_Image = npt.NDArray[np.float32]
+
+
+def displayed(images: Tensor) -> list[_Image]:
+    """Images as matplotlib takes them, ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
+
+    Where some are out of that range, as after normalisation, a warning says so, and each is shown
+    from its lowest value to its highest.
+
+    Args:
+        images: ``[B, C, H, W]``, grey or RGB.
+
+    Raises:
+        TypeError: no floating tensor.
+        ValueError: another shape, or no images.
+    """
+    checks.floating("images", images)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
+        raise ValueError(
+            f"images: got shape {tuple(images.shape)}, want [B, C, H, W] with 1 or 3 channels, at"
+            " least one image"
+        )
+    pixels = images.detach().cpu().float()
+    lowest, highest = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+    least, most = lowest.min().item(), highest.max().item()
+    # Resizing may overshoot a little.
+    if least < -_OVERSHOOT or most > 1 + _OVERSHOOT:
+        warnings.warn(
+            f"images: got values from {least:.3g} to {most:.3g}, want [0, 1]; each is shown from"
+            " its lowest to its highest value, in other colours than its own (normalised images"
+            " want their mean and standard deviation back)",
+            stacklevel=3,
+        )
+        pixels = (pixels - lowest) / (highest - lowest).clamp_min(1e-6)
+    return list(pixels.clamp(0, 1).movedim(1, -1).squeeze(-1).numpy())
+
+
+def saved(figure: Figure, path: str | Path | None) -> Figure:
+    """The figure, written to ``path`` where there is one."""
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def overlay(axis: Axes, pixels: _Image, heat: _Image) -> None:
+    """Heat in [0, 1] in colours, with the image on it."""
+    axis.imshow(heat, cmap=HEAT_COLOURS, vmin=0, vmax=1, interpolation="bilinear")
+    # The image on top as a faint light, so that strokes stay visible where the heat is dark.
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", alpha=0.25)
+
+
+def without_frame(axis: Axes) -> None:
+    """Axes without the lines around them."""
+    for spine in axis.spines.values():
+        spine.set_visible(False)
