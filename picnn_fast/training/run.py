@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -275,7 +275,7 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
         ConfigError: it cannot take the image; the message begins with ``what``.
     """
     with reading_images():
-        image = data.test_set[0][0][None]
+        image: torch.Tensor = data.test_set[0][0][None]
     height, width = image.shape[2:]
     try:
         with torch.no_grad():
