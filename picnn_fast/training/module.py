@@ -292,5 +292,6 @@ class InterpretableModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in self.figures.items():
-            value = metric.compute().mean  # type: ignore[operator]
+            computed = metric.compute()  # type: ignore[operator]
+            value = computed if isinstance(computed, Tensor) else computed.mean
             self.log(f"val/{name}", value, prog_bar=True, sync_dist=True)

@@ -104,6 +104,7 @@ class Introduction(Callback):
     ) -> None:
         train, test = (len(images) for images in (data.train_set, data.test_set))  # type: ignore[arg-type]
         channels, height, width = cost.image_shape
+        self.large = min(height, width) >= 32  # smaller convolutions gain nothing
         self.lines = {
             "images": f"{data_name}: {train} to train on, {test} to test on,"
             f" {channels} x {height} x {width}, {data.num_classes} classes",
@@ -124,7 +125,7 @@ class Introduction(Callback):
         lines["training"] = (
             f"goes on with epoch {first} of {last}" if first > 1 else f"{last} epochs"
         )
-        if trainer.precision == "32-true" and native_bfloat16(device):
+        if trainer.precision == "32-true" and self.large and native_bfloat16(device):
             lines["hint"] = (
                 "this device has units for bfloat16, with which --precision bf16-mixed makes steps"
                 " of large convolutions faster"

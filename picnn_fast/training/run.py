@@ -272,14 +272,16 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
     """A test image ``[1, C, H, W]``, once the network, in eval mode, has taken it.
 
     Raises:
-        ConfigError: it cannot take the image; the message begins with ``what``.
+        ConfigError: it cannot take the image; the message begins with ``what``, or with the method.
     """
     with reading_images():
-        image = data.test_set[0][0][None]
+        image: torch.Tensor = data.test_set[0][0][None]
     height, width = image.shape[2:]
     try:
         with torch.no_grad():
-            network.eval()(image)
+            network.eval().head_logits(network.filter_maps(image))
+            what = type(network).__name__  # what goes wrong from here on is the method's
+            network(image)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 from functools import partial
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
+from picnn_fast.evaluation import FIGURES
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models import STD, make_interpretable
 from picnn_fast.training.module import DivergenceError, InterpretableModule
@@ -304,6 +307,18 @@ def test_images_with_labels_and_without_are_predicted_alike():
     (pairs, alone) = (torch.cat(_trainer().predict(module, part)) for part in (loader, images))
     assert pairs.shape == (12, 3)
     torch.testing.assert_close(pairs, alone)
+
+
+def test_a_figure_that_is_a_plain_number_is_logged_every_epoch(monkeypatch):
+    record = dataclasses.replace(
+        FIGURES["acc1"],
+        metric=lambda network, data, draws: MeanMetric(),
+        update=lambda metric, seen: metric.update(seen.pooled.mean()),
+    )
+    monkeypatch.setitem(FIGURES, "brightness", record)
+    trainer = _trainer(max_epochs=1)
+    trainer.fit(InterpretableModule(_network()), _loader(), _loader())
+    assert trainer.callback_metrics["val/brightness"].ndim == 0
 
 
 def test_a_bare_trainer_trains():

@@ -24,6 +24,7 @@ from PIL import Image
 
 from picnn_fast.data import image_folder
 from picnn_fast.evaluation import FIGURES, evaluate
+from picnn_fast.models import METHODS
 from picnn_fast.training import checkpoint, launch, run
 from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
 from picnn_fast.training.module import DivergenceError, InterpretableModule
@@ -763,3 +764,12 @@ def test_an_epoch_cannot_be_chosen_on_images_that_there_are_none_of(config, tmp_
         )
         with pytest.raises(ConfigError, match=wanted):
             assemble(options, tmp_path)
+
+
+def test_what_a_method_does_wrong_is_not_laid_on_the_backbone(config, monkeypatch, tmp_path):
+    def broken(self, images, labels=None):
+        raise RuntimeError("selected index k out of range")
+
+    monkeypatch.setattr(METHODS[config.method["name"]], "forward", broken)
+    with pytest.raises(ConfigError, match=r"^PICNN cannot take images .*index k out of range"):
+        assemble(config, tmp_path)
