@@ -46,22 +46,25 @@ class CSG(InterpretableNetwork):
         features, head, num_classes, num_filters, channel_dim: see ``InterpretableNetwork``.
         in_channels: channels of ``features``: a new target layer is put after them, a 3x3
             convolution to ``num_filters`` channels. None inserts nothing.
-        inserted_activation: of that layer, "relu" or "none".
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
-        period: one epoch in so many runs the CSG path, the last of each; 1 always runs it.
-        start: epochs of the STD path alone at the beginning.
-        bound: g, what the L1 norm of G may be without a penalty, at least N (every filter is
-            some class's). None: ``0.2 * K * N``, or N where that is more.
-        penalty_norm: ψ: "l1", "l2" (the square) or "smooth_l1" of what exceeds the bound.
-        penalty_weight: λ2.
-        classification_weight: λ1, of the cross entropy of the CSG path.
-        csg_lr: rate of network and gate in epochs of the CSG path. None: the network's.
-        std_layers, csg_layers: names of the modules whose parameters learn in epochs of either
-            path, e.g. ``["features.layer4", "head"]``. None: all. What learns in neither has
-            ``requires_grad`` taken off. The gate always learns in those of the CSG path.
-        fixed: ``(m1, m2)``: m1 filters for each class alone, then m2 for all, of 0 and 1, not
-            learnt (section 4.3); N must be ``m1 * K + m2``. There is no penalty then.
-        mask_at: where filters are scaled, see ``MaskedHead``.
+        inserted_activation: behind the inserted convolution: "relu" or "none".
+        period: one epoch in so many runs the gated path, the last of each period; 1: every one.
+        start: epochs of the ordinary path alone at the beginning.
+        bound: what the L1 norm of the gate may be without a penalty, at least the number of filters
+            N. None: a fifth of K·N, or N where that is more.
+        penalty_norm: of what exceeds the bound: "l1", "l2" (the square) or "smooth_l1".
+        penalty_weight: of that penalty, λ2 of eq. 3.
+        classification_weight: of the cross entropy of the gated path, λ1 of eq. 3.
+        csg_lr: learning rate of network and gate in epochs of the gated path; None: that of the
+            network in all others.
+        std_layers: names of the modules that learn in epochs of the ordinary path, such as
+            features.layer4 and head; None: all. What learns in neither path is frozen.
+        csg_layers: names of the modules that learn, beside the gate, in epochs of the gated path;
+            None: all.
+        fixed: two numbers m1 and m2: m1 filters for each class alone, then m2 for all, not learnt
+            and without a penalty (section 4.3); N must be m1·K + m2.
+        mask_at: where filters are scaled: "maps", or "late", behind the pooling that the head
+            starts with, where it is the same and takes less; "auto": late where possible.
 
     Attributes:
         gate: G ``[K, N]``, a parameter, or a buffer where it is fixed.

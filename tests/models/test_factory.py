@@ -174,7 +174,7 @@ def test_the_model_is_made_on_the_device_of_the_backbone() -> None:
 @pytest.mark.parametrize(
     ("backbone", "options", "error", "message"),
     [
-        ("small-resnet", {"method": "csgg"}, ValueError, "method: got 'csgg', want one of 'std'"),
+        ("small-resnet", {"method": "qqqq"}, ValueError, "method: got 'qqqq', want one of 'std'"),
         ("resnet19", {}, ValueError, r"backbone: got 'resnet19', did you mean 'resnet1.'\? want"),
         ("small-resnet", {"method": "pcinn"}, ValueError, r"method: got 'pcinn', did you mean 'pi"),
         (nn.Linear(2, 3), {}, TypeError, "backbone: got Linear, want a name.*layer="),

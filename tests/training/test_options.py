@@ -273,7 +273,7 @@ def test_what_an_option_wants_is_said_in_words(given, message):
         ({"epochs": True}, "epochs: got 'True', want an integer"),
         ({"optimizer": {"lr": 0.0}}, "optimizer.lr: got 0.0, want a number > 0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr: got nan"),
-        ({"method": "cnn"}, "method: got 'cnn', want one of std, picnn, icnn"),
+        ({"method": "cnn"}, "method: got 'cnn', want one of std, picnn, csg, icnn"),
         ({"insert_conv": 3}, "insert_conv: got '3', want true or false"),
         ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
         ({"seed": 2**32}, "seed: got 4294967296, want an integer >= 0 and <= 4294967295"),
