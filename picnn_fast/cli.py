@@ -92,18 +92,15 @@ def _prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _first_process() -> bool:
-    """Whether this is the one of several processes that speaks for all."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 @contextmanager
 def _telling_how_to_go_on(folder: "RunFolder") -> Iterator[None]:
     """A training that is interrupted says what the same command would do."""
+    from picnn_fast.training.launch import launch
+
     try:
         yield
     except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-        if _first_process():
+        if launch(None).first:  # one of several processes speaks for all
             kept = any(folder.work.rglob("*.ckpt"))
             how = "goes on from the last complete epoch" if kept else "starts anew"
             print(
@@ -251,6 +248,7 @@ def _demo(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from picnn_fast.training.launch import launch
     from picnn_fast.training.options import BY_IMAGE_SIZE, Options, parse
     from picnn_fast.training.run import train, train_folder
 
@@ -266,7 +264,7 @@ def _train(arguments: Sequence[str]) -> int:
     options = Options(**args)
     folder = train_folder(options)
     complete = not overwrite and folder.complete()
-    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and _first_process():
+    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and launch(None).first:
         name = options.backbone["name"]
         print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
     with _telling_how_to_go_on(folder):

@@ -269,13 +269,8 @@ class CSG(InterpretableNetwork):
             lr: of the network; of the gate where ``csg_lr`` is None.
         """
         lr = checks.non_negative("lr", lr)
-        gate = [self.gate] if self.fixed is None else []
         network = [p for name, p in self.named_parameters() if name != "gate"]
-        groups = [{"params": network, "lr": lr, "name": "network"}]
-        if gate:
-            rate = lr if self.csg_lr is None else self.csg_lr
-            groups.append({"params": gate, "lr": rate, "weight_decay": 0.0, "name": "gate"})
-        return groups
+        return [{"params": network, "lr": lr, "name": "network"}, *self._gate_group(lr)]
 
     def optimizers(self, lr: float) -> dict[str, list[dict[str, Any]]]:
         """Groups of the optimiser of either path, "std" and "csg".
@@ -284,16 +279,24 @@ class CSG(InterpretableNetwork):
             lr: of the STD path; of the CSG path where ``csg_lr`` is None.
         """
         lr = checks.non_negative("lr", lr)
-        rates = {STD_PATH: lr, CSG_PATH: lr if self.csg_lr is None else self.csg_lr}
+        rates = {STD_PATH: lr, CSG_PATH: self._csg_rate(lr)}
         named = dict(self.named_parameters())
         groups: dict[str, list[dict[str, Any]]] = {}
         for path, rate in rates.items():
             chosen = [p for name, p in named.items() if name in self._layers[path]]
             groups[path] = [{"params": chosen, "lr": rate, "name": path}]
-        if self.fixed is None:
-            gate = {"params": [self.gate], "lr": rates[CSG_PATH], "weight_decay": 0.0}
-            groups[CSG_PATH].append({**gate, "name": "gate"})
+        groups[CSG_PATH] += self._gate_group(lr)
         return groups
+
+    def _csg_rate(self, lr: float) -> float:
+        return lr if self.csg_lr is None else self.csg_lr
+
+    def _gate_group(self, lr: float) -> list[dict[str, Any]]:
+        """The gate's, where it is learnt."""
+        if self.fixed is not None:
+            return []
+        rate = self._csg_rate(lr)
+        return [{"params": [self.gate], "lr": rate, "weight_decay": 0.0, "name": "gate"}]
 
     def density(self) -> Tensor:
         """L1-density of G: ‖G‖₁ / (K·N), a scalar in [1 / K, 1]."""

@@ -253,7 +253,8 @@ class InterpretableModule(L.LightningModule):
             images = batch[0].to(next(self.network.parameters()).dtype)
             training = {part: part.training for part in self.network.modules()}
             with torch.no_grad():
-                logits = Observation(self.network.eval(), images, batch[1], seed=0).logits
+                network = self.network.eval()
+                logits = network.head_logits(network.filter_maps(images))
             for part, mode in training.items():
                 part.training = mode
             self._check_finite(logits.abs().amax(), "the largest logit after the last step")
