@@ -1,17 +1,28 @@
 """Backbones: one row each over one splitter, networks of our own, and receptive fields."""
 
-from picnn_fast.backbones.networks import ResidualBlock, small_cnn, small_resnet, vgg_m, vgg_s
+from picnn_fast.backbones.networks import (
+    ResidualBlock,
+    cifar_resnet,
+    small_cnn,
+    small_resnet,
+    vgg_m,
+    vgg_s,
+)
 from picnn_fast.backbones.receptive_field import ReceptiveField, receptive_field
-from picnn_fast.backbones.registry import BACKBONES, Row, cut
+from picnn_fast.backbones.registry import BACKBONES, TIMM, Row, cut
 from picnn_fast.backbones.split import Split, split, split_halves
+from picnn_fast.backbones.weights import is_weights_file
 
 __all__ = [
     "BACKBONES",
+    "TIMM",
     "ReceptiveField",
     "ResidualBlock",
     "Row",
     "Split",
+    "cifar_resnet",
     "cut",
+    "is_weights_file",
     "receptive_field",
     "small_cnn",
     "small_resnet",

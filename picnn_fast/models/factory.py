@@ -1,7 +1,7 @@
 """One call from a backbone to an interpretable network."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from picnn_fast.backbones import cut
 from picnn_fast.layers import check_insert_kernel
@@ -35,13 +35,15 @@ def make_interpretable(
     in_channels: int | None = None,
     image_channels: int | None = None,
     weights: Any = None,
+    stem: Literal["default", "cifar"] = "default",
     **options: Any,
 ) -> InterpretableNetwork:
     """Put an interpretable target layer and a classifier on a backbone.
 
     Args:
         backbone: one of
-            - a name of ``picnn_fast.backbones.BACKBONES``, e.g. "small-resnet" or "resnet18";
+            - a name of ``picnn_fast.backbones.BACKBONES``, e.g. "small-resnet" or "resnet18", or
+              "timm:NAME" for any network of timm's;
             - any module, images to logits, that ``torch.fx`` can trace down to ``layer``: its own
               layers are used in place, not copied, and its classifier made anew for N filters and
               K classes; or one with ``forward_features`` and ``forward_head``, as timm's have;
@@ -58,12 +60,15 @@ def make_interpretable(
             yields, a bound of ours: with 1000 classes 2048 on a ResNet-18.
         insert_conv: True puts a new convolution to ``num_filters`` channels after the features,
             with a ReLU unless ``inserted_activation`` says otherwise; False takes the features'
-            own last maps, as a method that has no ``in_channels`` wants it.
+            own last maps, as a method that has no ``in_channels`` wants it, and a backbone whose
+            maps are tokens ``[B, T, N]``, such as "vit_b_16". Filters are the channels of all
+            tokens then, the class token among them, which may be all that the head looks at.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         in_channels: channels that the features of a *pair* yield, wanted where a convolution is
             inserted; known for the other backbones, unless only running them can tell.
         image_channels: of the images, for a *name*; None takes 1 for "small-resnet", else 3.
-        weights: trained weights for the names that torchvision has them for, as it takes them.
+        weights, stem: for a *name*: trained weights, and how it begins, see
+            ``picnn_fast.backbones.cut``.
         **options: passed to the method's class (``METHODS``).
 
     Returns:
@@ -106,10 +111,16 @@ def make_interpretable(
 
     if isinstance(backbone, tuple | list) and len(backbone) == 2:
         features, head = backbone
-        given = {"layer": layer, "image_channels": image_channels, "weights": weights}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name}: got {value!r} with a pair (features, head), want None")
+        for name, value, default in (
+            ("layer", layer, None),
+            ("image_channels", image_channels, None),
+            ("weights", weights, None),
+            ("stem", stem, "default"),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"{name}: got {value!r} with a pair (features, head), want {default!r}"
+                )
         if insert_conv and in_channels is None:
             raise ValueError(
                 "in_channels: got None, want the channels that features yield, to insert a"
@@ -126,9 +137,24 @@ def make_interpretable(
             checks.integer("in_channels", in_channels, 1)
             num_filters = _default_filters(per_class, num_classes, in_channels)
     else:
-        parts = cut(backbone, layer, image_channels=image_channels, weights=weights)
+        parts = cut(backbone, layer, image_channels=image_channels, weights=weights, stem=stem)
         features = parts.features
-        channels = parts.channels(options.get("channel_dim", 1))
+        channel_dim = options.get("channel_dim")
+        if channel_dim is None and parts.channel_dim() != 1:
+            channel_dim = parts.channel_dim()
+            if "channel_dim" not in known:
+                raise ValueError(
+                    f"backbone: got one whose maps of layer {parts.layer!r} have their channels"
+                    f" last, as tokens, want maps [B, N, h, w]: method {method!r} has no"
+                    " channel_dim"
+                )
+            if insert_conv:
+                raise ValueError(
+                    f"insert_conv: got True, want False: maps of layer {parts.layer!r} have their"
+                    " channels last, as tokens, which no convolution takes"
+                )
+            options["channel_dim"] = channel_dim
+        channels = parts.channels(channel_dim)
         if in_channels is not None:
             checks.integer("in_channels", in_channels, 1)
         elif channels is None:

@@ -27,17 +27,24 @@ _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 _PREFIX = "network."  # of the network's parameters in the module that trains it
 
 
-def build_network(options: Options, num_classes: int, in_channels: int) -> InterpretableNetwork:
+def build_network(
+    options: Options, num_classes: int, in_channels: int, *, weights: bool = True
+) -> InterpretableNetwork:
     """The network that options ask for.
 
     Args:
         options: of the run.
         num_classes: K.
         in_channels: of the images.
+        weights: whether with the trained weights that the options name, which need not be there any
+            more where those of a checkpoint follow.
 
     Raises:
         ConfigError: options that do not go together.
     """
+    backbone = options.arguments("backbone")
+    if not weights:
+        backbone["weights"] = None
     try:
         network = make_interpretable(
             options.backbone["name"],
@@ -47,7 +54,7 @@ def build_network(options: Options, num_classes: int, in_channels: int) -> Inter
             insert_conv=options.insert_conv,
             insert_kernel=options.insert_kernel,
             image_channels=in_channels,
-            **options.arguments("backbone"),
+            **backbone,
             **options.arguments("method"),
         )
     except (TypeError, ValueError) as error:
@@ -213,7 +220,7 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, li
     try:
         saved = content[_SAVED]
         options = Options(**saved["config"])
-        network = build_network(options, saved["num_classes"], saved["in_channels"])
+        network = build_network(options, saved["num_classes"], saved["in_channels"], weights=False)
         network.load_state_dict(
             {
                 name.removeprefix(_PREFIX): value

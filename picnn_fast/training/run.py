@@ -86,7 +86,8 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
     method = options.method["name"]
     if not started.child and started.decide(lambda: not overwrite and folder.complete()):
         return read_metrics(folder.path, [method])[method] if started.first else {}
-    run = assemble(options, folder.work, started=started, progress=progress)
+    goes_on = folder.goes_on(overwrite=overwrite)
+    run = assemble(options, folder.work, started=started, progress=progress, goes_on=goes_on)
     earlier = None if overwrite else folder.earlier()
     if earlier is not None and progress and started.first:
         print(_going_on(earlier["epochs"], options), flush=True)
@@ -120,7 +121,12 @@ def _going_on(epochs: int, options: Options) -> str:
 
 
 def assemble(
-    options: Options, folder: Path, *, started: Launch | None = None, progress: bool = True
+    options: Options,
+    folder: Path,
+    *,
+    started: Launch | None = None,
+    progress: bool = True,
+    goes_on: bool = False,
 ) -> Run:
     """Build everything a run consists of, and refuse what no training can start with.
 
@@ -131,6 +137,7 @@ def assemble(
         folder: of the checkpoint and logs to come.
         started: as of ``launch``, by default.
         progress: show progress in training.
+        goes_on: from a checkpoint, which has the weights that a backbone would begin with.
 
     Raises:
         ConfigError: data, network or devices cannot be had, or do not go together.
@@ -142,7 +149,7 @@ def assemble(
     with _quiet():
         # Weights, and the random correspondence matrix of STD, follow from the seed.
         L.seed_everything(options.seed, workers=False, verbose=False)
-    network = build_network(options, data.num_classes, data.in_channels)
+    network = build_network(options, data.num_classes, data.in_channels, weights=not goes_on)
     cost = _try_image(options, network, data)
     optimizer = options.optimizer_class()
     module = InterpretableModule(
@@ -282,7 +289,7 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
             network.eval().head_logits(network.filter_maps(image))
             what = type(network).__name__  # what goes wrong from here on is the method's
             network(image)
-    except (RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"
             f" {one_line(error)}"
