@@ -261,9 +261,7 @@ def split_halves(network: nn.Module) -> Split:
         if taken.isdisjoint(child.parameters())
     }
     channels = getattr(network, "num_features", None)
-    return Split(
-        _Features(network), classifier, "forward_features", _image_size(network), channels
-    )
+    return Split(_Features(network), classifier, "forward_features", _image_size(network), channels)
 
 
 def _image_size(network: Any) -> tuple[int, int]:

@@ -20,7 +20,14 @@ torchvision = pytest.importorskip("torchvision")
 
 CLASSES, FILTERS = 3, 12
 LABELS = torch.tensor([0, 2])
-PIXELS = {"small-resnet": 8, "resnet20": 8, "resnet56": 8, "small-cnn": 32, "vgg-m": 96, "vgg-s": 96}
+PIXELS = {
+    "small-resnet": 8,
+    "resnet20": 8,
+    "resnet56": 8,
+    "small-cnn": 32,
+    "vgg-m": 96,
+    "vgg-s": 96,
+}
 
 
 def drawn(name: str) -> nn.Module:
