@@ -99,8 +99,10 @@ def timm_network(name: str, image_channels: int = 3, weights: str | None = None)
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 1)
         hint = f" did you mean {TIMM + near[0]!r}?" if near else ""
         raise ValueError(f"backbone: got {TIMM + name!r},{hint} want a model of timm's")
+    network: nn.Module
     if weights is None:
-        return timm.create_model(name, in_chans=image_channels)  # type: ignore[no-any-return]
+        network = timm.create_model(name, in_chans=image_channels)
+        return network
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
     if weights not in ("DEFAULT", *known):
         names = ["DEFAULT", *known] if known else []
@@ -111,7 +113,7 @@ def timm_network(name: str, image_channels: int = 3, weights: str | None = None)
         )
     full = name if weights == "DEFAULT" else f"{name}.{weights}"
     try:
-        network: nn.Module = timm.create_model(full, pretrained=True, in_chans=image_channels)
+        network = timm.create_model(full, pretrained=True, in_chans=image_channels)
     except Exception as error:  # of many kinds, by what of the download fails
         raise _not_downloaded(TIMM + name, weights, error) from error
     return network
