@@ -20,9 +20,10 @@ from picnn_fast.metrics import (
     PathwayAccuracy,
 )
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.csg import CSG
 
 with extra("train"):
-    from torchmetrics import Metric
+    from torchmetrics import MeanMetric, Metric
 
 # Of the maps that part interpretability has to keep; it needs somewhat more to compute.
 MOST_MAP_BYTES = 3 << 29
@@ -58,6 +59,10 @@ def _needs_ownership(network: InterpretableNetwork, data: object) -> str | None:
     if network.ownership() is None:
         return f"{type(network).__name__} gives no filter to a class"
     return None
+
+
+def _needs_gate(network: InterpretableNetwork, data: object) -> str | None:
+    return None if isinstance(network, CSG) else f"{type(network).__name__} has no gate"
 
 
 def _field(network: InterpretableNetwork, data: PartDataModule) -> ReceptiveField:
@@ -185,6 +190,14 @@ FIGURES: dict[str, Figure] = {
         better="higher",
         metric=lambda network, data, draws: MutualInformationScore(network.num_classes),
         update=lambda metric, seen: metric.update(seen.pooled, seen.labels),
+    ),
+    "density": Figure(
+        heading="L1-density",
+        meaning="of the gate: the share of its elements that it sums to",
+        better="lower",
+        metric=lambda network, data, draws: MeanMetric(),
+        update=lambda metric, seen: metric.update(seen.network.density()),
+        needs=_needs_gate,
     ),
     "location_instability": _location_instability(
         "location instab.", "of a filter's peak about the landmarks, image diagonals"

@@ -127,9 +127,12 @@ class Options:
         epochs: passes over the training images.
         batch_size: images a step, on each device; a single image left over in an epoch is not
             trained on.
-        schedule: learning rates over the run, changed every epoch: cosine to schedule_floor times
-            the rate, or constant.
+        schedule: learning rates over the run, changed by the epoch: cosine to schedule_floor times
+            the rate; step, down to schedule_factor of it after each of schedule_steps; or constant.
         schedule_floor: share of the learning rate that the cosine ends at.
+        schedule_steps: epochs done before each fall of the schedule step; of optimisers that take
+            turns, as csg's, each counts its own epochs.
+        schedule_factor: what such a fall leaves of the learning rate.
         warmup_epochs: epochs over which the learning rates rise to their full value.
         report_epoch: the epoch whose figures are reported: the last; the one with the best ACC1 on
             the validation images; or best_on_test, on the test split that is reported on, as in
@@ -165,8 +168,10 @@ class Options:
     mutual_information_weight: float = 0.0
     epochs: int = 30
     batch_size: int = 64
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
     schedule_floor: float = 0.0
+    schedule_steps: Sequence[int] = (60, 90, 120)
+    schedule_factor: float = 0.1
     warmup_epochs: int = 0
     report_epoch: Literal["last", "best_on_validation", "best_on_test"] = "last"
     seed: int = 0
@@ -195,6 +200,7 @@ class Options:
         for name, (least, most) in _RANGES.items():
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), least, most)
+        check_steps(self.schedule_steps, self.schedule_factor)
         for group in GROUPS:
             chosen = getattr(self, group)
             for name, parameter in GROUPS[group].options(chosen["name"]).items():
@@ -255,6 +261,20 @@ def check_range(name: str, value: float, least: float, most: float = math.inf) -
         kind = "an integer" if isinstance(least, int) else "a number"
         limit = f" and <= {most}" if most < math.inf else ""
         raise ConfigError(f"{name}: got {value}, want {kind} >= {least}{limit}")
+
+
+def check_steps(steps: Sequence[int], factor: float) -> None:
+    """
+    Raises:
+        ConfigError: steps of a schedule that do not rise from 1, or a factor outside (0, 1].
+    """
+    if list(steps) != sorted(set(steps)) or min(steps, default=1) < 1:
+        raise ConfigError(
+            f"schedule_steps: got {list(steps)}, want numbers of epochs >= 1, each greater than the"
+            " one before"
+        )
+    if not 0 < factor <= 1:
+        raise ConfigError(f"schedule_factor: got {factor}, want a number > 0 and <= 1")
 
 
 def build_parser(
@@ -575,7 +595,7 @@ def _described(annotation: Any) -> str:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
     if kind is tuple:
         return f"[{', '.join(map(_described, parts))}]"
-    if kind is list:
+    if kind in (list, Sequence):
         return f"[{_described(parts[0])}, …]"
     if kind in (types.UnionType, typing.Union):
         # Functions and tensors are for Python alone.

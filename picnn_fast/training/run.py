@@ -151,6 +151,8 @@ def assemble(
         optimizer=optimizer,
         schedule=options.schedule,
         schedule_floor=options.schedule_floor,
+        schedule_steps=options.schedule_steps,
+        schedule_factor=options.schedule_factor,
         warmup_epochs=options.warmup_epochs,
         mutual_information_weight=options.mutual_information_weight,
         seed=options.seed,

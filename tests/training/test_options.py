@@ -278,6 +278,9 @@ def test_what_an_option_wants_is_said_in_words(given, message):
         ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
         ({"seed": 2**32}, "seed: got 4294967296, want an integer >= 0 and <= 4294967295"),
         ({"schedule_floor": 1.5}, "schedule_floor: got 1.5, want a number >= 0.0 and <= 1"),
+        ({"schedule_factor": 0.0}, "schedule_factor: got 0.0, want a number > 0 and <= 1"),
+        ({"schedule_steps": [9, 3]}, "schedule_steps: got \\[9, 3\\], want numbers of epochs >= 1"),
+        ({"schedule_steps": "9, 3"}, "schedule_steps: got '9, 3', want \\[an integer, …\\]"),
         ({"mutual_information_weight": -1.0}, "mutual_information_weight: got -1.0, want a number"),
         (
             {"method": {"name": "std", "interpretation_weight": 1.0}},
