@@ -34,7 +34,7 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-COMMANDS = ["demo", "train", "evaluate", "convert", "doctor"]
+COMMANDS = ["demo", "train", "compare", "evaluate", "convert", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -98,7 +98,7 @@ def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encodi
 
     def table():
         cli._prepare_streams()
-        cli._print_table(figures, "Test split of [/x] [red]")
+        cli._print_table({k: [v] for k, v in figures.items()}, "Test split of [/x] [red]")
 
     _, out = _written(monkeypatch, encoding, table)
     assert "Test split of [/x] [red]" in out

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -285,6 +286,20 @@ def format_figure(values: Mapping[str, float | str], name: str) -> str:
         return NOT_AVAILABLE.rstrip(": ")
     error = values.get(name + STANDARD_ERROR)
     return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+
+
+def format_figures(runs: Sequence[Mapping[str, float | str]], name: str) -> str:
+    """One figure of several runs for a table: their mean ± the standard deviation, or "n/a".
+
+    Of a single run as ``format_figure``.
+    """
+    if len(runs) == 1:
+        return format_figure(runs[0], name)
+    values = [run.get(name, NOT_AVAILABLE) for run in runs]
+    numbers = [value for value in values if not isinstance(value, str)]
+    if len(numbers) < len(runs):
+        return NOT_AVAILABLE.rstrip(": ")
+    return f"{statistics.fmean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
 
 
 def as_numbers(name: str, value: Tensor | Iterable[Tensor]) -> dict[str, float | str]:

@@ -57,6 +57,8 @@ class CSG(InterpretableNetwork):
         classification_weight: of the cross entropy of the gated path, λ1 of eq. 3.
         csg_lr: learning rate of network and gate in epochs of the gated path; None: that of the
             network in all others.
+        gate_lr: learning rate of the gate; None: that of the network in the same epochs, as
+            published. In a short run only a greater one makes the gate sparse.
         std_layers: names of the modules that learn in epochs of the ordinary path, such as
             features.layer4 and head; None: all. What learns in neither path is frozen.
         csg_layers: names of the modules that learn, beside the gate, in epochs of the gated path;
@@ -116,6 +118,7 @@ class CSG(InterpretableNetwork):
         penalty_weight: float = 1e-3,
         classification_weight: float = 1.0,
         csg_lr: float | None = 1e-3,
+        gate_lr: float | None = None,
         std_layers: Sequence[str] | None = None,
         csg_layers: Sequence[str] | None = None,
         fixed: tuple[int, int] | None = None,
@@ -140,6 +143,7 @@ class CSG(InterpretableNetwork):
         self.penalty_weight = checks.non_negative("penalty_weight", penalty_weight)
         self.classification_weight = checks.positive("classification_weight", classification_weight)
         self.csg_lr = None if csg_lr is None else checks.positive("csg_lr", csg_lr)
+        self.gate_lr = None if gate_lr is None else checks.positive("gate_lr", gate_lr)
         if bound is None:
             bound = max(0.2 * num_classes * num_filters, float(num_filters))
         elif not bound >= num_filters:
@@ -266,7 +270,7 @@ class CSG(InterpretableNetwork):
         """The network, and the gate apart, named "gate", where it is learnt.
 
         Args:
-            lr: of the network; of the gate where ``csg_lr`` is None.
+            lr: of the network; of the gate where ``csg_lr`` and ``gate_lr`` are None.
         """
         lr = checks.non_negative("lr", lr)
         network = [p for name, p in self.named_parameters() if name != "gate"]
@@ -295,7 +299,7 @@ class CSG(InterpretableNetwork):
         """The gate's, where it is learnt."""
         if self.fixed is not None:
             return []
-        rate = self._csg_rate(lr)
+        rate = self._csg_rate(lr) if self.gate_lr is None else self.gate_lr
         return [{"params": [self.gate], "lr": rate, "weight_decay": 0.0, "name": "gate"}]
 
     def density(self) -> Tensor:
@@ -314,7 +318,7 @@ class CSG(InterpretableNetwork):
             return []
         return [
             f"the gate did not become sparse: density {density:.3f}, want at most {wanted:.3f};"
-            " more epochs, a greater csg_lr or penalty_weight, or the optimizer adam, take it down"
+            " more epochs, a greater gate_lr or penalty_weight, or the optimizer adam, take it down"
         ]
 
     def options(self) -> Mapping[str, object]:

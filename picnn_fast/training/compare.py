@@ -37,9 +37,8 @@ class Recipe(NamedTuple):
     methods: dict[str, dict[str, Any]]
 
 
-# Found by trials on the digits, whose images are small and few: shifts would blur which filter tells
-# which class, and lower MIS; the matrix wants 300 times the network's rate to be learnt in so few
-# steps, and the gate 30 times, with which the layers below it would not go on learning.
+# Found by trials. The digits are small and few: shifts would blur which filter tells which class,
+# and lower MIS; so few steps teach correspondence matrix and gate at rates of their own alone.
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
         common={
@@ -50,7 +49,7 @@ RECIPES: dict[str, Recipe] = {
         methods={
             "picnn": {"correspondence_lr": 0.3},
             "picnn-gumbel": {"correspondence_lr": 0.3},
-            "csg": {"start": 3, "period": 2, "csg_lr": 0.03, "csg_layers": ["head"]},
+            "csg": {"start": 3, "period": 2, "csg_lr": 0.003, "gate_lr": 0.03},
         },
     ),
 }
@@ -181,7 +180,7 @@ def _runs(
 
 
 def _identity(runs: Mapping[tuple[str, int], Options]) -> dict[str, Any]:
-    """What a comparison notes about itself: the options all have, and the method and seed of each."""
+    """What a comparison notes about itself: the options of all, method and seed of each."""
     own: dict[str, Any] = {}
     for (name, seed), options in runs.items():
         common = options.identity()
@@ -190,7 +189,13 @@ def _identity(runs: Mapping[tuple[str, int], Options]) -> dict[str, Any]:
 
 
 def _read_identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What a comparison noted, with the defaults of options that are new since."""
+    """What a comparison noted, with the defaults of options that are new since.
+
+    Raises:
+        TypeError, ValueError: what is noted is no comparison's.
+    """
+    if "runs" not in config:
+        raise ValueError("runs: got nothing, want those of a comparison")
     common = {key: value for key, value in config.items() if key != "runs"}
     runs = {}
     for name, own in config["runs"].items():

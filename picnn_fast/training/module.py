@@ -44,8 +44,8 @@ class InterpretableModule(L.LightningModule):
         lr: learning rate of the network.
         optimizer: a class of ``torch.optim``, or what else takes groups of parameters. Groups with
             a rate or a decay of their own are the network's matter (``parameter_groups``).
-        schedule: "cosine" lets all rates fall over the run, epoch by epoch; "step" multiplies them by
-            ``schedule_factor`` after each of ``schedule_steps``; "constant" keeps them.
+        schedule: "cosine" lets all rates fall over the run, epoch by epoch; "step" multiplies them
+            by ``schedule_factor`` after each of ``schedule_steps``; "constant" keeps them.
         schedule_floor: share of each rate that the cosine ends at, in [0, 1].
         schedule_steps: epochs done before each fall of "step", one greater than the other; where
             optimisers take turns, each counts its own.

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -284,6 +284,7 @@ def build_parser(
     description: str | None = None,
     groups: Sequence[str] = tuple(GROUPS),
     common: bool = True,
+    without: Collection[str] = (),
 ) -> ArgumentParser:
     """The parser of a run whose method, backbone, data and optimiser have these names.
 
@@ -292,6 +293,7 @@ def build_parser(
         prog, description: for the help.
         groups: those whose options are taken in.
         common: whether the options outside groups are.
+        without: options outside groups that are left out.
     """
     parser = ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False
@@ -303,7 +305,7 @@ def build_parser(
             help="YAML file, or the run.json of a run. Flags override it; one that names another"
             " method, backbone, data or optimizer leaves out what the file says of that one",
         )
-        parser.add_class_arguments(Options, skip=set(GROUPS))
+        parser.add_class_arguments(Options, skip={*GROUPS, *without})
     for key in groups:
         rows, name = GROUPS[key].rows, names[key]
         parser.add_argument(
@@ -338,15 +340,19 @@ def parse(
     description: str,
     groups: Sequence[str] = tuple(GROUPS),
     common: bool = True,
+    without: Collection[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    recipe: Callable[[Mapping[str, str]], Mapping[str, Any]] = lambda names: {},
     add: Callable[[ArgumentParser], None] = lambda parser: None,
 ) -> dict[str, Any]:
     """Read a command line.
 
     Args:
         arguments: flags and their values.
-        prog, description, groups, common: see ``build_parser``.
+        prog, description, groups, common, without: see ``build_parser``.
         defaults: of the groups, as in ``Options``, where they are not those of a run.
+        recipe: the names of the groups to defaults of options, nested as in a YAML file; those of a
+            group count for what they name.
         add: adds the command's own arguments.
 
     Returns:
@@ -374,11 +380,23 @@ def parse(
                 names[key] = value
         _check_name(key, names[key])
         _answer_help(key, tokens, names)
-    parser = build_parser(names, prog=prog, description=description, groups=groups, common=common)
+    parser = build_parser(
+        names,
+        prog=prog,
+        description=description,
+        groups=groups,
+        common=common,
+        without=without,
+    )
     add(parser)
-    for key, values in start.items():
-        if values["name"] == names[key]:
+    for key, values in [*start.items(), *recipe(names).items()]:
+        if key not in groups:
+            parser.set_defaults({key: values})
+        elif values["name"] == names[key]:
             parser.set_defaults({f"{key}.{option}": value for option, value in values.items()})
+    for action in parser._actions:
+        if action.nargs == "+" and not isinstance(content.get(action.dest, []), list):
+            raise ConfigError(f"{action.dest}: got {content[action.dest]!r}, want a list")
     try:
         if content:
             parser.parse_object(content)
@@ -514,7 +532,7 @@ def _refuse(
 def _told(text: str, kinds: Mapping[str, Any], names: Mapping[str, str]) -> str:
     if text.startswith("Parser key"):
         # An option within an option is told within what is told of the outer one.
-        keys = re.findall(r'Parser key "([\w.]+)":', text)
+        keys = re.findall(r'Parser key "([\w.]+)"(?: element \d+)?:', text)
         key, rest = ".".join(keys), text.rpartition("Parser key")[2].partition(":")[2]
         got = re.search(r"(?:Got|Given) value: (.*?)(?=\n +(?:- |Given value)|\Z)", rest, re.S)
         value = got[1].strip() if got else "nothing"
@@ -528,7 +546,7 @@ def _told(text: str, kinds: Mapping[str, Any], names: Mapping[str, str]) -> str:
         return f"{key}: got {value!r}, want {_described(kinds[key])}{near}"
     found = re.match(r"the following arguments are required: ([\w.]+)", text)
     found = found or re.match(r"Option '([\w.]+)' is required", text)
-    found = found or re.match(r"argument --([\w.]+): expected one argument", text)
+    found = found or re.match(r"argument --([\w.]+): expected (?:at least )?one argument", text)
     if found:
         return f"{found[1]}: got nothing, want {_described(kinds[found[1]])}"
     found = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)

@@ -120,7 +120,12 @@ def _going_on(epochs: int, options: Options) -> str:
 
 
 def assemble(
-    options: Options, folder: Path, *, started: Launch | None = None, progress: bool = True
+    options: Options,
+    folder: Path,
+    *,
+    started: Launch | None = None,
+    progress: bool = True,
+    introduce: bool = True,
 ) -> Run:
     """Build everything a run consists of, and refuse what no training can start with.
 
@@ -131,6 +136,7 @@ def assemble(
         folder: of the checkpoint and logs to come.
         started: as of ``launch``, by default.
         progress: show progress in training.
+        introduce: say at the start what the run consists of, where progress is shown.
 
     Raises:
         ConfigError: data, network or devices cannot be had, or do not go together.
@@ -178,7 +184,7 @@ def assemble(
                 enable_version_counter=False,
             )
         )
-    if progress:
+    if progress and introduce:
         introduction = Introduction(
             data,
             network,
@@ -187,7 +193,9 @@ def assemble(
             backbone=options.backbone["name"],
             output=options.output,
         )
-        callbacks += [introduction, ProgressBar() if sys.stdout.isatty() else ProgressLines()]
+        callbacks.append(introduction)
+    if progress:
+        callbacks.append(ProgressBar() if sys.stdout.isatty() else ProgressLines())
     processes = started.devices * started.nodes
     try:
         with _quiet():

@@ -124,7 +124,10 @@ def test_each_path_has_an_optimiser_and_layers_of_its_own() -> None:
         ("std", 0.1): {"features.0.weight", "features.0.bias"} | head,
         ("csg", 0.5): head,
     }
-    assert [group["name"] for group in groups["csg"]] == ["csg", "gate"]
+    named = [(group["name"], group["lr"]) for group in groups["csg"]]
+    assert named == [("csg", 0.5), ("gate", 0.5)]
+    apart = model(csg_lr=0.5, gate_lr=0.25).optimizers(0.1)["csg"]
+    assert [group["lr"] for group in apart] == [0.5, 0.25]
     frozen = model(std_layers=["head"], csg_layers=["head"])
     assert [p.requires_grad for p in frozen.features.parameters()] == [False, False]
 
@@ -146,6 +149,7 @@ def test_a_gate_that_stays_dense_is_told() -> None:
         ({"bound": math.nan}, ValueError, "bound: got nan"),
         ({"period": 0}, ValueError, "period: got 0"),
         ({"csg_lr": 0.0}, ValueError, "csg_lr: got 0"),
+        ({"gate_lr": 0.0}, ValueError, "gate_lr: got 0"),
         ({"penalty_norm": "l3"}, ValueError, "penalty_norm: got 'l3'"),
         ({"fixed": (3, 1)}, ValueError, "fixed: got 3 filters a class and 1 for all, 10, want"),
         ({"csg_layers": ["haed"]}, ValueError, "csg_layers: got 'haed', did you mean 'head'"),
