@@ -71,6 +71,24 @@ def test_loss_and_gradients_are_those_of_the_paper(epoch: int, norm: Any, mask_a
         torch.testing.assert_close(mine.grad, wanted, rtol=0, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_with_a_fixed_gate_loss_and_gradients_are_those_of_the_paper(epoch: int) -> None:
+    network = model(fixed=(1, 3), classification_weight=0.7)
+    # Section 4.3: a filter for each class alone, then those for all; nothing to penalise.
+    assert network.gate.tolist() == [[1, 0, 0, 1, 1, 1], [0, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
+    network.begin_epoch(epoch)
+    loss = network.loss(network(images(), LABELS), LABELS)
+    expected = plainly(network, epoch, 0.0, 0.0, "l1")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    parameters = list(network.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        rtol=0,
+        atol=1e-10,
+    )
+
+
 def test_the_gate_is_projected_after_steps_of_its_own_path_alone() -> None:
     network = model()
     before = network.gate.detach().clone()
