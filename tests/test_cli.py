@@ -485,12 +485,12 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
-    from picnn_fast.training import demo
+    from picnn_fast.training import compare
 
     def interrupted(*arguments, **options):
         sys.exit(1)  # as Lightning does
 
-    monkeypatch.setattr(demo, "fit", interrupted)
+    monkeypatch.setattr(compare, "fit", interrupted)
     status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
     assert (status, "demo: interrupted; the same command starts anew" in err) == (130, True)
     assert not (tmp_path / "demo").exists()
