@@ -1,7 +1,7 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,8 @@ class SeededDataModule(L.LightningDataModule):
     Attributes:
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
+        test_transform: of a file's image to one of the test set, where that is more than resizing.
+        mean, std: images are normalised by, ``[C, 1, 1]`` on a scale of [0, 1]; None: they are not.
     """
 
     num_classes: int
@@ -96,6 +98,9 @@ class SeededDataModule(L.LightningDataModule):
     validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
     validation_source = "none"
+    test_transform: Callable[[Any], Tensor] | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
     # Of the class told from all others, or None: labels are class indices.
     category: int | None = None
 

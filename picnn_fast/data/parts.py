@@ -153,7 +153,8 @@ class PartDataModule(SeededDataModule):
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.mean: Tensor = torch.tensor(mean).view(3, 1, 1)
+        self.std: Tensor = torch.tensor(std).view(3, 1, 1)
         for name, samples in (("train_set", train_set), ("test_set", test_set)):
             if not isinstance(samples, PartDataset):
                 raise TypeError(f"{name}: got {type(samples).__name__}, want a PartDataset")

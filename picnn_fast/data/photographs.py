@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataset
 from picnn_fast.ops import checks
 
@@ -128,6 +129,39 @@ def _square_about(box: tuple[float, float, float, float]) -> tuple[int, int, int
     side = max(x1 - x0, y1 - y0)
     left, top = x0 - (side - (x1 - x0)) // 2, y0 - (side - (y1 - y0)) // 2
     return left, top, left + side, top + side
+
+
+def read_image(data: SeededDataModule, path: str | Path) -> tuple[Tensor, Tensor]:
+    """An image file as a test image of some data.
+
+    Args:
+        data: as whose images it is resized and normalised; one without a way of its own resizes it
+            to the size of its test images, whatever its shape.
+        path: of the file.
+
+    Returns:
+        The image as networks trained on the data take it, and as it is shown, in [0, 1]: both
+        ``[C, H, W]`` float32.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedFileError: it is no image.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"image: {path} is missing, or no file")
+    with reading(path, "an image"), Image.open(path) as file:
+        image = rgb(file)
+    if data.test_transform is not None:
+        taken = data.test_transform(image)
+        assert data.mean is not None
+        assert data.std is not None
+        return taken, (taken * data.std + data.mean).clamp(0, 1)
+    channels, height, width = data.test_set[0][0].shape
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    shown = pil_to_tensor(image if channels == 3 else image.convert("L")).float() / 255
+    taken, _ = data.on_after_batch_transfer([shown[None], torch.zeros(1, dtype=torch.int64)], 0)
+    return taken[0], shown
 
 
 def rgb(image: Image.Image) -> Image.Image:
