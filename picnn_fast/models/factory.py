@@ -55,9 +55,10 @@ def make_interpretable(
             networks of their families; between ``forward_features`` and ``forward_head``.
         num_filters: N of the target layer. None: what the backbone yields where no convolution is
             inserted (a pair without insertion must give it) and for methods without
-            ``filters_per_class``, as "icnn" and "iccnn"; else ``round(filters_per_class * num_classes)``, 12.8
-            a class (PICNN, figure 5), but at most four times the channels that the backbone
-            yields, a bound of ours: with 1000 classes 2048 on a ResNet-18.
+            ``filters_per_class``, as "icnn" and "iccnn"; else
+            ``round(filters_per_class * num_classes)``, 12.8 a class (PICNN, figure 5), but at most
+            four times the channels that the backbone yields, a bound of ours: with 1000 classes
+            2048 on a ResNet-18.
         insert_conv: True puts a new convolution to ``num_filters`` channels after the features,
             with a ReLU unless ``inserted_activation`` says otherwise; False takes the features'
             own last maps, as a method that has no ``in_channels`` wants it.

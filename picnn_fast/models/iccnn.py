@@ -54,9 +54,9 @@ class ICCNN(InterpretableNetwork):
             to ``num_filters`` channels. None inserts nothing.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         inserted_activation: behind the inserted convolution: "relu" or "none".
-        padding: of the convolutions of the features, the inserted one too: "replicate" pads by the
-            values at the border, as published, so that no filter tells where the border is; "own"
-            leaves them as they are. Names in the state dict are the same.
+        padding: of every convolution of the network, the inserted one too: "replicate" pads by the
+            values at the border, as published, so that zeros there are no pattern of their own;
+            "own" leaves the convolutions as they are. The state dict is the same.
         task: "softmax": cross entropy over the classes; "single": one category against the rest,
             label 1 for its images and 0 for the others (K = 2): its images alone enter the
             correlation, and there is no loss of classes.
@@ -140,7 +140,7 @@ class ICCNN(InterpretableNetwork):
         super().__init__(features, head, num_classes, num_filters)
         self.padding = checks.one_of("padding", padding, ("own", "replicate"))
         if padding == "replicate":
-            for layer in features.modules():
+            for layer in self.modules():
                 if isinstance(layer, nn.Conv2d):
                     layer.padding_mode = "replicate"
         self.task = checks.one_of("task", task, ("softmax", "single"))
@@ -222,10 +222,10 @@ class ICCNN(InterpretableNetwork):
             raise ValueError("images: got some of which maps are not finite, want finite maps")
         groups = self.groups
         if 1 < self.num_groups < self.num_filters:
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if not _many_ranks() or dist.get_rank() == 0:
                 groups = torch.from_numpy(_clusters(similarity.cpu().numpy(), self.num_groups))
             groups = groups.to(self.groups)
-            if dist.is_initialized():
+            if _many_ranks():
                 dist.broadcast(groups, 0)
         self.groups.copy_(groups)
         self.response.copy_(self._response(activations.class_means()))
@@ -262,8 +262,9 @@ class ICCNN(InterpretableNetwork):
     def loss_terms(self, output: ICCNNOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination``, ``correlation`` and, of several categories, ``group_class``.
 
-        ``correlation`` over its weight is in (-groups, 0); -1 says that filters of a group have no
-        more in common than others. In training mode the moving mean takes in the batch.
+        ``correlation`` over its weight is in [-2, 0), whatever the number of groups: -1 where
+        filters of a group have no more in common than others; -2 where those of a group are alike
+        and all of an image cancel. In training mode the moving mean takes in the batch.
 
         Raises:
             TypeError: labels that are not integers.
@@ -328,7 +329,7 @@ class ICCNN(InterpretableNetwork):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         saved = state_dict.get(f"{prefix}mean")
         if saved is not None and saved.ndim == 3 and len(saved) == self.num_filters:
-            self.mean = self.mean.new_zeros(saved.shape)
+            self.mean = torch.zeros_like(saved, device=self.mean.device)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def options(self) -> Mapping[str, object]:
@@ -389,7 +390,7 @@ class _Activations:
         """
         if self.count == 0:
             raise ValueError("images: got none, want the training images in batches")
-        if not dist.is_initialized():
+        if not _many_ranks():
             return
         count = self.class_counts.sum()
         total, mean = count.clone(), self.mean * count
@@ -411,6 +412,10 @@ class _Activations:
     def class_means(self) -> Tensor:
         """``[K, N]`` float64: mean activation over positions and the images of a class, or 0."""
         return self.class_sums / self.class_counts.clamp_min(1)[:, None]
+
+
+def _many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _clusters(similarity: np.ndarray[Any, Any], groups: int) -> np.ndarray[Any, Any]:
