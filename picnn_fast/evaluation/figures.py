@@ -62,6 +62,8 @@ class Figure:
 
 
 def _needs_ownership(network: InterpretableNetwork, data: object) -> str | None:
+    if not network.draws_masks:
+        return f"{type(network).__name__} draws no masks of filters"
     if network.ownership() is None:
         return f"{type(network).__name__} gives no filter to a class"
     return None

@@ -2,7 +2,7 @@
 
 import abc
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         features, head, num_classes, num_filters, channel_dim: as given.
         filters_per_class: filters that ``make_interpretable`` takes for each class where it inserts
             the target layer; None takes as many as the backbone yields.
+        draws_masks: whether a class's filters are told by masks drawn of ``ownership``, so that
+            figures by such masks, ACC2 and ACC3, apply.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -45,6 +47,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     """
 
     filters_per_class: ClassVar[float | None] = 12.8  # PICNN, figure 5
+    draws_masks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -131,12 +134,22 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         return "network"
 
     def begin_epoch(
-        self, epoch: int, batches: int | None = None, epochs: int | None = None
+        self,
+        epoch: int,
+        batches: int | None = None,
+        epochs: int | None = None,
+        *,
+        images: Iterable[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """Told by the training loop before each epoch, which count from 1.
 
-        ``batches`` are those of the epoch on each rank, ``epochs`` those of the run; None where
-        that is not known beforehand.
+        Args:
+            epoch: from 1.
+            batches: of the epoch on each rank; None where that is not known beforehand.
+            epochs: of the run; None where that is not known beforehand.
+            images: the training images and their labels in batches, better not augmented, on any
+                device; of several ranks each has its share. Iterated only by a method that wants
+                them, in the epochs in which it does: the loader that is trained on will do.
         """
         checks.integer("epoch", epoch, 1)
         for name, value in (("batches", batches), ("epochs", epochs)):

@@ -1,6 +1,6 @@
 """CSG: a gate between classes and filters that grows sparse while the network trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -191,9 +191,14 @@ class CSG(InterpretableNetwork):
         return chosen
 
     def begin_epoch(
-        self, epoch: int, batches: int | None = None, epochs: int | None = None
+        self,
+        epoch: int,
+        batches: int | None = None,
+        epochs: int | None = None,
+        *,
+        images: Iterable[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        super().begin_epoch(epoch, batches, epochs)
+        super().begin_epoch(epoch, batches, epochs, images=images)
         self.in_csg_epoch.fill_(self.optimizer_of(epoch, epochs) == CSG_PATH)
 
     def optimizer_of(self, epoch: int, epochs: int | None = None) -> str:

@@ -7,6 +7,7 @@ from picnn_fast.backbones import cut
 from picnn_fast.layers import check_insert_kernel
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.csg import CSG
+from picnn_fast.models.iccnn import ICCNN
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
@@ -17,6 +18,7 @@ METHODS: dict[str, type[InterpretableNetwork]] = {
     "picnn": PICNN,
     "csg": CSG,
     "icnn": ICNN,
+    "iccnn": ICCNN,
 }
 # A bound of ours: with so many for each of a thousand classes the inserted convolution would be
 # most of the network.
@@ -46,16 +48,17 @@ def make_interpretable(
               layers are used in place, not copied, and its classifier made anew for N filters and
               K classes; or one with ``forward_features`` and ``forward_head``, as timm's have;
             - a pair ``(features, head)`` of modules: images to maps, maps to logits.
-        method: "picnn", "csg", "icnn" or "std".
+        method: "picnn", "csg", "icnn", "iccnn" or "std".
         num_classes: K.
         layer: name of the module behind which the backbone is cut, "layer4" or "features.29", see
             ``picnn_fast.backbones.split``. None: where the named ones are cut, and torchvision's
             networks of their families; between ``forward_features`` and ``forward_head``.
         num_filters: N of the target layer. None: what the backbone yields where no convolution is
             inserted (a pair without insertion must give it) and for methods without
-            ``filters_per_class``, as "icnn"; else ``round(filters_per_class * num_classes)``, 12.8
-            a class (PICNN, figure 5), but at most four times the channels that the backbone
-            yields, a bound of ours: with 1000 classes 2048 on a ResNet-18.
+            ``filters_per_class``, as "icnn" and "iccnn"; else
+            ``round(filters_per_class * num_classes)``, 12.8 a class (PICNN, figure 5), but at most
+            four times the channels that the backbone yields, a bound of ours: with 1000 classes
+            2048 on a ResNet-18.
         insert_conv: True puts a new convolution to ``num_filters`` channels after the features,
             with a ReLU unless ``inserted_activation`` says otherwise; False takes the features'
             own last maps, as a method that has no ``in_channels`` wants it.

@@ -178,12 +178,17 @@ def probabilities(name: str, value: Tensor) -> None:
 
 def labels(name: str, value: Tensor, batch: int, num_classes: int) -> None:
     """Integers ``[batch]`` in [0, num_classes)."""
+    indices(name, value, batch, num_classes, of="sample", kind="class indices")
+
+
+def indices(name: str, value: Tensor, count: int, below: int, *, of: str, kind: str) -> None:
+    """Integers ``[count]`` in [0, below), one for each ``of``."""
     tensor(name, value)
     if value.dtype not in INTEGER:
         raise TypeError(f"{name}: got dtype {value.dtype}, want integers, such as torch.int64")
-    if tuple(value.shape) != (batch,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({batch},), one a sample")
-    _within(name, value, num_classes - 1, f"class indices in [0, {num_classes})")
+    if tuple(value.shape) != (count,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({count},), one a {of}")
+    _within(name, value, below - 1, f"{kind} in [0, {below})")
 
 
 def not_recomputed(name: str) -> None:

@@ -1,7 +1,7 @@
 """The Lightning module that trains and evaluates an interpretable network."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -9,15 +9,17 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import derive_seed
+from picnn_fast.data.loading import SeededDataModule, derive_seed
 from picnn_fast.evaluation import FIGURES, Observation, pool
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
 from picnn_fast.training.checkpoint import load_checkpoint
 from picnn_fast.training.options import check_steps
+from picnn_fast.training.progress import WatchesImages
 
 with extra("train"):
     import lightning as L
@@ -29,6 +31,48 @@ _TRAIN, _EVALUATE = 0, 1
 
 class DivergenceError(RuntimeError):
     """Training diverged: the loss is no finite number; the message says what may help."""
+
+
+class _TrainingImages:
+    """What a method reads of the training images before an epoch, if it does: not augmented.
+
+    A data module of ours tells its images as they are; of other data what is trained on is read,
+    on every rank all of it.
+
+    Args:
+        trainer: in training.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        trainer = self.trainer
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        hooks = trainer.lightning_module if data is None else data
+        loader: Any = trainer.train_dataloader
+        if isinstance(data, SeededDataModule):
+            loader = data.train_images()
+        elif isinstance(loader, DataLoader):
+            # A loader of its own: one whose workers persist has a single iterator.
+            loader = DataLoader(
+                loader.dataset,
+                batch_size=loader.batch_size,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                generator=torch.Generator(),
+            )
+        watching = [c for c in trainer.callbacks if isinstance(c, WatchesImages)]  # type: ignore[attr-defined]
+        trainer.validating = True  # data modules augment on the device in training alone
+        try:
+            for number, batch in enumerate(loader, start=1):
+                batch = hooks.on_before_batch_transfer(batch, 0)
+                images, labels = trainer.strategy.batch_to_device(batch)
+                yield images, labels
+                for callback in watching:
+                    callback.on_images_read(trainer, number, len(loader))
+        finally:
+            trainer.training = True
 
 
 class InterpretableModule(L.LightningModule):
@@ -215,17 +259,21 @@ class InterpretableModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         # The first epoch after resuming has no on_train_epoch_start.
+        self._begun: int | None = None
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
+        if self._begun != self.current_epoch:
+            self._begun = self.current_epoch
+            batches = self.trainer.num_training_batches
+            epochs = self.trainer.max_epochs or 0
+            self.network.begin_epoch(
+                self.current_epoch + 1,
+                int(batches) if 0 < batches < math.inf else None,
+                epochs if epochs > 0 else None,
+                images=_TrainingImages(self.trainer),
+            )
         torch.manual_seed(derive_seed(self.seed, _TRAIN, self.current_epoch, self.global_rank))
-        batches = self.trainer.num_training_batches
-        epochs = self.trainer.max_epochs or 0
-        self.network.begin_epoch(
-            self.current_epoch + 1,
-            int(batches) if 0 < batches < math.inf else None,
-            epochs if epochs > 0 else None,
-        )
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)

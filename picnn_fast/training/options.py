@@ -118,7 +118,7 @@ class Options:
         output: folder the finished run appears in; must not hold another.
         num_filters: filters of the target layer; null: as the method says, 12.8 times the number of
             classes, but at most four times the channels that the backbone yields; or as many as it
-            yields (icnn, or without insert_conv).
+            yields (icnn, iccnn, or without insert_conv).
         insert_conv: put a new convolution of num_filters after the backbone.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         category: class that is told from all others, which then count as one.

@@ -123,7 +123,7 @@ def test_the_output_is_a_named_tuple_with_logits_and_maps(build) -> None:
 def test_a_step_reaches_every_parameter_and_the_loss_is_the_sum_of_its_terms(build) -> None:
     model, other = build(), build()
     for network in (model, other):
-        network.begin_epoch(1, 3)
+        network.begin_epoch(1, 3, images=[(images(), LABELS)])
     terms = other.loss_terms(run(other), LABELS)
     assert all(term.ndim == 0 and term.isfinite() for term in terms.values())
     loss = model.loss(run(model), LABELS)
@@ -152,8 +152,8 @@ def test_every_parameter_is_in_one_named_group(build) -> None:
 def test_a_step_and_an_epoch_are_told_and_counted_from_one(build) -> None:
     model = build()
     for epoch in (1, 2, 7):
-        model.begin_epoch(epoch, 4)
-        model.begin_epoch(epoch)  # an epoch of unknown length
+        model.begin_epoch(epoch, 4, images=[(images(), LABELS)])
+        model.begin_epoch(epoch, images=iter([(images(), LABELS)]))  # an epoch of unknown length
     model.after_step()
     with pytest.raises(ValueError, match="epoch: got 0"):
         model.begin_epoch(0, 4)
@@ -163,7 +163,7 @@ def test_a_step_and_an_epoch_are_told_and_counted_from_one(build) -> None:
 
 def test_a_schedule_is_in_the_state_dict(build) -> None:
     model, other = build(), build()
-    model.begin_epoch(5, 4)
+    model.begin_epoch(5, 4, images=[(images(), LABELS)])
     model.loss(run(model), LABELS)
     other.load_state_dict(model.state_dict())
     losses = [network.loss(run(network), LABELS) for network in (model, other)]
@@ -327,7 +327,7 @@ def test_a_training_step_compiles_into_one_graph(method: str) -> None:
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for epoch in (1, 2, 3):
         for network in (model, other):
-            network.begin_epoch(epoch, 1)
+            network.begin_epoch(epoch, 1, images=[(images(), LABELS)])
         torch.manual_seed(4)
         got = compiled(images(), LABELS)
         torch.manual_seed(4)
