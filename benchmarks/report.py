@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import (
     bias,
+    compare,
     filter_loss,
     harness,
     masking,
@@ -26,6 +27,7 @@ BENCHMARKS = (
     overhead,
     masking,
     filter_loss,
+    compare,
     parts,
     mutual_information,
     bias,
