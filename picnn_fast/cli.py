@@ -5,6 +5,7 @@ Nothing is imported until a command needs it, so that ``picnn-fast --help`` answ
 """
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -347,7 +348,8 @@ def _compare(arguments: Sequence[str]) -> int:
     folder = compare_folder(options, methods, seeds)
     complete = not overwrite and folder.complete()
     with _telling_how_to_go_on(folder):
-        figures = compare(options, methods, seeds, overwrite=overwrite)
+        say = functools.partial(print, flush=True)  # a log file tells at once, too
+        figures = compare(options, methods, seeds, overwrite=overwrite, say=say)
     count = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     _print_table(figures, f"Test split of {data}, {count}")
     print(printable(f"  {options.output}: metrics.json, metrics.csv, a folder of each network"))

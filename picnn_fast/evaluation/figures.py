@@ -73,6 +73,11 @@ def _needs_gate(network: InterpretableNetwork, data: object) -> str | None:
     return None if isinstance(network, CSG) else f"{type(network).__name__} has no gate"
 
 
+def _update_density(metric: Metric, seen: Observation) -> None:
+    assert isinstance(seen.network, CSG)
+    metric.update(seen.network.density())
+
+
 def _field(network: InterpretableNetwork, data: PartDataModule) -> ReceptiveField:
     return receptive_field(network.features, data.part_sets["test"].image_size)
 
@@ -241,7 +246,7 @@ FIGURES: dict[str, Figure] = {
         meaning="of the gate: the share of its elements that it sums to",
         better="lower",
         metric=lambda network, data, draws: MeanMetric(),
-        update=lambda metric, seen: metric.update(seen.network.density()),
+        update=_update_density,
         needs=_needs_gate,
     ),
     "location_instability": _location_instability(
