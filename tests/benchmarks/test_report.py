@@ -72,7 +72,7 @@ def test_the_main_readme_shows_the_committed_comparison() -> None:
     content = json.loads((harness.RESULTS / f"{compare.NAME}.json").read_text())
     assert {run["method"] for run in content["runs"]} == {*DEFAULT_METHODS}
     assert {run["seed"] for run in content["runs"]} == {*DEFAULT_SEEDS}
-    assert compare.report(content, compare.PAPERS) in MAIN
+    assert report.comparison() in MAIN
     assert "`picnn-fast compare`" in MAIN
 
 
