@@ -366,7 +366,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
     def add(parser: Any) -> None:
         parser.add_argument(
-            "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt"
+            "path",
+            metavar="RUN_OR_CHECKPOINT",
+            help="folder of a run, a demo or a comparison, or a .ckpt",
         )
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
@@ -480,7 +482,9 @@ def _explain(arguments: Sequence[str]) -> int:
 
     def add(parser: Any) -> None:
         parser.add_argument(
-            "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt"
+            "path",
+            metavar="RUN_OR_CHECKPOINT",
+            help="folder of a run, a demo or a comparison, or a .ckpt",
         )
         parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
         parser.add_argument(

@@ -112,6 +112,12 @@ def compare(
         ConfigError: options that do not go together, or several devices.
         RunFolderError: the folder holds something else.
         DivergenceError: the loss is no finite number.
+
+    Example:
+        >>> from picnn_fast.training.compare import compare, methods_on
+        >>> from picnn_fast.training.options import Options
+        >>> options = Options(data="digits", output="runs/compare", epochs=5)
+        >>> figures = compare(options, methods_on("digits", ["std", "csg"]))  # doctest: +SKIP
     """
     started = launch(options.devices)
     if started.devices * started.nodes > 1:
