@@ -63,9 +63,10 @@ seeds 0, 1 and 2 on the 360 test images. Beside the paper's columns *leakage*, h
 alone gives the class away, and the density of CSG's gate, whose bound is .2. The matrix of STD is
 random, and ICCNN gives no filter to a class.
 
-A few trials on the same test images chose the rates of PICNN's matrix (.3 in both rows) and of CSG's
-gate, which 30 short epochs do not teach at the network's, and the turns of CSG's epochs. All else is
-as by default. ICCNN starts from random weights here, from a trained network with its authors.
+A few trials on the same test images chose the rates of PICNN's matrix (.3 in both rows) and of
+CSG's gate, which 30 short epochs do not teach at the network's, and the turns of CSG's epochs. All
+else is as by default. ICCNN starts from random weights here, from a trained network with its
+authors.
 
 <results: compare.json>
 
