@@ -11,6 +11,7 @@ from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
+from picnn_fast.ops.layout import whole
 
 STD_PATH, CSG_PATH = "std", "csg"  # names of the two optimisers, too
 SPARSE_ENOUGH = 1.1  # times the bound
@@ -260,7 +261,7 @@ class CSG(InterpretableNetwork):
 
     def ownership(self) -> Tensor:
         """G ``[K, N]``, each filter's column by its greatest element, clipped to [0, 1]."""
-        return project_gate(self.gate.detach())
+        return project_gate(whole(self.gate.detach()))
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The network, and the gate apart, named "gate", where it is learnt.
