@@ -23,6 +23,6 @@ def readable(maps: Tensor) -> Tensor:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor that ``fully_shard`` dealt out to the ranks, gathered by all of them; else itself."""
+    """A tensor that ``fully_shard`` dealt out, gathered by all ranks; any other as it is."""
     gather = getattr(value, "full_tensor", None)
     return value if gather is None else gather()
