@@ -15,6 +15,7 @@ from picnn_fast.data.parts import PartDataModule
 from picnn_fast.evaluation.observation import Observation
 from picnn_fast.metrics import (
     LocationInstability,
+    MaskLeakage,
     MutualInformationScore,
     PartInterpretability,
     PathwayAccuracy,
@@ -26,6 +27,8 @@ with extra("train"):
 
 # Of the maps that part interpretability has to keep; it needs somewhat more to compute.
 MOST_MAP_BYTES = 3 << 29
+# Above it the pattern of a mask names the class, and a run says so.
+MOST_LEAKAGE = 0.9
 NOT_AVAILABLE = "n/a: "
 STANDARD_ERROR = "_standard_error"
 
@@ -43,6 +46,7 @@ class Figure:
         update: adds an observation to the metric.
         needs: why the figure cannot be had of a network and data, or None where it can.
         each_epoch: whether it is quick enough to be taken of the validation images every epoch.
+        remark: what to say of a value at the end of a training, or None where nothing need be said.
     """
 
     heading: str
@@ -52,6 +56,7 @@ class Figure:
     update: Callable[[Any, Observation], None]
     needs: Callable[[InterpretableNetwork, Any], str | None] = lambda network, data: None
     each_epoch: bool = False
+    remark: Callable[[float], str | None] = lambda value: None
 
 
 def _needs_ownership(network: InterpretableNetwork, data: object) -> str | None:
@@ -138,6 +143,32 @@ def _accuracy(network: InterpretableNetwork, data: object, draws: int) -> Metric
     return PathwayAccuracy(network.num_classes, draws)
 
 
+def _remark_on_leakage(value: float) -> str | None:
+    if value <= MOST_LEAKAGE:
+        return None
+    return (
+        f"mask leakage is {value:.2f}: a mask drawn for a class gives that class with the maps of"
+        " other images too, so that ACC2 says little of the maps"
+    )
+
+
+def _leakage(
+    heading: str, meaning: str, masks: Callable[[Observation], Tensor], **more: Any
+) -> Figure:
+    """Of the masks that ``masks`` takes from an observation."""
+    return Figure(
+        heading=heading,
+        meaning=meaning,
+        better="lower",
+        metric=lambda network, data, draws: MaskLeakage(network.num_classes, draws),
+        update=lambda metric, seen: metric.update(
+            seen.maps, seen.labels, masks(seen), seen.network.head_logits
+        ),
+        needs=_needs_ownership,
+        **more,
+    )
+
+
 def _location_instability(
     heading: str, meaning: str, look: Callable[[Observation], Tensor] = _maps
 ) -> Figure:
@@ -178,6 +209,17 @@ FIGURES: dict[str, Figure] = {
         update=lambda metric, seen: metric.update(seen.complement_logits, seen.labels),
         needs=_needs_ownership,
         each_epoch=True,
+    ),
+    "leakage": _leakage(
+        "leakage",
+        "accuracy by the label's filters with the maps of another image, 1 / classes at best",
+        lambda seen: seen.label_masks,
+        remark=_remark_on_leakage,
+    ),
+    "pseudo_label_leakage": _leakage(
+        "… pseudo",
+        "the same with the filters of ACC2, drawn for the pseudo-label",
+        lambda seen: seen.pseudo_label_masks,
     ),
     "mis": Figure(
         heading="MIS",

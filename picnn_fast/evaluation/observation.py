@@ -57,9 +57,9 @@ class Observation:
         return self.network.head_logits(self.maps)
 
     @cached_property
-    def masked_logits(self) -> Tensor:
-        """``[S, B, K]`` of masks drawn for pseudo-labels, themselves drawn from the softmax of
-        ``logits``: the pathway of ACC2 (PICNN, eq. 7 to 10)."""
+    def pseudo_label_masks(self) -> Tensor:
+        """``[S, B, N]`` drawn for pseudo-labels, themselves drawn from the softmax of ``logits``
+        (PICNN, eq. 7 to 10)."""
         # Maps of no size: the pseudo-label alone is wanted.
         empty = self.logits.new_empty(len(self.logits), self.network.num_filters, 0)
         ownership = self.network.ownership()
@@ -70,20 +70,26 @@ class Observation:
             seed = derive_seed(self.seed, _PSEUDO_LABEL, draw)
             label = bernoulli_mask(empty, self.logits, ownership, seed=seed)[2]
             seed = derive_seed(self.seed, _PSEUDO_LABEL_MASK, draw)
-            mask = self.network.class_mask(label, seed=seed)
-            each.append(self.network.head_logits(self.maps, mask))
+            each.append(self.network.class_mask(label, seed=seed))
         return torch.stack(each)
+
+    @cached_property
+    def label_masks(self) -> Tensor:
+        """``[S, B, N]`` drawn for the true labels."""
+        seeds = [derive_seed(self.seed, _LABEL_MASK, draw) for draw in range(self.draws)]
+        return torch.stack([self.network.class_mask(self.labels, seed=seed) for seed in seeds])
+
+    @cached_property
+    def masked_logits(self) -> Tensor:
+        """``[S, B, K]`` by the filters drawn for the pseudo-label: the pathway of ACC2."""
+        masks = self.pseudo_label_masks
+        return torch.stack([self.network.head_logits(self.maps, mask) for mask in masks])
 
     @cached_property
     def complement_logits(self) -> Tensor:
         """``[S, B, K]`` without the filters drawn for the true label: the pathway of ACC3."""
-        each = []
-        for draw in range(self.draws):
-            mask = self.network.class_mask(
-                self.labels, seed=derive_seed(self.seed, _LABEL_MASK, draw)
-            )
-            each.append(self.network.head_logits(self.maps, 1 - mask))
-        return torch.stack(each)
+        masks = 1 - self.label_masks
+        return torch.stack([self.network.head_logits(self.maps, mask) for mask in masks])
 
 
 def pool(maps: Tensor, channel_dim: int) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from picnn_fast.functional import class_gate
+from picnn_fast.functional import mask_channels
 from picnn_fast.ops import checks
 
 # Per-channel reductions that carry a non-negative scale of a channel through: pool(z * H) =
@@ -131,11 +131,8 @@ class MaskedHead:
                 f"mask: got shape {tuple(mask.shape)}, want"
                 f" {(len(maps), self.num_filters)}: the batch of maps and num_filters"
             )
-        if len(maps) == 0:  # class_gate wants at least one row
-            return self.classify(layers, shared)
-        rows = torch.arange(len(maps), device=maps.device)
-        gate = mask if mask.is_floating_point() else mask.to(maps.dtype)
-        return self.classify(layers, class_gate(shared, gate, rows, channel_dim=self.channel_dim))
+        scale = mask if mask.is_floating_point() else mask.to(maps.dtype)
+        return self.classify(layers, mask_channels(shared, scale, channel_dim=self.channel_dim))
 
     def share(self, head: nn.Module, maps: Tensor) -> tuple[Tensor, list[nn.Module]]:
         """What all masks share: the maps up to where they are masked; and the head's rest."""

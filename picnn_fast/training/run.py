@@ -18,7 +18,7 @@ from picnn_fast._extras import extra, install_command
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.photographs import DamagedFileError
-from picnn_fast.evaluation import Figures, evaluate, read_figures
+from picnn_fast.evaluation import FIGURES, Figures, evaluate, read_figures
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (
     BEST,
@@ -324,13 +324,19 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
             saved = read_checkpoint(best)["state_dict"]
             run.module.load_state_dict(saved)
         # Measured in float32, as from the checkpoint, also after training with 64-true.
-        return evaluate(
+        figures = evaluate(
             run.network.float(),
             run.data,
             seed=run.options.seed,
             device=device,
             progress=progress and sys.stdout.isatty(),
         )
+        for name, value in figures.items():
+            if name in FIGURES and isinstance(value, float):
+                said = FIGURES[name].remark(value)
+                if said is not None:
+                    warnings.warn(said, stacklevel=2)
+        return figures
 
 
 def build_data(options: Options) -> SeededDataModule:

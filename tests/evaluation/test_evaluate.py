@@ -46,6 +46,8 @@ def test_every_record_is_a_number_or_says_why_not(digits):
     assert {name for name in values if name not in FIGURES} == {
         "acc2_standard_error",
         "acc3_standard_error",
+        "leakage_standard_error",
+        "pseudo_label_leakage_standard_error",
     }
     assert values["location_instability"] == "n/a: the data has no part annotations"
 
@@ -76,7 +78,7 @@ def test_a_method_without_ownership_has_no_figure_that_needs_it(digits, monkeypa
     network, data = digits
     monkeypatch.setattr(type(network), "ownership", InterpretableNetwork.ownership)
     values = evaluate(network, data)
-    for name in ("acc2", "acc3"):
+    for name in ("acc2", "acc3", "leakage", "pseudo_label_leakage"):
         assert values[name] == "n/a: PICNN gives no filter to a class"
     assert isinstance(values["acc1"], float)
 
@@ -205,3 +207,31 @@ def test_bad_arguments_are_refused_by_name(digits):
         with pytest.raises(ValueError, match=f"^{next(iter(options))}: got"):
             evaluate(*digits, **options)
     assert evaluation.pool is not None
+
+
+def test_masks_that_name_the_class_alone_are_remarked_upon():
+    remark = FIGURES["leakage"].remark
+    assert remark(0.9) is None
+    assert "0.95" in remark(0.95)
+
+
+def test_a_head_that_reads_which_filters_are_left_leaks_and_one_that_cannot_does_not(digits):
+    """Maps all alike: behind a class's own filters they name it, and none by themselves."""
+    _, data = digits
+    torch.manual_seed(0)
+    network = make_interpretable("small-resnet", "picnn", num_classes=10, num_filters=20)
+    own = torch.eye(10).repeat_interleave(2, 1)
+    for leak in (True, False):
+        with torch.no_grad():
+            network.correspondence.weight.copy_(200 * own)
+            layer = network.head[-1]
+            layer.weight.copy_(own if leak else own[0].expand_as(own))
+            layer.bias.zero_()
+        network.features = ConstantMaps()
+        values = evaluate(network, data, draws=1)
+        assert values["leakage"] == pytest.approx(1.0 if leak else 0.1, abs=0.01)
+
+
+class ConstantMaps(torch.nn.Module):
+    def forward(self, images):
+        return images.new_ones(len(images), 20, 4, 4)

@@ -766,6 +766,14 @@ def test_an_epoch_cannot_be_chosen_on_images_that_there_are_none_of(config, tmp_
             assemble(options, tmp_path)
 
 
+def test_a_figure_that_wants_saying_is_said_when_training_is_over(config, monkeypatch):
+    figure = dataclasses.replace(FIGURES["acc1"], remark=lambda value: f"said of {value:.3f}")
+    monkeypatch.setitem(FIGURES, "acc1", figure)
+    with pytest.warns(UserWarning, match="said of") as caught:
+        figures = train(config, progress=False)
+    assert f"said of {figures['acc1']:.3f}" in {str(warning.message) for warning in caught}
+
+
 def test_what_a_method_does_wrong_is_not_laid_on_the_backbone(config, monkeypatch, tmp_path):
     def broken(self, images, labels=None):
         raise RuntimeError("selected index k out of range")
