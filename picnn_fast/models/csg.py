@@ -11,6 +11,7 @@ from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
+from picnn_fast.ops.layout import whole
 
 STD_PATH, CSG_PATH = "std", "csg"  # names of the two optimisers, too
 SPARSE_ENOUGH = 1.1  # times the bound
@@ -216,7 +217,8 @@ class CSG(InterpretableNetwork):
         return CSG_PATH if epoch % self.period == 0 else STD_PATH
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CSGOutput:
-        """Both paths, the second where there are labels.
+        """Both paths, the second where there are labels: in epochs of the STD path on a CPU without
+        gradients, which count nothing there.
 
         Args:
             images: ``[B, C, H, W]``, whatever ``features`` take.
@@ -227,8 +229,14 @@ class CSG(InterpretableNetwork):
         logits = self.masked_head.classify(layers, shared)
         if labels is None:
             return CSGOutput(logits, maps, None)
-        gated = class_gate(shared, self.gate, labels, channel_dim=self.channel_dim)
-        return CSGOutput(logits, maps, self.masked_head.classify(layers, gated))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._gated_path_learns()):
+            gated = class_gate(shared, self.gate, labels, channel_dim=self.channel_dim)
+            return CSGOutput(logits, maps, self.masked_head.classify(layers, gated))
+
+    def _gated_path_learns(self) -> bool:
+        """Without it a head as wide as VGG's costs less; only where it can be told at no cost."""
+        flag = self.in_csg_epoch
+        return torch.compiler.is_compiling() or flag.device.type != "cpu" or bool(flag)
 
     def loss_terms(self, output: CSGOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination`` in epochs of the STD path, else ``gated`` and ``penalty`` (eq. 3).
@@ -269,7 +277,7 @@ class CSG(InterpretableNetwork):
 
     def ownership(self) -> Tensor:
         """G ``[K, N]``, each filter's column by its greatest element, clipped to [0, 1]."""
-        return project_gate(self.gate.detach())
+        return project_gate(whole(self.gate.detach()))
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The network, and the gate apart, named "gate", where it is learnt.

@@ -186,3 +186,17 @@ def test_the_loss_of_a_forward_without_labels_is_refused() -> None:
     network = model()
     with pytest.raises(ValueError, match="want forward\\(images, labels\\)"):
         network.loss(network(images()), LABELS)
+
+
+def test_the_gated_path_is_taken_without_gradients_where_they_would_count_nothing() -> None:
+    network = model()
+    for epoch, learns in ((1, False), (2, True)):
+        network.begin_epoch(epoch)
+        output = network(images(), LABELS)
+        assert output.gated_logits is not None
+        assert output.gated_logits.requires_grad == learns
+        network.zero_grad()
+        network.loss(output, LABELS).backward()
+        assert isinstance(network.gate, nn.Parameter)
+        assert network.gate.grad is not None
+        assert (network.gate.grad != 0).any() == learns

@@ -6,9 +6,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from picnn_fast import PartTemplate, functional
 from picnn_fast.backbones.receptive_field import receptive_field
@@ -228,22 +225,6 @@ def test_images_of_another_size_than_remembered_are_refused(estimator):
         model.loss(model(torch.randn(4, 3, 9, 16)), LABELS)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_averages_of_the_weights_can_be_begun_before_the_first_batch(estimator):
-    model = build(estimator=estimator)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.loss(model(images()), LABELS).backward()
-        optimizer.step()
-        averaged.update_parameters(model)
-    for name, buffer in averaged.module.named_buffers():
-        torch.testing.assert_close(buffer, model.get_buffer(name), rtol=0, atol=0)
-    averaged.eval()
-    averaged.module.loss(averaged(images()), LABELS)
-
-
 @pytest.mark.parametrize("name", ["WeightAveraging", "StochasticWeightAveraging"])
 def test_lightnings_averages_can_be_begun_before_the_first_batch(name, tmp_path):
     L = pytest.importorskip("lightning")
@@ -269,57 +250,6 @@ def test_lightnings_averages_can_be_begun_before_the_first_batch(name, tmp_path)
     )
     trainer.fit(module, data, data)
     assert module.network.filter_losses[0].log_mean.isfinite().all()
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_loss_computed_again_is_refused_in_training_alone(estimator):
-    model = build(estimator=estimator)
-    model.loss(model(images()), LABELS)
-
-    def loss(x):
-        return model.loss(model(x), LABELS)
-
-    def gradients(checkpointed):
-        model.zero_grad()
-        value = checkpoint(loss, images(), use_reentrant=False) if checkpointed else loss(images())
-        value.backward()
-        return [p.grad for p in model.parameters()]
-
-    with pytest.raises(RuntimeError, match=r"^ICNN.loss_terms: got computed again"):
-        gradients(True)
-    model.eval()
-    torch.testing.assert_close(gradients(True), gradients(False))
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_under_autocast_is_finite(dtype, estimator):
-    model = build(estimator=estimator)
-    with torch.autocast("cpu", dtype):
-        output = model(images())
-        loss = model.loss(output, LABELS)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_training_step_compiles_into_one_graph_for_all_epochs(estimator):
-    torch.compiler.reset()
-    model, other = build(estimator=estimator), build(estimator=estimator)
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def step(images, labels):
-        return model.loss(model(images), labels)
-
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for epoch in range(1, 13):
-        model.begin_epoch(epoch)
-        other.begin_epoch(epoch)
-        expected = other.loss(other(images()), LABELS)
-        torch.testing.assert_close(compiled(images(), LABELS), expected)
-    # The running estimates are made in the first step.
-    assert counter.frame_count <= (2 if estimator in ("running", "target") else 1)
 
 
 @pytest.mark.parametrize(
@@ -722,24 +652,6 @@ def test_a_loaded_beta_is_not_undone_by_what_was_seen_before():
     other.load_state_dict(model.state_dict())
     other.after_step()
     assert (other.features.mask.beta.value == 2.7).all()
-
-
-def test_a_published_step_compiles_into_one_graph():
-    torch.compiler.reset()
-    model, other = build(**PUBLISHED), build(**PUBLISHED)
-
-    def step(images, labels):
-        return model.loss(model(images), labels)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for epoch in (1, 2):
-        for network in (model, other):
-            network.begin_epoch(epoch)
-        torch.testing.assert_close(compiled(images(), LABELS), other.loss(other(images()), LABELS))
-        for network in (model, other):
-            network.after_step()
-    torch.testing.assert_close(model.state_dict(), other.state_dict())
-    assert (model.features.mask.beta.value != 2).any()
 
 
 MASKS = {

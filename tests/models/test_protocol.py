@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from picnn_fast.models import METHODS, InterpretableNetwork, make_interpretable
 
@@ -278,62 +277,12 @@ def test_the_discriminator_is_the_plain_network(build) -> None:
     assert all(own[name] is parameter for name, parameter in network.named_parameters())
 
 
-def test_copies_and_restored_states_give_the_same_and_are_apart(build) -> None:
-    model, other = build(), build()
-    model.loss(run(model), LABELS)
-    for tensor in (*other.parameters(), *other.buffers()):
-        tensor.data.zero_()
-    other.load_state_dict(model.state_dict())
-    for network in (model, other):
-        network.eval()
-    for twin in (other, copy.deepcopy(model)):
-        torch.testing.assert_close(run(twin), run(model), rtol=0, atol=0)
-        for parameter in twin.parameters():
-            parameter.data.zero_()
-        assert run(twin).logits.abs().max() == 0
-    assert run(model).logits.abs().max() > 0
-
-
 def test_no_images_pass(build) -> None:
     model = build().eval()
     assert model(images(0)).logits.shape == (0, CLASSES)
     if model.ownership() is not None:
         mask = model.class_mask(LABELS[:0])
         assert model.head_logits(model.filter_maps(images(0)), mask).shape == (0, CLASSES)
-
-
-def test_a_step_under_autocast_keeps_a_loss_of_single_precision(build) -> None:
-    model = build()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model.loss(run(model), LABELS)
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_a_training_step_compiles_into_one_graph(method: str) -> None:
-    torch.compiler.reset()
-
-    def build() -> InterpretableNetwork:
-        torch.manual_seed(0)
-        return make_interpretable(method=method, num_classes=CLASSES, **plain_pair())
-
-    model, other = build(), build()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        return model.loss(model(x, y), y)
-
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for epoch in (1, 2, 3):
-        for network in (model, other):
-            network.begin_epoch(epoch, 1, images=[(images(), LABELS)])
-        torch.manual_seed(4)
-        got = compiled(images(), LABELS)
-        torch.manual_seed(4)
-        expected = other.loss(other(images(), LABELS), LABELS)
-        torch.testing.assert_close(got, expected)
-    assert counter.frame_count == 1
 
 
 def test_wrong_labels_and_outputs_of_other_methods_are_refused(build) -> None:
