@@ -279,7 +279,8 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
     height, width = image.shape[2:]
     try:
         with torch.no_grad():
-            network.eval().head_logits(network.filter_maps(image))
+            maps, bypass = network.eval().encode(image)
+            network.head_logits(maps, bypass=bypass)
             what = type(network).__name__  # what goes wrong from here on is the method's
             network(image)
     except (RuntimeError, ValueError) as error:
