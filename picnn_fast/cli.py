@@ -185,6 +185,8 @@ def _print_table(figures: dict[str, dict[str, float | str]], title: str) -> None
     console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(table)
     for key, figure in FIGURES.items():
+        if figure.optional and key not in had:
+            continue
         reasons = {str(v[key]): None for v in figures.values() if isinstance(v[key], str)}
         console.print(f"  {figure.heading}: {figure.meaning}", *(f"({r})" for r in reasons))
 
@@ -264,8 +266,9 @@ def _train(arguments: Sequence[str]) -> int:
     options = Options(**args)
     folder = train_folder(options)
     complete = not overwrite and folder.complete()
-    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and launch(None).first:
-        name = options.backbone["name"]
+    name = options.backbone["name"]
+    by_size = args["backbone"]["name"] == BY_IMAGE_SIZE != name
+    if by_size and not complete and launch(None).first:
         print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
     with _telling_how_to_go_on(folder):
         figures = train(options, overwrite=overwrite)

@@ -75,7 +75,7 @@ class RunningMean(nn.Module):
         if self.momentum is None:
             step = count / (self.images + count).clamp_min(1)
         else:
-            step = torch.where(self.images > 0, self.momentum, 1.0).to(dtype)
+            step = torch.where(self.images > 0, count.new_full((), self.momentum), 1.0)
         self.mean.copy_(torch.where(count > 0, self.mean.lerp(new, step), self.mean))
         self.images.add_(count)
 
@@ -276,7 +276,7 @@ class Explainer(InterpretableNetwork):
         eta: float = 20.0,
         task: Literal["softmax", "single"] = "softmax",
         p_lr: float = 0.01,
-        performer: Path | None = None,
+        performer: str | Path | None = None,
     ) -> None:
         checks.module("features", features)
         checks.module("head", head)
@@ -393,7 +393,7 @@ class Explainer(InterpretableNetwork):
     def _frozen(self) -> list[nn.Module]:
         """The performer's parts."""
         decoder = self.decoder
-        parts = [self.track["target"], self.top, self.fc6, self.fc7]
+        parts = [self.track["target"], self.top, self.track["pool"], self.fc6, self.fc7]
         return [*parts, decoder.front, decoder.act1, decoder.act2, decoder.classifier]
 
     @property
