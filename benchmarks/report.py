@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import (
     bias,
+    explainer,
     filter_loss,
     harness,
     masking,
@@ -27,6 +28,7 @@ BENCHMARKS = (
     masking,
     filter_loss,
     parts,
+    explainer,
     mutual_information,
     bias,
     mutual_information_loss,

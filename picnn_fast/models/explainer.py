@@ -45,19 +45,17 @@ class ExplainerOutput(NamedTuple):
 
 
 class RunningMean(nn.Module):
-    """Means of values over the images seen in training, constants in the backward pass.
+    """Means of values over all images seen in training, constants in the backward pass.
 
     Args:
         width: how many values an image has.
-        momentum: share of a new batch; None: every image counts alike.
     """
 
     mean: Tensor
     images: Tensor
 
-    def __init__(self, width: int, momentum: float | None = None) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("mean", torch.ones(width))
         # Not an integer, of which averages of weights can make no mean.
         self.register_buffer("images", torch.zeros(()))
@@ -72,10 +70,7 @@ class RunningMean(nn.Module):
         share = values.new_ones(len(values)) if shown is None else shown.to(dtype)
         count = share.sum()
         new = (values * share[:, None]).sum(0) / count.clamp_min(1)
-        if self.momentum is None:
-            step = count / (self.images + count).clamp_min(1)
-        else:
-            step = torch.where(self.images > 0, count.new_full((), self.momentum), 1.0)
+        step = count / (self.images + count).clamp_min(1)
         self.mean.copy_(torch.where(count > 0, self.mean.lerp(new, step), self.mean))
         self.images.add_(count)
 
@@ -85,15 +80,14 @@ class RunningMean(nn.Module):
 
 
 class NormLayer(RunningMean):
-    """Divides every channel by alpha, the mean over images of its sum of max(x, 0).
+    """Divides every channel by alpha, the mean over all images of its sum of max(x, 0).
+
+    A mean that forgets, as batch norm's, would follow maps that shrink, and as alpha is a constant
+    of the gradient nothing else holds them: reconstruction gets worse from epoch to epoch then.
 
     Args:
-        channels: of the maps.
-        momentum: share of a new batch in alpha.
+        width: channels of the maps.
     """
-
-    def __init__(self, channels: int, momentum: float = 0.1) -> None:
-        super().__init__(channels, momentum)
 
     def observe(self, maps: Tensor, shown: Tensor | None = None) -> None:
         """Take in maps ``[B, channels, h, w]``; see ``update``."""
@@ -195,8 +189,8 @@ class Explainer(InterpretableNetwork):
     lambda = E|d objective / d x_f| / E|d Loss_f / d x_f| / (300·epoch), renewed with every step; x_f
     are the maps before the mask. In evaluation it is that of the last step.
 
-    Every norm layer, and E|x*|, is a running mean, renewed in training and constant in the backward
-    pass. In ``train()`` the performer's batch norm and dropout stay in evaluation mode, and its
+    Norm layers, and E|x*|, are running means over all images, renewed in training and constant in
+    the backward pass. In ``train()`` the performer's batch norm and dropout stay in evaluation mode, and its
     parameters, which are in the state dict, are frozen: its own modules are used, not copies.
 
     What is deployed, ``discriminator()``, is the performer with its features replaced by the

@@ -158,8 +158,9 @@ class Plain:
             if self.alpha is None:
                 self.alpha, self.scale, self.size = new, own, size
             else:
-                self.alpha = [0.9 * a + 0.1 * b for a, b in zip(self.alpha, new, strict=True)]
                 share = len(x) / (self.seen + len(x))
+                both = zip(self.alpha, new, strict=True)
+                self.alpha = [(1 - share) * a + share * b for a, b in both]
                 self.scale = (1 - share) * self.scale + share * own
                 self.size = (1 - share) * self.size + share * size
             self.seen += len(x)
