@@ -1,4 +1,4 @@
-"""The command ``picnn-fast``: demo, train, evaluate, convert, doctor.
+"""The command ``picnn-fast``: demo, train, evaluate, explain, convert, doctor.
 
 Nothing is imported until a command needs it, so that ``picnn-fast --help`` answers at once, and
 ``doctor``, with torch and numpy alone, on any installation.
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -287,13 +287,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    import dataclasses
-
     from picnn_fast.evaluation import evaluate
-    from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
     from picnn_fast.training.launch import device_of, launch
-    from picnn_fast.training.options import ConfigError, check_range, few, parse
-    from picnn_fast.training.run import build_data, reading_images, try_image
+    from picnn_fast.training.options import check_range, parse
+    from picnn_fast.training.run import reading_images, try_image
 
     def add(parser: Any) -> None:
         parser.add_argument(
@@ -325,42 +322,13 @@ def _evaluate(arguments: Sequence[str]) -> int:
         parse(arguments, groups=("data",), **described)
     if not launch(None).first:  # one of several processes measures, so that no image counts twice
         return 0
-    # What can be said of the data hangs on the checkpoint, which has to be found first.
-    rest, of_data = _without_data(arguments)
-    args = parse(rest, groups=("data",), **described)
-    del args["data"]
+    args, trained = _trained(arguments, described)
     check_range("draws", args["draws"], 1)
-    path = Path(args["path"])
     figures = {}
-    for checkpoint in find_checkpoints(path):
-        network, options, class_names = load_checkpoint(checkpoint)
-        if of_data:
-            # What is not given is as in the training.
-            defaults = {"data": options.data}
-            args = parse(arguments, groups=("data",), defaults=defaults, **described)
-        overrides = {
-            key: args[key] for key in ("data", "batch_size", "seed") if args.get(key) is not None
-        }
-        options = dataclasses.replace(options, **overrides)
-        try:
-            data = build_data(dataclasses.replace(options, category=None))
-        except ConfigError as error:
-            if of_data:
-                raise
-            raise ConfigError(
-                f"{error}; --data.root, or another option of --data, says where else"
-            ) from error
-        if options.category is not None and options.category in data.class_names:
-            data.single_out(options.category)
-        if list(data.class_names) != class_names:
-            raise ConfigError(
-                f"data: {options.data['name']} has other classes ({few(data.class_names)}) than"
-                f" {checkpoint} was trained on ({few(class_names)})"
-            )
-        name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
+    for name, network, options, data in trained:
         with reading_images():
-            try_image(network, data, f"the network in {checkpoint}")
-            figures[options.method["name"] if name == "." else name] = evaluate(
+            try_image(network, data, f"the network in {args['path']}")
+            figures[name] = evaluate(
                 network,
                 data,
                 seed=options.seed,
@@ -373,6 +341,210 @@ def _evaluate(arguments: Sequence[str]) -> int:
     else:
         _print_table(figures, f"Test split of {options.data['name']}")
     return 0
+
+
+def _trained(
+    arguments: Sequence[str], described: Mapping[str, Any]
+) -> tuple[dict[str, Any], Iterator[tuple[str, Any, Any, Any]]]:
+    """The arguments of a command on trained networks; and name, network, options, data of each.
+
+    The data is that of the training, but for what the arguments say of it.
+    """
+    from picnn_fast.training.options import parse
+
+    # What can be said of the data hangs on the checkpoint, which has to be found first.
+    rest, of_data = _without_data(arguments)
+    args = parse(rest, groups=("data",), **described)
+    del args["data"]
+    return args, _with_data(args, arguments if of_data else None, described)
+
+
+def _with_data(
+    args: dict[str, Any], of_data: Sequence[str] | None, described: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any, Any]]:
+    import dataclasses
+
+    from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
+    from picnn_fast.training.options import ConfigError, few, parse
+    from picnn_fast.training.run import build_data
+
+    path = Path(args["path"])
+    for checkpoint in find_checkpoints(path):
+        network, options, class_names = load_checkpoint(checkpoint)
+        if of_data is not None:
+            # What is not given is as in the training.
+            defaults = {"data": options.data}
+            args = parse(of_data, groups=("data",), defaults=defaults, **described)
+        overrides = {
+            key: args[key] for key in ("data", "batch_size", "seed") if args.get(key) is not None
+        }
+        options = dataclasses.replace(options, **overrides)
+        try:
+            data = build_data(dataclasses.replace(options, category=None))
+        except ConfigError as error:
+            if of_data is not None:
+                raise
+            raise ConfigError(
+                f"{error}; --data.root, or another option of --data, says where else"
+            ) from error
+        if options.category is not None and options.category in data.class_names:
+            data.single_out(options.category)
+        if list(data.class_names) != class_names:
+            raise ConfigError(
+                f"data: {options.data['name']} has other classes ({few(data.class_names)}) than"
+                f" {checkpoint} was trained on ({few(class_names)})"
+            )
+        name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
+        yield options.method["name"] if name == "." else name, network, options, data
+
+
+def _explain(arguments: Sequence[str]) -> int:
+    from picnn_fast.data.photographs import read_image
+    from picnn_fast.explain import explain_image
+    from picnn_fast.report import plot_explanation
+    from picnn_fast.training.options import ConfigError, check_range, parse
+    from picnn_fast.training.run import reading_images, try_image
+
+    def add(parser: Any) -> None:
+        parser.add_argument(
+            "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt"
+        )
+        parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
+        parser.add_argument(
+            "--output", type=Path, default=Path("explanations"), help="folder of the pictures"
+        )
+        parser.add_argument(
+            "--target", type=str | None, default=None, help="class to explain; null: the predicted"
+        )
+        parser.add_argument("--filters", type=int, default=6, help="filters to show of each image")
+        parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+
+    described: dict[str, Any] = {
+        "prog": "picnn-fast explain",
+        "description": "Show which filters carried a prediction, by the class they stand for, with"
+        " their share of its logit, and what the prediction is without them; a picture of each"
+        " image. Images are resized and normalised as the test images of the training's data.",
+        "common": False,
+        "add": add,
+    }
+    if any(token in ("-h", "--help") for token in arguments):
+        parse(arguments, groups=("data",), **described)
+    args, trained = _trained(arguments, described)
+    check_range("filters", args["filters"], 1)
+    told: dict[str, dict[str, Any]] = {}
+    for name, network, _, data in trained:
+        names = list(data.class_names)
+        if args["target"] is not None and args["target"] not in names:
+            raise ConfigError(f"target: got {args['target']!r}, want one of {', '.join(names)}")
+        target = None if args["target"] is None else names.index(args["target"])
+        with reading_images():
+            try_image(network, data, f"the network in {args['path']}")
+        # All are read before the first picture is written.
+        images = {path: read_image(data, path) for path in args["images"]}
+        for path, (taken, shown) in images.items():
+            seen = explain_image(network.eval(), taken, target=target)
+            args["output"].mkdir(parents=True, exist_ok=True)
+            picture = args["output"] / f"{path.stem}-{name.replace(os.sep, '-')}.png"
+            plot_explanation(
+                shown,
+                seen,
+                names,
+                picture,
+                filters=args["filters"],
+                channel_dim=network.channel_dim,
+            )
+            told.setdefault(str(path), {})[name] = {
+                **_explained(seen, names, args["filters"]),
+                "picture": str(picture),
+            }
+    if args["json"]:
+        print(json.dumps(told, indent=2))
+    else:
+        _print_explanations(told)
+    return 0
+
+
+def _explained(seen: Any, names: Sequence[str], filters: int) -> dict[str, Any]:
+    """An explanation as JSON takes it: numbers of the logit, and names of classes."""
+    probabilities = seen.logits.softmax(0)
+    owners = {i: g.owner for g in seen.groups for i in g.filters.tolist()}
+
+    def named(owner: int | None) -> str | None:
+        return None if owner is None else names[owner]
+
+    groups = []
+    for group in seen.groups:
+        without = group.logits_without.softmax(0)
+        groups.append(
+            {
+                "class": named(group.owner),
+                "filters": len(group.filters),
+                "contribution": group.contribution,
+                "without": {
+                    "predicted": names[int(without.argmax())],
+                    "probability": float(without.max()),
+                },
+            }
+        )
+    return {
+        "predicted": names[int(seen.logits.argmax())],
+        "probability": float(probabilities.max()),
+        "explained": names[seen.target],
+        "logit": float(seen.logits[seen.target]),
+        "offset": seen.offset,
+        "exact": seen.exact,
+        "groups": groups,
+        "filters": [
+            {
+                "filter": i,
+                "class": named(owners[i]),
+                "contribution": float(seen.contributions[i]),
+            }
+            for i in seen.contributions.argsort(descending=True)[:filters].tolist()
+        ],
+    }
+
+
+_GROUPS_SHOWN = 5
+
+
+def _print_explanations(told: Mapping[str, Mapping[str, Any]]) -> None:
+    with extra("train"):
+        from rich.console import Console
+        from rich.table import Table
+    console = Console(soft_wrap=True, markup=False, emoji=False)
+    for path, by_network in told.items():
+        for name, said in by_network.items():
+            table = Table(
+                title=printable(f"{path}, {name}: {said['predicted']} ({said['probability']:.3f})"),
+                title_justify="left",
+                title_style="bold",
+            )
+            table.add_column("filters of")
+            for heading in ("number", "add to the logit", "without them"):
+                table.add_column(heading, justify="right")
+            for group in said["groups"][:_GROUPS_SHOWN]:
+                without = group["without"]
+                table.add_row(
+                    printable("no class" if group["class"] is None else group["class"]),
+                    str(group["filters"]),
+                    f"{group['contribution']:+.3f}",
+                    printable(f"{without['predicted']} ({without['probability']:.3f})"),
+                )
+            console.print(table)
+            left = len(said["groups"]) - _GROUPS_SHOWN
+            if left > 0:
+                console.print(f"  and {left} groups that add less")
+            kind = "is" if said["exact"] else "is, to first order,"
+            console.print(
+                printable(
+                    f"  the logit of {said['explained']}, {said['logit']:.3f}, {kind} what filters"
+                    f" add to the {said['offset']:.3f} it has without any"
+                )
+            )
+            most = ", ".join(f"{f['filter']} ({f['contribution']:+.3f})" for f in said["filters"])
+            console.print(f"  most by filter {most}")
+            console.print(printable(f"  {said['picture']}: these filters' maps"))
 
 
 def _without_data(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -495,6 +667,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     ),
     "train": (_train, "train and evaluate one network"),
     "evaluate": (_evaluate, "measure a trained network on a test split"),
+    "explain": (_explain, "show which filters carried a prediction"),
     "convert": (_convert, "turn a checkpoint of the authors' PICNN into one of ours"),
     "doctor": (_doctor, "show what is installed, and what serves each operator"),
 }

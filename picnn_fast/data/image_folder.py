@@ -129,6 +129,7 @@ class ImageFolderDataModule(SeededDataModule):
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.root = Path(root).expanduser()
         self.image_size = image_size
 

@@ -1,12 +1,14 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from picnn_fast._extras import extra
 from picnn_fast.ops import checks
@@ -85,6 +87,8 @@ class SeededDataModule(L.LightningDataModule):
     Attributes:
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
+        test_transform: of a file's image to one of the test set, where that is more than resizing.
+        mean, std: images are normalised by, ``[C, 1, 1]`` on a scale of [0, 1]; None: they are not.
     """
 
     num_classes: int
@@ -94,6 +98,9 @@ class SeededDataModule(L.LightningDataModule):
     validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
     validation_source = "none"
+    test_transform: Callable[[Any], Tensor] | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
     # Of the class told from all others, or None: labels are class indices.
     category: int | None = None
 
@@ -214,3 +221,23 @@ class SeededDataModule(L.LightningDataModule):
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def shift(images: Tensor, max_shift: int) -> Tensor:
+    """Move each image by its own random number of pixels in [-max_shift, max_shift], filled with 0.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        max_shift: pixels.
+
+    Returns:
+        ``[B, C, H, W]``, same dtype.
+    """
+    batch, _, height, width = images.shape
+    padded = F.pad(images, [max_shift] * 4)
+    top, left = torch.randint(0, 2 * max_shift + 1, (2, batch), device=images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    samples = torch.arange(batch, device=images.device)
+    moved = padded.movedim(1, -1)[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.movedim(-1, 1)

@@ -180,17 +180,19 @@ def _accuracy(network: InterpretableNetwork, data: object, draws: int) -> Metric
     return PathwayAccuracy(network.num_classes, draws)
 
 
-def _leakage(heading: str, meaning: str, masks: Callable[[Observation], Tensor]) -> Figure:
+def _remark_on_leakage(value: float) -> str | None:
+    if value <= MOST_LEAKAGE:
+        return None
+    return (
+        f"mask leakage is {value:.2f}: a mask drawn for a class gives that class with the maps of"
+        " other images too, so that ACC2 says little of the maps"
+    )
+
+
+def _leakage(
+    heading: str, meaning: str, masks: Callable[[Observation], Tensor], **more: Any
+) -> Figure:
     """Of the masks that ``masks`` takes from an observation."""
-
-    def remark(value: float) -> str | None:
-        if value <= MOST_LEAKAGE:
-            return None
-        return (
-            f"{heading} is {value:.2f}: with the maps of other images, too, these masks give the"
-            " class, so that accuracy behind them says nothing of the maps"
-        )
-
     return Figure(
         heading=heading,
         meaning=meaning,
@@ -200,7 +202,7 @@ def _leakage(heading: str, meaning: str, masks: Callable[[Observation], Tensor])
             seen.maps, seen.labels, masks(seen), seen.network.head_logits
         ),
         needs=_needs_ownership,
-        remark=remark,
+        **more,
     )
 
 
@@ -267,6 +269,7 @@ FIGURES: dict[str, Figure] = {
         "leakage",
         "accuracy by the label's filters with the maps of another image, 1 / classes at best",
         lambda seen: seen.label_masks,
+        remark=_remark_on_leakage,
     ),
     "pseudo_label_leakage": _leakage(
         "… pseudo",

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from picnn_fast.data import ImageFolderDataModule
+from picnn_fast.data import DATA, ImageFolderDataModule
+from picnn_fast.data.photographs import read_image
 
 
 @pytest.fixture
@@ -386,3 +387,25 @@ def test_numbers_of_no_known_range_are_refused_by_name(root):
         data = ImageFolderDataModule(root, image_size=8, num_workers=0)
         with pytest.raises(OSError, match=r"0\.tif cannot be read as an image \(.*no known range"):
             data.test_set[0]
+
+
+def test_a_file_is_read_as_test_images_are(root):
+    data = ImageFolderDataModule(root, image_size=16, num_workers=0, mean=(0.5, 0.4, 0.3))
+    path = root / "test" / "bee" / "1.png"
+    taken, shown = read_image(data, path)
+    assert torch.equal(taken, data.test_set[3][0])
+    assert (shown - torch.tensor([200, 20, 100])[:, None, None] / 255).abs().max() < 1e-3
+    with pytest.raises(FileNotFoundError):
+        read_image(data, root / "none.png")
+
+
+def test_without_a_way_of_its_own_a_file_is_resized_to_the_test_images_and_normalised(root):
+    path = root / "test" / "bee" / "1.png"
+    digits = DATA["digits"]()
+    taken, shown = read_image(digits, path)
+    assert taken.shape == (1, 8, 8)
+    assert torch.equal(taken, shown)
+    animals = DATA["part-animals"](image_size=16, train_images=6, test_images=6)
+    taken, shown = read_image(animals, path)
+    assert taken.shape == (3, 16, 16)
+    assert torch.equal(taken, animals.normalise(shown[None])[0])
