@@ -424,6 +424,7 @@ class Explainer(InterpretableNetwork):
         maps = track["mask2"](second)
         self.masked_head.check_maps(maps)
         conv, relu, pool, norm = self.ordinary
+        assert isinstance(norm, NormLayer)
         ordinary = pool(relu(conv(target)))
         features, performed = self._performed(target)
         if self.training:
@@ -598,7 +599,8 @@ class Explainer(InterpretableNetwork):
 
 def _norms(values: Tensor) -> Tensor:
     """L2 norms of all that each first index holds, float32 or wider."""
-    return checks.accumulable(values.detach()).flatten(1).norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(checks.accumulable(values.detach()).flatten(1), dim=1)
+    return norms
 
 
 class _Upper(NamedTuple):

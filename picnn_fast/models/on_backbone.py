@@ -97,6 +97,7 @@ def parts_on_backbone(
         head = parts.head(in_channels, num_filters, num_classes)
     if insert_conv:
         options = {**options, "in_channels": in_channels}
+    assert num_filters is not None
     return Parts(features, head, num_classes, num_filters, options)
 
 
