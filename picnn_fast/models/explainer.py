@@ -186,12 +186,13 @@ class Explainer(InterpretableNetwork):
 
     Loss, eq. 1, all weights divided by 5e4 = the sum over both of |x - x*|² / E|x*|, - eta·log p,
     and the sum over both convolutions and their filters of lambda·Loss_f, exact over each batch.
-    lambda = E|d objective / d x_f| / E|d Loss_f / d x_f| / (300·epoch), renewed with every step; x_f
-    are the maps before the mask. In evaluation it is that of the last step.
+    lambda = E|d objective / d x_f| / E|d Loss_f / d x_f| / (300·epoch), renewed with every step;
+    x_f are the maps before the mask. In evaluation it is that of the last step.
 
     Norm layers, and E|x*|, are running means over all images, renewed in training and constant in
-    the backward pass. In ``train()`` the performer's batch norm and dropout stay in evaluation mode, and its
-    parameters, which are in the state dict, are frozen: its own modules are used, not copies.
+    the backward pass. In ``train()`` the performer's batch norm and dropout stay in evaluation
+    mode, and its parameters, which are in the state dict, are frozen: its own modules are used, not
+    copies.
 
     What is deployed, ``discriminator()``, is the performer with its features replaced by the
     explainer's reconstruction, and ``logits`` are its logits. ``head_logits`` wants the ordinary
@@ -250,7 +251,7 @@ class Explainer(InterpretableNetwork):
         (torch.Size([2, 8, 7, 7]), [(2, 16), (2, 16)])
         >>> performer[0].weight.grad is None
         True
-    """  # noqa: E501
+    """
 
     filters_per_class: ClassVar[float | None] = None
     network_from: ClassVar[str | None] = "performer"
@@ -367,7 +368,8 @@ class Explainer(InterpretableNetwork):
                 f"layer: got {parts.layer!r}, behind which the performer branches, want a layer"
                 " that others follow one after the other"
             )
-        convolutions = _convolutions(parts.classifier)
+        head = nn.Sequential(*parts.classifier)
+        convolutions = _convolutions(layers_of(head))
         pair = isinstance(backbone, tuple | list)
         if in_channels is None and convolutions:
             in_channels = convolutions[0].in_channels
@@ -380,7 +382,6 @@ class Explainer(InterpretableNetwork):
             )
         if num_filters is None:
             num_filters = convolutions[-1].out_channels if convolutions else in_channels
-        head = nn.Sequential(*parts.classifier)
         options = {**options, "in_channels": in_channels}
         return cls(parts.features, head, num_classes, num_filters, **options)
 
