@@ -75,6 +75,15 @@ def test_a_run_explains_the_network_of_another_and_needs_it_no_more(performer, t
     assert all({f"train/{term}" for term in terms} | {"method/p"} <= row.keys() for row in history)
 
 
+def test_figures_that_want_a_performer_are_not_in_the_table_of_other_networks(performer, capsys):
+    assert main(["evaluate", str(performer), "--accelerator", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "location instab." in said
+    assert "performer" not in said.replace(str(performer), "")
+    (figures,) = json.loads((performer / "metrics.json").read_text()).values()
+    assert figures["p"] == "n/a: no performer"
+
+
 def test_the_performer_in_the_checkpoint_is_that_of_the_run(performer, tmp_path):
     train(_explainer(tmp_path, performer), progress=False)
     network, options, _ = load_checkpoint(tmp_path / "run" / "last.ckpt")
