@@ -128,8 +128,29 @@ def report(results: dict[str, Any]) -> str:
 SECTION = """
 ## What an Explainer tells of a trained network
 
+A small VGG with fc6 and fc7 (the performer) learns 2,000 drawn animals of 64 pixels in 10 epochs; an
+explainer of it learns for 6, with the paper's weights and a rate, 3e-4, from one trial. Means over
+seeds 0, 1 and 2 on 1,200 test images. The explainer's filters have maps of 8 x 8, behind the
+performer's last pooling, the performer's of 16 x 16, so filters that ignore the image are there in
+both sizes.
+
 <results: explainer.json>
-"""
+
+What the paper says, on this data:
+
+- *The explainer's filters have 36 to 69 % of the performer's location instability*: no. It is that of
+  the maps explained, less 2 %, and 14 % above that of the performer's top convolution; Explainer+cls
+  is as steady as the latter. All lie far above a filter that always peaks in the middle.
+- *p is .71 to .96*: yes, but it says little. -eta·log p outweighs the reconstruction, so p rises as
+  long as its rate lets it: with `--method.p_lr 0.1`, ten times the default, one trial on seed 0
+  ended at p .995 and Δ error .060 in place of .041.
+- *The reconstruction costs .1 to 1 % of errors more* (several categories): 4 to 6 % here, of a
+  performer that is wrong on 40 % of the images.
+- *Explainer+cls classifies about as well as the performer, or better*: on one seed of three.
+
+A mean of the norm layers that forgets, as batch norm's does, was tried and given up: maps shrink
+without end then, and the reconstruction gets worse from the third epoch on.
+"""  # noqa: E501
 
 
 def main(arguments: list[str] | None = None) -> None:
