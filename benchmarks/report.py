@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import (
     bias,
     compare,
+    explainer,
     filter_loss,
     harness,
     masking,
@@ -29,6 +30,7 @@ BENCHMARKS = (
     filter_loss,
     compare,
     parts,
+    explainer,
     mutual_information,
     bias,
     mutual_information_loss,

@@ -276,8 +276,9 @@ def _train(arguments: Sequence[str]) -> int:
     options = Options(**args)
     folder = train_folder(options)
     complete = not overwrite and folder.complete()
-    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and launch(None).first:
-        name = options.backbone["name"]
+    name = options.backbone["name"]
+    by_size = args["backbone"]["name"] == BY_IMAGE_SIZE != name
+    if by_size and not complete and launch(None).first:
         print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
     with _telling_how_to_go_on(folder):
         figures = train(options, overwrite=overwrite)

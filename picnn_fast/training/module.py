@@ -314,7 +314,8 @@ class InterpretableModule(L.LightningModule):
             training = {part: part.training for part in self.network.modules()}
             with torch.no_grad():
                 network = self.network.eval()
-                logits = network.head_logits(network.filter_maps(images))
+                maps, bypass = network.encode(images)
+                logits = network.head_logits(maps, bypass=bypass)
             for part, mode in training.items():
                 part.training = mode
             self._check_finite(logits.abs().amax(), "the largest logit after the last step")

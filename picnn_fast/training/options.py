@@ -112,7 +112,7 @@ class Options:
     Args:
         method: how filters are made interpretable.
         backbone: network below the target layer; "auto" becomes small-resnet for images of up to
-            64 pixels, else resnet18.
+            64 pixels, else resnet18; or is that of the run whose network is explained.
         data: images to train and test on.
         optimizer: of torch, with its learning rate ``lr``.
         output: folder the finished run appears in; must not hold another.
@@ -192,7 +192,7 @@ class Options:
         for name in given:
             # As they are read back from a file.
             object.__setattr__(self, name, json.loads(json.dumps(parsed[name])))
-        if self.backbone["name"] == BY_IMAGE_SIZE:
+        if self.backbone["name"] == BY_IMAGE_SIZE and not self.source():
             # A name of its own, so that a record and a checkpoint say what ran.
             small = self.data.get("image_size", 0) <= _LARGEST_SMALL_IMAGE
             name = _SMALL if small else _LARGE
@@ -215,6 +215,12 @@ class Options:
                             raise ConfigError(f"{group}.{name}.{error}") from error
         if not 0 < self.optimizer["lr"] < math.inf:
             raise ConfigError(f"optimizer.lr: got {self.optimizer['lr']}, want a number > 0")
+
+    def source(self) -> str | None:
+        """The run, or its checkpoint, whose network the method is put on in place of a backbone."""
+        option = METHODS[self.method["name"]].network_from
+        source: str | None = None if option is None else self.method[option]
+        return source
 
     def identity(self) -> dict[str, Any]:
         """What a run notes about itself: all options but the output folder, where it is noted."""
