@@ -46,8 +46,9 @@ def make_interpretable(
               layers are used in place, not copied, and its classifier made anew for N filters and
               K classes; or one with ``forward_features`` and ``forward_head``, as timm's have;
             - a pair ``(features, head)`` of modules: images to maps, maps to logits.
-        method: "picnn", "csg", "icnn", "iccnn", "explainer" or "std". For "explainer" the backbone is the
-            trained network to explain, which keeps its classifier; see ``Explainer.on_backbone``.
+        method: "picnn", "csg", "icnn", "iccnn", "explainer" or "std". For "explainer" the backbone
+            is the trained network to explain, which keeps its classifier; see
+            ``Explainer.on_backbone``.
         num_classes: K.
         layer: name of the module behind which the backbone is cut, "layer4" or "features.29", see
             ``picnn_fast.backbones.split``. None: where the named ones are cut, and torchvision's

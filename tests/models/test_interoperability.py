@@ -122,6 +122,10 @@ class Trained(NamedTuple):
     state: dict[str, Tensor]
 
 
+def begin(model: Any, epoch: int) -> None:
+    model.begin_epoch(epoch, 1, images=[(images(), LABELS)])
+
+
 def plain_step(model: Any) -> Step:
     return lambda x, y: model.loss(model(x, y), y)
 
@@ -140,7 +144,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameter_groups(0.1))
     losses = []
     for epoch in epochs:
-        model.begin_epoch(epoch, 1)
+        begin(model, epoch)
         torch.manual_seed(epoch)
         optimizer.zero_grad()
         loss = step(x, LABELS)
@@ -213,7 +217,7 @@ def test_autocast_keeps_a_loss_of_single_precision_near_that_of_eager(
     optimizers = [torch.optim.SGD(network.parameter_groups(0.1)) for network in (model, plain)]
     for epoch in EPOCHS:
         for network in (model, plain):
-            network.begin_epoch(epoch, 1)
+            begin(network, epoch)
             network.zero_grad()
         torch.manual_seed(epoch)
         with torch.autocast("cpu", dtype):
@@ -249,7 +253,7 @@ def test_accumulated_gradients_are_those_of_the_parts(case: Case) -> None:
     """Two forward passes, then one backward pass: what is remembered in between spoils neither."""
     model, apart, whole = case.build(), case.build(), case.build()
     for network in (model, apart, whole):
-        network.begin_epoch(2, 1)
+        begin(network, 2)
     halves = list(zip(images().chunk(2), LABELS.chunk(2), strict=True))
     torch.manual_seed(1)
     sum(plain_step(model)(x, y) / 2 for x, y in halves).backward()
@@ -400,7 +404,7 @@ def test_a_captured_step_replays_as_eager(case: Case) -> None:
         loss.backward()
     for epoch in EPOCHS:
         for network in (model, plain):
-            network.begin_epoch(epoch, 1)
+            begin(network, epoch)
         torch.manual_seed(epoch)
         graph.replay()
         torch.manual_seed(epoch)
@@ -423,7 +427,7 @@ def mean_over_ranks(case: Case, *, share_buffers: bool) -> list[Trained]:
     losses: list[list[Tensor]] = [[] for _ in models]
     for epoch in EPOCHS:
         for rank, model in enumerate(models):
-            model.begin_epoch(epoch, 1)
+            begin(model, epoch)
             if rank == 0:
                 start = copy.deepcopy(dict(model.named_buffers()))
             elif share_buffers:
