@@ -5,6 +5,7 @@ from picnn_fast.backbones.networks import (
     cifar_resnet,
     small_cnn,
     small_resnet,
+    small_vgg,
     vgg_m,
     vgg_s,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "receptive_field",
     "small_cnn",
     "small_resnet",
+    "small_vgg",
     "split",
     "split_halves",
     "vgg_m",

@@ -192,6 +192,7 @@ class ImageFolderDataModule(SeededDataModule):
             files["train"], chosen = [images[i] for i in kept], [images[i] for i in out]
         self.validation_source += remark
         self.train_set = _Images(files["train"], self.train_transform)
+        self.plain_train_set = _Images(files["train"], self.test_transform)
         self.test_set = _Images(files["test"], self.test_transform)
         if chosen:
             self.validation_set = _Images(chosen, self.test_transform)

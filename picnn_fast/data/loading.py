@@ -15,7 +15,7 @@ from picnn_fast.ops import checks
 
 with extra("train"):
     import lightning as L
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -85,6 +85,8 @@ class SeededDataModule(L.LightningDataModule):
     own, and never the test split.
 
     Attributes:
+        plain_train_set: the training images as the test images are made, where ``train_set``
+            changes them at random; None where it does not.
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
         test_transform: of a file's image to one of the test set, where that is more than resizing.
@@ -95,6 +97,7 @@ class SeededDataModule(L.LightningDataModule):
     in_channels: int
     class_names: list[str]
     train_set: Dataset[Any]
+    plain_train_set: Dataset[Any] | None = None
     validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
     validation_source = "none"
@@ -205,6 +208,17 @@ class SeededDataModule(L.LightningDataModule):
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
+
+    def train_images(self) -> DataLoader[Any]:
+        """The training images in order and not augmented; of several ranks each reads its share.
+
+        They are those of ``plain_train_set``, or else of ``train_set`` as it is.
+        """
+        images = self.train_set if self.plain_train_set is None else self.plain_train_set
+        if self.trainer is None or self.trainer.world_size == 1:
+            return self.in_order(images)
+        share = range(self.trainer.global_rank, len(images), self.trainer.world_size)  # type: ignore[arg-type]
+        return self.in_order(Subset(images, share))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return [] if self.validation_set is None else self.in_order(self.validation_set)

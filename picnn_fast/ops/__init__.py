@@ -1,6 +1,7 @@
 """Operators: schema, shape function, autograd.Function and argument checks, one file a family."""
 
 from picnn_fast.ops import (
+    correlation,
     filter_loss,
     histogram,
     masking,
@@ -13,6 +14,7 @@ registry.load_extension()
 registry.register_triton_for_cuda()
 
 __all__ = [
+    "correlation",
     "filter_loss",
     "histogram",
     "masking",

@@ -178,12 +178,20 @@ def probabilities(name: str, value: Tensor) -> None:
 
 def labels(name: str, value: Tensor, batch: int, num_classes: int) -> None:
     """Integers ``[batch]`` in [0, num_classes)."""
+    indices(name, value, batch, num_classes, of="sample", kind="class indices")
+
+
+def indices(name: str, value: Tensor, count: int, below: int, *, of: str, kind: str) -> None:
+    """Integers ``[count]`` in [0, below), one for each ``of``."""
     tensor(name, value)
     if value.dtype not in INTEGER:
         raise TypeError(f"{name}: got dtype {value.dtype}, want integers, such as torch.int64")
-    if tuple(value.shape) != (batch,):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({batch},), one a sample")
-    _within(name, value, num_classes - 1, f"class indices in [0, {num_classes})")
+    if tuple(value.shape) != (count,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({count},), one a {of}")
+    _within(name, value, below - 1, f"{kind} in [0, {below})")
+
+
+_OUTSIDE = [None]
 
 
 def not_recomputed(name: str) -> None:
@@ -192,8 +200,11 @@ def not_recomputed(name: str) -> None:
         RuntimeError: called in a backward pass, where ``torch.utils.checkpoint`` computes again
             what it did not keep: what ``name`` remembers is of another batch by then.
     """
-    # A compiled graph has no moment at which to ask.
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if torch.compiler.is_compiling():
+        # A compiled graph has no moment at which to ask; unseen, it would compute again from what
+        # was renewed meanwhile. It refuses to write to what lies outside a checkpointed part.
+        _OUTSIDE[0] = None
+    elif torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{name}: got computed again in the backward pass, as torch.utils.checkpoint does, want"
             " it outside the checkpointed part: what it remembers would be renewed twice, and its"

@@ -28,10 +28,11 @@ from picnn_fast.training.checkpoint import (
     WholeCheckpoints,
     build_network,
     read_checkpoint,
+    read_source,
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
 from picnn_fast.training.module import InterpretableModule
-from picnn_fast.training.options import ConfigError, Options, one_line, qualified
+from picnn_fast.training.options import ConfigError, Options, few, one_line, qualified
 from picnn_fast.training.progress import (
     Introduction,
     ProgressBar,
@@ -127,6 +128,7 @@ def assemble(
     started: Launch | None = None,
     progress: bool = True,
     goes_on: bool = False,
+    introduce: bool = True,
 ) -> Run:
     """Build everything a run consists of, and refuse what no training can start with.
 
@@ -138,6 +140,7 @@ def assemble(
         started: as of ``launch``, by default.
         progress: show progress in training.
         goes_on: from a checkpoint, which has the weights that a backbone would begin with.
+        introduce: say at the start what the run consists of, where progress is shown.
 
     Raises:
         ConfigError: data, network or devices cannot be had, or do not go together.
@@ -149,7 +152,15 @@ def assemble(
     with _quiet():
         # Weights, and the random correspondence matrix of STD, follow from the seed.
         L.seed_everything(options.seed, workers=False, verbose=False)
-    network = build_network(options, data.num_classes, data.in_channels, weights=not goes_on)
+    source = read_source(options)
+    if source is not None and list(data.class_names) != source.saved["class_names"]:
+        raise ConfigError(
+            f"data: got other classes ({few(data.class_names)}) than {options.source()} was"
+            f" trained on ({few(source.saved['class_names'])})"
+        )
+    network = build_network(
+        options, data.num_classes, data.in_channels, source, weights=not goes_on
+    )
     cost = _try_image(options, network, data)
     optimizer = options.optimizer_class()
     module = InterpretableModule(
@@ -158,6 +169,8 @@ def assemble(
         optimizer=optimizer,
         schedule=options.schedule,
         schedule_floor=options.schedule_floor,
+        schedule_steps=options.schedule_steps,
+        schedule_factor=options.schedule_factor,
         warmup_epochs=options.warmup_epochs,
         mutual_information_weight=options.mutual_information_weight,
         seed=options.seed,
@@ -167,7 +180,7 @@ def assemble(
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from error
     callbacks: list[Callback] = [
-        SaveOptions(options, data),
+        SaveOptions(options, data, source),
         FollowSchedule(),
         ModelCheckpoint(
             dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
@@ -183,16 +196,18 @@ def assemble(
                 enable_version_counter=False,
             )
         )
-    if progress:
+    if progress and introduce:
         introduction = Introduction(
             data,
             network,
             cost,
             data_name=options.data["name"],
-            backbone=options.backbone["name"],
+            backbone=options.backbone["name"] if source is None else str(options.source()),
             output=options.output,
         )
-        callbacks += [introduction, ProgressBar() if sys.stdout.isatty() else ProgressLines()]
+        callbacks.append(introduction)
+    if progress:
+        callbacks.append(ProgressBar() if sys.stdout.isatty() else ProgressLines())
     processes = started.devices * started.nodes
     try:
         with _quiet():
@@ -286,7 +301,8 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
     height, width = image.shape[2:]
     try:
         with torch.no_grad():
-            network.eval().head_logits(network.filter_maps(image))
+            maps, bypass = network.eval().encode(image)
+            network.head_logits(maps, bypass=bypass)
             what = type(network).__name__  # what goes wrong from here on is the method's
             network(image)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -405,6 +421,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*but have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
+        # Those of a performer, whose place that is.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         try:
             yield
         finally:

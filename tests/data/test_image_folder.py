@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,29 @@ def test_augmentation_is_in_training_alone_and_can_be_turned_off(root):
     assert torch.equal(first(True, 1), first(True, 1))
     assert not torch.equal(first(True, 1), first(True, 2))
     assert torch.equal(first(False, 1), first(False, 2))
+
+
+def test_training_images_can_be_had_in_order_and_as_they_are_tested(root):
+    data, plain = (
+        ImageFolderDataModule(root, image_size=8, augment=augment, color_jitter=(0.9, 0, 0, 0))
+        for augment in (True, False)
+    )
+    images, labels = (torch.cat(values) for values in zip(*data.train_images(), strict=True))
+    assert labels.tolist() == [label for _, label in plain.train_set]
+    assert torch.equal(images, torch.stack([image for image, _ in plain.train_set]))
+    assert not torch.equal(images, torch.stack([image for image, _ in data.train_set]))
+
+
+def test_ranks_share_the_training_images_and_none_is_read_twice(root):
+    data = ImageFolderDataModule(root, image_size=8, validation=0)
+    whole = torch.cat([images for images, _ in data.train_images()])
+    shares = []
+    for rank in range(3):
+        data.trainer = SimpleNamespace(world_size=3, global_rank=rank)
+        shares.append(torch.cat([images for images, _ in data.train_images()]))
+    assert sum(map(len, shares)) == len(whole)
+    for rank, share in enumerate(shares):
+        assert torch.equal(share, whole[rank::3])
 
 
 def test_workers_repeat_their_draws_with_seed_and_epoch(root):

@@ -1,0 +1,171 @@
+"""Operators of the correlation family: the losses of ICCNN."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from picnn_fast.ops import checks, registry
+from picnn_fast.ops.layout import readable
+from picnn_fast.reference import correlation as reference
+from picnn_fast.reference.masking import accumulate_dtype
+
+
+class GroupCorrelation(torch.autograd.Function):
+    """The mean map is a constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        maps: Tensor,
+        mean: Tensor,
+        groups: Tensor,
+        num_groups: int,
+        positive: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with registry.below_autograd():
+            loss, norms, sums, moments = torch.ops.picnn_fast.group_correlation.default(
+                maps, mean, groups, num_groups, positive
+            )
+        ctx.save_for_backward(maps, mean, groups, positive, norms, sums, moments)
+        ctx.mark_non_differentiable(norms, sums, moments)
+        ctx.set_materialize_grads(False)
+        return loss, norms, sums, moments
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return None, None, None, None, None
+        grad = torch.ops.picnn_fast.group_correlation_backward.default(
+            grad_loss, *ctx.saved_tensors
+        )
+        return grad, None, None, None, None
+
+
+class GroupCorrelationBackward(torch.autograd.Function):
+    """Without a gradient of its own: whoever asks for second derivatives is told so."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor | None) -> Tensor:
+        with registry.below_autograd():
+            grad: Tensor = torch.ops.picnn_fast.group_correlation_backward.default(*arguments)
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: Tensor) -> None:
+        raise RuntimeError(
+            "group_correlation_loss: got its gradient to differentiate, want first derivatives"
+            " alone: double backward is not offered"
+        )
+
+
+def _fake_group_correlation(
+    maps: Tensor, mean: Tensor, groups: Tensor, num_groups: int, positive: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, filters, height, width = maps.shape
+    dtype = accumulate_dtype(maps.dtype)
+    return (
+        maps.new_empty((), dtype=dtype),
+        maps.new_empty((batch, filters), dtype=dtype),
+        maps.new_empty((batch, num_groups, height * width), dtype=dtype),
+        maps.new_empty((2, num_groups), dtype=dtype),
+    )
+
+
+def _fake_group_correlation_backward(
+    grad_loss: Tensor,
+    maps: Tensor,
+    mean: Tensor,
+    groups: Tensor,
+    positive: Tensor | None,
+    norms: Tensor,
+    sums: Tensor,
+    moments: Tensor,
+) -> Tensor:
+    return torch.empty_like(maps)
+
+
+registry.define(
+    "correlation",
+    "group_correlation(Tensor maps, Tensor mean, Tensor groups, SymInt num_groups,"
+    " Tensor? positive) -> (Tensor loss, Tensor norms, Tensor sums, Tensor moments)",
+    reference=reference.group_correlation,
+    fake=_fake_group_correlation,
+    autograd=GroupCorrelation.apply,
+    triton=False,
+)
+registry.define(
+    "correlation",
+    "group_correlation_backward(Tensor grad_loss, Tensor maps, Tensor mean, Tensor groups,"
+    " Tensor? positive, Tensor norms, Tensor sums, Tensor moments) -> Tensor",
+    reference=reference.group_correlation_backward,
+    fake=_fake_group_correlation_backward,
+    autograd=GroupCorrelationBackward.apply,
+    triton=False,
+)
+
+
+def _check_maps(maps: Tensor) -> None:
+    checks.floating("maps", maps)
+    if maps.ndim != 4 or 0 in maps.shape[1:]:
+        raise ValueError(
+            f"maps: got shape {tuple(maps.shape)}, want [B, C, h, w], at least one filter and one"
+            " position"
+        )
+
+
+def _check_groups(maps: Tensor, groups: Tensor, num_groups: int | None) -> tuple[Tensor, int]:
+    """The groups as the operators take them, and their number."""
+    filters = maps.shape[1]
+    checks.tensor("groups", groups)
+    checks.same_device("groups", groups, "maps", maps)
+    if num_groups is not None:
+        checks.integer("num_groups", num_groups, 1)
+    limit = filters if num_groups is None else num_groups
+    checks.indices("groups", groups, filters, limit, of="filter", kind="group indices")
+    if num_groups is None and not (torch.compiler.is_compiling() or groups.device.type != "cpu"):
+        limit = int(groups.max()) + 1
+    return groups.to(torch.int64), limit
+
+
+def group_correlation_loss(
+    maps: Tensor,
+    mean: Tensor,
+    groups: Tensor,
+    *,
+    num_groups: int | None,
+    positive: Tensor | None,
+) -> Tensor:
+    """See ``functional.group_correlation_loss``."""
+    _check_maps(maps)
+    checks.floating("mean", mean)
+    if mean.shape != maps.shape[1:]:
+        raise ValueError(
+            f"mean: got shape {tuple(mean.shape)}, want {tuple(maps.shape[1:])}, a map for each"
+            f" filter of maps of shape {tuple(maps.shape)}"
+        )
+    checks.same_device("mean", mean, "maps", maps)
+    labels, count = _check_groups(maps, groups, num_groups)
+    if positive is not None:
+        checks.tensor("positive", positive)
+        checks.same_device("positive", positive, "maps", maps)
+        if positive.dtype != torch.bool or positive.shape != maps.shape[:1]:
+            checks.indices("positive", positive, len(maps), 2, of="image", kind="bool, or 0 and 1")
+        positive = positive.bool()
+    constant = mean.detach().to(accumulate_dtype(maps.dtype)).contiguous()
+    loss: Tensor = torch.ops.picnn_fast.group_correlation.default(
+        readable(maps), constant, labels, count, positive
+    )[0]
+    return loss
+
+
+def group_class_loss(
+    maps: Tensor, groups: Tensor, labels: Tensor, num_classes: int, *, num_groups: int | None
+) -> Tensor:
+    """See ``functional.group_class_loss``."""
+    _check_maps(maps)
+    checks.integer("num_classes", num_classes, 1)
+    indices, count = _check_groups(maps, groups, num_groups)
+    checks.labels("labels", labels, len(maps), num_classes)
+    checks.same_device("labels", labels, "maps", maps)
+    return reference.group_class_loss(maps, indices, count, labels.to(torch.int64), num_classes)
