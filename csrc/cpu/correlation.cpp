@@ -49,6 +49,8 @@ struct Arguments {
     groups = class_indices(groups_given, "groups", c.shape.filters, num_groups);
     c.groups = static_cast<const int64_t*>(groups.const_data_ptr());
     c.num_groups = num_groups;
+    // Neighbours in memory are read and written some lines at a time.
+    c.tile = c.maps_strides.position == 1 ? 32 : kMostFilters;
     counted = c.shape.batch;
     if (positive_given.has_value()) {
       check_shape(*positive_given, "positive", {c.shape.batch});

@@ -16,7 +16,7 @@ namespace {
 
 using picnn_fast::Correlation;
 using picnn_fast::CorrelationKernels;
-using picnn_fast::kFiltersOfTile;
+using picnn_fast::kMostFilters;
 using picnn_fast::padded_positions;
 using picnn_fast::Storage;
 using picnn_fast::Strides;
@@ -26,6 +26,14 @@ PICNN_FAST_HD A sum_lanes(const Vector<A>& vector) {
   return fold<A>(vector, [](auto one, auto other) { return one + other; });
 }
 
+// Asks for what is read soon: the sums of one map wait for each other, and memory would wait too.
+template <typename T>
+PICNN_FAST_HD void prefetch(const T* from, int64_t bytes) {
+  constexpr int kSecondLevel = 2;
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes, /*rw=*/0, kSecondLevel);
+}
+constexpr int64_t kBytesAhead = 16384;
+
 // u = x - mean, and ‖u‖². What follows the last position in u is left as it is.
 template <typename A, typename T>
 PICNN_FAST_HD A centre(const T* x, const A* mean, int64_t positions, A* u) {
@@ -33,9 +41,11 @@ PICNN_FAST_HD A centre(const T* x, const A* mean, int64_t positions, A* u) {
   int64_t p = 0;
   for (; p + 2 * kLanes<A> <= positions; p += 2 * kLanes<A>) {
     for (int v = 0; v < 2; ++v) {
-      const Vector<A> value = load<A>(x + p + v * kLanes<A>) - load<A>(mean + p + v * kLanes<A>);
+      const int64_t at = p + v * kLanes<A>;
+      prefetch(x + at, kBytesAhead);
+      const Vector<A> value = load<A>(x + at) - load<A>(mean + at);
       squares[v] += value * value;
-      store<A>(value, u + p + v * kLanes<A>);
+      store<A>(value, u + at);
     }
   }
   if (p + kLanes<A> <= positions) {
@@ -116,7 +126,7 @@ void scatter(const A* tile, int64_t padded, int64_t filters, int64_t positions, 
     }
     return;
   }
-  T rows[kLanes<A>][kFiltersOfTile];
+  T rows[kLanes<A>][kMostFilters];
   for (int64_t p = 0; p < positions; p += kLanes<A>) {
     int64_t i = 0;
     for (; i + kLanes<A> <= filters; i += kLanes<A>) {
@@ -144,7 +154,7 @@ void scatter(const A* tile, int64_t padded, int64_t filters, int64_t positions, 
 
 template <typename A>
 struct Scratch {
-  A* tile;    // [kFiltersOfTile, padded]
+  A* tile;    // [c.tile, padded]
   A* groups;  // [num_groups, padded]
   A* total;   // [padded]
   A* weighted;
@@ -153,7 +163,7 @@ template <typename A>
 Scratch<A> carve(const Correlation& c, A* memory) {
   const int64_t padded = padded_positions(c.shape.positions);
   std::memset(memory, 0, picnn_fast::correlation_scratch(c) * sizeof(A));
-  A* groups = memory + kFiltersOfTile * padded;
+  A* groups = memory + c.tile * padded;
   A* total = groups + c.num_groups * padded;
   return {memory, groups, total, total + padded};
 }
@@ -166,9 +176,9 @@ PICNN_FAST_HD void for_each_map(const Correlation& c, int64_t image, A* tile, co
   const int64_t positions = c.shape.positions, padded = padded_positions(positions);
   const T* maps = static_cast<const T*>(c.maps) + image * c.maps_strides.batch;
   const A* mean = static_cast<const A*>(c.mean);
-  for (int64_t first = 0; first < c.shape.filters; first += kFiltersOfTile) {
+  for (int64_t first = 0; first < c.shape.filters; first += c.tile) {
     const int64_t left = c.shape.filters - first;
-    const int64_t count = left < kFiltersOfTile ? left : kFiltersOfTile;
+    const int64_t count = left < c.tile ? left : c.tile;
     const T* from = maps + first * c.maps_strides.filter;
     const bool dense = c.maps_strides.position == 1;
     if (!dense) {
@@ -289,15 +299,15 @@ void backward(const Correlation& c, int64_t begin, int64_t end, A* memory) {
         [&](int64_t filter, A* row, A) {
           const A* toward = s.groups + c.groups[filter] * padded;
           const auto gradient = map_gradient(norms[filter], dot(row, toward, padded));
-          const int64_t i = filter % kFiltersOfTile;
+          const int64_t i = filter % c.tile;
           if (!dense) {
             write_gradient(gradient, toward, row, positions, row);
             return;
           }
           if (i == 0) {
             const int64_t left = filters - filter;
-            stretch = sink.open(grad + filter * positions,
-                                (left < kFiltersOfTile ? left : kFiltersOfTile) * positions);
+            stretch =
+                sink.open(grad + filter * positions, (left < c.tile ? left : c.tile) * positions);
           }
           write_gradient(gradient, toward, row, positions, stretch + i * positions);
         },

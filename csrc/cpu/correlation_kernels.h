@@ -26,18 +26,18 @@ struct Correlation {
   const void* total;
   void* grad;
   Strides grad_strides;
-  bool stream;  // write the gradient past the caches
+  bool stream;   // write the gradient past the caches
+  int64_t tile;  // filters worked on together, at most kMostFilters
 };
 
-// Filters worked on together.
-constexpr int64_t kFiltersOfTile = 32;
+constexpr int64_t kMostFilters = 64;
 
 // A row of numbers of a map, with zeros up to whole vectors.
 PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 15) / 16 * 16; }
 
 // Numbers of type A that a thread needs to work in: a tile of maps, a row for each group, two more.
 inline int64_t correlation_scratch(const Correlation& c) {
-  return (kFiltersOfTile + c.num_groups + 2) * padded_positions(c.shape.positions);
+  return (c.tile + c.num_groups + 2) * padded_positions(c.shape.positions);
 }
 
 struct CorrelationKernels {

@@ -92,7 +92,6 @@ registry.define(
     reference=reference.group_correlation,
     fake=_fake_group_correlation,
     autograd=GroupCorrelation.apply,
-    triton=False,
 )
 registry.define(
     "correlation",
@@ -101,7 +100,6 @@ registry.define(
     reference=reference.group_correlation_backward,
     fake=_fake_group_correlation_backward,
     autograd=GroupCorrelationBackward.apply,
-    triton=False,
 )
 
 
