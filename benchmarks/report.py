@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import (
     bias,
+    correlation,
     filter_loss,
     harness,
     masking,
@@ -26,6 +27,7 @@ BENCHMARKS = (
     overhead,
     masking,
     filter_loss,
+    correlation,
     parts,
     mutual_information,
     bias,

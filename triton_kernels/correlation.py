@@ -57,7 +57,7 @@ def norms_kernel(
 
 @triton.jit
 def sums_kernel(
-    maps, mean, positive, order, starts, norms, sums, N, G, P, x_b, x_n, x_s,
+    maps, mean, positive, order, begins, norms, group_sums, N, G, P, x_b, x_n, x_s,
     COUNTED: tl.constexpr, FIND_NORMS: tl.constexpr, CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip
@@ -68,8 +68,8 @@ def sums_kernel(
     g = (tl.program_id(0) // tiles) % G
     b = (tl.program_id(0) // tiles // G).to(tl.int64)
     s = tile * POSITIONS + tl.arange(0, POSITIONS)
-    begin = tl.load(starts + g).to(tl.int32)
-    end = tl.load(starts + g + 1).to(tl.int32)
+    begin = tl.load(begins + g).to(tl.int32)
+    end = tl.load(begins + g + 1).to(tl.int32)
     counts = True
     if COUNTED:
         counts = tl.load(positive + b) != 0
@@ -88,23 +88,23 @@ def sums_kernel(
             total += tl.sum(u * _inverse(norm)[:, None], 0)
         elif FIND_NORMS:
             tl.store(norms + b * N + filters, tl.zeros((CHANNELS,), WIDE), mask=some)
-    tl.store(sums + (b * G + g) * P + s, total, mask=s < P)
+    tl.store(group_sums + (b * G + g) * P + s, total, mask=s < P)
 
 
 @triton.jit
-def moments_kernel(sums, moments, G, P, POSITIONS: tl.constexpr):
+def moments_kernel(group_sums, moments, G, P, POSITIONS: tl.constexpr):
     """⟨S, S⟩ and ⟨S, Σ S⟩ of every group of an image."""
-    WIDE: tl.constexpr = sums.dtype.element_ty
+    WIDE: tl.constexpr = group_sums.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
-    sums += b * G * P
+    group_sums += b * G * P
     moments += b * 2 * G
     for start in range(0, P, POSITIONS):
         s = start + tl.arange(0, POSITIONS)
         total = tl.zeros((POSITIONS,), WIDE)
-        for g in range(0, G):
-            total += tl.load(sums + g * P + s, mask=s < P, other=0.0)
-        for g in range(0, G):
-            own = tl.load(sums + g * P + s, mask=s < P, other=0.0)
+        for g in range(G):
+            total += tl.load(group_sums + g * P + s, mask=s < P, other=0.0)
+        for g in range(G):
+            own = tl.load(group_sums + g * P + s, mask=s < P, other=0.0)
             within = tl.sum(own * own, 0)
             across = tl.sum(own * total, 0)
             if start > 0:
@@ -115,23 +115,23 @@ def moments_kernel(sums, moments, G, P, POSITIONS: tl.constexpr):
 
 
 @triton.jit
-def weights_kernel(sums, own, total, weights, G, P, POSITIONS: tl.constexpr):
+def weights_kernel(group_sums, own, total, weights, G, P, POSITIONS: tl.constexpr):
     """The gradient of û by group, at a tile of positions of one image."""
-    WIDE: tl.constexpr = sums.dtype.element_ty
+    WIDE: tl.constexpr = group_sums.dtype.element_ty
     tiles = tl.cdiv(P, POSITIONS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     s = (tl.program_id(0) % tiles) * POSITIONS + tl.arange(0, POSITIONS)
     inside = s < P
-    sums += b * G * P + s
+    group_sums += b * G * P + s
     weights += b * G * P + s
     all_sums = tl.zeros((POSITIONS,), WIDE)
     weighted = tl.zeros((POSITIONS,), WIDE)
-    for g in range(0, G):
-        value = tl.load(sums + g * P, mask=inside, other=0.0)
+    for g in range(G):
+        value = tl.load(group_sums + g * P, mask=inside, other=0.0)
         all_sums += value
         weighted += tl.load(total + g) * value
-    for g in range(0, G):
-        value = tl.load(sums + g * P, mask=inside, other=0.0)
+    for g in range(G):
+        value = tl.load(group_sums + g * P, mask=inside, other=0.0)
         value = tl.load(own + g) * value + tl.load(total + g) * all_sums + weighted
         tl.store(weights + g * P, value, mask=inside)
 
@@ -193,7 +193,7 @@ def group_correlation(
     G, P = num_groups, height * width
     order = groups.argsort(stable=True)
     labels = torch.arange(G + 1, device=groups.device)
-    starts = torch.searchsorted(groups[order], labels)
+    begins = torch.searchsorted(groups[order], labels)
     norms = mean.new_empty(B, N)
     sums = mean.new_empty(B, G, P)
     of_images = mean.new_empty(B, 2, G)
@@ -207,11 +207,11 @@ def group_correlation(
                 x, mean, positive, norms, N, P, *x.stride(), COUNTED=counted, POSITIONS=positions
             )
         sums_kernel[(B * G * triton.cdiv(P, positions),)](
-            x, mean, positive, order, starts, norms, sums, N, G, P, *x.stride(),
+            x, mean, positive, order, begins, norms, sums, N, G, P, *x.stride(),
             COUNTED=counted, FIND_NORMS=positions >= P, CHANNELS=channels, POSITIONS=positions,
         )  # fmt: skip
         moments_kernel[(B,)](sums, of_images, G, P, POSITIONS=min(positions, 1024))
-    sizes = starts.diff().to(mean.dtype)
+    sizes = begins.diff().to(mean.dtype)
     count = B if positive is None else positive.sum()
     pairs = count * torch.stack([sizes.square(), sizes * N])
     moments = (of_images.sum(0) + pairs) / max(B, 1)
