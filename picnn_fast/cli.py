@@ -1,10 +1,11 @@
-"""The command ``picnn-fast``: demo, train, evaluate, convert, doctor.
+"""The command ``picnn-fast``: demo, train, compare, evaluate, explain, convert, doctor.
 
 Nothing is imported until a command needs it, so that ``picnn-fast --help`` answers at once, and
 ``doctor``, with torch and numpy alone, on any installation.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,7 +139,7 @@ def _terminable(command: str) -> Iterator[None]:
     Lightning's own handler would wait for the next batch, and then end with status 0; it calls
     the handler it finds.
     """
-    if command not in ("demo", "train") or (
+    if command not in ("demo", "train", "compare") or (
         threading.current_thread() is not threading.main_thread()
     ):
         yield
@@ -163,30 +164,40 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     return *ours, OSError, ImportError
 
 
-def _print_table(figures: dict[str, dict[str, float | str]], title: str) -> None:
-    from picnn_fast.evaluation import FIGURES, format_figure
+def _print_table(rows: Mapping[str, Sequence[Mapping[str, float | str]]], title: str) -> None:
+    """A row each for the figures of a run, or of several whose mean and spread are shown."""
+    from picnn_fast.evaluation import FIGURES, format_figures
 
     with extra("train"):
         from rich.console import Console
         from rich.table import Table
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("", overflow="fold", min_width=min(max(map(len, figures)), 12))
-    had = [k for k in FIGURES if any(not isinstance(v[k], str) for v in figures.values())]
-    for key in had:
-        arrow = {"higher": "↑", "lower": "↓"}[FIGURES[key].better]
+    table.add_column("", overflow="fold", min_width=min(max(map(len, rows)), 12))
+    had: list[str] = []
+    notes: list[tuple[str, tuple[str, ...]]] = []
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for key, figure in FIGURES.items():
+        values = [run[key] for runs in rows.values() for run in runs]
+        reasons = tuple(dict.fromkeys(value for value in values if isinstance(value, str)))
+        if all(isinstance(value, str) for value in values):
+            missing.setdefault(reasons, []).append(figure.heading)
+            continue
+        had.append(key)
+        notes.append((f"{figure.heading}: {figure.meaning}", reasons))
+        arrow = {"higher": "↑", "lower": "↓"}[figure.better]
         # A narrow terminal breaks headings, and neither numbers nor names are cut.
-        widest = max(len(format_figure(values, key)) for values in figures.values())
+        widest = max(len(format_figures(runs, key)) for runs in rows.values())
         table.add_column(
-            f"{FIGURES[key].heading} {arrow}", justify="right", overflow="fold", min_width=widest
+            f"{figure.heading} {arrow}", justify="right", overflow="fold", min_width=widest
         )
-    for name, values in figures.items():
-        table.add_row(printable(name), *(format_figure(values, key) for key in had))
+    for name, runs in rows.items():
+        table.add_row(printable(name), *(format_figures(runs, key) for key in had))
     # Names are taken as they are: one may hold what rich would take for a style or an emoji.
     console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(table)
-    for key, figure in FIGURES.items():
-        reasons = {str(v[key]): None for v in figures.values() if isinstance(v[key], str)}
-        console.print(f"  {figure.heading}: {figure.meaning}", *(f"({r})" for r in reasons))
+    notes += [(f"not here: {', '.join(names)}", reasons) for reasons, names in missing.items()]
+    for note, reasons in notes:
+        console.print(f"  {note}", *(f"({reason})" for reason in reasons))
 
 
 def _add_overwrite(parser: Any) -> None:
@@ -229,7 +240,8 @@ def _demo(arguments: Sequence[str]) -> int:
     complete = not args["overwrite"] and folder.complete()
     with _telling_how_to_go_on(folder):
         figures = run_demo(output, overwrite=args["overwrite"], **same)
-    _print_table(figures, "Test split, 360 handwritten digits")
+    rows = {name: [values] for name, values in figures.items()}
+    _print_table(rows, "Test split, 360 handwritten digits")
     if args["epochs"] == EPOCHS:
         spread = ", ".join(f"{FIGURES[key].heading} {value}" for key, value in SPREAD.items())
         print(
@@ -264,14 +276,15 @@ def _train(arguments: Sequence[str]) -> int:
     options = Options(**args)
     folder = train_folder(options)
     complete = not overwrite and folder.complete()
-    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and launch(None).first:
-        name = options.backbone["name"]
+    name = options.backbone["name"]
+    by_size = args["backbone"]["name"] == BY_IMAGE_SIZE != name
+    if by_size and not complete and launch(None).first:
         print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
     with _telling_how_to_go_on(folder):
         figures = train(options, overwrite=overwrite)
     if not figures:  # a process beside the first one
         return 0
-    _print_table({options.method["name"]: figures}, f"Test split of {options.data['name']}")
+    _print_table({options.method["name"]: [figures]}, f"Test split of {options.data['name']}")
     logs = [f"{name}/" for name in ("csv", "tensorboard") if (folder.path / name).is_dir()]
     shown, output = ", ".join(["metrics.json", "last.ckpt", *logs]), shlex.quote(options.output)
     print(printable(f"  {options.output}: {shown}"))
@@ -283,18 +296,80 @@ def _train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: Sequence[str]) -> int:
-    import dataclasses
+def _compare(arguments: Sequence[str]) -> int:
+    from picnn_fast.training.compare import (
+        DEFAULT_METHODS,
+        DEFAULT_SEEDS,
+        RECIPES,
+        VARIANTS,
+        compare,
+        compare_folder,
+        methods_on,
+    )
+    from picnn_fast.training.options import GROUPS, Options, parse
 
+    def add(parser: Any) -> None:
+        parser.set_defaults({"output": "runs/compare"})
+        parser.add_argument(
+            "--methods",
+            nargs="+",
+            type=Literal[(*GROUPS["method"].rows, *VARIANTS)],
+            default=list(DEFAULT_METHODS),
+            help="rows of the table",
+        )
+        parser.add_argument(
+            "--seeds",
+            nargs="+",
+            type=int,
+            default=list(DEFAULT_SEEDS),
+            help="of everything random but the split: as many networks of each method",
+        )
+        _add_overwrite(parser)
+
+    def recipe(names: Mapping[str, str]) -> Mapping[str, Any]:
+        return RECIPES[names["data"]].common if names["data"] in RECIPES else {}
+
+    args = parse(
+        arguments,
+        prog="picnn-fast compare",
+        description="Train several methods alike, several seeds of each, and show mean and standard"
+        " deviation of their figures on the test split. Options are those of train; on digits the"
+        " methods' own are what suits them there. An interrupted comparison goes on when started"
+        " again, and more methods or seeds go on with a complete one.",
+        groups=("backbone", "data", "optimizer"),
+        without=("seed", "devices", "strategy"),
+        recipe=recipe,
+        add=add,
+    )
+    data = args["data"]["name"]
+    del args["config"]
+    overwrite, seeds = args.pop("overwrite"), args.pop("seeds")
+    methods = methods_on(data, args.pop("methods"))
+    options = Options(**args)
+    folder = compare_folder(options, methods, seeds)
+    complete = not overwrite and folder.complete()
+    with _telling_how_to_go_on(folder):
+        say = functools.partial(print, flush=True)  # a log file tells at once, too
+        figures = compare(options, methods, seeds, overwrite=overwrite, say=say)
+    count = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    _print_table(figures, f"Test split of {data}, {count}")
+    print(printable(f"  {options.output}: metrics.json, metrics.csv, a folder of each network"))
+    if complete:
+        _say_complete()
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
     from picnn_fast.evaluation import evaluate
-    from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
     from picnn_fast.training.launch import device_of, launch
-    from picnn_fast.training.options import ConfigError, check_range, few, parse
-    from picnn_fast.training.run import build_data, reading_images, try_image
+    from picnn_fast.training.options import check_range, parse
+    from picnn_fast.training.run import reading_images, try_image
 
     def add(parser: Any) -> None:
         parser.add_argument(
-            "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt"
+            "path",
+            metavar="RUN_OR_CHECKPOINT",
+            help="folder of a run, a demo or a comparison, or a .ckpt",
         )
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
@@ -322,19 +397,60 @@ def _evaluate(arguments: Sequence[str]) -> int:
         parse(arguments, groups=("data",), **described)
     if not launch(None).first:  # one of several processes measures, so that no image counts twice
         return 0
+    args, trained = _trained(arguments, described)
+    check_range("draws", args["draws"], 1)
+    figures = {}
+    for name, network, options, data in trained:
+        with reading_images():
+            try_image(network, data, f"the network in {args['path']}")
+            figures[name] = evaluate(
+                network,
+                data,
+                seed=options.seed,
+                draws=args["draws"],
+                device=device_of(args["accelerator"]),
+                progress=sys.stdout.isatty() and not args["json"],
+            )
+    if args["json"]:
+        print(json.dumps(figures, indent=2))
+    else:
+        rows = {name: [values] for name, values in figures.items()}
+        _print_table(rows, f"Test split of {options.data['name']}")
+    return 0
+
+
+def _trained(
+    arguments: Sequence[str], described: Mapping[str, Any]
+) -> tuple[dict[str, Any], Iterator[tuple[str, Any, Any, Any]]]:
+    """The arguments of a command on trained networks; and name, network, options, data of each.
+
+    The data is that of the training, but for what the arguments say of it.
+    """
+    from picnn_fast.training.options import parse
+
     # What can be said of the data hangs on the checkpoint, which has to be found first.
     rest, of_data = _without_data(arguments)
     args = parse(rest, groups=("data",), **described)
     del args["data"]
-    check_range("draws", args["draws"], 1)
+    return args, _with_data(args, arguments if of_data else None, described)
+
+
+def _with_data(
+    args: dict[str, Any], of_data: Sequence[str] | None, described: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any, Any]]:
+    import dataclasses
+
+    from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
+    from picnn_fast.training.options import ConfigError, few, parse
+    from picnn_fast.training.run import build_data
+
     path = Path(args["path"])
-    figures = {}
     for checkpoint in find_checkpoints(path):
         network, options, class_names = load_checkpoint(checkpoint)
-        if of_data:
+        if of_data is not None:
             # What is not given is as in the training.
             defaults = {"data": options.data}
-            args = parse(arguments, groups=("data",), defaults=defaults, **described)
+            args = parse(of_data, groups=("data",), defaults=defaults, **described)
         overrides = {
             key: args[key] for key in ("data", "batch_size", "seed") if args.get(key) is not None
         }
@@ -342,7 +458,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         try:
             data = build_data(dataclasses.replace(options, category=None))
         except ConfigError as error:
-            if of_data:
+            if of_data is not None:
                 raise
             raise ConfigError(
                 f"{error}; --data.root, or another option of --data, says where else"
@@ -355,21 +471,158 @@ def _evaluate(arguments: Sequence[str]) -> int:
                 f" {checkpoint} was trained on ({few(class_names)})"
             )
         name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
+        yield options.method["name"] if name == "." else name, network, options, data
+
+
+def _explain(arguments: Sequence[str]) -> int:
+    from picnn_fast.data.photographs import read_image
+    from picnn_fast.explain import explain_image
+    from picnn_fast.report import plot_explanation
+    from picnn_fast.training.options import ConfigError, check_range, parse
+    from picnn_fast.training.run import reading_images, try_image
+
+    def add(parser: Any) -> None:
+        parser.add_argument(
+            "path",
+            metavar="RUN_OR_CHECKPOINT",
+            help="folder of a run, a demo or a comparison, or a .ckpt",
+        )
+        parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
+        parser.add_argument(
+            "--output", type=Path, default=Path("explanations"), help="folder of the pictures"
+        )
+        parser.add_argument(
+            "--target", type=str | None, default=None, help="class to explain; null: the predicted"
+        )
+        parser.add_argument("--filters", type=int, default=6, help="filters to show of each image")
+        parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+
+    described: dict[str, Any] = {
+        "prog": "picnn-fast explain",
+        "description": "Show which filters carried a prediction, by the class they stand for, with"
+        " their share of its logit, and what the prediction is without them; a picture of each"
+        " image. Images are resized and normalised as the test images of the training's data.",
+        "common": False,
+        "add": add,
+    }
+    if any(token in ("-h", "--help") for token in arguments):
+        parse(arguments, groups=("data",), **described)
+    args, trained = _trained(arguments, described)
+    check_range("filters", args["filters"], 1)
+    told: dict[str, dict[str, Any]] = {}
+    for name, network, _, data in trained:
+        names = list(data.class_names)
+        if args["target"] is not None and args["target"] not in names:
+            raise ConfigError(f"target: got {args['target']!r}, want one of {', '.join(names)}")
+        target = None if args["target"] is None else names.index(args["target"])
         with reading_images():
-            try_image(network, data, f"the network in {checkpoint}")
-            figures[options.method["name"] if name == "." else name] = evaluate(
-                network,
-                data,
-                seed=options.seed,
-                draws=args["draws"],
-                device=device_of(args["accelerator"]),
-                progress=sys.stdout.isatty() and not args["json"],
+            try_image(network, data, f"the network in {args['path']}")
+        # All are read before the first picture is written.
+        images = {path: read_image(data, path) for path in args["images"]}
+        for path, (taken, shown) in images.items():
+            seen = explain_image(network.eval(), taken, target=target)
+            args["output"].mkdir(parents=True, exist_ok=True)
+            picture = args["output"] / f"{path.stem}-{name.replace(os.sep, '-')}.png"
+            plot_explanation(
+                shown,
+                seen,
+                names,
+                picture,
+                filters=args["filters"],
+                channel_dim=network.channel_dim,
             )
+            told.setdefault(str(path), {})[name] = {
+                **_explained(seen, names, args["filters"]),
+                "picture": str(picture),
+            }
     if args["json"]:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(told, indent=2))
     else:
-        _print_table(figures, f"Test split of {options.data['name']}")
+        _print_explanations(told)
     return 0
+
+
+def _explained(seen: Any, names: Sequence[str], filters: int) -> dict[str, Any]:
+    """An explanation as JSON takes it: numbers of the logit, and names of classes."""
+    probabilities = seen.logits.softmax(0)
+    owners = {i: g.owner for g in seen.groups for i in g.filters.tolist()}
+
+    def named(owner: int | None) -> str | None:
+        return None if owner is None else names[owner]
+
+    groups = []
+    for group in seen.groups:
+        without = group.logits_without.softmax(0)
+        groups.append(
+            {
+                "class": named(group.owner),
+                "filters": len(group.filters),
+                "contribution": group.contribution,
+                "without": {
+                    "predicted": names[int(without.argmax())],
+                    "probability": float(without.max()),
+                },
+            }
+        )
+    return {
+        "predicted": names[int(seen.logits.argmax())],
+        "probability": float(probabilities.max()),
+        "explained": names[seen.target],
+        "logit": float(seen.logits[seen.target]),
+        "offset": seen.offset,
+        "exact": seen.exact,
+        "groups": groups,
+        "filters": [
+            {
+                "filter": i,
+                "class": named(owners[i]),
+                "contribution": float(seen.contributions[i]),
+            }
+            for i in seen.contributions.argsort(descending=True)[:filters].tolist()
+        ],
+    }
+
+
+_GROUPS_SHOWN = 5
+
+
+def _print_explanations(told: Mapping[str, Mapping[str, Any]]) -> None:
+    with extra("train"):
+        from rich.console import Console
+        from rich.table import Table
+    console = Console(soft_wrap=True, markup=False, emoji=False)
+    for path, by_network in told.items():
+        for name, said in by_network.items():
+            table = Table(
+                title=printable(f"{path}, {name}: {said['predicted']} ({said['probability']:.3f})"),
+                title_justify="left",
+                title_style="bold",
+            )
+            table.add_column("filters of")
+            for heading in ("number", "add to the logit", "without them"):
+                table.add_column(heading, justify="right")
+            for group in said["groups"][:_GROUPS_SHOWN]:
+                without = group["without"]
+                table.add_row(
+                    printable("no class" if group["class"] is None else group["class"]),
+                    str(group["filters"]),
+                    f"{group['contribution']:+.3f}",
+                    printable(f"{without['predicted']} ({without['probability']:.3f})"),
+                )
+            console.print(table)
+            left = len(said["groups"]) - _GROUPS_SHOWN
+            if left > 0:
+                console.print(f"  and {left} groups that add less")
+            kind = "is" if said["exact"] else "is, to first order,"
+            console.print(
+                printable(
+                    f"  the logit of {said['explained']}, {said['logit']:.3f}, {kind} what filters"
+                    f" add to the {said['offset']:.3f} it has without any"
+                )
+            )
+            most = ", ".join(f"{f['filter']} ({f['contribution']:+.3f})" for f in said["filters"])
+            console.print(f"  most by filter {most}")
+            console.print(printable(f"  {said['picture']}: these filters' maps"))
 
 
 def _without_data(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -491,7 +744,9 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "train an ordinary network and a PICNN on digits, and compare them",
     ),
     "train": (_train, "train and evaluate one network"),
+    "compare": (_compare, "train several methods, several seeds of each, and compare them"),
     "evaluate": (_evaluate, "measure a trained network on a test split"),
+    "explain": (_explain, "show which filters carried a prediction"),
     "convert": (_convert, "turn a checkpoint of the authors' PICNN into one of ours"),
     "doctor": (_doctor, "show what is installed, and what serves each operator"),
 }

@@ -25,6 +25,7 @@ __all__ = [
     "group_class_loss",
     "group_correlation_loss",
     "gumbel_mask",
+    "mask_channels",
     "mutual_information",
     "mutual_information_score",
     "project_gate",
@@ -91,6 +92,31 @@ def bernoulli_mask(
     )
 
 
+def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int = 1) -> Tensor:
+    """Scale each channel of each sample's feature maps.
+
+    Args:
+        features: ``[B, N, *spatial]`` float32, float64, bfloat16 or float16.
+        mask: ``[B, N]`` any of these dtypes; used in float32 (float64 for float64 features).
+        channel_dim: the filter axis of ``features``.
+
+    Returns:
+        ``features[b, i] * mask[b, i]``, like ``features``; exactly 0 where the mask is 0, whatever
+        the features hold there.
+
+    Raises:
+        TypeError: unsupported dtype.
+        ValueError: shapes or devices that disagree.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import mask_channels
+        >>> mask_channels(torch.ones(1, 2, 1, 1), torch.tensor([[0.5, 0.0]])).flatten()
+        tensor([0.5000, 0.0000])
+    """
+    return _masking.mask_channels(features, mask, channel_dim=channel_dim)
+
+
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int = 1) -> Tensor:
     """Scale feature maps by the gate row of each sample's label (Class-Specific Gate, section 3.1).
 
@@ -101,7 +127,7 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
         channel_dim: the filter axis of ``features``.
 
     Returns:
-        ``features * gate[labels]``, like ``features``; exactly 0 where the gate is 0.
+        ``mask_channels(features, gate[labels])``: exactly 0 where the gate is 0.
 
     Raises:
         TypeError: unsupported dtype, labels that are not integers.
@@ -230,8 +256,7 @@ def gumbel_mask(
     one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
     with torch.autocast(features.device.type, enabled=False):
         mask = (one_hot + y1 - y1.detach()).to(assignment.dtype) @ assignment
-    rows = torch.arange(len(mask), device=mask.device)
-    masked = class_gate(features, mask, rows, channel_dim=channel_dim)
+    masked = mask_channels(features, mask, channel_dim=channel_dim)
     return masked, mask.to(features.dtype), pseudo_label
 
 

@@ -34,7 +34,7 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-COMMANDS = ["demo", "train", "evaluate", "convert", "doctor"]
+COMMANDS = ["demo", "train", "compare", "evaluate", "explain", "convert", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -98,7 +98,7 @@ def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encodi
 
     def table():
         cli._prepare_streams()
-        cli._print_table(figures, "Test split of [/x] [red]")
+        cli._print_table({k: [v] for k, v in figures.items()}, "Test split of [/x] [red]")
 
     _, out = _written(monkeypatch, encoding, table)
     assert "Test split of [/x] [red]" in out
@@ -405,6 +405,46 @@ def test_evaluation_on_other_classes_says_that_they_differ(capsys, one_category)
     assert "was trained on (2: not cow, cow)" in err
 
 
+def test_explain_shows_filters_and_draws_a_picture_of_each_image(capsys, tmp_path, one_category):
+    images = [tmp_path / f"{name}.png" for name in ("one", "two")]
+    for shade, path in enumerate(images):
+        Image.effect_noise((40, 30), 60 + shade).convert("RGB").save(path)
+    output = tmp_path / "shown"
+    arguments = ("explain", one_category, *images, "--output", output, "--filters", 3)
+    status, out, err = _main(capsys, *arguments, "--json")
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert told.keys() == {str(path) for path in images}
+    for path in images:
+        said = told[str(path)]["icnn"]
+        assert said["predicted"] == said["explained"]
+        assert len(said["filters"]) == 3
+        assert sum(group["filters"] for group in said["groups"]) == 96
+        assert Path(said["picture"]) == output / f"{path.stem}-icnn.png"
+        assert Image.open(said["picture"]).width > 1000
+    status, out, _ = _main(capsys, *arguments, "--target", "not cow")
+    assert (status, "the logit of not cow" in out, "without them" in out) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("{run}", "{image}", "--target", "dog"), 2, "target: got 'dog', want one of not cow, cow"),
+        (("{run}", "{image}", "--filters", 0), 2, "filters: got 0, want an integer >= 1"),
+        (("{run}", "no-image.png"), 1, "image: no-image.png is missing"),
+        (("{run}",), 2, "images"),
+        (("{run}", "{run}"), 2, "cannot be read as an image"),
+    ],
+)
+def test_explain_refuses_in_a_line(capsys, tmp_path, one_category, arguments, status, message):
+    image = tmp_path / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    named = [str(a).format(run=one_category, image=image) for a in arguments]
+    got, _, err = _main(capsys, "explain", *named, "--output", tmp_path / "shown")
+    assert (got, message in err, err.count("\n")) == (status, True, 1), err
+    assert not (tmp_path / "shown").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -485,12 +525,12 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
-    from picnn_fast.training import demo
+    from picnn_fast.training import compare
 
     def interrupted(*arguments, **options):
         sys.exit(1)  # as Lightning does
 
-    monkeypatch.setattr(demo, "fit", interrupted)
+    monkeypatch.setattr(compare, "fit", interrupted)
     status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
     assert (status, "demo: interrupted; the same command starts anew" in err) == (130, True)
     assert not (tmp_path / "demo").exists()

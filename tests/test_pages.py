@@ -96,8 +96,9 @@ def test_the_readme_lists_every_method_backbone_and_data_set_with_its_ticks():
     table = _table()
     assert table["methods"].keys() == METHODS.keys()
     for name, method in METHODS.items():
-        masks_parts = "template" in inspect.signature(method).parameters
-        assert table["methods"][name] == (name != "std", masks_parts, False), name
+        # Parts are what a template masks, or what a group of filters shows.
+        parts = not {"template", "groups"}.isdisjoint(inspect.signature(method).parameters)
+        assert table["methods"][name] == (name != "std", parts, False), name
     # "vgg11, … and each with _bn"
     suffix = table["backbones"].pop("_bn")
     batch_norm = {

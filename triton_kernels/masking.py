@@ -135,18 +135,14 @@ def bernoulli_kernel(
 
 
 @triton.jit
-def gate_kernel(
-    features, gate, labels, masked,
-    K, N, S, x_b, x_n, x_s, g_k, g_n, l_b, y_b, y_n, y_s,
+def channels_kernel(
+    features, mask, masked,
+    N, S, x_b, x_n, x_s, m_b, m_n, y_b, y_n, y_s,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Maps of a block of channels scaled by the gate row of the sample's label."""
+    """Maps of a block of channels scaled by their masks."""
     b, n, s, _ = _place(N, S, CHANNELS, POSITIONS)
-    k = tl.load(labels + b * l_b)
-    # Live with TRITON_DEBUG=1. Without it a label that no check caught still reads inside the gate.
-    tl.device_assert((k >= 0) & (k < K), "labels out of range")
-    k = tl.minimum(tl.maximum(k, 0), K - 1)
-    factor = tl.load(gate + k * g_k + n * g_n, mask=n < N, other=0.0)
+    factor = tl.load(mask + b * m_b + n * m_n, mask=n < N, other=0.0)
     _scale(features, masked, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s)
 
 
@@ -226,17 +222,16 @@ def bernoulli_mask(
     return masked, mask, label
 
 
-def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-    """Maps scaled by the gate row of each label; see ``reference.masking.class_gate``."""
+def mask_channels(features: Tensor, mask: Tensor) -> Tensor:
+    """Maps scaled channel by channel; see ``reference.masking.mask_channels``."""
     masked = torch.empty_like(features)
     features, flat = _flat(features), _flat(masked)
     B, N, S = features.shape
     if features.numel() > 0:
         channels, positions = _tile(features)
-        gate_kernel[(B * triton.cdiv(N, channels) * triton.cdiv(S, positions),)](
-            features, gate, labels, flat,
-            gate.shape[0], N, S, *features.stride(), *gate.stride(), *labels.stride(),
-            *flat.stride(),
+        channels_kernel[(B * triton.cdiv(N, channels) * triton.cdiv(S, positions),)](
+            features, mask, flat,
+            N, S, *features.stride(), *mask.stride(), *flat.stride(),
             CHANNELS=channels, POSITIONS=positions,
         )  # fmt: skip
     return masked

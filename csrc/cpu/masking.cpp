@@ -37,15 +37,13 @@ void check_like(const Tensor& t, const char* name, const Tensor& features) {
   STD_TORCH_CHECK(same, name, ": want the shape of features");
 }
 
-ScaleMaps scaling(const Tensor& features, const Tensor& mask, const int64_t* labels,
-                  const Tensor& masked) {
+ScaleMaps scaling(const Tensor& features, const Tensor& mask, const Tensor& masked) {
   const MapsShape shape = shape_of_maps(features, "features");
   return {shape,
           units_of(shape, torch::stable::get_num_threads()),
           features.const_data_ptr(),
           strides_of_maps(features, "features"),
           mask.const_data_ptr(),
-          labels,
           masked.mutable_data_ptr(),
           strides_of_maps(masked, "masked"),
           exceeds_cache(masked)};
@@ -70,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   Tensor masked = torch::stable::empty_like(features);
   Tensor mask = torch::stable::new_empty(features, {shape.batch, shape.filters}, mask_type);
   Tensor labels = torch::stable::new_empty(features, {shape.batch}, ScalarType::Long);
-  const ScaleMaps scaled = scaling(features, mask, nullptr, masked);
+  const ScaleMaps scaled = scaling(features, mask, masked);
   const Draw drawn{classes,
                    shape.filters,
                    logits.const_data_ptr(),
@@ -110,18 +108,15 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   return {masked, mask, labels};
 }
 
-Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labels) {
+Tensor mask_channels(const Tensor& features, const Tensor& mask) {
   const MapsShape shape = shape_of_maps(features, "features");
   const Storage type = storage(features, "features");
-  STD_TORCH_CHECK(gate.dim() == 2, "gate: want [classes, filters]");
-  STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
-                  "gate: want float32, float64 for float64 features");
-  check_shape(gate, "gate", {gate.size(0), shape.filters});
-  const Tensor rows = torch::stable::contiguous(gate);
-  const Tensor indices = class_indices(labels, "labels", shape.batch, gate.size(0));
-  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  check_shape(mask, "mask", {shape.batch, shape.filters});
+  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
+                  "mask: want float32, float64 for float64 features");
+  const Tensor rows = torch::stable::contiguous(mask);
   Tensor masked = torch::stable::empty_like(features);
-  const ScaleMaps arguments = scaling(features, rows, index, masked);
+  const ScaleMaps arguments = scaling(features, rows, masked);
   const MaskingKernels& k = kernels();
   parallel_units(shape, arguments.units, [&](int64_t begin, int64_t end) {
     k.scale(arguments, type, /*binary=*/false, begin, end);
@@ -228,7 +223,7 @@ std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask
 
 STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
   m.impl("bernoulli_mask", TORCH_BOX(&bernoulli_mask));
-  m.impl("class_gate", TORCH_BOX(&class_gate));
+  m.impl("mask_channels", TORCH_BOX(&mask_channels));
   m.impl("masking_backward", TORCH_BOX(&masking_backward));
   m.impl("bernoulli_parameters_backward", TORCH_BOX(&bernoulli_parameters_backward));
 }

@@ -198,8 +198,7 @@ void scale(const ScaleMaps& s, int64_t begin, int64_t end) {
   Sink<T> sink(s.stream);
   for (int64_t index = begin; index < end; ++index) {
     const Unit u = unit(s.units, index, filters);
-    const A* __restrict__ mask = static_cast<const A*>(s.mask) +
-                                 (s.labels == nullptr ? u.batch : s.labels[u.batch]) * filters;
+    const A* __restrict__ mask = static_cast<const A*>(s.mask) + u.batch * filters;
     const T* x = static_cast<const T*>(s.maps) + u.batch * from.batch;
     T* out = static_cast<T*>(s.out) + u.batch * to.batch;
     if (channels_last) {

@@ -8,14 +8,13 @@
 // The loops of the masking family, compiled once for each instruction set (masking_kernels.cpp).
 namespace picnn_fast {
 
-// Everything one call needs; rows of the mask are picked by label where labels are given.
+// Everything one call needs.
 struct ScaleMaps {
   MapsShape shape;
   Units units;
   const void* maps;
   Strides maps_strides;
-  const void* mask;       // [B, N] or, with labels, [K, N]; contiguous, float or double
-  const int64_t* labels;  // [B] or null
+  const void* mask;  // [B, N] contiguous, float or double
   void* out;
   Strides out_strides;
   bool stream;  // write past the caches

@@ -154,19 +154,15 @@ struct BernoulliFactors {
 };
 
 template <typename A>
-struct GateFactors {
+struct MaskFactors {
   using Factor = A;
 
-  const A* gate;
-  int64_t row, column, classes;
-  const int64_t* labels;
-  int64_t label_stride;
+  const A* mask;
+  int64_t row, column;  // strides
 
   __device__ void operator()(int64_t b, int64_t begin, int count, bool, Factor* factor) const {
-    const int64_t label = labels[b * label_stride];
-    PICNN_FAST_DEVICE_ASSERT(0 <= label && label < classes);
     for (int i = threadIdx.x; i < count; i += kThreads)
-      factor[i] = gate[label * row + (begin + i) * column];
+      factor[i] = mask[b * row + (begin + i) * column];
     __syncthreads();
   }
 };
@@ -718,6 +714,12 @@ void check_table(const Tensor& table, int64_t rows, int64_t columns, const char*
                   "picnn_fast: ", name, " must be [", rows, ", ", columns, "]");
 }
 
+void check_mask(const Tensor& mask, const Tensor& features) {
+  check_table(mask, features.size(0), features.size(1), "mask");
+  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
+                  "picnn_fast: mask must be float32 (float64 for float64 features)");
+}
+
 std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const Tensor& logits,
                                                   const Tensor& correspondence, const Tensor& seed,
                                                   int64_t rank) {
@@ -751,28 +753,16 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   return {masked, mask, pseudo_label};
 }
 
-Tensor class_gate(const Tensor& features, const Tensor& gate, const Tensor& labels) {
+Tensor mask_channels(const Tensor& features, const Tensor& mask) {
   check_maps(features, "features");
-  const int64_t B = features.size(0), N = features.size(1);
-  check_device(gate, "gate", features, "features");
-  check_device(labels, "labels", features, "features");
-  STD_TORCH_CHECK(gate.dim() == 2, "picnn_fast: gate must be [K, N]");
-  check_table(gate, gate.size(0), N, "gate");
-  STD_TORCH_CHECK(gate.scalar_type() == accumulate_type(features),
-                  "picnn_fast: gate must be float32 (float64 for float64 features)");
-  STD_TORCH_CHECK(
-      labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.size(0) == B,
-      "picnn_fast: labels must be int64 [B]");
+  check_device(mask, "mask", features, "features");
+  check_mask(mask, features);
   Tensor masked = torch::stable::empty_like(features);
   with_type(features, "features", [&](auto value) {
     using T = decltype(value);
     using A = Accumulate<T>;
-    const GateFactors<A> factors = {static_cast<const A*>(gate.data_ptr()),
-                                    gate.stride(0),
-                                    gate.stride(1),
-                                    gate.size(0),
-                                    static_cast<const int64_t*>(labels.data_ptr()),
-                                    labels.stride(0)};
+    const MaskFactors<A> factors = {static_cast<const A*>(mask.data_ptr()), mask.stride(0),
+                                    mask.stride(1)};
     scale<Multiply<T>>(features, masked, factors);
   });
   return masked;
@@ -792,9 +782,7 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   STD_TORCH_CHECK(grad_masked.scalar_type() == features.scalar_type(),
                   "picnn_fast: grad_masked must have the dtype of features");
   const int64_t B = features.size(0), N = features.size(1);
-  check_table(mask, B, N, "mask");
-  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
-                  "picnn_fast: mask must be float32 (float64 for float64 features)");
+  check_mask(mask, features);
   Tensor grad_features = torch::stable::empty_like(features);
   Tensor grad_mask = torch::stable::new_empty(mask, {B, N});
   with_type(features, "features", [&](auto value) {
@@ -808,6 +796,6 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
 
 PICNN_FAST_REGISTER_CUDA(m) {
   m.impl("bernoulli_mask", TORCH_BOX(&picnn_fast::bernoulli_mask));
-  m.impl("class_gate", TORCH_BOX(&picnn_fast::class_gate));
+  m.impl("mask_channels", TORCH_BOX(&picnn_fast::mask_channels));
   m.impl("masking_backward", TORCH_BOX(&picnn_fast::masking_backward));
 }

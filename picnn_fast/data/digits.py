@@ -3,12 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import SeededDataModule, readers
+from picnn_fast.data.loading import SeededDataModule, readers, shift
 
 IMAGE_SIZE = 8
 _SPLIT_SEED = 0
@@ -85,23 +83,3 @@ class DigitsDataModule(SeededDataModule):
             return batch
         images, labels = batch
         return shift(images, self.max_shift), labels
-
-
-def shift(images: Tensor, max_shift: int) -> Tensor:
-    """Move each image by its own random number of pixels in [-max_shift, max_shift], filled with 0.
-
-    Args:
-        images: ``[B, C, H, W]``.
-        max_shift: pixels.
-
-    Returns:
-        ``[B, C, H, W]``, same dtype.
-    """
-    batch, _, height, width = images.shape
-    padded = F.pad(images, [max_shift] * 4)
-    top, left = torch.randint(0, 2 * max_shift + 1, (2, batch), device=images.device)
-    rows = top[:, None] + torch.arange(height, device=images.device)
-    columns = left[:, None] + torch.arange(width, device=images.device)
-    samples = torch.arange(batch, device=images.device)
-    moved = padded.movedim(1, -1)[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved.movedim(-1, 1)

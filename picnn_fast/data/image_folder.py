@@ -129,6 +129,7 @@ class ImageFolderDataModule(SeededDataModule):
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.root = Path(root).expanduser()
         self.image_size = image_size
 
@@ -191,6 +192,7 @@ class ImageFolderDataModule(SeededDataModule):
             files["train"], chosen = [images[i] for i in kept], [images[i] for i in out]
         self.validation_source += remark
         self.train_set = _Images(files["train"], self.train_transform)
+        self.plain_train_set = _Images(files["train"], self.test_transform)
         self.test_set = _Images(files["test"], self.test_transform)
         if chosen:
             self.validation_set = _Images(chosen, self.test_transform)

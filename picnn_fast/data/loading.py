@@ -1,19 +1,21 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from picnn_fast._extras import extra
 from picnn_fast.ops import checks
 
 with extra("train"):
     import lightning as L
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -83,17 +85,25 @@ class SeededDataModule(L.LightningDataModule):
     own, and never the test split.
 
     Attributes:
+        plain_train_set: the training images as the test images are made, where ``train_set``
+            changes them at random; None where it does not.
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
+        test_transform: of a file's image to one of the test set, where that is more than resizing.
+        mean, std: images are normalised by, ``[C, 1, 1]`` on a scale of [0, 1]; None: they are not.
     """
 
     num_classes: int
     in_channels: int
     class_names: list[str]
     train_set: Dataset[Any]
+    plain_train_set: Dataset[Any] | None = None
     validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
     validation_source = "none"
+    test_transform: Callable[[Any], Tensor] | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
     # Of the class told from all others, or None: labels are class indices.
     category: int | None = None
 
@@ -199,6 +209,17 @@ class SeededDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def train_images(self) -> DataLoader[Any]:
+        """The training images in order and not augmented; of several ranks each reads its share.
+
+        They are those of ``plain_train_set``, or else of ``train_set`` as it is.
+        """
+        images = self.train_set if self.plain_train_set is None else self.plain_train_set
+        if self.trainer is None or self.trainer.world_size == 1:
+            return self.in_order(images)
+        share = range(self.trainer.global_rank, len(images), self.trainer.world_size)  # type: ignore[arg-type]
+        return self.in_order(Subset(images, share))
+
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return [] if self.validation_set is None else self.in_order(self.validation_set)
 
@@ -214,3 +235,23 @@ class SeededDataModule(L.LightningDataModule):
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def shift(images: Tensor, max_shift: int) -> Tensor:
+    """Move each image by its own random number of pixels in [-max_shift, max_shift], filled with 0.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        max_shift: pixels.
+
+    Returns:
+        ``[B, C, H, W]``, same dtype.
+    """
+    batch, _, height, width = images.shape
+    padded = F.pad(images, [max_shift] * 4)
+    top, left = torch.randint(0, 2 * max_shift + 1, (2, batch), device=images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    samples = torch.arange(batch, device=images.device)
+    moved = padded.movedim(1, -1)[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.movedim(-1, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, SeededDataModule, colours
+from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, SeededDataModule, colours, shift
 from picnn_fast.ops import checks
 
 
@@ -111,6 +111,7 @@ class PartDataModule(SeededDataModule):
         seed: of the order of the images, and of the flips.
         num_workers: processes that read images.
         flip: half of the training images, drawn anew every epoch, are flipped left to right.
+        max_shift: training images move by up to this many pixels along each axis, filled with 0.
         validation: share of the training images held out to validate on; those of one photograph
             stay together.
         validation_seed: of their choice.
@@ -142,6 +143,7 @@ class PartDataModule(SeededDataModule):
         seed: int = 0,
         num_workers: int = 0,
         flip: bool = True,
+        max_shift: int = 0,
         validation: float = 0.0,
         validation_seed: int = 0,
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -151,7 +153,8 @@ class PartDataModule(SeededDataModule):
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.mean: Tensor = torch.tensor(mean).view(3, 1, 1)
+        self.std: Tensor = torch.tensor(std).view(3, 1, 1)
         for name, samples in (("train_set", train_set), ("test_set", test_set)):
             if not isinstance(samples, PartDataset):
                 raise TypeError(f"{name}: got {type(samples).__name__}, want a PartDataset")
@@ -162,6 +165,7 @@ class PartDataModule(SeededDataModule):
             if got != want:
                 raise ValueError(f"test_set: got {name} {got}, want {want} like train_set")
         self.flip = flip
+        self.max_shift = checks.integer("max_shift", max_shift, 0)
         self.class_names = train_set.classes
         self.num_classes = len(self.class_names)
         everything = range(len(train_set))
@@ -176,9 +180,12 @@ class PartDataModule(SeededDataModule):
         self.test_set = _Labelled(test_set)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalisation; random flips, in training only, drawn from torch's generator."""
+        """Normalisation; random flips and shifts, in training only, from torch's generator."""
         images, labels = batch
-        if self.flip and self.trainer is not None and self.trainer.training:
+        training = self.trainer is not None and self.trainer.training
+        if training and self.max_shift > 0:
+            images = shift(images, self.max_shift)
+        if training and self.flip:
             images = flip_left_right(images)
         return self.normalise(images), labels
 

@@ -1,24 +1,23 @@
 """What the readers of photographed objects share: crops by bounding box, files read with care."""
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataset
 from picnn_fast.ops import checks
 
 with extra("train"):
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
-
-# Where a data set has no split of its own, as in the code of the papers' authors.
-_TRAIN_SHARE = 0.9
 
 
 class Photograph(NamedTuple):
@@ -43,16 +42,26 @@ class Photograph(NamedTuple):
 
 
 class PhotographedParts(PartDataset):
-    """Objects cut out by their bounding boxes, each stretched to a square.
+    """Objects cut out by their bounding boxes, each stretched to a square, or squares themselves.
 
     Args:
         objects: what to show.
         image_size: side of the square, pixels.
         download: what to get where a file is missing or damaged.
+        crop: "box" stretches an object's box, resampled bilinearly; "square" cuts out the smallest
+            square about it, black beyond the file, and resamples by Lanczos' kernel.
     """
 
-    def __init__(self, objects: Sequence[Photograph], image_size: int, download: str) -> None:
+    def __init__(
+        self,
+        objects: Sequence[Photograph],
+        image_size: int,
+        download: str,
+        *,
+        crop: Literal["box", "square"] = "box",
+    ) -> None:
         self.image_size = image_size
+        self._crop = checks.one_of("crop", crop, ("box", "square"))
         self._objects = list(objects)
         self._download = download
         for path in {found.path for found in objects}:
@@ -71,7 +80,7 @@ class PhotographedParts(PartDataset):
         return self.cut(index)[0]
 
     def cut(self, index: int) -> tuple[Tensor, Tensor]:
-        """The image, and its box ``[4]`` as far as it lies within the file."""
+        """The image, and what was cut out ``[4]``: a box within the file, or a square about it."""
         found = self._objects[index]
         with reading(found.path, "an image", self._download), Image.open(found.path) as file:
             if found.size not in (None, file.size):
@@ -80,16 +89,24 @@ class PhotographedParts(PartDataset):
             box = (max(x0, 0), max(y0, 0), min(x1, file.width), min(y1, file.height))
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise ValueError(f"the box {found.box} lies outside of its {file.size} pixels")
-            square = (self.image_size, self.image_size)
-            image = rgb(file).resize(square, Image.Resampling.BILINEAR, box)
+            side = (self.image_size, self.image_size)
+            if self._crop == "square":
+                box = _square_about(box)
+                image = rgb(file).crop(box).resize(side, Image.Resampling.LANCZOS)
+            else:
+                image = rgb(file).resize(side, Image.Resampling.BILINEAR, box)
         return pil_to_tensor(image).float() / 255, torch.tensor(box, dtype=torch.float32)
 
     def stretched(self, masks: Tensor, box: Tensor) -> Tensor:
         """Masks of a file ``[n, H, W]`` as its crop shows them, ``[n, S, S]``: nearest pixels."""
         steps = (torch.arange(self.image_size) + 0.5) / self.image_size
-        columns = (box[0] + steps * (box[2] - box[0])).long()
-        rows = (box[1] + steps * (box[3] - box[1])).long()
-        return masks[:, rows[:, None], columns]
+        columns = (box[0] + steps * (box[2] - box[0])).floor().long()
+        rows = (box[1] + steps * (box[3] - box[1])).floor().long()
+        if self._crop == "box":
+            return masks[:, rows[:, None], columns]
+        height, width = masks.shape[1:]
+        shown = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
+        return masks[:, rows.clamp(0, height - 1)[:, None], columns.clamp(0, width - 1)] & shown
 
     def within(self, points: Tensor, box: Tensor) -> Tensor:
         """Points of a file ``[n, 2]`` as places of its crop, NaN for those outside of it."""
@@ -102,8 +119,49 @@ class PhotographedParts(PartDataset):
         return torch.ones(self.image_size, self.image_size, dtype=torch.bool)
 
     def whole(self) -> Tensor:
-        """The box ``[4]`` of the object: it is what was cut out."""
+        """The box ``[4]`` of an object that is what was cut out."""
         return torch.tensor([0, 0, self.image_size, self.image_size], dtype=torch.float32)
+
+
+def _square_about(box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+    """The smallest square of whole pixels that holds a box, with the box in its middle."""
+    x0, y0, x1, y1 = (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3]))
+    side = max(x1 - x0, y1 - y0)
+    left, top = x0 - (side - (x1 - x0)) // 2, y0 - (side - (y1 - y0)) // 2
+    return left, top, left + side, top + side
+
+
+def read_image(data: SeededDataModule, path: str | Path) -> tuple[Tensor, Tensor]:
+    """An image file as a test image of some data.
+
+    Args:
+        data: as whose images it is resized and normalised; one without a way of its own resizes it
+            to the size of its test images, whatever its shape.
+        path: of the file.
+
+    Returns:
+        The image as networks trained on the data take it, and as it is shown, in [0, 1]: both
+        ``[C, H, W]`` float32.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedFileError: it is no image.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"image: {path} is missing, or no file")
+    with reading(path, "an image"), Image.open(path) as file:
+        image = rgb(file)
+    if data.test_transform is not None:
+        taken = data.test_transform(image)
+        assert data.mean is not None
+        assert data.std is not None
+        return taken, (taken * data.std + data.mean).clamp(0, 1)
+    channels, height, width = data.test_set[0][0].shape
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    shown = pil_to_tensor(image if channels == 3 else image.convert("L")).float() / 255
+    taken, _ = data.on_after_batch_transfer([shown[None], torch.zeros(1, dtype=torch.int64)], 0)
+    return taken[0], shown
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -178,9 +236,12 @@ def lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
-def share(count: int, split: str, seed: int) -> list[int]:
-    """Nine tenths of ``count`` drawn by the seed to train on, the others to test on; in order."""
+def share(count: int, split: str, seed: int, train_share: float = 0.9) -> list[int]:
+    """A share of ``count`` drawn by the seed to train on, the others to test on; in order.
+
+    Nine tenths, as in the code of ICNN's authors where a data set has no split of its own.
+    """
     order = np.random.default_rng(seed).permutation(count)
-    train = round(_TRAIN_SHARE * count)
+    train = round(train_share * count)
     part = order[:train] if split == "train" else order[train:]
     return sorted(part.tolist())

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -66,16 +66,19 @@ class VOCPart(PhotographedParts):
         root/VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg
         root/VOCdevkit/VOC2010/ImageSets/Main/cat_train.txt
 
-    A sample is one animal: the box around its mask is cut out and stretched to a square, as by the
-    authors of the papers. Boxes of fewer than ``min_area`` pixels are left out. Masks are those of
-    this animal alone. Annotated parts are merged as in the paper: into head, torso (with neck and
-    wings), legs and tail of a bird; head, torso, front legs, back legs of the others, and the tail
-    of a cat or dog. What an animal does not have is an empty mask. Landmarks are the middles of the
-    boxes around the annotated head, neck and torso, before they are merged.
+    A sample is one animal: the box around its mask is cut out and stretched to a square, as by
+    ICNN's authors, or a square about it is cut out, as by CSG's and PICNN's. Boxes of fewer than
+    ``min_area`` pixels are left out. Masks are those of this animal alone. Annotated parts are
+    merged as in the paper: into head, torso (with neck and wings), legs and tail of a bird; head,
+    torso, front legs, back legs of the others, and the tail of a cat or dog. What an animal does
+    not have is an empty mask. Landmarks are the middles of the boxes around the annotated head,
+    neck and torso, before they are merged.
 
     Training images are those of VOC's ``train`` lists, test images those of its ``val`` lists: the
     images of its test were never annotated. Without the folder ImageSets, nine tenths of the
-    annotated images, drawn by ``seed``, are to train on.
+    annotated images, drawn by ``seed``, are to train on. In CSG's and PICNN's papers seven tenths
+    of the images of both lists are, drawn too: ``partition="70/30"``. All animals of a photograph
+    are on one side.
 
     The annotations of the split are read once when the set is made: some 20 ms an object of 15
     parts. A process of its own reads them, for a damaged file may end the one that reads it.
@@ -86,7 +89,9 @@ class VOCPart(PhotographedParts):
         image_size: side of the square, pixels.
         categories: some of bird, cat, cow, dog, horse, sheep; labels are in this order.
         min_area: of a box in the file, pixels.
-        seed: of the split where VOC's own is not there.
+        crop: "box" or "square", see ``PhotographedParts``.
+        partition: "voc" or "70/30".
+        seed: of the split where it is drawn.
 
     Raises:
         FileNotFoundError: a file is missing; says what to get.
@@ -110,10 +115,13 @@ class VOCPart(PhotographedParts):
         image_size: int = 224,
         categories: Sequence[str] = ANIMALS,
         min_area: int = 2500,
+        crop: Literal["box", "square"] = "box",
+        partition: Literal["voc", "70/30"] = "voc",
         seed: int = 0,
     ) -> None:
         checked(split, image_size)
         checks.integer("min_area", min_area, 0)
+        checks.one_of("partition", partition, ("voc", "70/30"))
         checks.integer("seed", seed, 0)
         self.classes = chosen("categories", categories, ANIMALS)
         self.part_names = [p for p in _MERGED if any(p in _PARTS_OF[c] for c in self.classes)]
@@ -124,7 +132,7 @@ class VOCPart(PhotographedParts):
         objects: list[Photograph] = []
         # Which object of the file a sample is.
         self._places: list[int] = []
-        for name in _names(self._annotations, voc, split, self.classes, seed):
+        for name in _names(self._annotations, voc, split, partition, self.classes, seed):
             for place, found in enumerate(_read(self._annotations / f"{name}.mat")):
                 if found.category not in self.classes or not found.mask.any():
                     continue
@@ -137,7 +145,7 @@ class VOCPart(PhotographedParts):
                     objects.append(shown)
                     self._places.append(place)
         some(objects, split, folder)
-        super().__init__(objects, image_size, _DOWNLOAD)
+        super().__init__(objects, image_size, _DOWNLOAD, crop=crop)
 
     def __getitem__(self, index: int) -> PartSample:
         shown = self._objects[index]
@@ -151,33 +159,40 @@ class VOCPart(PhotographedParts):
                 masks[self.part_names.index(part)] |= mask
             if name in _LANDMARKS:
                 marks[_LANDMARKS.index(name)] |= mask
+        mask = self.stretched(found.mask[None], box)[0]
         return PartSample(
             image=image,
             label=shown.label,
             landmarks=self.within(centres(bounding_boxes(marks)), box),
             part_masks=self.stretched(masks, box),
-            object_mask=self.stretched(found.mask[None], box)[0],
-            box=self.whole(),
+            object_mask=mask,
+            box=bounding_boxes(mask[None])[0] if self._crop == "square" else self.whole(),
         )
 
 
-def _names(folder: Path, voc: Path, split: str, categories: list[str], seed: int) -> list[str]:
+def _names(
+    folder: Path, voc: Path, split: str, partition: str, categories: list[str], seed: int
+) -> list[str]:
     """Annotated images of a split that may show one of the categories."""
     if not folder.is_dir():
         raise FileNotFoundError(f"root: {folder} is missing; want {_DOWNLOAD}")
     sets = voc / "ImageSets" / "Main"
     if not sets.is_dir():
         every = sorted(path.stem for path in folder.glob("*.mat"))
-        return [every[index] for index in share(len(every), split, seed)]
+        train = 0.9 if partition == "voc" else 0.7
+        return [every[index] for index in share(len(every), split, seed, train)]
     names = set()
-    for category in categories:
-        path = sets / f"{category}_{'train' if split == 'train' else 'val'}.txt"
+    lists = ["train", "val"] if partition == "70/30" else [{"train": "train", "test": "val"}[split]]
+    for path in [sets / f"{category}_{name}.txt" for category in categories for name in lists]:
         with reading(path, "lines of an image and 1, 0 or -1", _DOWNLOAD):
             for line in lines(path):
                 name, shown = line.split()
                 if int(shown) >= 0:  # 0: it is there, but hard to see
                     names.add(name)
-    return sorted(names)
+    found = sorted(names)
+    if partition == "voc":
+        return found
+    return [found[index] for index in share(len(found), split, seed, 0.7)]
 
 
 def _read(path: Path) -> list[_Object]:
@@ -210,10 +225,13 @@ def voc_part(
     image_size: int = 224,
     categories: list[str] | None = None,
     min_area: int = 2500,
+    crop: Literal["box", "square"] = "box",
+    split: Literal["voc", "70/30"] = "voc",
     split_seed: int = 0,
     batch_size: int = 64,
     seed: int = 0,
     augment: bool = True,
+    max_shift: int = 0,
     validation: float = 0.1,
     validation_seed: int = 0,
     num_workers: int | None = None,
@@ -225,10 +243,14 @@ def voc_part(
         image_size: side of the square images, pixels.
         categories: some of bird, cat, cow, dog, horse, sheep, in this order; None: all.
         min_area: of an object's box, square pixels of the photograph; smaller ones are left out.
-        split_seed: of the split into training and test images where VOC's own lists are not there.
+        crop: box stretches an object's box to the square; square cuts out the smallest square
+            about it, black beyond the photograph, as by the authors of CSG and PICNN.
+        split: voc, its own lists of training and validation images; 70/30, drawn from both.
+        split_seed: of the split where it is drawn, or VOC's own lists are not there.
         batch_size: images a step (a process, when there are several).
-        seed: of the order of the images, and of the flips.
+        seed: of the order of the images, and of the flips and shifts.
         augment: flip half of the training images left to right.
+        max_shift: training images move by up to this many pixels along each axis, filled with 0.
         validation: share of the training images held out to validate on.
         validation_seed: of the choice of the images held out.
         num_workers: processes that read images; None: up to 8, one a processor.
@@ -240,13 +262,15 @@ def voc_part(
     train_set, test_set = (
         VOCPart(
             root,
-            split,
+            half,
             image_size=image_size,
             categories=ANIMALS if categories is None else categories,
             min_area=min_area,
+            crop=crop,
+            partition=split,
             seed=split_seed,
         )
-        for split in ("train", "test")
+        for half in ("train", "test")
     )
     return PartDataModule(
         train_set,
@@ -254,6 +278,7 @@ def voc_part(
         batch_size,
         seed=seed,
         flip=augment,
+        max_shift=max_shift,
         validation=validation,
         validation_seed=validation_seed,
         num_workers=readers(num_workers),

@@ -1,6 +1,7 @@
 """A batch of images as the figures see it: what several of them need is computed once."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from picnn_fast.models.base import InterpretableNetwork
 
 # Numbers that keep apart what is drawn for one batch.
 _PSEUDO_LABEL, _PSEUDO_LABEL_MASK, _LABEL_MASK = range(3)
+
+
+class Performed(NamedTuple):
+    """Of a performer: maps of its target layer and top convolution, and logits ``[B, K]``."""
+
+    target: Tensor
+    top: Tensor | None
+    logits: Tensor
 
 
 class Observation:
@@ -42,9 +51,13 @@ class Observation:
         self.seed, self.draws, self.parts = seed, draws, parts
 
     @cached_property
+    def _encoded(self) -> tuple[Tensor, Tensor | None]:
+        return self.network.encode(self.images)
+
+    @property
     def maps(self) -> Tensor:
         """Of the target layer, ``[B, N, h, w]`` or as the network's ``channel_dim`` says."""
-        return self.network.filter_maps(self.images)
+        return self._encoded[0]
 
     @cached_property
     def pooled(self) -> Tensor:
@@ -54,12 +67,23 @@ class Observation:
     @cached_property
     def logits(self) -> Tensor:
         """``[B, K]`` of all filters: the pathway of ACC1."""
-        return self.network.head_logits(self.maps)
+        return self.network.head_logits(self.maps, bypass=self._encoded[1])
 
     @cached_property
-    def masked_logits(self) -> Tensor:
-        """``[S, B, K]`` of masks drawn for pseudo-labels, themselves drawn from the softmax of
-        ``logits``: the pathway of ACC2 (PICNN, eq. 7 to 10)."""
+    def performed(self) -> Performed:
+        """What the network that this one explains makes of the images."""
+        performer = self.network.performer()
+        if performer is None:
+            raise ValueError(f"{type(self.network).__name__} explains no other network")
+        target = performer.target(self.images)
+        top = None if performer.top is None else performer.top(target)
+        # The rest may write in place.
+        return Performed(target, top, performer.rest((target if top is None else top).clone()))
+
+    @cached_property
+    def pseudo_label_masks(self) -> Tensor:
+        """``[S, B, N]`` drawn for pseudo-labels, themselves drawn from the softmax of ``logits``
+        (PICNN, eq. 7 to 10)."""
         # Maps of no size: the pseudo-label alone is wanted.
         empty = self.logits.new_empty(len(self.logits), self.network.num_filters, 0)
         ownership = self.network.ownership()
@@ -70,20 +94,26 @@ class Observation:
             seed = derive_seed(self.seed, _PSEUDO_LABEL, draw)
             label = bernoulli_mask(empty, self.logits, ownership, seed=seed)[2]
             seed = derive_seed(self.seed, _PSEUDO_LABEL_MASK, draw)
-            mask = self.network.class_mask(label, seed=seed)
-            each.append(self.network.head_logits(self.maps, mask))
+            each.append(self.network.class_mask(label, seed=seed))
         return torch.stack(each)
+
+    @cached_property
+    def label_masks(self) -> Tensor:
+        """``[S, B, N]`` drawn for the true labels."""
+        seeds = [derive_seed(self.seed, _LABEL_MASK, draw) for draw in range(self.draws)]
+        return torch.stack([self.network.class_mask(self.labels, seed=seed) for seed in seeds])
+
+    @cached_property
+    def masked_logits(self) -> Tensor:
+        """``[S, B, K]`` by the filters drawn for the pseudo-label: the pathway of ACC2."""
+        masks = self.pseudo_label_masks
+        return torch.stack([self.network.head_logits(self.maps, mask) for mask in masks])
 
     @cached_property
     def complement_logits(self) -> Tensor:
         """``[S, B, K]`` without the filters drawn for the true label: the pathway of ACC3."""
-        each = []
-        for draw in range(self.draws):
-            mask = self.network.class_mask(
-                self.labels, seed=derive_seed(self.seed, _LABEL_MASK, draw)
-            )
-            each.append(self.network.head_logits(self.maps, 1 - mask))
-        return torch.stack(each)
+        masks = 1 - self.label_masks
+        return torch.stack([self.network.head_logits(self.maps, mask) for mask in masks])
 
 
 def pool(maps: Tensor, channel_dim: int) -> Tensor:

@@ -3,12 +3,14 @@
 from picnn_fast._extras import extra
 
 with extra("train"):
+    from picnn_fast.metrics.leakage import MaskLeakage
     from picnn_fast.metrics.mutual_information import MutualInformationScore
     from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
     from picnn_fast.metrics.pathway import MeanOverDraws, PathwayAccuracy
 
 __all__ = [
     "LocationInstability",
+    "MaskLeakage",
     "MeanOverDraws",
     "MutualInformationScore",
     "PartInterpretability",

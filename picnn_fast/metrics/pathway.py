@@ -1,6 +1,6 @@
 """Accuracy of a pathway whose filters are drawn: its mean over draws and their standard error."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ class MeanOverDraws(NamedTuple):
 
     mean: Tensor
     standard_error: Tensor
+
+    @classmethod
+    def of(cls, each: Tensor) -> Self:
+        """Of the figure of each draw, ``[S]``."""
+        mean = each.mean()
+        variance = (each - mean).square().sum() / (len(each) - 1)  # of one draw 0 / 0
+        return cls(mean, (variance / len(each)).sqrt())
 
 
 class PathwayAccuracy(Metric):
@@ -87,7 +94,4 @@ class PathwayAccuracy(Metric):
 
     def compute(self) -> MeanOverDraws:
         """Scalars; a mean in [0, 1], NaN before the first sample."""
-        each = self.correct.double() / self.total
-        mean = each.mean()
-        variance = (each - mean).square().sum() / (self.draws - 1)  # of one draw 0 / 0
-        return MeanOverDraws(mean, (variance / self.draws).sqrt())
+        return MeanOverDraws.of(self.correct.double() / self.total)

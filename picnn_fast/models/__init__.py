@@ -3,18 +3,22 @@
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.models.csg import CSG
+from picnn_fast.models.explainer import Explainer
 from picnn_fast.models.factory import METHODS, make_interpretable
+from picnn_fast.models.iccnn import ICCNN
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
 
 __all__ = [
     "CSG",
+    "ICCNN",
     "ICNN",
     "METHODS",
     "PICNN",
     "STD",
     "Correspondence",
+    "Explainer",
     "InterpretableNetwork",
     "make_interpretable",
 ]

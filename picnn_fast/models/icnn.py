@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -328,10 +328,15 @@ class ICNN(InterpretableNetwork):
         }
 
     def begin_epoch(
-        self, epoch: int, batches: int | None = None, epochs: int | None = None
+        self,
+        epoch: int,
+        batches: int | None = None,
+        epochs: int | None = None,
+        *,
+        images: Iterable[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """The weight of the filter loss falls with the epoch; see ``InterpretableNetwork``."""
-        super().begin_epoch(epoch, batches, epochs)
+        super().begin_epoch(epoch, batches, epochs, images=images)
         self.epoch.fill_(epoch)
 
     def after_step(self) -> None:

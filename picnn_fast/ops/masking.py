@@ -1,4 +1,4 @@
-"""Operators of the masking family: PICNN's Bernoulli mask and CSG's class gate."""
+"""Operators of the masking family: masks of channels, drawn (PICNN) or by a gate's rows (CSG)."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def _fake_parameters_backward(
     return logits.new_empty(logits.shape), correspondence.new_empty(correspondence.shape)
 
 
-def _fake_class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+def _fake_mask_channels(features: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(features)
 
 
@@ -45,8 +45,7 @@ def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple
     themselves.
     """
     if torch.is_grad_enabled():
-        rows = torch.arange(len(mask), device=mask.device)
-        grad_features = torch.ops.picnn_fast.class_gate.default(readable(grad_masked), mask, rows)
+        grad_features = torch.ops.picnn_fast.mask_channels.default(readable(grad_masked), mask)
         products = features.to(mask.dtype) * grad_masked.to(mask.dtype)
         return grad_features, products.reshape(*mask.shape, math.prod(features.shape[2:])).sum(-1)
     grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.masking_backward.default(
@@ -126,24 +125,19 @@ class BernoulliMask(torch.autograd.Function):
         return grad_features, grad_logits, grad_correspondence, None, None
 
 
-class ClassGate(torch.autograd.Function):
-    """Gradients of ``features * gate[labels]``."""
+class MaskChannels(torch.autograd.Function):
+    """Gradients of ``features * mask``."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-        ctx.save_for_backward(features, gate, labels)
+    def forward(ctx: Any, features: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(features, mask)
         with registry.below_autograd():
-            masked: Tensor = torch.ops.picnn_fast.class_gate.default(features, gate, labels)
+            masked: Tensor = torch.ops.picnn_fast.mask_channels.default(features, mask)
         return masked
 
     @staticmethod
-    def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
-        features, gate, labels = ctx.saved_tensors
-        grad_features, grad_rows = _maps_gradient(grad_masked, features, gate[labels])
-        grad_gate = None
-        if ctx.needs_input_grad[1]:
-            grad_gate = torch.zeros_like(gate).index_add_(0, labels, grad_rows)
-        return grad_features, grad_gate, None
+    def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor, Tensor]:
+        return _maps_gradient(grad_masked, *ctx.saved_tensors)
 
 
 registry.define(
@@ -156,10 +150,10 @@ registry.define(
 )
 registry.define(
     "masking",
-    "class_gate(Tensor features, Tensor gate, Tensor labels) -> Tensor",
-    reference=reference.class_gate,
-    fake=_fake_class_gate,
-    autograd=ClassGate.apply,
+    "mask_channels(Tensor features, Tensor mask) -> Tensor",
+    reference=reference.mask_channels,
+    fake=_fake_mask_channels,
+    autograd=MaskChannels.apply,
 )
 registry.define(
     "masking",
@@ -244,16 +238,34 @@ def bernoulli_mask(
     return masked, _as(mask, features.dtype), pseudo_label
 
 
+def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int) -> Tensor:
+    """See ``functional.mask_channels``."""
+    maps = channels_second(features, channel_dim)
+    checks.floating("mask", mask)
+    if mask.shape != maps.shape[:2]:
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, want {tuple(maps.shape[:2])}: the batch and the"
+            f" channels, axis {channel_dim}, of features {tuple(features.shape)}"
+        )
+    checks.same_device("mask", mask, "features", features)
+    return _masked(maps, _as(mask, reference.accumulate_dtype(features.dtype)), channel_dim)
+
+
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int) -> Tensor:
     """See ``functional.class_gate``."""
     maps = channels_second(features, channel_dim)
     check_table("gate", gate, maps.shape[1], features, channel_dim)
     checks.labels("labels", labels, maps.shape[0], gate.shape[0])
     checks.same_device("labels", labels, "features", features)
-    rows = _as(gate, reference.accumulate_dtype(features.dtype))
-    masked: Tensor = torch.ops.picnn_fast.class_gate.default(
-        readable(maps), rows, _as(labels, torch.int64)
+    # Widened before a row is taken: the gradients of its samples are summed in the wider type.
+    rows = _as(gate, reference.accumulate_dtype(features.dtype)).index_select(
+        0, _as(labels, torch.int64)
     )
+    return _masked(maps, rows, channel_dim)
+
+
+def _masked(maps: Tensor, mask: Tensor, channel_dim: int) -> Tensor:
+    masked: Tensor = torch.ops.picnn_fast.mask_channels.default(readable(maps), mask)
     return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
 
 

@@ -124,11 +124,14 @@ def _beside(mask: Tensor, x: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
 
 
-def _scale_channels(x: Tensor, mask: Tensor) -> Tensor:
-    """``x[b, i, …] * mask[b, i]``, exactly 0 where the mask is 0, whatever ``x`` holds there."""
-    mask = _beside(mask, x)
-    scaled = torch.where(mask == 0, 0.0, x.to(mask.dtype) * mask)
-    return torch.empty_like(x).copy_(scaled)
+def mask_channels(features: Tensor, mask: Tensor) -> Tensor:
+    """``features[b, i, …] * mask[b, i]``, 0 where the mask is 0, whatever ``features`` hold there.
+
+    ``features`` is ``[B, N, *spatial]``, ``mask`` ``[B, N]`` in the accumulate type.
+    """
+    mask = _beside(mask, features)
+    scaled = torch.where(mask == 0, 0.0, features.to(mask.dtype) * mask)
+    return torch.empty_like(features).copy_(scaled)
 
 
 def bernoulli_mask(
@@ -150,7 +153,7 @@ def bernoulli_mask(
     pseudo_label = sample_pseudo_label(logits, seed, rank)
     keep = sample_filters(correspondence[pseudo_label], seed, rank)
     mask = keep.to(accumulate_dtype(features.dtype))
-    return _scale_channels(features, mask), mask, pseudo_label
+    return mask_channels(features, mask), mask, pseudo_label
 
 
 def straight_through(
@@ -168,15 +171,6 @@ def straight_through(
     keep = sample_filters(correspondence.detach()[pseudo_label], seed, rank)
     mask = (keep + p - p.detach()).to(accumulate_dtype(features.dtype))
     return features * _beside(mask, features).to(features.dtype), mask, pseudo_label
-
-
-def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-    """Maps scaled by the gate row of each label (CSG 3.1): ``features[b] * gate[labels[b]]``.
-
-    ``features`` is ``[B, N, *spatial]``, ``gate`` ``[K, N]`` in the accumulate type, ``labels``
-    int64 ``[B]``.
-    """
-    return _scale_channels(features, gate[labels])
 
 
 def bernoulli_parameters_backward(
@@ -208,7 +202,7 @@ def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tup
     """
     products = features.to(mask.dtype) * grad_masked.to(mask.dtype)
     grad_mask = products.reshape(*mask.shape, math.prod(features.shape[2:])).sum(-1)
-    grad_features = torch.empty_like(features).copy_(_scale_channels(grad_masked, mask))
+    grad_features = torch.empty_like(features).copy_(mask_channels(grad_masked, mask))
     return grad_features, grad_mask
 
 

@@ -164,6 +164,10 @@ def _epoch(trainer: L.Trainer) -> str:
     return f"epoch {trainer.current_epoch + 1:{width}}/{trainer.max_epochs}"
 
 
+def _reading(trainer: L.Trainer, batch: int, batches: int) -> str:
+    return f"{_epoch(trainer)}  reads the training images first: {batch}/{batches} batches"
+
+
 def _figures(trainer: L.Trainer) -> list[str]:
     """The loss of an epoch and the figures of its validation images, where there are any."""
     return [
@@ -173,7 +177,14 @@ def _figures(trainer: L.Trainer) -> list[str]:
     ]
 
 
-class ProgressLines(Callback):
+class WatchesImages(Callback):
+    """Is told while a method reads the training images between epochs."""
+
+    def on_images_read(self, trainer: L.Trainer, batch: int, batches: int) -> None:
+        """After each of so many batches, counted from 1."""
+
+
+class ProgressLines(WatchesImages):
     """A line an epoch, and one every half minute between, where there is no terminal.
 
     Args:
@@ -190,6 +201,11 @@ class ProgressLines(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.pace = _Pace(self.clock)
         self.said = self.clock()
+
+    def on_images_read(self, trainer: L.Trainer, batch: int, batches: int) -> None:
+        if trainer.is_global_zero and self.clock() - self.said >= SECONDS:
+            self.said = self.clock()
+            self.say(_reading(trainer, batch, batches))
 
     def on_train_batch_end(
         self,
@@ -216,7 +232,7 @@ class ProgressLines(Callback):
             self.say("  ".join([_epoch(trainer), *_figures(trainer), f"{left} left"]))
 
 
-class ProgressBar(Callback):
+class ProgressBar(WatchesImages):
     """A bar over the steps of the run, with loss, figures and the time that is left.
 
     Args:
@@ -248,6 +264,11 @@ class ProgressBar(Callback):
             figures="",
         )
         self.bar.start()
+
+    def on_images_read(self, trainer: L.Trainer, batch: int, batches: int) -> None:
+        if trainer.is_global_zero and time.monotonic() - self.looked >= BAR_SECONDS:
+            self.looked = time.monotonic()
+            self.bar.update(self.task, description=_reading(trainer, batch, batches), refresh=True)
 
     def on_train_batch_end(
         self,

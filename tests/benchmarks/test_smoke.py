@@ -271,3 +271,24 @@ def test_steps_are_measured_over_the_plain_network_and_by_layout(
     assert set(content["forms"]["speedup"]) == set(overhead.FORMS)
     assert content["forms"]["speedup"]["contiguous"]["median"] == 1
     assert "PICNN over plain" in capsys.readouterr().out
+
+
+def test_every_method_is_measured_over_the_plain_backbone_and_over_its_target_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overhead.main(["--smoke", "--table", "backbones", "--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("overhead-backbones-")
+    content = json.loads(path.read_text())
+    assert content["command"].endswith("--table backbones")
+    assert not {"classes", "forms"} & content.keys()
+    (entry,) = content["backbones"]
+    for phase in ("training", "inference"):
+        of = entry[phase]
+        assert {"picnn", "csg", "icnn"} <= {*of["over_std"]}
+        assert {*of["over_plain"]} == {"std", *of["over_std"]}
+        for ratios in (of["over_plain"], of["over_std"]):
+            assert all(0 < r["q1"] <= r["median"] <= r["q3"] for r in ratios.values())
+    shown = capsys.readouterr().out
+    assert "| training " in shown
+    assert "| inference " in shown

@@ -193,7 +193,7 @@ def test_masking_kernels_do_not_depend_on_the_order(
 
     def run_all(maps: torch.Tensor) -> list[torch.Tensor]:
         masked, mask, label = kernels["bernoulli_mask"](maps, logits, p, seed, 0)
-        gated = kernels["class_gate"](maps, p, label)
+        gated = kernels["mask_channels"](maps, p[label])
         return [masked, mask, label, gated, *kernels["masking_backward"](gated, maps, mask)]
 
     contiguous = torch.randn(3, 70, 121, generator=generator)

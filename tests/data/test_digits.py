@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from picnn_fast.data import DigitsDataModule
-from picnn_fast.data.digits import shift
+from picnn_fast.data.loading import shift
 
 
 def _ready(**options):

@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from picnn_fast.data import ImageFolderDataModule
+from picnn_fast.data import DATA, ImageFolderDataModule
+from picnn_fast.data.photographs import read_image
 
 
 @pytest.fixture
@@ -52,6 +54,29 @@ def test_augmentation_is_in_training_alone_and_can_be_turned_off(root):
     assert torch.equal(first(True, 1), first(True, 1))
     assert not torch.equal(first(True, 1), first(True, 2))
     assert torch.equal(first(False, 1), first(False, 2))
+
+
+def test_training_images_can_be_had_in_order_and_as_they_are_tested(root):
+    data, plain = (
+        ImageFolderDataModule(root, image_size=8, augment=augment, color_jitter=(0.9, 0, 0, 0))
+        for augment in (True, False)
+    )
+    images, labels = (torch.cat(values) for values in zip(*data.train_images(), strict=True))
+    assert labels.tolist() == [label for _, label in plain.train_set]
+    assert torch.equal(images, torch.stack([image for image, _ in plain.train_set]))
+    assert not torch.equal(images, torch.stack([image for image, _ in data.train_set]))
+
+
+def test_ranks_share_the_training_images_and_none_is_read_twice(root):
+    data = ImageFolderDataModule(root, image_size=8, validation=0)
+    whole = torch.cat([images for images, _ in data.train_images()])
+    shares = []
+    for rank in range(3):
+        data.trainer = SimpleNamespace(world_size=3, global_rank=rank)
+        shares.append(torch.cat([images for images, _ in data.train_images()]))
+    assert sum(map(len, shares)) == len(whole)
+    for rank, share in enumerate(shares):
+        assert torch.equal(share, whole[rank::3])
 
 
 def test_workers_repeat_their_draws_with_seed_and_epoch(root):
@@ -386,3 +411,25 @@ def test_numbers_of_no_known_range_are_refused_by_name(root):
         data = ImageFolderDataModule(root, image_size=8, num_workers=0)
         with pytest.raises(OSError, match=r"0\.tif cannot be read as an image \(.*no known range"):
             data.test_set[0]
+
+
+def test_a_file_is_read_as_test_images_are(root):
+    data = ImageFolderDataModule(root, image_size=16, num_workers=0, mean=(0.5, 0.4, 0.3))
+    path = root / "test" / "bee" / "1.png"
+    taken, shown = read_image(data, path)
+    assert torch.equal(taken, data.test_set[3][0])
+    assert (shown - torch.tensor([200, 20, 100])[:, None, None] / 255).abs().max() < 1e-3
+    with pytest.raises(FileNotFoundError):
+        read_image(data, root / "none.png")
+
+
+def test_without_a_way_of_its_own_a_file_is_resized_to_the_test_images_and_normalised(root):
+    path = root / "test" / "bee" / "1.png"
+    digits = DATA["digits"]()
+    taken, shown = read_image(digits, path)
+    assert taken.shape == (1, 8, 8)
+    assert torch.equal(taken, shown)
+    animals = DATA["part-animals"](image_size=16, train_images=6, test_images=6)
+    taken, shown = read_image(animals, path)
+    assert taken.shape == (3, 16, 16)
+    assert torch.equal(taken, animals.normalise(shown[None])[0])

@@ -103,6 +103,17 @@ def test_training_alone_flips_unless_told_otherwise(animals, flip, training, fli
     assert torch.equal(after, images) != flips
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_training_images_alone_are_shifted_and_black_comes_in(animals, training):
+    torch.manual_seed(0)
+    data = _module(animals, flip=False, max_shift=2, mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
+    data.trainer = SimpleNamespace(training=training)
+    after, _ = data.on_after_batch_transfer((torch.ones(40, 3, 6, 6), torch.arange(40)), 0)
+    assert set(after.unique().tolist()) == ({-0.5, 0.5} if training else {0.5})
+    black = (after < 0).any(1).float().sum((1, 2))
+    assert black.max() == (6 * 6 - 4 * 4 if training else 0)
+
+
 def test_every_batch_is_normalised_and_labels_are_kept(animals):
     data = _module(animals, mean=(0.5, 0, 0.25), std=(1, 2, 0.5))
     images, labels = torch.rand(5, 3, 2, 2), torch.arange(5)

@@ -110,6 +110,45 @@ def test_a_crop_is_stretched_to_a_square_and_its_annotations_with_it(root):
     assert masks["tail"].any()
 
 
+def test_a_square_is_cut_out_about_an_animal_with_black_beyond_the_photograph(root):
+    wide = {"head": block(0, 30, 20, 40), "torso": block(20, 20, 90, 50)}
+    annotate(root, "2008_000002", [("bird", 3, _union(wide), wide)])
+    # Its box is 0..90 x 20..50, so the square is 0..90 x -10..80: ten rows above the photograph.
+    sample = VOCPart(root, "train", image_size=90, categories=["bird"], crop="square")[0]
+    assert sample.image.shape == (3, 90, 90)
+    shown = np.zeros((90, 90), bool)
+    shown[10:] = _union(wide)[:80, :90] > 0
+    assert np.array_equal(sample.object_mask.numpy(), shown)
+    inside = sample.image.mean(0) > 0.5
+    assert (inside == sample.object_mask).float().mean() > 0.97
+    assert not sample.image[:, :10].any()
+    assert sample.box.tolist() == [0, 30, 90, 60]
+    assert sample.landmarks[0].tolist() == [10, 45]
+    half = VOCPart(root, "train", image_size=45, categories=["bird"], crop="square")[0]
+    assert half.box.tolist() == [0, 15, 45, 30]
+    assert torch.equal(half.object_mask, sample.object_mask[1::2, 1::2])
+
+
+def test_seven_tenths_of_the_photographs_of_both_lists_are_drawn_to_train_on(tmp_path):
+    for place in range(20):
+        annotate(tmp_path, f"2008_{place:06}", [("cat", 8, _union(CAT), CAT)] * 2)
+    for half, places in (("train", range(10)), ("val", range(10, 20))):
+        voc_list(tmp_path, "cat", half, **{f"_2008_{place:06}": 1 for place in places})
+
+    def names(split, seed=0):
+        options = {"image_size": 8, "categories": ["cat"], "partition": "70/30", "seed": seed}
+        return [found.path.stem for found in VOCPart(tmp_path, split, **options)._objects]
+
+    train, test = names("train"), names("test")
+    assert (len(train), len(test)) == (28, 12)  # both cats of a photograph
+    assert set(train).isdisjoint(test)
+    assert {name[-2:] < "10" for name in train} == {True, False}
+    assert names("train") == train
+    assert names("train", 1) != train
+    (tmp_path / "VOCdevkit" / "VOC2010" / "ImageSets").rename(tmp_path / "elsewhere")
+    assert (len(names("train")), len(names("test"))) == (28, 12)
+
+
 def test_a_horse_has_no_tail_among_its_parts_and_no_head_means_no_landmark(root):
     data = VOCPart(root, "test", image_size=32)
     assert len(data) == 1
@@ -251,6 +290,8 @@ def test_a_split_without_an_animal_is_refused(root):
         ({"categories": ["cat", "cat"]}, ValueError, "categories"),
         ({"categories": []}, ValueError, "categories"),
         ({"categories": "cat"}, TypeError, "categories"),
+        ({"crop": "circle"}, ValueError, "crop"),
+        ({"partition": "train"}, ValueError, "partition"),
     ],
 )
 def test_bad_options_are_refused_by_name(root, options, error, name):

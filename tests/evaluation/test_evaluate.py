@@ -10,12 +10,20 @@ from sklearn.feature_selection import mutual_info_classif
 from picnn_fast import evaluation
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
-from picnn_fast.evaluation import FIGURES, evaluate, figures, format_figure, read_figures
+from picnn_fast.evaluation import (
+    FIGURES,
+    evaluate,
+    figures,
+    format_figure,
+    format_figures,
+    read_figures,
+)
 from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 
-PARTS = {name for name in FIGURES if name.startswith(("location", "part"))}
+PERFORMER = {"location_instability_performer", "location_instability_top", "p", "more_errors"}
+PARTS = {name for name in FIGURES if name.startswith(("location", "part"))} - PERFORMER
 
 
 def _animals(**options):
@@ -42,10 +50,13 @@ def digits():
 def test_every_record_is_a_number_or_says_why_not(digits):
     values = evaluate(*digits)
     read_figures(values)
-    assert {name for name in FIGURES if isinstance(values[name], str)} == PARTS
+    absent = {name for name in FIGURES if isinstance(values[name], str)}
+    assert absent == PARTS | PERFORMER | {"density"}
     assert {name for name in values if name not in FIGURES} == {
         "acc2_standard_error",
         "acc3_standard_error",
+        "leakage_standard_error",
+        "pseudo_label_leakage_standard_error",
     }
     assert values["location_instability"] == "n/a: the data has no part annotations"
 
@@ -76,7 +87,7 @@ def test_a_method_without_ownership_has_no_figure_that_needs_it(digits, monkeypa
     network, data = digits
     monkeypatch.setattr(type(network), "ownership", InterpretableNetwork.ownership)
     values = evaluate(network, data)
-    for name in ("acc2", "acc3"):
+    for name in ("acc2", "acc3", "leakage", "pseudo_label_leakage"):
         assert values[name] == "n/a: PICNN gives no filter to a class"
     assert isinstance(values["acc1"], float)
 
@@ -194,6 +205,24 @@ def test_figures_are_written_with_their_standard_error():
     ]
 
 
+def test_figures_of_several_runs_are_written_as_mean_and_standard_deviation():
+    runs = [{"acc1": 0.5, "acc3": 0.5}, {"acc1": 0.7, "acc3": "n/a: none"}]
+    assert format_figures(runs, "acc1") == "0.600 ± 0.141"
+    assert [format_figures(runs, name) for name in ("acc3", "mis")] == ["n/a", "n/a"]
+    one = {"acc2": 0.5, "acc2_standard_error": 0.0125}
+    assert format_figures([one], "acc2") == "0.500 ± 0.013"
+
+
+def test_the_density_is_that_of_the_gate(digits):
+    torch.manual_seed(0)
+    network = make_interpretable("small-resnet", "csg", num_classes=10, num_filters=8)
+    with torch.no_grad():
+        network.gate.copy_(torch.rand(10, 8))
+    expected = (network.gate / network.gate.amax(0)).mean().item()
+    assert evaluate(network, digits[1])["density"] == pytest.approx(expected, rel=1e-6)
+    assert evaluate(*digits)["density"] == "n/a: PICNN has no gate"
+
+
 @pytest.mark.parametrize("values", [None, [], {}, {"acc1": "high"}, dict.fromkeys(FIGURES, True)])
 def test_what_are_no_figures_is_refused(values):
     with pytest.raises(ValueError, match="want a"):
@@ -205,3 +234,31 @@ def test_bad_arguments_are_refused_by_name(digits):
         with pytest.raises(ValueError, match=f"^{next(iter(options))}: got"):
             evaluate(*digits, **options)
     assert evaluation.pool is not None
+
+
+def test_masks_that_name_the_class_alone_are_remarked_upon():
+    remark = FIGURES["leakage"].remark
+    assert remark(0.9) is None
+    assert "0.95" in remark(0.95)
+
+
+def test_a_head_that_reads_which_filters_are_left_leaks_and_one_that_cannot_does_not(digits):
+    """Maps all alike: behind a class's own filters they name it, and none by themselves."""
+    _, data = digits
+    torch.manual_seed(0)
+    network = make_interpretable("small-resnet", "picnn", num_classes=10, num_filters=20)
+    own = torch.eye(10).repeat_interleave(2, 1)
+    for leak in (True, False):
+        with torch.no_grad():
+            network.correspondence.weight.copy_(200 * own)
+            layer = network.head[-1]
+            layer.weight.copy_(own if leak else own[0].expand_as(own))
+            layer.bias.zero_()
+        network.features = ConstantMaps()
+        values = evaluate(network, data, draws=1)
+        assert values["leakage"] == pytest.approx(1.0 if leak else 0.1, abs=0.01)
+
+
+class ConstantMaps(torch.nn.Module):
+    def forward(self, images):
+        return images.new_ones(len(images), 20, 4, 4)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from picnn_fast.functional import bernoulli_mask, class_gate, gumbel_mask
+from picnn_fast.functional import bernoulli_mask, class_gate, gumbel_mask, mask_channels
 from tests.conftest import Backend
 
 nan, inf = float("nan"), float("inf")
@@ -26,6 +26,7 @@ def good() -> dict[str, Any]:
         "correspondence": torch.rand(5, 3),
         "gate": torch.rand(5, 3),
         "labels": torch.tensor([4, 0]),
+        "mask": torch.rand(2, 3),
         "seed": 1,
     }
 
@@ -34,11 +35,13 @@ ARGUMENTS = {
     bernoulli_mask: ("features", "logits", "correspondence", "seed"),
     gumbel_mask: ("features", "logits", "correspondence", "seed"),
     class_gate: ("features", "gate", "labels"),
+    mask_channels: ("features", "mask"),
 }
 OF_ALL = tuple(ARGUMENTS)
 OF_MASKS = (bernoulli_mask, gumbel_mask)
 OF_BERNOULLI = (bernoulli_mask,)
 OF_GATE = (class_gate,)
+OF_CHANNELS = (mask_channels,)
 
 
 def table(value: float) -> Tensor:
@@ -58,6 +61,9 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
     (OF_MASKS, {"correspondence": torch.ones(3)}, ValueError, r"got shape \(3,\), want"),
     (OF_GATE, {"gate": torch.ones(5, 3, 1)}, ValueError, r"got shape \(5, 3, 1\), want"),
     (OF_GATE, {"labels": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, "got shape"),
+    (OF_CHANNELS, {"mask": torch.ones(3)}, ValueError, r"got shape \(3,\), want \(2, 3\)"),
+    (OF_CHANNELS, {"mask": torch.ones(2, 4)}, ValueError, r"got shape \(2, 4\), want \(2, 3\)"),
+    (OF_CHANNELS, {"mask": torch.ones(1, 3)}, ValueError, r"got shape \(1, 3\), want \(2, 3\)"),
     # counts that disagree
     (OF_MASKS, {"correspondence": torch.ones(5, 4)}, ValueError, "got 4 filters.*want 3"),
     (OF_GATE, {"gate": torch.ones(5, 2)}, ValueError, "got 2 filters.*want 3"),
@@ -84,6 +90,7 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
     (OF_MASKS, {"logits": torch.ones(2, 5, device="meta")}, ValueError, "meta.*want cpu"),
     (OF_MASKS, {"correspondence": torch.ones(5, 3, device="meta")}, ValueError, "meta.*want cpu"),
     (OF_GATE, {"gate": torch.ones(5, 3, device="meta")}, ValueError, "meta.*want cpu"),
+    (OF_CHANNELS, {"mask": torch.ones(2, 3, device="meta")}, ValueError, "meta.*want cpu"),
     (
         OF_GATE,
         {"labels": torch.zeros(2, dtype=torch.int64, device="meta")},
@@ -104,6 +111,7 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
             (OF_MASKS, "logits", (2, 5)),
             (OF_MASKS, "correspondence", (5, 3)),
             (OF_GATE, "gate", (5, 3)),
+            (OF_CHANNELS, "mask", (2, 3)),
         )
         for dtype in (torch.int64, torch.bool, torch.complex64)
     ],

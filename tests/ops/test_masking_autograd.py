@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from picnn_fast.functional import bernoulli_mask, class_gate, gumbel_mask
+from picnn_fast.functional import bernoulli_mask, class_gate, gumbel_mask, mask_channels
 from tests.conftest import Backend, each_backend_once
 
 BATCH, FILTERS, CLASSES = 3, 5, 4
@@ -394,13 +394,9 @@ def test_operators_called_directly_are_differentiable(backend: Backend):
     expected = torch.autograd.grad(public[0].square().sum() + public[1].sum(), leaves)
     for one, two in zip(got, expected, strict=True):
         assert torch.equal(one.view_as(two), two)
-    labels = torch.tensor([1, 1, 0], device=backend.device)
-    got = torch.autograd.grad(
-        ops.class_gate(flat, leaves[2], labels).square().sum(), (flat, leaves[2])
-    )
-    expected = torch.autograd.grad(
-        class_gate(leaves[0], leaves[2], labels).square().sum(), (leaves[0], leaves[2])
-    )
+    mask = leaves[2].detach()[:BATCH].contiguous().requires_grad_()
+    got = torch.autograd.grad(ops.mask_channels(flat, mask).square().sum(), (flat, mask))
+    expected = torch.autograd.grad(mask_channels(leaves[0], mask).square().sum(), (leaves[0], mask))
     for one, two in zip(got, expected, strict=True):
         assert torch.equal(one.view_as(two), two)
 
@@ -456,7 +452,7 @@ OPCHECKS = {
 
 
 @each_backend_once
-@pytest.mark.parametrize("operator", ["bernoulli_mask", "class_gate", "masking_backward"])
+@pytest.mark.parametrize("operator", ["bernoulli_mask", "mask_channels", "masking_backward"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(backend: Backend, operator, layout):
     features, logits, correspondence = inputs(backend.device, torch.float32)
@@ -472,7 +468,7 @@ def test_opcheck(backend: Backend, operator, layout):
             torch.tensor([SEED], device=backend.device),
             0,
         ),
-        "class_gate": (flat, correspondence, torch.tensor([0, 3, 3], device=backend.device)),
+        "mask_channels": (flat, correspondence.detach()[:BATCH].contiguous().requires_grad_()),
         "masking_backward": (
             torch.ones_like(flat),
             flat.detach(),
@@ -514,10 +510,7 @@ def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
     ops = torch.ops.picnn_fast
     for operator, arguments in (
         (ops.bernoulli_mask, (features, logits.float(), correspondence.float(), seed, 0)),
-        (
-            ops.class_gate,
-            (features, correspondence.to(wide), torch.tensor([0, 1, 2], device=backend.device)),
-        ),
+        (ops.mask_channels, (features, correspondence.to(wide)[:BATCH])),
         (ops.masking_backward, (features, features, correspondence.to(wide)[:BATCH])),
         (
             ops.bernoulli_parameters_backward,

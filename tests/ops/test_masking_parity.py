@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from picnn_fast.functional import bernoulli_mask, class_gate
+from picnn_fast.functional import bernoulli_mask, class_gate, mask_channels
 from picnn_fast.ops import registry
 from picnn_fast.reference import masking as reference
 from tests.conftest import (
@@ -787,11 +787,10 @@ def test_maps_beyond_the_cache(backend: Backend, threads, layout, dtype):
         pytest.skip("no other path for large maps, or tested under the instruction set's name")
     features, mask, exact, grad_exact = large_case(layout, dtype)
     x, z = on_device(backend.device, features), on_device(backend.device, mask)
-    rows = torch.arange(len(mask), device=backend.device)
     size, terms = grad_exact, math.prod(features.shape[2:])
     binary = (mask == 0) | (mask == 1)
     threads(3)
-    gated = class_gate(x, z, rows).cpu()
+    gated = mask_channels(x, z).cpu()
     grad_features, grad_mask = torch.ops.picnn_fast.masking_backward(x.flatten(2), x.flatten(2), z)
     assert torch.equal(grad_features.cpu().view_as(gated), gated)
     assert_within(gated, exact, ulp(exact, dtype))
@@ -842,7 +841,7 @@ def test_only_the_operators_make_tensors_of_the_size_of_the_maps(layout):
         gated = class_gate(x, correspondence, label, channel_dim=dim)
     with NewMaps(features.numel()) as backward:
         torch.autograd.grad(gated, (x, correspondence), grad)
-    assert forward.names == ["class_gate"]
+    assert forward.names == ["mask_channels"]
     assert backward.names == ["masking_backward"]
 
 
@@ -864,8 +863,8 @@ def test_kernels_read_maps_in_place(backend: Backend, layout):
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
     ) as profile:
-        _, mask, label = ops.bernoulli_mask(flat, logits, table, seed, 0)
-        ops.class_gate(flat, table, label)
+        _, mask, _ = ops.bernoulli_mask(flat, logits, table, seed, 0)
+        ops.mask_channels(flat, mask)
         ops.masking_backward(flat, flat, mask)
     names = [event.name for event in profile.events()]
     assert "picnn_fast::masking_backward" in names
@@ -1028,11 +1027,11 @@ def test_operators_take_any_number_of_spatial_axes(backend: Backend, spatial):
     flat = features.reshape(3, 5, math.prod(spatial))
     ops = torch.ops.picnn_fast
     masked, mask, _ = ops.bernoulli_mask(features, logits, table, seed, 0)
-    gated = ops.class_gate(features, table, labels)
+    gated = ops.mask_channels(features, table[labels])
     grads = ops.masking_backward(features.cos(), features, mask)
     assert masked.shape == gated.shape == grads[0].shape == features.shape
     assert torch.equal(masked.view_as(flat), ops.bernoulli_mask(flat, logits, table, seed, 0)[0])
-    assert torch.equal(gated.view_as(flat), ops.class_gate(flat, table, labels))
+    assert torch.equal(gated.view_as(flat), ops.mask_channels(flat, table[labels]))
     expected = ops.masking_backward(flat.cos(), flat, mask)
     assert torch.equal(grads[0].view_as(flat), expected[0])
     assert torch.equal(grads[1], expected[1])
@@ -1042,10 +1041,9 @@ def test_kernels_refuse_spatial_axes_that_are_not_one_in_memory(backend: Backend
     if backend.name.startswith("reference"):
         pytest.skip("the reference reads any strides")
     cropped = torch.randn(2, 3, 4, 4, device=backend.device)[..., :3]
-    table = torch.rand(5, 3, device=backend.device)
-    labels = torch.tensor([4, 0], device=backend.device)
+    mask = torch.rand(2, 3, device=backend.device)
     with pytest.raises(RuntimeError, match=r"features: the strides|maps: the strides|view size"):
-        torch.ops.picnn_fast.class_gate(cropped, table, labels)
+        torch.ops.picnn_fast.mask_channels(cropped, mask)
     # The public function copies them.
-    got = class_gate(cropped, table, labels)
-    assert torch.equal(got, class_gate(cropped.contiguous(), table, labels))
+    got = mask_channels(cropped, mask)
+    assert torch.equal(got, mask_channels(cropped.contiguous(), mask))

@@ -20,11 +20,11 @@ from tests.conftest import Backend, expected_server
 OPERATORS = {
     "bernoulli_mask",
     "bernoulli_parameters_backward",
-    "class_gate",
     "filter_loss",
     "filter_loss_running",
     "histogram_update",
     "knn_mutual_information",
+    "mask_channels",
     "masking_backward",
     "soft_histogram",
     "soft_histogram_backward",
@@ -101,7 +101,7 @@ ON_MAPS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "bernoulli_mask": lambda x: (
         x, torch.zeros(2, 4).to(x), torch.full((4, 3), 0.5).to(x), torch.tensor([3]).to(x.device), 0
     ),
-    "class_gate": lambda x: (x, torch.rand(4, 3).to(x), torch.tensor([3, 0]).to(x.device)),
+    "mask_channels": lambda x: (x, torch.rand(2, 3).to(x)),
     "masking_backward": lambda x: (x, torch.ones(2, 3, 5, 7).to(x), torch.rand(2, 3).to(x)),
     "template_mask": lambda x: (x, None, 0, 1, 0.4, 0, 1.0),
     "template_mask_backward": lambda x: (
@@ -132,19 +132,19 @@ def test_expanded_maps_are_read_where_they_are_or_refused(backend: Backend, name
 
 
 def test_the_forced_reference_really_runs(calls):
-    before = registry.serving("cpu", "class_gate")
+    before = registry.serving("cpu", "mask_channels")
     with picnn_fast.use_backend("reference"):
         call()
-        assert calls == ["class_gate"]
-    assert registry.serving("cpu", "class_gate") == before
+        assert calls == ["mask_channels"]
+    assert registry.serving("cpu", "mask_channels") == before
     call()
-    assert calls == ["class_gate"]
+    assert calls == ["mask_channels"]
 
 
 def test_forced_backends_nest_and_come_back(calls, cpp: Backend):
     with picnn_fast.use_backend("reference"):
         with picnn_fast.use_backend("cpp"):
-            assert registry.serving("cpu", "class_gate") == "cpp"
+            assert registry.serving("cpu", "mask_channels") == "cpp"
             call()
             assert calls == []
             with picnn_fast.use_backend("reference"):
@@ -152,22 +152,22 @@ def test_forced_backends_nest_and_come_back(calls, cpp: Backend):
                 assert len(calls) == 1
             call()
             assert len(calls) == 1
-        assert registry.serving("cpu", "class_gate") == "reference"
+        assert registry.serving("cpu", "mask_channels") == "reference"
         call()
         assert len(calls) == 2
-    assert registry.serving("cpu", "class_gate") == "cpp"
+    assert registry.serving("cpu", "mask_channels") == "cpp"
 
 
 def test_a_forced_backend_leaves_after_an_exception(calls):
-    before = registry.serving("cpu", "class_gate")
+    before = registry.serving("cpu", "mask_channels")
     with pytest.raises(KeyError, match="mine"), picnn_fast.use_backend("reference"):
         raise KeyError("mine")
-    assert registry.serving("cpu", "class_gate") == before
+    assert registry.serving("cpu", "mask_channels") == before
     with picnn_fast.use_backend("reference"):
         with pytest.raises(KeyError), picnn_fast.use_backend("reference"):
             raise KeyError("mine")
         call()
-    assert calls == ["class_gate"]
+    assert calls == ["mask_channels"]
 
 
 def test_a_backend_that_fails_to_install_leaves_the_current_one_in_charge(monkeypatch, calls):
@@ -182,9 +182,9 @@ def test_a_backend_that_fails_to_install_leaves_the_current_one_in_charge(monkey
             picnn_fast.use_backend("triton"),
         ):
             pytest.fail("the body must not run")
-        assert registry.serving("cpu", "class_gate") == "reference"
+        assert registry.serving("cpu", "mask_channels") == "reference"
         call()
-        assert calls == ["class_gate"]
+        assert calls == ["mask_channels"]
 
 
 def test_forcing_outlives_a_decorated_call(calls):
@@ -192,11 +192,11 @@ def test_forcing_outlives_a_decorated_call(calls):
     def decorated() -> torch.Tensor:
         return call()
 
-    before = registry.serving("cpu", "class_gate")
+    before = registry.serving("cpu", "mask_channels")
     decorated()
     decorated()
-    assert calls == ["class_gate"] * 2
-    assert registry.serving("cpu", "class_gate") == before
+    assert calls == ["mask_channels"] * 2
+    assert registry.serving("cpu", "mask_channels") == before
 
 
 @pytest.mark.parametrize("name", ["cuDNN", "", "CPP", None])
@@ -263,7 +263,7 @@ import sys
 sys.modules["picnn_fast._C"] = None  # as where nothing was compiled
 import torch, picnn_fast
 info = picnn_fast.build_info()
-print(info["extension"], info["operators"]["class_gate"]["cpu"], picnn_fast.available_backends())
+print(info["extension"], info["operators"]["mask_channels"]["cpu"], picnn_fast.available_backends())
 print(info["backends"]["cpp"])
 print(picnn_fast.functional.class_gate(torch.ones(1, 1), torch.ones(1, 1) / 2,
                                        torch.tensor([0])).item())

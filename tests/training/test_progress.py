@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from picnn_fast.models import make_interpretable
+from picnn_fast.models import STD, make_interpretable
 from picnn_fast.training.module import InterpretableModule
 from picnn_fast.training.options import Options
 from picnn_fast.training.progress import ProgressBar, ProgressLines, native_bfloat16, work
@@ -69,6 +69,63 @@ def test_a_log_file_has_a_line_every_half_minute_and_every_epoch():
     assert lines[0].endswith("  0:01:20 left")
     assert "acc1" in lines[1]
     assert lines[-1].endswith("  0:00:00 left")
+
+
+class Reads(STD):
+    """A method that reads the training images before each epoch, 20 seconds a batch."""
+
+    def __init__(self, now, *arguments):
+        super().__init__(*arguments)
+        self.now, self.read = now, []
+
+    def begin_epoch(self, epoch, batches=None, epochs=None, *, images=None):
+        self.read.append([])
+        for batch, labels in images:
+            assert batch.shape[1:] == (1, 8, 8)
+            self.read[-1] += labels.tolist()
+            self.now[0] += 20
+
+
+def _fit_a_reader(now, *callbacks, **options):
+    features, head = nn.Conv2d(1, 4, 3), nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+    network = Reads(now, features, head, 3, 4)
+    images = TensorDataset(torch.rand(12, 1, 8, 8), torch.arange(12) % 3)
+    loader = DataLoader(images, batch_size=4, shuffle=True, **options)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=2,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(InterpretableModule(network), loader)
+    assert trainer.global_step == 6
+    return network.read
+
+
+def test_a_method_that_reads_the_images_for_long_says_so_in_a_log_file():
+    now, lines = [0.0], []
+    _fit_a_reader(now, ProgressLines(clock=lambda: now[0], say=lines.append))
+    assert lines[0] == "epoch 1/2  reads the training images first: 2/3 batches"
+    assert [line.split("  loss ")[0] for line in lines[1:]] == [
+        "epoch 1/2",
+        "epoch 2/2  reads the training images first: 2/3 batches",
+        "epoch 2/2",
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_read_once_an_epoch_and_a_loader_that_is_trained_on_is_left_alone(workers):
+    read = _fit_a_reader([0.0], num_workers=workers, persistent_workers=workers > 0)
+    assert read == [[0, 1, 2] * 4] * 2
+
+
+def test_a_bar_says_that_images_are_read():
+    written = io.StringIO()
+    _fit_a_reader([0.0], ProgressBar(Console(file=written, force_terminal=True, width=160)))
+    assert "epoch 1/2  reads the training images first: 1/3" in written.getvalue()
 
 
 def test_a_terminal_has_a_bar_over_all_steps_with_loss_and_time_left():

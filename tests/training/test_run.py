@@ -224,8 +224,9 @@ def test_complete_run_is_read_back_and_another_is_refused(config, monkeypatch):
         train(dataclasses.replace(config, epochs=1, seed=1), progress=False)
 
 
-def test_more_epochs_go_on_from_the_last_one(config, tmp_path, capsys):
-    config = dataclasses.replace(config, schedule="constant")
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_more_epochs_go_on_from_the_last_one(config, tmp_path, capsys, schedule):
+    config = dataclasses.replace(config, schedule=schedule, schedule_steps=[2])
     whole = train(config, progress=False)
     shorter = dataclasses.replace(config, output=str(tmp_path / "runs" / "two"), epochs=1)
     train(shorter, progress=False)
@@ -764,6 +765,14 @@ def test_an_epoch_cannot_be_chosen_on_images_that_there_are_none_of(config, tmp_
         )
         with pytest.raises(ConfigError, match=wanted):
             assemble(options, tmp_path)
+
+
+def test_a_figure_that_wants_saying_is_said_when_training_is_over(config, monkeypatch):
+    figure = dataclasses.replace(FIGURES["acc1"], remark=lambda value: f"said of {value:.3f}")
+    monkeypatch.setitem(FIGURES, "acc1", figure)
+    with pytest.warns(UserWarning, match="said of") as caught:
+        figures = train(config, progress=False)
+    assert f"said of {figures['acc1']:.3f}" in {str(warning.message) for warning in caught}
 
 
 def test_what_a_method_does_wrong_is_not_laid_on_the_backbone(config, monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ MAPS = (("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32"))
 TABLES = ("fp32", "fp64")
 POINTERS = {
     "features": "maps", "masked": "maps", "grad_masked": "maps", "grad_features": "maps",
-    "mask": "masks", "grad_mask": "masks", "gate": "masks",
+    "mask": "masks", "grad_mask": "masks",
     "logits": "table", "correspondence": "table",
     "seed": "i64", "label": "i64", "labels": "i64",
     "activations": "maps", "grad": "maps", "grad_counts": "masks",

@@ -20,7 +20,7 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype(
     assert {line[0] for line in compiled["masking"]} == {
         name for name in kernels if name.isidentifier()
     }
-    for name in ("bernoulli_kernel", "gate_kernel", "backward_kernel"):
+    for name in ("bernoulli_kernel", "channels_kernel", "backward_kernel"):
         types = {line[1] for line in compiled["masking"] if line[0] == name}
         assert types == {"*fp32", "*fp64", "*bf16", "*fp16"}, name
 

@@ -1,0 +1,131 @@
+"""Which filters carried a prediction: the share of the logit that each stands for."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.ops import checks
+
+# Of the greatest contribution: what rounding leaves between the logit and the sum.
+_ROUNDING = 1e-4
+
+
+class FilterGroup(NamedTuple):
+    """The filters that stand for one class.
+
+    Attributes:
+        owner: the class; None: they stand for none.
+        filters: ``[n]`` indices, those that carried most of the logit first.
+        contribution: of all of them to the logit.
+        logits_without: ``[K]`` of the image with these filters at 0.
+    """
+
+    owner: int | None
+    filters: Tensor
+    contribution: float
+    logits_without: Tensor
+
+
+class ImageExplanation(NamedTuple):
+    """What a network makes of an image, filter by filter.
+
+    Attributes:
+        logits: ``[K]``.
+        target: the class whose logit is explained.
+        contributions: ``[N]``, of each filter to that logit.
+        offset: the logit where every filter is at 0: of biases, and what gets past the filters.
+        exact: whether offset and contributions sum up to the logit, as behind a linear head. Else
+            they are its first order alone.
+        maps: of the target layer, ``[N, h, w]`` or as the network's ``channel_dim`` says.
+        groups: filters by the class they stand for, those that carried most first.
+    """
+
+    logits: Tensor
+    target: int
+    contributions: Tensor
+    offset: float
+    exact: bool
+    maps: Tensor
+    groups: list[FilterGroup]
+
+
+def explain_image(
+    network: InterpretableNetwork, image: Tensor, *, target: int | None = None
+) -> ImageExplanation:
+    """The filters that carried a prediction, by the class they stand for, and it without them.
+
+    A filter's contribution is its map times the gradient of the logit, summed over positions. Where
+    the head is linear behind the maps, as average pooling and one layer are, that is exactly what
+    the filter adds to the logit. A filter stands for the class that ``ownership`` gives most of it
+    to; where no class has any of it, or the method gives filters to no class, it stands for none.
+
+    Args:
+        network: in eval mode.
+        image: ``[C, H, W]`` or ``[1, C, H, W]`` as the network takes it, on its device.
+        target: the class explained; None: the one predicted.
+
+    Raises:
+        TypeError: arguments of the wrong kind.
+        ValueError: no single image, or a target that is no class.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.explain import explain_image
+        >>> from picnn_fast.models import make_interpretable
+        >>> network = make_interpretable("small-resnet", num_classes=10).eval()
+        >>> seen = explain_image(network, torch.rand(1, 8, 8))
+        >>> seen.exact, seen.contributions.shape
+        (True, torch.Size([128]))
+        >>> sum(len(group.filters) for group in seen.groups)
+        128
+    """
+    if not isinstance(network, InterpretableNetwork):
+        raise TypeError(
+            f"network: got {type(network).__name__}, want an interpretable network, as of"
+            " make_interpretable"
+        )
+    checks.floating("image", image)
+    batch = image[None] if image.ndim == 3 else image
+    if batch.ndim != 4 or len(batch) != 1:
+        raise ValueError(f"image: got shape {tuple(image.shape)}, want one image [C, H, W]")
+    if target is not None:
+        checks.integer("target", target, 0)
+        if target >= network.num_classes:
+            raise ValueError(f"target: got {target}, want a class in [0, {network.num_classes})")
+    # Gradients whatever the caller's mode is.
+    with torch.inference_mode(False), torch.enable_grad():
+        maps, bypass = network.encode(batch.detach().clone())
+        maps = maps.detach().requires_grad_()
+        logits = network.head_logits(maps, bypass=bypass)
+        chosen = int(logits.argmax()) if target is None else target
+        (gradient,) = torch.autograd.grad(logits[0, chosen], maps)
+    with torch.no_grad():
+        maps, logits = maps.detach(), logits.detach()[0]
+        terms = (maps * gradient).movedim(network.channel_dim, 1)[0]
+        contributions = terms.reshape(network.num_filters, -1).sum(1)
+        offset = network.head_logits(torch.zeros_like(maps), bypass=bypass)[0, chosen]
+        gap = (offset + contributions.sum() - logits[chosen]).abs()
+        scale = contributions.abs().sum() + offset.abs()
+        groups = []
+        for owner, filters in _by_owner(network, contributions):
+            mask = torch.ones(1, network.num_filters, device=maps.device)
+            mask[0, filters] = 0
+            without = network.head_logits(maps, mask, bypass)[0]
+            groups.append(FilterGroup(owner, filters, float(contributions[filters].sum()), without))
+    groups.sort(key=lambda group: -group.contribution)
+    exact = bool(gap <= _ROUNDING * scale)
+    return ImageExplanation(logits, chosen, contributions, float(offset), exact, maps[0], groups)
+
+
+def _by_owner(
+    network: InterpretableNetwork, contributions: Tensor
+) -> list[tuple[int | None, Tensor]]:
+    order = contributions.argsort(descending=True, stable=True)
+    ownership = network.ownership()
+    if ownership is None:
+        return [(None, order)]
+    most, owner = ownership.to(order.device).max(0)
+    owner = owner.where(most > 0, -1)[order]
+    return [(c if c >= 0 else None, order[owner == c]) for c in owner.unique().tolist()]
