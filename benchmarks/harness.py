@@ -371,26 +371,36 @@ def command_line(
     run: Callable[..., dict[str, Any]],
     report: Callable[[dict[str, Any]], str],
     arguments: list[str] | None,
+    tables: tuple[str, ...] = (),
 ) -> None:
     """``python -m benchmarks.<family>``: ``run(device, smoke=…, measure=…)``, report, results file.
 
-    ``measure(results, title)`` is ``Record.measure``. Exits with status 1 if a measurement failed.
+    ``measure(results, title)`` is ``Record.measure``. ``tables``: those that can be measured alone,
+    which ``run`` takes as ``tables=(name,)``, into a file of their own. Exits with status 1 if a
+    measurement failed.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{family}", description=description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes, written only where --results says"
     )
+    if tables:
+        parser.add_argument("--table", choices=tables, help="measure this one alone")
     add_results_option(parser)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    command = f"python -m benchmarks.{family} --device {options.device}"
+    name, which = family, {}
+    if tables and options.table is not None:
+        command += f" --table {options.table}"
+        name, which = f"{family}-{options.table}", {"tables": (options.table,)}
     record = Record(
         results_folder(options),
-        f"{family}-{machine_name(device)}",
-        command=f"python -m benchmarks.{family} --device {options.device}",
+        f"{name}-{machine_name(device)}",
+        command=command,
         machine=machine(device),
     )
-    results = run(device, smoke=options.smoke, measure=record.measure)
+    results = run(device, smoke=options.smoke, measure=record.measure, **which)
     path = record.save(results, complete=True)
     print(report(results))
     if path is not None:

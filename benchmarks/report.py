@@ -1,4 +1,4 @@
-"""benchmarks/README.md out of the committed results, and the table of costs of the main README.
+"""benchmarks/README.md out of the committed results, and the tables of the main README.
 
     python -m benchmarks.report
 
@@ -13,6 +13,9 @@ from typing import Any
 
 from benchmarks import (
     bias,
+    correlation,
+    compare,
+    explainer,
     filter_loss,
     harness,
     masking,
@@ -26,7 +29,10 @@ BENCHMARKS = (
     overhead,
     masking,
     filter_loss,
+    correlation,
+    compare,
     parts,
+    explainer,
     mutual_information,
     bias,
     mutual_information_loss,
@@ -102,9 +108,16 @@ def costs(machine: str = "amd-epyc-2-cores") -> str:
     return harness.table(header, rows)
 
 
+def comparison() -> str:
+    """The main README's table of methods: the paper's figures, mean and spread over seeds."""
+    results = json.loads((harness.RESULTS / f"{compare.NAME}.json").read_text())
+    return compare.report(results, compare.PAPERS)
+
+
 def main() -> None:
     README.write_text(pages(), encoding="utf-8")
-    print(f"{costs()}\n\nwritten to {README}; the table above belongs into the main README")
+    print(f"{comparison()}\n\n{costs()}\n")
+    print(f"written to {README}; the tables above belong into the main README")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The command ``picnn-fast``: demo, train, evaluate, explain, convert, doctor.
+"""The command ``picnn-fast``: demo, train, compare, evaluate, explain, convert, doctor.
 
 Nothing is imported until a command needs it, so that ``picnn-fast --help`` answers at once, and
 ``doctor``, with torch and numpy alone, on any installation.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -138,7 +139,7 @@ def _terminable(command: str) -> Iterator[None]:
     Lightning's own handler would wait for the next batch, and then end with status 0; it calls
     the handler it finds.
     """
-    if command not in ("demo", "train") or (
+    if command not in ("demo", "train", "compare") or (
         threading.current_thread() is not threading.main_thread()
     ):
         yield
@@ -163,30 +164,40 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     return *ours, OSError, ImportError
 
 
-def _print_table(figures: dict[str, dict[str, float | str]], title: str) -> None:
-    from picnn_fast.evaluation import FIGURES, format_figure
+def _print_table(rows: Mapping[str, Sequence[Mapping[str, float | str]]], title: str) -> None:
+    """A row each for the figures of a run, or of several whose mean and spread are shown."""
+    from picnn_fast.evaluation import FIGURES, format_figures
 
     with extra("train"):
         from rich.console import Console
         from rich.table import Table
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("", overflow="fold", min_width=min(max(map(len, figures)), 12))
-    had = [k for k in FIGURES if any(not isinstance(v[k], str) for v in figures.values())]
-    for key in had:
-        arrow = {"higher": "↑", "lower": "↓"}[FIGURES[key].better]
+    table.add_column("", overflow="fold", min_width=min(max(map(len, rows)), 12))
+    had: list[str] = []
+    notes: list[tuple[str, tuple[str, ...]]] = []
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for key, figure in FIGURES.items():
+        values = [run[key] for runs in rows.values() for run in runs]
+        reasons = tuple(dict.fromkeys(value for value in values if isinstance(value, str)))
+        if all(isinstance(value, str) for value in values):
+            missing.setdefault(reasons, []).append(figure.heading)
+            continue
+        had.append(key)
+        notes.append((f"{figure.heading}: {figure.meaning}", reasons))
+        arrow = {"higher": "↑", "lower": "↓"}[figure.better]
         # A narrow terminal breaks headings, and neither numbers nor names are cut.
-        widest = max(len(format_figure(values, key)) for values in figures.values())
+        widest = max(len(format_figures(runs, key)) for runs in rows.values())
         table.add_column(
-            f"{FIGURES[key].heading} {arrow}", justify="right", overflow="fold", min_width=widest
+            f"{figure.heading} {arrow}", justify="right", overflow="fold", min_width=widest
         )
-    for name, values in figures.items():
-        table.add_row(printable(name), *(format_figure(values, key) for key in had))
+    for name, runs in rows.items():
+        table.add_row(printable(name), *(format_figures(runs, key) for key in had))
     # Names are taken as they are: one may hold what rich would take for a style or an emoji.
     console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(table)
-    for key, figure in FIGURES.items():
-        reasons = {str(v[key]): None for v in figures.values() if isinstance(v[key], str)}
-        console.print(f"  {figure.heading}: {figure.meaning}", *(f"({r})" for r in reasons))
+    notes += [(f"not here: {', '.join(names)}", reasons) for reasons, names in missing.items()]
+    for note, reasons in notes:
+        console.print(f"  {note}", *(f"({reason})" for reason in reasons))
 
 
 def _add_overwrite(parser: Any) -> None:
@@ -229,7 +240,8 @@ def _demo(arguments: Sequence[str]) -> int:
     complete = not args["overwrite"] and folder.complete()
     with _telling_how_to_go_on(folder):
         figures = run_demo(output, overwrite=args["overwrite"], **same)
-    _print_table(figures, "Test split, 360 handwritten digits")
+    rows = {name: [values] for name, values in figures.items()}
+    _print_table(rows, "Test split, 360 handwritten digits")
     if args["epochs"] == EPOCHS:
         spread = ", ".join(f"{FIGURES[key].heading} {value}" for key, value in SPREAD.items())
         print(
@@ -264,20 +276,84 @@ def _train(arguments: Sequence[str]) -> int:
     options = Options(**args)
     folder = train_folder(options)
     complete = not overwrite and folder.complete()
-    if args["backbone"]["name"] == BY_IMAGE_SIZE and not complete and launch(None).first:
-        name = options.backbone["name"]
+    name = options.backbone["name"]
+    by_size = args["backbone"]["name"] == BY_IMAGE_SIZE != name
+    if by_size and not complete and launch(None).first:
         print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
     with _telling_how_to_go_on(folder):
         figures = train(options, overwrite=overwrite)
     if not figures:  # a process beside the first one
         return 0
-    _print_table({options.method["name"]: figures}, f"Test split of {options.data['name']}")
+    _print_table({options.method["name"]: [figures]}, f"Test split of {options.data['name']}")
     logs = [f"{name}/" for name in ("csv", "tensorboard") if (folder.path / name).is_dir()]
     shown, output = ", ".join(["metrics.json", "last.ckpt", *logs]), shlex.quote(options.output)
     print(printable(f"  {options.output}: {shown}"))
     print(printable(f"  picnn-fast evaluate {output}   measures it again, or on other images"))
     if "tensorboard/" in logs:
         print(printable(f"  tensorboard --logdir {output}   draws its losses and figures"))
+    if complete:
+        _say_complete()
+    return 0
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from picnn_fast.training.compare import (
+        DEFAULT_METHODS,
+        DEFAULT_SEEDS,
+        RECIPES,
+        VARIANTS,
+        compare,
+        compare_folder,
+        methods_on,
+    )
+    from picnn_fast.training.options import GROUPS, Options, parse
+
+    def add(parser: Any) -> None:
+        parser.set_defaults({"output": "runs/compare"})
+        parser.add_argument(
+            "--methods",
+            nargs="+",
+            type=Literal[(*GROUPS["method"].rows, *VARIANTS)],
+            default=list(DEFAULT_METHODS),
+            help="rows of the table",
+        )
+        parser.add_argument(
+            "--seeds",
+            nargs="+",
+            type=int,
+            default=list(DEFAULT_SEEDS),
+            help="of everything random but the split: as many networks of each method",
+        )
+        _add_overwrite(parser)
+
+    def recipe(names: Mapping[str, str]) -> Mapping[str, Any]:
+        return RECIPES[names["data"]].common if names["data"] in RECIPES else {}
+
+    args = parse(
+        arguments,
+        prog="picnn-fast compare",
+        description="Train several methods alike, several seeds of each, and show mean and standard"
+        " deviation of their figures on the test split. Options are those of train; on digits the"
+        " methods' own are what suits them there. An interrupted comparison goes on when started"
+        " again, and more methods or seeds go on with a complete one.",
+        groups=("backbone", "data", "optimizer"),
+        without=("seed", "devices", "strategy"),
+        recipe=recipe,
+        add=add,
+    )
+    data = args["data"]["name"]
+    del args["config"]
+    overwrite, seeds = args.pop("overwrite"), args.pop("seeds")
+    methods = methods_on(data, args.pop("methods"))
+    options = Options(**args)
+    folder = compare_folder(options, methods, seeds)
+    complete = not overwrite and folder.complete()
+    with _telling_how_to_go_on(folder):
+        say = functools.partial(print, flush=True)  # a log file tells at once, too
+        figures = compare(options, methods, seeds, overwrite=overwrite, say=say)
+    count = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    _print_table(figures, f"Test split of {data}, {count}")
+    print(printable(f"  {options.output}: metrics.json, metrics.csv, a folder of each network"))
     if complete:
         _say_complete()
     return 0
@@ -291,7 +367,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
     def add(parser: Any) -> None:
         parser.add_argument(
-            "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt"
+            "path",
+            metavar="RUN_OR_CHECKPOINT",
+            help="folder of a run, a demo or a comparison, or a .ckpt",
         )
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
@@ -336,7 +414,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     if args["json"]:
         print(json.dumps(figures, indent=2))
     else:
-        _print_table(figures, f"Test split of {options.data['name']}")
+        rows = {name: [values] for name, values in figures.items()}
+        _print_table(rows, f"Test split of {options.data['name']}")
     return 0
 
 
@@ -404,7 +483,9 @@ def _explain(arguments: Sequence[str]) -> int:
 
     def add(parser: Any) -> None:
         parser.add_argument(
-            "path", metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a demo, or a .ckpt"
+            "path",
+            metavar="RUN_OR_CHECKPOINT",
+            help="folder of a run, a demo or a comparison, or a .ckpt",
         )
         parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
         parser.add_argument(
@@ -663,6 +744,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "train an ordinary network and a PICNN on digits, and compare them",
     ),
     "train": (_train, "train and evaluate one network"),
+    "compare": (_compare, "train several methods, several seeds of each, and compare them"),
     "evaluate": (_evaluate, "measure a trained network on a test split"),
     "explain": (_explain, "show which filters carried a prediction"),
     "convert": (_convert, "turn a checkpoint of the authors' PICNN into one of ours"),

@@ -151,8 +151,8 @@ class FilterLoss(nn.Module):
     for the size of the first maps and bound to it; evaluation mode uses them without renewing them.
     Copies made before the first maps get buffers of that size, too (but in a compiled step), so
     that averages of the weights, as of ``torch.optim.swa_utils``, can be begun at once. A pass
-    computed again by ``torch.utils.checkpoint`` would renew them twice: it is refused, where
-    ``torch.compile`` does not hide it.
+    computed again by ``torch.utils.checkpoint`` would renew them twice: it is refused, and under
+    ``torch.compile`` is what PyTorch calls an unsafe side effect.
 
     Args:
         template: see ``PartTemplate``.

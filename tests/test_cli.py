@@ -34,7 +34,7 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-COMMANDS = ["demo", "train", "evaluate", "explain", "convert", "doctor"]
+COMMANDS = ["demo", "train", "compare", "evaluate", "explain", "convert", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -98,7 +98,7 @@ def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encodi
 
     def table():
         cli._prepare_streams()
-        cli._print_table(figures, "Test split of [/x] [red]")
+        cli._print_table({k: [v] for k, v in figures.items()}, "Test split of [/x] [red]")
 
     _, out = _written(monkeypatch, encoding, table)
     assert "Test split of [/x] [red]" in out
@@ -525,12 +525,12 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
-    from picnn_fast.training import demo
+    from picnn_fast.training import compare
 
     def interrupted(*arguments, **options):
         sys.exit(1)  # as Lightning does
 
-    monkeypatch.setattr(demo, "fit", interrupted)
+    monkeypatch.setattr(compare, "fit", interrupted)
     status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
     assert (status, "demo: interrupted; the same command starts anew" in err) == (130, True)
     assert not (tmp_path / "demo").exists()

@@ -326,6 +326,15 @@ def test_a_pass_computed_again_is_refused_where_it_would_renew_the_estimates_twi
     for each in (loss, of_the_function):
         with pytest.raises(RuntimeError, match=r"^filter_loss: got computed again in the backward"):
             gradient(each, reentrant)
+        if not reentrant:  # the backward pass of a compiled graph would compute again unseen
+            torch.compiler.reset()
+            compiled = torch.compile(
+                lambda x, each=each: checkpoint(each, x, use_reentrant=False),
+                fullgraph=True,
+                backend="aot_eager",
+            )
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="Unsafe side effect"):
+                compiled(maps(4, 3, 4, 4).requires_grad_())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

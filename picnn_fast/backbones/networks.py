@@ -68,24 +68,53 @@ def small_cnn(image_channels: int = 3, num_classes: int = 1000) -> nn.Sequential
     Args:
         image_channels, num_classes: see ``small_resnet``.
     """
-    layers: list[nn.Module] = []
-    channels = image_channels
-    for width, stride, pooled in ((24, 2, True), (48, 1, True), (96, 1, False), (96, 1, False)):
-        layers += [
-            nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-        if pooled:
-            layers.append(nn.MaxPool2d(2))
-        channels = width
+    layers = ((24, 2, True), (48, 1, True), (96, 1, False), (96, 1, False))
     return _network(
-        nn.Sequential(*layers),
+        _plain(image_channels, layers),
         nn.MaxPool2d(2),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
         nn.LazyLinear(num_classes),
     )
+
+
+def small_vgg(image_channels: int = 3, num_classes: int = 1000) -> nn.Sequential:
+    """A plain network as VGG's, with fc6 and fc7, for images of 64 to 128 pixels.
+
+    Four 3x3 convolutions with batch norm, the last two of them with 64 channels at 1/4 of the
+    image's size, and three fully connected layers, without dropout.
+
+    Args:
+        image_channels, num_classes: see ``small_resnet``.
+    """
+    layers = ((32, 2, True), (64, 1, False), (64, 1, False), (64, 1, False))
+    return _network(
+        _plain(image_channels, layers),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(8),  # nothing to do at 64 pixels
+        nn.Flatten(),
+        nn.LazyLinear(256),
+        nn.ReLU(),
+        nn.LazyLinear(256),
+        nn.ReLU(),
+        nn.LazyLinear(num_classes),
+    )
+
+
+def _plain(image_channels: int, layers: Sequence[tuple[int, int, bool]]) -> nn.Sequential:
+    """3x3 convolutions by width and stride, and whether pooling by 2 follows."""
+    plain: list[nn.Module] = []
+    channels = image_channels
+    for width, stride, pooled in layers:
+        plain += [
+            nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        if pooled:
+            plain.append(nn.MaxPool2d(2))
+        channels = width
+    return nn.Sequential(*plain)
 
 
 def vgg_m(image_channels: int = 3, num_classes: int = 1000) -> nn.Sequential:

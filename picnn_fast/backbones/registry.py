@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from picnn_fast._extras import extra
-from picnn_fast.backbones.networks import small_cnn, small_resnet, vgg_m, vgg_s
+from picnn_fast.backbones.networks import small_cnn, small_resnet, small_vgg, vgg_m, vgg_s
 from picnn_fast.backbones.split import Split, split, split_halves
 from picnn_fast.ops import checks
 
@@ -79,6 +79,7 @@ def torchvision_network(name: str, image_channels: int = 3, weights: Any = None)
 BACKBONES: dict[str, Row] = {
     "small-resnet": Row(small_resnet, "features"),
     "small-cnn": Row(small_cnn, "features"),
+    "small-vgg": Row(small_vgg, "features"),
     "resnet18": _of_torchvision("resnet18", "layer4", "resnet.ResNet"),
     "resnet34": _of_torchvision("resnet34", "layer4", "resnet.ResNet"),
     "resnet50": _of_torchvision("resnet50", "layer4", "resnet.ResNet"),

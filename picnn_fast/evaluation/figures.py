@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from picnn_fast._extras import extra
 from picnn_fast.backbones.receptive_field import ReceptiveField, receptive_field
@@ -21,9 +22,10 @@ from picnn_fast.metrics import (
     PathwayAccuracy,
 )
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.csg import CSG
 
 with extra("train"):
-    from torchmetrics import Metric
+    from torchmetrics import MeanMetric, Metric
 
 # Of the maps that part interpretability has to keep; it needs somewhat more to compute.
 MOST_MAP_BYTES = 3 << 29
@@ -67,12 +69,52 @@ def _needs_ownership(network: InterpretableNetwork, data: object) -> str | None:
     return None
 
 
-def _field(network: InterpretableNetwork, data: PartDataModule) -> ReceptiveField:
-    return receptive_field(network.features, data.part_sets["test"].image_size)
+def _needs_gate(network: InterpretableNetwork, data: object) -> str | None:
+    return None if isinstance(network, CSG) else f"{type(network).__name__} has no gate"
 
 
-def _needs_parts(kind: str) -> Callable[[InterpretableNetwork, SeededDataModule], str | None]:
+def _update_density(metric: Metric, seen: Observation) -> None:
+    assert isinstance(seen.network, CSG)
+    metric.update(seen.network.density())
+
+
+def _needs_performer(network: InterpretableNetwork, data: object) -> str | None:
+    return "no performer" if network.performer() is None else None
+
+
+# Whose maps a figure is of: the layers from the images to them, and their channels.
+Layers = Callable[[InterpretableNetwork], tuple[nn.Module, int] | str]
+
+
+def _filters(network: InterpretableNetwork) -> tuple[nn.Module, int] | str:
+    return network.features, network.num_filters
+
+
+def _performer_target(network: InterpretableNetwork) -> tuple[nn.Module, int] | str:
+    performer = network.performer()
+    if performer is None:
+        return "no performer"
+    return performer.target, performer.target_channels
+
+
+def _performer_top(network: InterpretableNetwork) -> tuple[nn.Module, int] | str:
+    performer = network.performer()
+    if performer is None or performer.top is None:
+        return "no performer" if performer is None else "no convolution above the target layer"
+    return nn.Sequential(performer.target, performer.top), performer.top_channels
+
+
+def _field(layers: nn.Module, data: PartDataModule) -> ReceptiveField:
+    return receptive_field(layers, data.part_sets["test"].image_size)
+
+
+def _needs_parts(
+    kind: str, layers: Layers = _filters
+) -> Callable[[InterpretableNetwork, SeededDataModule], str | None]:
     def needs(network: InterpretableNetwork, data: SeededDataModule) -> str | None:
+        of = layers(network)
+        if isinstance(of, str):
+            return of
         if not isinstance(data, PartDataModule):
             return "the data has no part annotations"
         if not getattr(data.part_sets["test"], f"{kind}_names"):
@@ -80,11 +122,11 @@ def _needs_parts(kind: str) -> Callable[[InterpretableNetwork, SeededDataModule]
         if network.channel_dim != 1:
             return "the maps are not [B, N, h, w]"
         try:
-            field = _field(network, data)
+            field = _field(of[0], data)
         except (TypeError, ValueError) as error:
             return str(error)
         samples = len(data.part_sets["test"])
-        size = samples * network.num_filters * math.prod(field.map_size) * 4
+        size = samples * of[1] * math.prod(field.map_size) * 4
         if kind == "part" and size > MOST_MAP_BYTES:
             return (
                 f"the maps of {samples} images would take more than {MOST_MAP_BYTES / 2**30:g} GiB"
@@ -95,13 +137,17 @@ def _needs_parts(kind: str) -> Callable[[InterpretableNetwork, SeededDataModule]
 
 
 def _part_metric(
-    kind: type[LocationInstability] | type[PartInterpretability], names: str
+    kind: type[LocationInstability] | type[PartInterpretability],
+    names: str,
+    layers: Layers = _filters,
 ) -> Callable[[InterpretableNetwork, PartDataModule, int], Metric]:
     def metric(network: InterpretableNetwork, data: PartDataModule, draws: int) -> Metric:
+        of = layers(network)
+        assert not isinstance(of, str)
         count = len(getattr(data.part_sets["test"], names))
         # Of one category's images alone, where one was singled out (ICNN, tables 1 and 3).
         classes = 1 if data.category is not None else data.num_classes
-        return kind(network.num_filters, count, _field(network, data), num_classes=classes)
+        return kind(of[1], count, _field(of[0], data), num_classes=classes)
 
     return metric
 
@@ -171,17 +217,33 @@ def _leakage(
     )
 
 
+def _top_maps(seen: Observation) -> Tensor:
+    assert seen.performed.top is not None
+    return seen.performed.top
+
+
+def _more_errors(metric: Any, seen: Observation) -> None:
+    """1 where the performer alone is right, -1 where it alone is wrong, else 0."""
+    right = [
+        (logits.argmax(1) == seen.labels).float() for logits in (seen.performed.logits, seen.logits)
+    ]
+    metric.update(right[0] - right[1])
+
+
 def _location_instability(
-    heading: str, meaning: str, look: Callable[[Observation], Tensor] = _maps
+    heading: str,
+    meaning: str,
+    look: Callable[[Observation], Tensor] = _maps,
+    layers: Layers = _filters,
 ) -> Figure:
-    """Of the maps that ``look`` makes of an observation."""
+    """Of the maps that ``look`` makes of an observation, which are those of ``layers``."""
     return Figure(
         heading=heading,
         meaning=meaning,
         better="lower",
-        metric=_part_metric(LocationInstability, "landmark_names"),
+        metric=_part_metric(LocationInstability, "landmark_names", layers),
         update=_update_parts("landmarks", look),
-        needs=_needs_parts("landmark"),
+        needs=_needs_parts("landmark", layers),
     )
 
 
@@ -230,6 +292,14 @@ FIGURES: dict[str, Figure] = {
         metric=lambda network, data, draws: MutualInformationScore(network.num_classes),
         update=lambda metric, seen: metric.update(seen.pooled, seen.labels),
     ),
+    "density": Figure(
+        heading="L1-density",
+        meaning="of the gate: the share of its elements that it sums to",
+        better="lower",
+        metric=lambda network, data, draws: MeanMetric(),
+        update=_update_density,
+        needs=_needs_gate,
+    ),
     "location_instability": _location_instability(
         "location instab.", "of a filter's peak about the landmarks, image diagonals"
     ),
@@ -241,6 +311,18 @@ FIGURES: dict[str, Figure] = {
     "location_instability_random": _location_instability(
         "… at random", "of filters that peak anywhere", _anywhere
     ),
+    "location_instability_performer": _location_instability(
+        "… performer",
+        "of the maps that are explained",
+        lambda seen: seen.performed.target,
+        _performer_target,
+    ),
+    "location_instability_top": _location_instability(
+        "… its top conv.",
+        "of the performer's last convolution",
+        _top_maps,
+        _performer_top,
+    ),
     "part_interpretability": Figure(
         heading="part interpr.",
         meaning="share of images whose part a filter finds",
@@ -248,6 +330,22 @@ FIGURES: dict[str, Figure] = {
         metric=_part_metric(PartInterpretability, "part_names"),
         update=_update_parts("part_masks"),
         needs=_needs_parts("part"),
+    ),
+    "p": Figure(
+        heading="p",
+        meaning="share of an explainer's interpretable track",
+        better="higher",
+        metric=lambda network, data, draws: MeanMetric(),
+        update=lambda metric, seen: metric.update(seen.network.logged()["p"]),
+        needs=_needs_performer,
+    ),
+    "more_errors": Figure(
+        heading="Δ error",
+        meaning="share of images that are wrong by the reconstruction, less the performer's",
+        better="lower",
+        metric=lambda network, data, draws: MeanMetric(),
+        update=_more_errors,
+        needs=_needs_performer,
     ),
 }
 
@@ -277,6 +375,20 @@ def format_figure(values: Mapping[str, float | str], name: str) -> str:
         return NOT_AVAILABLE.rstrip(": ")
     error = values.get(name + STANDARD_ERROR)
     return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+
+
+def format_figures(runs: Sequence[Mapping[str, float | str]], name: str) -> str:
+    """One figure of several runs for a table: their mean ± the standard deviation, or "n/a".
+
+    Of a single run as ``format_figure``.
+    """
+    if len(runs) == 1:
+        return format_figure(runs[0], name)
+    values = [run.get(name, NOT_AVAILABLE) for run in runs]
+    numbers = [value for value in values if not isinstance(value, str)]
+    if len(numbers) < len(runs):
+        return NOT_AVAILABLE.rstrip(": ")
+    return f"{statistics.fmean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
 
 
 def as_numbers(name: str, value: Tensor | Iterable[Tensor]) -> dict[str, float | str]:

@@ -1,6 +1,7 @@
 """A batch of images as the figures see it: what several of them need is computed once."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from picnn_fast.models.base import InterpretableNetwork
 
 # Numbers that keep apart what is drawn for one batch.
 _PSEUDO_LABEL, _PSEUDO_LABEL_MASK, _LABEL_MASK = range(3)
+
+
+class Performed(NamedTuple):
+    """Of a performer: maps of its target layer and top convolution, and logits ``[B, K]``."""
+
+    target: Tensor
+    top: Tensor | None
+    logits: Tensor
 
 
 class Observation:
@@ -42,9 +51,13 @@ class Observation:
         self.seed, self.draws, self.parts = seed, draws, parts
 
     @cached_property
+    def _encoded(self) -> tuple[Tensor, Tensor | None]:
+        return self.network.encode(self.images)
+
+    @property
     def maps(self) -> Tensor:
         """Of the target layer, ``[B, N, h, w]`` or as the network's ``channel_dim`` says."""
-        return self.network.filter_maps(self.images)
+        return self._encoded[0]
 
     @cached_property
     def pooled(self) -> Tensor:
@@ -54,7 +67,18 @@ class Observation:
     @cached_property
     def logits(self) -> Tensor:
         """``[B, K]`` of all filters: the pathway of ACC1."""
-        return self.network.head_logits(self.maps)
+        return self.network.head_logits(self.maps, bypass=self._encoded[1])
+
+    @cached_property
+    def performed(self) -> Performed:
+        """What the network that this one explains makes of the images."""
+        performer = self.network.performer()
+        if performer is None:
+            raise ValueError(f"{type(self.network).__name__} explains no other network")
+        target = performer.target(self.images)
+        top = None if performer.top is None else performer.top(target)
+        # The rest may write in place.
+        return Performed(target, top, performer.rest((target if top is None else top).clone()))
 
     @cached_property
     def pseudo_label_masks(self) -> Tensor:

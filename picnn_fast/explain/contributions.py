@@ -35,7 +35,7 @@ class ImageExplanation(NamedTuple):
         logits: ``[K]``.
         target: the class whose logit is explained.
         contributions: ``[N]``, of each filter to that logit.
-        offset: the logit where every filter is at 0.
+        offset: the logit where every filter is at 0: of biases, and what gets past the filters.
         exact: whether offset and contributions sum up to the logit, as behind a linear head. Else
             they are its first order alone.
         maps: of the target layer, ``[N, h, w]`` or as the network's ``channel_dim`` says.
@@ -96,22 +96,23 @@ def explain_image(
             raise ValueError(f"target: got {target}, want a class in [0, {network.num_classes})")
     # Gradients whatever the caller's mode is.
     with torch.inference_mode(False), torch.enable_grad():
-        maps = network.filter_maps(batch.detach().clone()).detach().requires_grad_()
-        logits = network.head_logits(maps)
+        maps, bypass = network.encode(batch.detach().clone())
+        maps = maps.detach().requires_grad_()
+        logits = network.head_logits(maps, bypass=bypass)
         chosen = int(logits.argmax()) if target is None else target
         (gradient,) = torch.autograd.grad(logits[0, chosen], maps)
     with torch.no_grad():
         maps, logits = maps.detach(), logits.detach()[0]
         terms = (maps * gradient).movedim(network.channel_dim, 1)[0]
         contributions = terms.reshape(network.num_filters, -1).sum(1)
-        offset = network.head_logits(torch.zeros_like(maps))[0, chosen]
+        offset = network.head_logits(torch.zeros_like(maps), bypass=bypass)[0, chosen]
         gap = (offset + contributions.sum() - logits[chosen]).abs()
         scale = contributions.abs().sum() + offset.abs()
         groups = []
         for owner, filters in _by_owner(network, contributions):
             mask = torch.ones(1, network.num_filters, device=maps.device)
             mask[0, filters] = 0
-            without = network.head_logits(maps, mask)[0]
+            without = network.head_logits(maps, mask, bypass)[0]
             groups.append(FilterGroup(owner, filters, float(contributions[filters].sum()), without))
     groups.sort(key=lambda group: -group.contribution)
     exact = bool(gap <= _ROUNDING * scale)

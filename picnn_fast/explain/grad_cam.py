@@ -51,7 +51,8 @@ def filter_attributions(
 
     def logits(batch: Tensor) -> Tensor:
         if isinstance(network, InterpretableNetwork):
-            output: Any = network.head_logits(network.filter_maps(batch))
+            reached, bypass = network.encode(batch)
+            output: Any = network.head_logits(reached, bypass=bypass)
         else:
             output = network(batch)
         if not isinstance(output, Tensor) or output.ndim != 2:

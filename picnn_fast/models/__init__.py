@@ -3,6 +3,7 @@
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.models.csg import CSG
+from picnn_fast.models.explainer import Explainer
 from picnn_fast.models.factory import METHODS, make_interpretable
 from picnn_fast.models.iccnn import ICCNN
 from picnn_fast.models.icnn import ICNN
@@ -17,6 +18,7 @@ __all__ = [
     "PICNN",
     "STD",
     "Correspondence",
+    "Explainer",
     "InterpretableNetwork",
     "make_interpretable",
 ]

@@ -3,14 +3,33 @@
 import abc
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from picnn_fast.models.correspondence import drawn_mask
 from picnn_fast.models.masked_head import MaskedHead
+from picnn_fast.models.on_backbone import parts_on_backbone
 from picnn_fast.ops import checks
+
+
+class Performer(NamedTuple):
+    """A trained network that another explains, in three parts that run one after the other.
+
+    Attributes:
+        target: images to the maps that are explained.
+        top: those to the maps of the convolution above them, the last one, after its activation;
+            None where there is none.
+        rest: on to logits ``[B, K]``.
+        target_channels, top_channels: of the maps of both.
+    """
+
+    target: nn.Module
+    top: nn.Module | None
+    rest: nn.Module
+    target_channels: int
+    top_channels: int
 
 
 class InterpretableNetwork(nn.Module, abc.ABC):
@@ -36,6 +55,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             the target layer; None takes as many as the backbone yields.
         draws_masks: whether a class's filters are told by masks drawn of ``ownership``, so that
             figures by such masks, ACC2 and ACC3, apply.
+        network_from: the option that names a run, whose trained network the method is put on in
+            place of a backbone; None for methods that are put on a backbone.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -48,6 +69,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
 
     filters_per_class: ClassVar[float | None] = 12.8  # PICNN, figure 5
     draws_masks: ClassVar[bool] = True
+    network_from: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -75,6 +97,38 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         self.channel_dim = channel_dim
         self.features = features
         self.head = head
+
+    @classmethod
+    def on_backbone(
+        cls,
+        backbone: Any,
+        *,
+        num_classes: int,
+        layer: str | None = None,
+        num_filters: int | None = None,
+        insert_conv: bool = True,
+        in_channels: int | None = None,
+        image_channels: int | None = None,
+        weights: Any = None,
+        **options: Any,
+    ) -> Self:
+        """The method on a backbone, whose classifier is made anew; see ``make_interpretable``.
+
+        A method that makes something else of a backbone says so here.
+        """
+        parts = parts_on_backbone(
+            backbone,
+            filters_per_class=cls.filters_per_class if insert_conv else None,
+            num_classes=num_classes,
+            layer=layer,
+            num_filters=num_filters,
+            insert_conv=insert_conv,
+            in_channels=in_channels,
+            image_channels=image_channels,
+            weights=weights,
+            options=options,
+        )
+        return cls(*parts[:-1], **parts.options)
 
     @abc.abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
@@ -108,12 +162,19 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         self.masked_head.check_maps(maps)
         return maps
 
-    def head_logits(self, maps: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``filter_maps``, and what reaches the head past the filters, with most methods None."""
+        return self.filter_maps(images), None
+
+    def head_logits(
+        self, maps: Tensor, mask: Tensor | None = None, bypass: Tensor | None = None
+    ) -> Tensor:
         """The head's logits ``[B, K]`` on the maps, each channel scaled by its mask.
 
         Args:
             maps: of ``filter_maps``; never written to.
             mask: ``[B, N]`` in [0, 1], any dtype, differentiable; None keeps every filter.
+            bypass: what ``encode`` yields beside the maps; with most methods there is nothing.
         """
         return self.masked_head(self.head, maps, mask)
 
@@ -192,7 +253,11 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             raise ValueError(f"class_mask: {type(self).__name__} gives no filter to a class")
         return drawn_mask(probabilities, labels, seed=seed)
 
-    def discriminator(self) -> nn.Sequential:
+    def performer(self) -> Performer | None:
+        """The trained network that this one explains, or None: it explains itself."""
+        return None
+
+    def discriminator(self) -> nn.Module:
         """The plain network to deploy, images to logits.
 
         It holds the same modules, not copies, under the same names ``features`` and ``head``: its

@@ -11,6 +11,7 @@ from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
+from picnn_fast.ops.layout import whole
 
 STD_PATH, CSG_PATH = "std", "csg"  # names of the two optimisers, too
 SPARSE_ENOUGH = 1.1  # times the bound
@@ -57,6 +58,8 @@ class CSG(InterpretableNetwork):
         classification_weight: of the cross entropy of the gated path, λ1 of eq. 3.
         csg_lr: learning rate of network and gate in epochs of the gated path; None: that of the
             network in all others.
+        gate_lr: learning rate of the gate; None: that of the network in the same epochs, as
+            published. In a short run only a greater one makes the gate sparse.
         std_layers: names of the modules that learn in epochs of the ordinary path, such as
             features.layer4 and head; None: all. What learns in neither path is frozen.
         csg_layers: names of the modules that learn, beside the gate, in epochs of the gated path;
@@ -116,6 +119,7 @@ class CSG(InterpretableNetwork):
         penalty_weight: float = 1e-3,
         classification_weight: float = 1.0,
         csg_lr: float | None = 1e-3,
+        gate_lr: float | None = None,
         std_layers: Sequence[str] | None = None,
         csg_layers: Sequence[str] | None = None,
         fixed: tuple[int, int] | None = None,
@@ -140,6 +144,7 @@ class CSG(InterpretableNetwork):
         self.penalty_weight = checks.non_negative("penalty_weight", penalty_weight)
         self.classification_weight = checks.positive("classification_weight", classification_weight)
         self.csg_lr = None if csg_lr is None else checks.positive("csg_lr", csg_lr)
+        self.gate_lr = None if gate_lr is None else checks.positive("gate_lr", gate_lr)
         if bound is None:
             bound = max(0.2 * num_classes * num_filters, float(num_filters))
         elif not bound >= num_filters:
@@ -212,7 +217,8 @@ class CSG(InterpretableNetwork):
         return CSG_PATH if epoch % self.period == 0 else STD_PATH
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CSGOutput:
-        """Both paths, the second where there are labels.
+        """Both paths, the second where there are labels: in epochs of the STD path on a CPU without
+        gradients, which count nothing there.
 
         Args:
             images: ``[B, C, H, W]``, whatever ``features`` take.
@@ -223,8 +229,14 @@ class CSG(InterpretableNetwork):
         logits = self.masked_head.classify(layers, shared)
         if labels is None:
             return CSGOutput(logits, maps, None)
-        gated = class_gate(shared, self.gate, labels, channel_dim=self.channel_dim)
-        return CSGOutput(logits, maps, self.masked_head.classify(layers, gated))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._gated_path_learns()):
+            gated = class_gate(shared, self.gate, labels, channel_dim=self.channel_dim)
+            return CSGOutput(logits, maps, self.masked_head.classify(layers, gated))
+
+    def _gated_path_learns(self) -> bool:
+        """Without it a head as wide as VGG's costs less; only where it can be told at no cost."""
+        flag = self.in_csg_epoch
+        return torch.compiler.is_compiling() or flag.device.type != "cpu" or bool(flag)
 
     def loss_terms(self, output: CSGOutput, labels: Tensor) -> dict[str, Tensor]:
         """``discrimination`` in epochs of the STD path, else ``gated`` and ``penalty`` (eq. 3).
@@ -265,13 +277,13 @@ class CSG(InterpretableNetwork):
 
     def ownership(self) -> Tensor:
         """G ``[K, N]``, each filter's column by its greatest element, clipped to [0, 1]."""
-        return project_gate(self.gate.detach())
+        return project_gate(whole(self.gate.detach()))
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The network, and the gate apart, named "gate", where it is learnt.
 
         Args:
-            lr: of the network; of the gate where ``csg_lr`` is None.
+            lr: of the network; of the gate where ``csg_lr`` and ``gate_lr`` are None.
         """
         lr = checks.non_negative("lr", lr)
         network = [p for name, p in self.named_parameters() if name != "gate"]
@@ -300,7 +312,7 @@ class CSG(InterpretableNetwork):
         """The gate's, where it is learnt."""
         if self.fixed is not None:
             return []
-        rate = self._csg_rate(lr)
+        rate = self._csg_rate(lr) if self.gate_lr is None else self.gate_lr
         return [{"params": [self.gate], "lr": rate, "weight_decay": 0.0, "name": "gate"}]
 
     def density(self) -> Tensor:
@@ -319,7 +331,7 @@ class CSG(InterpretableNetwork):
             return []
         return [
             f"the gate did not become sparse: density {density:.3f}, want at most {wanted:.3f};"
-            " more epochs, a greater csg_lr or penalty_weight, or the optimizer adam, take it down"
+            " more epochs, a greater gate_lr or penalty_weight, or the optimizer adam, take it down"
         ]
 
     def options(self) -> Mapping[str, object]:

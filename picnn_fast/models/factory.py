@@ -3,10 +3,10 @@
 import inspect
 from typing import Any
 
-from picnn_fast.backbones import cut
 from picnn_fast.layers import check_insert_kernel
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.csg import CSG
+from picnn_fast.models.explainer import Explainer
 from picnn_fast.models.iccnn import ICCNN
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
@@ -19,10 +19,8 @@ METHODS: dict[str, type[InterpretableNetwork]] = {
     "csg": CSG,
     "icnn": ICNN,
     "iccnn": ICCNN,
+    "explainer": Explainer,
 }
-# A bound of ours: with so many for each of a thousand classes the inserted convolution would be
-# most of the network.
-MOST_TIMES_THE_CHANNELS = 4
 
 
 def make_interpretable(
@@ -48,7 +46,9 @@ def make_interpretable(
               layers are used in place, not copied, and its classifier made anew for N filters and
               K classes; or one with ``forward_features`` and ``forward_head``, as timm's have;
             - a pair ``(features, head)`` of modules: images to maps, maps to logits.
-        method: "picnn", "csg", "icnn", "iccnn" or "std".
+        method: "picnn", "csg", "icnn", "iccnn", "explainer" or "std". For "explainer" the backbone
+            is the trained network to explain, which keeps its classifier; see
+            ``Explainer.on_backbone``.
         num_classes: K.
         layer: name of the module behind which the backbone is cut, "layer4" or "features.29", see
             ``picnn_fast.backbones.split``. None: where the named ones are cut, and torchvision's
@@ -105,65 +105,16 @@ def make_interpretable(
             f"insert_conv: got True, want False: method {method!r} has no in_channels, and puts no"
             " convolution after the features"
         )
-    per_class = kind.filters_per_class if insert_conv else None
-
-    if isinstance(backbone, tuple | list) and len(backbone) == 2:
-        features, head = backbone
-        given = {"layer": layer, "image_channels": image_channels, "weights": weights}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name}: got {value!r} with a pair (features, head), want None")
-        if insert_conv and in_channels is None:
-            raise ValueError(
-                "in_channels: got None, want the channels that features yield, to insert a"
-                " convolution after them; or insert_conv=False"
-            )
-        if not insert_conv and in_channels is not None:
-            raise ValueError(f"in_channels: got {in_channels} with insert_conv=False, want None")
-        if not insert_conv and num_filters is None:
-            raise ValueError(
-                "num_filters: got None with insert_conv=False, want the channels that features"
-                " yield"
-            )
-        if num_filters is None and in_channels is not None:
-            checks.integer("in_channels", in_channels, 1)
-            num_filters = _default_filters(per_class, num_classes, in_channels)
-    else:
-        parts = cut(backbone, layer, image_channels=image_channels, weights=weights)
-        features = parts.features
-        channels = parts.channels(options.get("channel_dim", 1))
-        if in_channels is not None:
-            checks.integer("in_channels", in_channels, 1)
-        elif channels is None:
-            raise ValueError(
-                f"in_channels: got None, want the channels that layer {parts.layer!r} yields:"
-                " only running the network can tell"
-            )
-        else:
-            in_channels = channels
-        if channels not in (None, in_channels):
-            raise ValueError(
-                f"in_channels: got {in_channels}, want None: it is known for this backbone,"
-                f" {channels} (the channels of the images are image_channels)"
-            )
-        if not insert_conv and num_filters not in (None, in_channels):
-            raise ValueError(
-                f"num_filters: got {num_filters} with insert_conv=False, want {in_channels},"
-                " the channels that the backbone yields; or None"
-            )
-        if num_filters is None:
-            num_filters = _default_filters(per_class, num_classes, in_channels)
-        checks.integer("num_filters", num_filters, 1)
-        head = parts.head(in_channels, num_filters, num_classes)
-    if insert_conv:
-        options["in_channels"] = in_channels
-    build: Any = kind
-    model: InterpretableNetwork = build(features, head, num_classes, num_filters, **options)
-    placed = next(features.parameters(), None)
+    model: InterpretableNetwork = kind.on_backbone(
+        backbone,
+        num_classes=num_classes,
+        layer=layer,
+        num_filters=num_filters,
+        insert_conv=insert_conv,
+        in_channels=in_channels,
+        image_channels=image_channels,
+        weights=weights,
+        **options,
+    )
+    placed = next(model.features.parameters(), None)
     return model if placed is None else model.to(placed.device)
-
-
-def _default_filters(per_class: float | None, num_classes: int, channels: int) -> int:
-    if per_class is None:
-        return channels
-    return min(round(per_class * num_classes), MOST_TIMES_THE_CHANNELS * channels)

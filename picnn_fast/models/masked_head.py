@@ -123,8 +123,12 @@ class MaskedHead:
         """Logits ``[B, K]``; see ``InterpretableNetwork.head_logits``."""
         self.check_maps(maps)
         shared, layers = self.share(head, maps)
+        return self.classify(layers, self.masked(shared, mask))
+
+    def masked(self, maps: Tensor, mask: Tensor | None) -> Tensor:
+        """The maps, or what pooling made of them, with each channel scaled by its mask."""
         if mask is None:
-            return self.classify(layers, shared)
+            return maps
         checks.tensor("mask", mask)
         if tuple(mask.shape) != (len(maps), self.num_filters):
             raise ValueError(
@@ -132,7 +136,7 @@ class MaskedHead:
                 f" {(len(maps), self.num_filters)}: the batch of maps and num_filters"
             )
         scale = mask if mask.is_floating_point() else mask.to(maps.dtype)
-        return self.classify(layers, mask_channels(shared, scale, channel_dim=self.channel_dim))
+        return mask_channels(maps, scale, channel_dim=self.channel_dim)
 
     def share(self, head: nn.Module, maps: Tensor) -> tuple[Tensor, list[nn.Module]]:
         """What all masks share: the maps up to where they are masked; and the head's rest."""
@@ -167,14 +171,21 @@ class MaskedHead:
                 "head: modifies its input in place, which others read too; want layers that"
                 " do not, or that say so by an attribute inplace=True"
             )
+        return self.checked_logits(x, maps)
+
+    def checked_logits(self, logits: object, maps: Tensor) -> Tensor:
+        """
+        Raises:
+            ValueError: what a head yielded of maps is no logits ``[B, K]``.
+        """
         wanted = (len(maps), self.num_classes)
-        if not isinstance(x, Tensor) or tuple(x.shape) != wanted:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"head: yielded {got} for maps {tuple(maps.shape)}, want logits {wanted}:"
                 " the batch and num_classes"
             )
-        return x
+        return logits
 
     def check_maps(self, maps: Tensor) -> None:
         """

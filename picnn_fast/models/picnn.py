@@ -12,6 +12,7 @@ from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
 from picnn_fast.ops import checks
+from picnn_fast.ops.layout import whole
 
 
 class PICNNOutput(NamedTuple):
@@ -183,7 +184,7 @@ class PICNN(InterpretableNetwork):
     def ownership(self) -> Tensor:
         """P ``[K, N]``: the probability that a filter belongs to a class."""
         probabilities: Tensor = self.correspondence()
-        return probabilities.detach()
+        return whole(probabilities.detach())
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The network, and W apart, named "correspondence".

@@ -191,14 +191,20 @@ def indices(name: str, value: Tensor, count: int, below: int, *, of: str, kind: 
     _within(name, value, below - 1, f"{kind} in [0, {below})")
 
 
+_OUTSIDE = [None]
+
+
 def not_recomputed(name: str) -> None:
     """
     Raises:
         RuntimeError: called in a backward pass, where ``torch.utils.checkpoint`` computes again
             what it did not keep: what ``name`` remembers is of another batch by then.
     """
-    # A compiled graph has no moment at which to ask.
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if torch.compiler.is_compiling():
+        # A compiled graph has no moment at which to ask; unseen, it would compute again from what
+        # was renewed meanwhile. It refuses to write to what lies outside a checkpointed part.
+        _OUTSIDE[0] = None
+    elif torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{name}: got computed again in the backward pass, as torch.utils.checkpoint does, want"
             " it outside the checkpointed part: what it remembers would be renewed twice, and its"

@@ -1,4 +1,4 @@
-"""How the operators want feature maps to lie in memory."""
+"""How the operators want tensors to lie in memory."""
 
 import torch
 from torch import Tensor
@@ -20,3 +20,9 @@ def readable(maps: Tensor) -> Tensor:
             return maps.contiguous()
         expected = stride * size
     return maps
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that ``fully_shard`` dealt out, gathered by all ranks; any other as it is."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()

@@ -4,16 +4,23 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from picnn_fast._extras import extra
 from picnn_fast.data import ImageFolderDataModule, SeededDataModule
-from picnn_fast.models import make_interpretable
+from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
-from picnn_fast.training.options import ConfigError, Options, few, one_line, qualified
+from picnn_fast.training.options import (
+    BY_IMAGE_SIZE,
+    ConfigError,
+    Options,
+    few,
+    one_line,
+    qualified,
+)
 from picnn_fast.training.run_folder import RunFolderError, replacing
 
 with extra("train"):
@@ -27,27 +34,42 @@ _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
 _PREFIX = "network."  # of the network's parameters in the module that trains it
 
 
-def build_network(options: Options, num_classes: int, in_channels: int) -> InterpretableNetwork:
+class Source(NamedTuple):
+    """A trained network that another is put on, and what its checkpoint says of it."""
+
+    network: InterpretableNetwork
+    saved: dict[str, Any]
+
+
+def build_network(
+    options: Options, num_classes: int, in_channels: int, source: Source | None = None
+) -> InterpretableNetwork:
     """The network that options ask for.
 
     Args:
         options: of the run.
         num_classes: K.
         in_channels: of the images.
+        source: of ``read_source``; None reads it, where the options name one.
 
     Raises:
         ConfigError: options that do not go together.
     """
+    source = read_source(options) if source is None else source
     try:
+        if source is not None:
+            _check_source(options, source, num_classes, in_channels)
+        named = {"image_channels": in_channels, **options.arguments("backbone")}
+        if source is not None:
+            named = {"layer": named["layer"]}
         network = make_interpretable(
-            options.backbone["name"],
+            options.backbone["name"] if source is None else source.network,
             options.method["name"],
             num_classes=num_classes,
             num_filters=options.num_filters,
             insert_conv=options.insert_conv,
             insert_kernel=options.insert_kernel,
-            image_channels=in_channels,
-            **options.arguments("backbone"),
+            **named,
             **options.arguments("method"),
         )
     except (TypeError, ValueError) as error:
@@ -55,6 +77,62 @@ def build_network(options: Options, num_classes: int, in_channels: int) -> Inter
     # Convolutions take the layout of their weights, whatever that of the images is.
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     return network.to(memory_format=layout)
+
+
+def read_source(options: Options) -> Source | None:
+    """The network of the run that the method is put on, or None where it is put on a backbone.
+
+    Raises:
+        ConfigError: no run is named, or none is there, or it cannot be read.
+    """
+    option = METHODS[options.method["name"]].network_from
+    if option is None:
+        return None
+    path = options.source()
+    if path is None:
+        raise ConfigError(
+            f"method.{option}: got null, want the folder of a run of picnn-fast train, or its"
+            " checkpoint"
+        )
+    try:
+        found = find_checkpoints(path)
+        if len(found) > 1:
+            raise ConfigError(
+                f"method.{option}: got {path}, which holds {few([str(x) for x in found])}; want one"
+            )
+        content = read_checkpoint(found[0])
+        return Source(_network_in(content), content[_SAVED])
+    except (FileNotFoundError, RunFolderError) as error:
+        text = str(error).partition(": ")[2]
+        raise ConfigError(f"method.{option}: {text}") from error
+
+
+def _check_source(options: Options, source: Source, num_classes: int, in_channels: int) -> None:
+    """
+    Raises:
+        ValueError: another backbone, or data of other classes or channels, than the source's.
+    """
+    config, backbone = source.saved["config"], options.backbone
+    own = Options(**config)
+    name = own.backbone["name"]
+    if backbone["name"] not in (BY_IMAGE_SIZE, name):
+        raise ValueError(
+            f"backbone: got {backbone['name']!r}, want {name!r}, as of {options.source()}, or none"
+        )
+    if backbone["weights"] not in (None, own.backbone["weights"]):
+        raise ValueError(
+            f"backbone.weights: got {backbone['weights']!r}, want null: those of"
+            f" {options.source()} are taken"
+        )
+    for what, got, want in (
+        ("classes", num_classes, source.saved["num_classes"]),
+        ("channels", in_channels, source.saved["in_channels"]),
+    ):
+        if got != want:
+            raise ValueError(
+                f"data: got images of {got} {what}, want {want}, as {options.source()} was trained"
+                " on"
+            )
 
 
 def _as_option(error: Exception, options: Options, num_classes: int, in_channels: int) -> str:
@@ -80,13 +158,17 @@ def _as_option(error: Exception, options: Options, num_classes: int, in_channels
 class SaveOptions(Callback):
     """Adds to a checkpoint what is needed to build its network again."""
 
-    def __init__(self, options: Options, data: SeededDataModule) -> None:
-        self.saved = {
+    def __init__(
+        self, options: Options, data: SeededDataModule, source: Source | None = None
+    ) -> None:
+        self.saved: dict[str, Any] = {
             "config": options.as_dict(),
             "num_classes": data.num_classes,
             "in_channels": data.in_channels,
             "class_names": list(data.class_names),
         }
+        if source is not None:  # its weights are in the network's own
+            self.saved["source"] = source.saved
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -213,20 +295,34 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, li
     try:
         saved = content[_SAVED]
         options = Options(**saved["config"])
-        network = build_network(options, saved["num_classes"], saved["in_channels"])
-        network.load_state_dict(
-            {
-                name.removeprefix(_PREFIX): value
-                for name, value in content["state_dict"].items()
-                if name.startswith(_PREFIX)
-            }
-        )
+        network = _network_in(content)
         class_names = [str(name) for name in saved["class_names"]]
     except (AttributeError, ConfigError, KeyError, RuntimeError, TypeError) as error:
         raise RunFolderError(
             f"checkpoint: {path} is damaged, or of another version of picnn-fast: {one_line(error)}"
         ) from error
     return network.eval(), options, class_names
+
+
+def _network_in(content: dict[str, Any]) -> InterpretableNetwork:
+    """The trained network in the content of a checkpoint."""
+    network = _untrained(content[_SAVED])
+    network.load_state_dict(
+        {
+            name.removeprefix(_PREFIX): value
+            for name, value in content["state_dict"].items()
+            if name.startswith(_PREFIX)
+        }
+    )
+    return network.eval()
+
+
+def _untrained(saved: dict[str, Any]) -> InterpretableNetwork:
+    """The network that a checkpoint is of, without its weights; no other file is wanted."""
+    below = saved.get("source")
+    source = None if below is None else Source(_untrained(below), below)
+    options = Options(**saved["config"])
+    return build_network(options, saved["num_classes"], saved["in_channels"], source)
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:

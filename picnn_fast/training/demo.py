@@ -1,42 +1,24 @@
 """The demonstration: an ordinary network and a PICNN on scikit-learn's digits, side by side."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.evaluation import FIGURES, Figures
 from picnn_fast.explain import pathway_grad_cam
-from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.report import plot_correspondence, plot_curves, plot_grad_cam
 from picnn_fast.training.checkpoint import CHECKPOINT, load_checkpoint
+from picnn_fast.training.compare import RECIPES, methods_on, train_part
 from picnn_fast.training.options import Options
-from picnn_fast.training.run import (
-    METRICS,
-    assemble,
-    build_data,
-    fit,
-    read_history,
-    read_metrics,
-)
+from picnn_fast.training.run import METRICS, build_data, read_history, read_metrics
 from picnn_fast.training.run_folder import RunFolder, write_json
 
 TITLES = {"std": "STD, an ordinary network", "picnn": "PICNN"}
 _MATRIX_TITLES = {"std": "STD: random, not trained", "picnn": "PICNN: learned"}
-# Shifts would blur which filter tells which class of such small images apart, and lower MIS.
-# The rate of the correspondence matrix is the digits' own, found by trials.
-COMMON: dict[str, Any] = {
-    "data": {"name": "digits", "max_shift": 0},
-    "optimizer": {"name": "adamw", "weight_decay": 0.0},
-    "num_filters": 128,
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "std": {"name": "std"},
-    "picnn": {"name": "picnn", "correspondence_lr": 0.3},
-}
+COMMON: dict[str, Any] = RECIPES["digits"].common
+METHODS: dict[str, dict[str, Any]] = methods_on("digits", list(TITLES))
 _DIGITS_SHOWN = 6
 EPOCHS = 30
 # How far apart figures of different seeds lie after as many epochs, of either network: what was
@@ -78,28 +60,13 @@ def run_demo(
     folder = demo_folder(output, seed=seed, epochs=epochs)
     if not overwrite and folder.complete():
         return read_metrics(folder.path, TITLES)
-    metrics: dict[str, Figures] = {}
-    trained: dict[str, tuple[InterpretableNetwork, SeededDataModule]] = {}
     with folder.writing(overwrite=overwrite) as work:
-        for method, title in TITLES.items():
-            part = work / method
-            if (part / METRICS).exists():
-                metrics[method] = read_metrics(part, [method])[method]
-                say(f"{title}: trained before the interruption")
-                network, saved, _ = load_checkpoint(part / CHECKPOINT)
-                trained[method] = network, build_data(saved)
-                continue
-            resumed = " (goes on from its last checkpoint)" if (part / CHECKPOINT).exists() else ""
-            run = assemble(options[method], part, progress=progress)
-            images = len(run.data.train_set)  # type: ignore[arg-type]
-            say(f"{title}: {epochs} epochs on {images} digits{resumed}")
-            start = time.perf_counter()
-            metrics[method] = fit(run, progress=progress)
-            trained[method] = run.network.cpu(), run.data
-            say(f"{title}: trained and measured in {time.perf_counter() - start:.0f} s")
-            write_json(part / METRICS, {method: metrics[method]})
+        metrics = {
+            method: train_part(options[method], work / method, title, progress=progress, say=say)
+            for method, title in TITLES.items()
+        }
         say("drawing the pictures")
-        _draw(trained, work, seed)
+        _draw(work, seed)
         write_json(work / METRICS, metrics)
     return metrics
 
@@ -123,14 +90,13 @@ def demo_folder(output: str | Path, *, seed: int, epochs: int) -> RunFolder:
     return RunFolder(output, "demo", {"seed": seed, "epochs": epochs})
 
 
-def _draw(
-    trained: dict[str, tuple[InterpretableNetwork, SeededDataModule]], folder: Path, seed: int
-) -> None:
-    """The three pictures of the demonstration in ``folder``, of its networks in eval mode."""
+def _draw(folder: Path, seed: int) -> None:
+    """The three pictures of the demonstration in ``folder``, of the networks there."""
     matrices: dict[str, torch.Tensor] = {}
     cams = {}
     for method, title in TITLES.items():
-        network, data = trained[method]
+        network, options, _ = load_checkpoint(folder / method / CHECKPOINT)
+        data = build_data(options)
         ownership = network.ownership()
         assert ownership is not None
         matrices[_MATRIX_TITLES[method]] = ownership

@@ -1,7 +1,7 @@
 """The Lightning module that trains and evaluates an interpretable network."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,6 +18,7 @@ from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
 from picnn_fast.training.checkpoint import load_checkpoint
+from picnn_fast.training.options import check_steps
 from picnn_fast.training.progress import WatchesImages
 
 with extra("train"):
@@ -87,8 +88,12 @@ class InterpretableModule(L.LightningModule):
         lr: learning rate of the network.
         optimizer: a class of ``torch.optim``, or what else takes groups of parameters. Groups with
             a rate or a decay of their own are the network's matter (``parameter_groups``).
-        schedule: "cosine" lets all rates fall over the run, epoch by epoch; "constant" keeps them.
+        schedule: "cosine" lets all rates fall over the run, epoch by epoch; "step" multiplies them
+            by ``schedule_factor`` after each of ``schedule_steps``; "constant" keeps them.
         schedule_floor: share of each rate that the cosine ends at, in [0, 1].
+        schedule_steps: epochs done before each fall of "step", one greater than the other; where
+            optimisers take turns, each counts its own.
+        schedule_factor: what a fall of "step" leaves of each rate, in (0, 1].
         warmup_epochs: over the first of them all rates rise linearly, epoch by epoch.
         mutual_information_weight: of ``MutualInformationLoss`` on the pooled filter maps of each
             batch (of each rank), logged as the term ``train/mutual_information``; 0 leaves it out.
@@ -113,8 +118,10 @@ class InterpretableModule(L.LightningModule):
         *,
         lr: float = 1e-3,
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.AdamW,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Literal["cosine", "step", "constant"] = "cosine",
         schedule_floor: float = 0.0,
+        schedule_steps: Sequence[int] = (60, 90, 120),
+        schedule_factor: float = 0.1,
         warmup_epochs: int = 0,
         mutual_information_weight: float = 0.0,
         seed: int = 0,
@@ -124,10 +131,12 @@ class InterpretableModule(L.LightningModule):
         self.network = network
         self.lr = checks.positive("lr", lr)
         self.make_optimizer = optimizer
-        self.schedule = checks.one_of("schedule", schedule, ("cosine", "constant"))
+        self.schedule = checks.one_of("schedule", schedule, ("cosine", "step", "constant"))
         if not 0 <= schedule_floor <= 1:
             raise ValueError(f"schedule_floor: got {schedule_floor}, want a number in [0, 1]")
         self.schedule_floor = schedule_floor
+        check_steps(schedule_steps, schedule_factor)
+        self.schedule_steps, self.schedule_factor = tuple(schedule_steps), schedule_factor
         self.warmup_epochs = checks.integer("warmup_epochs", warmup_epochs, 0)
         self.mutual_information_weight = checks.non_negative(
             "mutual_information_weight", mutual_information_weight
@@ -205,7 +214,7 @@ class InterpretableModule(L.LightningModule):
             own = sum(self.network.optimizer_of(e + 1, epochs) == name for e in range(epochs))
             falling = max(own - self.warmup_epochs, 1)
             return "epoch", lambda epoch: (epoch - self.warmup_epochs) / falling
-        if self.schedule == "constant" and self.warmup_epochs == 0:
+        if self.schedule != "cosine" and self.warmup_epochs == 0:
             return "epoch", lambda epoch: 0.0
         if self.warmup_epochs > 0:
             raise ValueError(
@@ -236,6 +245,9 @@ class InterpretableModule(L.LightningModule):
             return (count + 1) / (self.warmup_epochs + 1)
         if self.schedule == "constant":
             return 1.0
+        if self.schedule == "step":
+            falls = sum(count >= step for step in self.schedule_steps)
+            return self.schedule_factor**falls
         cosine = (1 + math.cos(math.pi * done(count))) / 2
         return self.schedule_floor + (1 - self.schedule_floor) * cosine
 
@@ -302,7 +314,8 @@ class InterpretableModule(L.LightningModule):
             training = {part: part.training for part in self.network.modules()}
             with torch.no_grad():
                 network = self.network.eval()
-                logits = network.head_logits(network.filter_maps(images))
+                maps, bypass = network.encode(images)
+                logits = network.head_logits(maps, bypass=bypass)
             for part, mode in training.items():
                 part.training = mode
             self._check_finite(logits.abs().amax(), "the largest logit after the last step")

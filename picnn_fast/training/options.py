@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -112,7 +112,7 @@ class Options:
     Args:
         method: how filters are made interpretable.
         backbone: network below the target layer; "auto" becomes small-resnet for images of up to
-            64 pixels, else resnet18.
+            64 pixels, else resnet18; or is that of the run whose network is explained.
         data: images to train and test on.
         optimizer: of torch, with its learning rate ``lr``.
         output: folder the finished run appears in; must not hold another.
@@ -127,9 +127,12 @@ class Options:
         epochs: passes over the training images.
         batch_size: images a step, on each device; a single image left over in an epoch is not
             trained on.
-        schedule: learning rates over the run, changed every epoch: cosine to schedule_floor times
-            the rate, or constant.
+        schedule: learning rates over the run, changed by the epoch: cosine to schedule_floor times
+            the rate; step, down to schedule_factor of it after each of schedule_steps; or constant.
         schedule_floor: share of the learning rate that the cosine ends at.
+        schedule_steps: epochs done before each fall of the schedule step; of optimisers that take
+            turns, as csg's, each counts its own epochs.
+        schedule_factor: what such a fall leaves of the learning rate.
         warmup_epochs: epochs over which the learning rates rise to their full value.
         report_epoch: the epoch whose figures are reported: the last; the one with the best ACC1 on
             the validation images; or best_on_test, on the test split that is reported on, as in
@@ -165,8 +168,10 @@ class Options:
     mutual_information_weight: float = 0.0
     epochs: int = 30
     batch_size: int = 64
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
     schedule_floor: float = 0.0
+    schedule_steps: Sequence[int] = (60, 90, 120)
+    schedule_factor: float = 0.1
     warmup_epochs: int = 0
     report_epoch: Literal["last", "best_on_validation", "best_on_test"] = "last"
     seed: int = 0
@@ -187,7 +192,7 @@ class Options:
         for name in given:
             # As they are read back from a file.
             object.__setattr__(self, name, json.loads(json.dumps(parsed[name])))
-        if self.backbone["name"] == BY_IMAGE_SIZE:
+        if self.backbone["name"] == BY_IMAGE_SIZE and not self.source():
             # A name of its own, so that a record and a checkpoint say what ran.
             small = self.data.get("image_size", 0) <= _LARGEST_SMALL_IMAGE
             name = _SMALL if small else _LARGE
@@ -195,6 +200,7 @@ class Options:
         for name, (least, most) in _RANGES.items():
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), least, most)
+        check_steps(self.schedule_steps, self.schedule_factor)
         for group in GROUPS:
             chosen = getattr(self, group)
             for name, parameter in GROUPS[group].options(chosen["name"]).items():
@@ -209,6 +215,12 @@ class Options:
                             raise ConfigError(f"{group}.{name}.{error}") from error
         if not 0 < self.optimizer["lr"] < math.inf:
             raise ConfigError(f"optimizer.lr: got {self.optimizer['lr']}, want a number > 0")
+
+    def source(self) -> str | None:
+        """The run, or its checkpoint, whose network the method is put on in place of a backbone."""
+        option = METHODS[self.method["name"]].network_from
+        source: str | None = None if option is None else self.method[option]
+        return source
 
     def identity(self) -> dict[str, Any]:
         """What a run notes about itself: all options but the output folder, where it is noted."""
@@ -257,6 +269,20 @@ def check_range(name: str, value: float, least: float, most: float = math.inf) -
         raise ConfigError(f"{name}: got {value}, want {kind} >= {least}{limit}")
 
 
+def check_steps(steps: Sequence[int], factor: float) -> None:
+    """
+    Raises:
+        ConfigError: steps of a schedule that do not rise from 1, or a factor outside (0, 1].
+    """
+    if list(steps) != sorted(set(steps)) or min(steps, default=1) < 1:
+        raise ConfigError(
+            f"schedule_steps: got {list(steps)}, want numbers of epochs >= 1, each greater than the"
+            " one before"
+        )
+    if not 0 < factor <= 1:
+        raise ConfigError(f"schedule_factor: got {factor}, want a number > 0 and <= 1")
+
+
 def build_parser(
     names: Mapping[str, str],
     *,
@@ -264,6 +290,7 @@ def build_parser(
     description: str | None = None,
     groups: Sequence[str] = tuple(GROUPS),
     common: bool = True,
+    without: Collection[str] = (),
 ) -> ArgumentParser:
     """The parser of a run whose method, backbone, data and optimiser have these names.
 
@@ -272,6 +299,7 @@ def build_parser(
         prog, description: for the help.
         groups: those whose options are taken in.
         common: whether the options outside groups are.
+        without: options outside groups that are left out.
     """
     parser = ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False
@@ -283,7 +311,7 @@ def build_parser(
             help="YAML file, or the run.json of a run. Flags override it; one that names another"
             " method, backbone, data or optimizer leaves out what the file says of that one",
         )
-        parser.add_class_arguments(Options, skip=set(GROUPS))
+        parser.add_class_arguments(Options, skip={*GROUPS, *without})
     for key in groups:
         rows, name = GROUPS[key].rows, names[key]
         parser.add_argument(
@@ -318,15 +346,19 @@ def parse(
     description: str,
     groups: Sequence[str] = tuple(GROUPS),
     common: bool = True,
+    without: Collection[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    recipe: Callable[[Mapping[str, str]], Mapping[str, Any]] = lambda names: {},
     add: Callable[[ArgumentParser], None] = lambda parser: None,
 ) -> dict[str, Any]:
     """Read a command line.
 
     Args:
         arguments: flags and their values.
-        prog, description, groups, common: see ``build_parser``.
+        prog, description, groups, common, without: see ``build_parser``.
         defaults: of the groups, as in ``Options``, where they are not those of a run.
+        recipe: the names of the groups to defaults of options, nested as in a YAML file; those of a
+            group count for what they name.
         add: adds the command's own arguments.
 
     Returns:
@@ -354,11 +386,23 @@ def parse(
                 names[key] = value
         _check_name(key, names[key])
         _answer_help(key, tokens, names)
-    parser = build_parser(names, prog=prog, description=description, groups=groups, common=common)
+    parser = build_parser(
+        names,
+        prog=prog,
+        description=description,
+        groups=groups,
+        common=common,
+        without=without,
+    )
     add(parser)
-    for key, values in start.items():
-        if values["name"] == names[key]:
+    for key, values in [*start.items(), *recipe(names).items()]:
+        if key not in groups:
+            parser.set_defaults({key: values})
+        elif values["name"] == names[key]:
             parser.set_defaults({f"{key}.{option}": value for option, value in values.items()})
+    for action in parser._actions:
+        if action.nargs == "+" and not isinstance(content.get(action.dest, []), list):
+            raise ConfigError(f"{action.dest}: got {content[action.dest]!r}, want a list")
     try:
         if content:
             parser.parse_object(content)
@@ -494,7 +538,7 @@ def _refuse(
 def _told(text: str, kinds: Mapping[str, Any], names: Mapping[str, str]) -> str:
     if text.startswith("Parser key"):
         # An option within an option is told within what is told of the outer one.
-        keys = re.findall(r'Parser key "([\w.]+)":', text)
+        keys = re.findall(r'Parser key "([\w.]+)"(?: element \d+)?:', text)
         key, rest = ".".join(keys), text.rpartition("Parser key")[2].partition(":")[2]
         got = re.search(r"(?:Got|Given) value: (.*?)(?=\n +(?:- |Given value)|\Z)", rest, re.S)
         value = got[1].strip() if got else "nothing"
@@ -508,7 +552,7 @@ def _told(text: str, kinds: Mapping[str, Any], names: Mapping[str, str]) -> str:
         return f"{key}: got {value!r}, want {_described(kinds[key])}{near}"
     found = re.match(r"the following arguments are required: ([\w.]+)", text)
     found = found or re.match(r"Option '([\w.]+)' is required", text)
-    found = found or re.match(r"argument --([\w.]+): expected one argument", text)
+    found = found or re.match(r"argument --([\w.]+): expected (?:at least )?one argument", text)
     if found:
         return f"{found[1]}: got nothing, want {_described(kinds[found[1]])}"
     found = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
@@ -575,7 +619,7 @@ def _described(annotation: Any) -> str:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
     if kind is tuple:
         return f"[{', '.join(map(_described, parts))}]"
-    if kind is list:
+    if kind in (list, Sequence):
         return f"[{_described(parts[0])}, …]"
     if kind in (types.UnionType, typing.Union):
         # Functions and tensors are for Python alone.

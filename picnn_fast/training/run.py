@@ -28,10 +28,11 @@ from picnn_fast.training.checkpoint import (
     WholeCheckpoints,
     build_network,
     read_checkpoint,
+    read_source,
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
 from picnn_fast.training.module import InterpretableModule
-from picnn_fast.training.options import ConfigError, Options, one_line, qualified
+from picnn_fast.training.options import ConfigError, Options, few, one_line, qualified
 from picnn_fast.training.progress import (
     Introduction,
     ProgressBar,
@@ -120,7 +121,12 @@ def _going_on(epochs: int, options: Options) -> str:
 
 
 def assemble(
-    options: Options, folder: Path, *, started: Launch | None = None, progress: bool = True
+    options: Options,
+    folder: Path,
+    *,
+    started: Launch | None = None,
+    progress: bool = True,
+    introduce: bool = True,
 ) -> Run:
     """Build everything a run consists of, and refuse what no training can start with.
 
@@ -131,6 +137,7 @@ def assemble(
         folder: of the checkpoint and logs to come.
         started: as of ``launch``, by default.
         progress: show progress in training.
+        introduce: say at the start what the run consists of, where progress is shown.
 
     Raises:
         ConfigError: data, network or devices cannot be had, or do not go together.
@@ -142,7 +149,13 @@ def assemble(
     with _quiet():
         # Weights, and the random correspondence matrix of STD, follow from the seed.
         L.seed_everything(options.seed, workers=False, verbose=False)
-    network = build_network(options, data.num_classes, data.in_channels)
+    source = read_source(options)
+    if source is not None and list(data.class_names) != source.saved["class_names"]:
+        raise ConfigError(
+            f"data: got other classes ({few(data.class_names)}) than {options.source()} was"
+            f" trained on ({few(source.saved['class_names'])})"
+        )
+    network = build_network(options, data.num_classes, data.in_channels, source)
     cost = _try_image(options, network, data)
     optimizer = options.optimizer_class()
     module = InterpretableModule(
@@ -151,6 +164,8 @@ def assemble(
         optimizer=optimizer,
         schedule=options.schedule,
         schedule_floor=options.schedule_floor,
+        schedule_steps=options.schedule_steps,
+        schedule_factor=options.schedule_factor,
         warmup_epochs=options.warmup_epochs,
         mutual_information_weight=options.mutual_information_weight,
         seed=options.seed,
@@ -160,7 +175,7 @@ def assemble(
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from error
     callbacks: list[Callback] = [
-        SaveOptions(options, data),
+        SaveOptions(options, data, source),
         FollowSchedule(),
         ModelCheckpoint(
             dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
@@ -176,16 +191,18 @@ def assemble(
                 enable_version_counter=False,
             )
         )
-    if progress:
+    if progress and introduce:
         introduction = Introduction(
             data,
             network,
             cost,
             data_name=options.data["name"],
-            backbone=options.backbone["name"],
+            backbone=options.backbone["name"] if source is None else str(options.source()),
             output=options.output,
         )
-        callbacks += [introduction, ProgressBar() if sys.stdout.isatty() else ProgressLines()]
+        callbacks.append(introduction)
+    if progress:
+        callbacks.append(ProgressBar() if sys.stdout.isatty() else ProgressLines())
     processes = started.devices * started.nodes
     try:
         with _quiet():
@@ -279,7 +296,8 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
     height, width = image.shape[2:]
     try:
         with torch.no_grad():
-            network.eval().head_logits(network.filter_maps(image))
+            maps, bypass = network.eval().encode(image)
+            network.head_logits(maps, bypass=bypass)
             what = type(network).__name__  # what goes wrong from here on is the method's
             network(image)
     except (RuntimeError, ValueError) as error:
@@ -398,6 +416,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*but have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", message=".*across ranks is zero.*")
+        # Those of a performer, whose place that is.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         try:
             yield
         finally:

@@ -72,7 +72,8 @@ class RunFolder:
         kind: command that makes it, e.g. "train".
         config: its options, JSON values; equal options mean the same run.
         free: options of which another value makes no other run, nested ones as "data.num_workers".
-        growing: numbers of which a larger value goes on with the run that had the smaller one.
+        growing: numbers of which a larger value goes on with the run that had the smaller one, and
+            mappings that go on with a run that had fewer members.
         read: what a run noted as its config to what it is today, with the defaults of options that
             are new; a TypeError or ValueError where it cannot be said.
 
@@ -266,13 +267,15 @@ class RunFolder:
         ]
 
     def _grown(self, record: dict[str, Any]) -> list[str]:
-        """The numbers that are larger than those of a run."""
+        """The numbers that are larger than those of a run, and the options of new members."""
         then, now = _flat(record["config"]), _flat(self.config)
-        return [
+        members = tuple(f"{key}." for key in self.growing)
+        numbers = [
             key
             for key in self.growing
             if isinstance(then.get(key), int | float) and then[key] < now[key]
         ]
+        return numbers + [key for key in now if key.startswith(members) and key not in then]
 
     def _same(self, record: dict[str, Any], folder: Path) -> None:
         differing = self._differing(record)

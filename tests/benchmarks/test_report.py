@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import harness, report
+from benchmarks import compare, harness, report
+from picnn_fast.training.compare import DEFAULT_METHODS, DEFAULT_SEEDS
 
 ROOT = report.README.parent.parent
 MAIN = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,21 +68,17 @@ def test_the_main_readme_shows_the_costs_of_the_committed_results() -> None:
         assert f"benchmarks.{family}" in MAIN
 
 
-def test_the_main_readme_shows_the_committed_demo() -> None:
+def test_the_main_readme_shows_the_committed_comparison() -> None:
+    content = json.loads((harness.RESULTS / f"{compare.NAME}.json").read_text())
+    assert {run["method"] for run in content["runs"]} == {*DEFAULT_METHODS}
+    assert {run["seed"] for run in content["runs"]} == {*DEFAULT_SEEDS}
+    assert report.comparison() in MAIN
+    assert "`picnn-fast compare`" in MAIN
+
+
+def test_the_committed_demo_is_one_of_the_seeds_that_its_spread_is_told_of() -> None:
     shown = json.loads((harness.RESULTS / "demo" / "metrics.json").read_text())
     seeds = json.loads((harness.RESULTS / "demo" / "seeds.json").read_text())
     assert {run["seed"] for run in seeds["runs"]} == {0, 1, 2}
-    assert seeds["command"] in MAIN
-    names = ("acc1", "acc2", "acc3", "mis")
-    rows = []
     for method, values in shown.items():
-        rows.append([method.upper(), *(f"{values[name]:.3f}" for name in names)])
-        every = [run[method] for run in seeds["runs"]]
-        assert values in every
-        ends = (
-            (min(run[name] for run in every), max(run[name] for run in every)) for name in names
-        )
-        rows.append(["least to greatest", *(f"{low:.3f} to {high:.3f}" for low, high in ends)])
-    assert harness.table(["", "ACC1", "ACC2", "ACC3", "MIS"], rows) in MAIN
-    errors = [v for run in shown.values() for k, v in run.items() if k.endswith("standard_error")]
-    assert f"at most {max(errors):.3f}".replace("0.", ".") in MAIN
+        assert values in [run[method] for run in seeds["runs"]]

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import picnn_fast
-from benchmarks import bias, filter_loss, harness, masking, mutual_information, overhead
+from benchmarks import (
+    bias,
+    correlation,
+    filter_loss,
+    harness,
+    masking,
+    mutual_information,
+    overhead,
+)
 
 
 def test_the_bias_script_runs_and_draws(
@@ -108,7 +116,7 @@ def test_a_measurement_that_fails_costs_no_other_and_is_named_at_the_end(tmp_pat
     assert list(content["errors"]) == ["first", "second, triton"]
 
 
-@pytest.mark.parametrize("family", [masking, mutual_information, filter_loss])
+@pytest.mark.parametrize("family", [masking, mutual_information, filter_loss, correlation])
 def test_a_family_reports_even_if_all_its_measurements_fail(
     family: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,3 +271,24 @@ def test_steps_are_measured_over_the_plain_network_and_by_layout(
     assert set(content["forms"]["speedup"]) == set(overhead.FORMS)
     assert content["forms"]["speedup"]["contiguous"]["median"] == 1
     assert "PICNN over plain" in capsys.readouterr().out
+
+
+def test_every_method_is_measured_over_the_plain_backbone_and_over_its_target_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overhead.main(["--smoke", "--table", "backbones", "--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("overhead-backbones-")
+    content = json.loads(path.read_text())
+    assert content["command"].endswith("--table backbones")
+    assert not {"classes", "forms"} & content.keys()
+    (entry,) = content["backbones"]
+    for phase in ("training", "inference"):
+        of = entry[phase]
+        assert {"picnn", "csg", "icnn"} <= {*of["over_std"]}
+        assert {*of["over_plain"]} == {"std", *of["over_std"]}
+        for ratios in (of["over_plain"], of["over_std"]):
+            assert all(0 < r["q1"] <= r["median"] <= r["q3"] for r in ratios.values())
+    shown = capsys.readouterr().out
+    assert "| training " in shown
+    assert "| inference " in shown

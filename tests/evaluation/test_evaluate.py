@@ -10,12 +10,20 @@ from sklearn.feature_selection import mutual_info_classif
 from picnn_fast import evaluation
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
-from picnn_fast.evaluation import FIGURES, evaluate, figures, format_figure, read_figures
+from picnn_fast.evaluation import (
+    FIGURES,
+    evaluate,
+    figures,
+    format_figure,
+    format_figures,
+    read_figures,
+)
 from picnn_fast.metrics import LocationInstability, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 
-PARTS = {name for name in FIGURES if name.startswith(("location", "part"))}
+PERFORMER = {"location_instability_performer", "location_instability_top", "p", "more_errors"}
+PARTS = {name for name in FIGURES if name.startswith(("location", "part"))} - PERFORMER
 
 
 def _animals(**options):
@@ -42,7 +50,8 @@ def digits():
 def test_every_record_is_a_number_or_says_why_not(digits):
     values = evaluate(*digits)
     read_figures(values)
-    assert {name for name in FIGURES if isinstance(values[name], str)} == PARTS
+    absent = {name for name in FIGURES if isinstance(values[name], str)}
+    assert absent == PARTS | PERFORMER | {"density"}
     assert {name for name in values if name not in FIGURES} == {
         "acc2_standard_error",
         "acc3_standard_error",
@@ -194,6 +203,24 @@ def test_figures_are_written_with_their_standard_error():
         "n/a",
         "n/a",
     ]
+
+
+def test_figures_of_several_runs_are_written_as_mean_and_standard_deviation():
+    runs = [{"acc1": 0.5, "acc3": 0.5}, {"acc1": 0.7, "acc3": "n/a: none"}]
+    assert format_figures(runs, "acc1") == "0.600 ± 0.141"
+    assert [format_figures(runs, name) for name in ("acc3", "mis")] == ["n/a", "n/a"]
+    one = {"acc2": 0.5, "acc2_standard_error": 0.0125}
+    assert format_figures([one], "acc2") == "0.500 ± 0.013"
+
+
+def test_the_density_is_that_of_the_gate(digits):
+    torch.manual_seed(0)
+    network = make_interpretable("small-resnet", "csg", num_classes=10, num_filters=8)
+    with torch.no_grad():
+        network.gate.copy_(torch.rand(10, 8))
+    expected = (network.gate / network.gate.amax(0)).mean().item()
+    assert evaluate(network, digits[1])["density"] == pytest.approx(expected, rel=1e-6)
+    assert evaluate(*digits)["density"] == "n/a: PICNN has no gate"
 
 
 @pytest.mark.parametrize("values", [None, [], {}, {"acc1": "high"}, dict.fromkeys(FIGURES, True)])

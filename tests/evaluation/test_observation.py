@@ -79,6 +79,8 @@ def test_pathways_of_a_head_that_writes_in_place_are_those_of_one_that_does_not(
     seen = []
     for inplace in (True, False):
         network = _network(method)
+        if network.encode(images)[1] is not None:
+            pytest.skip("its head is one of its own")
         network.features = network.features[:-1]  # maps of both signs
         network.head = nn.Sequential(kind(inplace=inplace), *network.head)
         network.masked_head = MaskedHead(network.head, 3, 6)

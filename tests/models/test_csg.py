@@ -71,6 +71,24 @@ def test_loss_and_gradients_are_those_of_the_paper(epoch: int, norm: Any, mask_a
         torch.testing.assert_close(mine.grad, wanted, rtol=0, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_with_a_fixed_gate_loss_and_gradients_are_those_of_the_paper(epoch: int) -> None:
+    network = model(fixed=(1, 3), classification_weight=0.7)
+    # Section 4.3: a filter for each class alone, then those for all; nothing to penalise.
+    assert network.gate.tolist() == [[1, 0, 0, 1, 1, 1], [0, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
+    network.begin_epoch(epoch)
+    loss = network.loss(network(images(), LABELS), LABELS)
+    expected = plainly(network, epoch, 0.0, 0.0, "l1")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    parameters = list(network.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        rtol=0,
+        atol=1e-10,
+    )
+
+
 def test_the_gate_is_projected_after_steps_of_its_own_path_alone() -> None:
     network = model()
     before = network.gate.detach().clone()
@@ -124,7 +142,10 @@ def test_each_path_has_an_optimiser_and_layers_of_its_own() -> None:
         ("std", 0.1): {"features.0.weight", "features.0.bias"} | head,
         ("csg", 0.5): head,
     }
-    assert [group["name"] for group in groups["csg"]] == ["csg", "gate"]
+    named = [(group["name"], group["lr"]) for group in groups["csg"]]
+    assert named == [("csg", 0.5), ("gate", 0.5)]
+    apart = model(csg_lr=0.5, gate_lr=0.25).optimizers(0.1)["csg"]
+    assert [group["lr"] for group in apart] == [0.5, 0.25]
     frozen = model(std_layers=["head"], csg_layers=["head"])
     assert [p.requires_grad for p in frozen.features.parameters()] == [False, False]
 
@@ -146,6 +167,7 @@ def test_a_gate_that_stays_dense_is_told() -> None:
         ({"bound": math.nan}, ValueError, "bound: got nan"),
         ({"period": 0}, ValueError, "period: got 0"),
         ({"csg_lr": 0.0}, ValueError, "csg_lr: got 0"),
+        ({"gate_lr": 0.0}, ValueError, "gate_lr: got 0"),
         ({"penalty_norm": "l3"}, ValueError, "penalty_norm: got 'l3'"),
         ({"fixed": (3, 1)}, ValueError, "fixed: got 3 filters a class and 1 for all, 10, want"),
         ({"csg_layers": ["haed"]}, ValueError, "csg_layers: got 'haed', did you mean 'head'"),
@@ -164,3 +186,17 @@ def test_the_loss_of_a_forward_without_labels_is_refused() -> None:
     network = model()
     with pytest.raises(ValueError, match="want forward\\(images, labels\\)"):
         network.loss(network(images()), LABELS)
+
+
+def test_the_gated_path_is_taken_without_gradients_where_they_would_count_nothing() -> None:
+    network = model()
+    for epoch, learns in ((1, False), (2, True)):
+        network.begin_epoch(epoch)
+        output = network(images(), LABELS)
+        assert output.gated_logits is not None
+        assert output.gated_logits.requires_grad == learns
+        network.zero_grad()
+        network.loss(output, LABELS).backward()
+        assert isinstance(network.gate, nn.Parameter)
+        assert network.gate.grad is not None
+        assert (network.gate.grad != 0).any() == learns

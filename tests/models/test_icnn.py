@@ -6,15 +6,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from picnn_fast import PartTemplate, functional
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.layers import TemplateMask
 from picnn_fast.models import ICNN, make_interpretable
 from picnn_fast.models.icnn import ESTIMATORS, FilterCategories
+from tests.ops.test_filter_loss_published import Published
 
 LABELS = torch.tensor([0, 2, 1, 2])
 
@@ -227,22 +225,6 @@ def test_images_of_another_size_than_remembered_are_refused(estimator):
         model.loss(model(torch.randn(4, 3, 9, 16)), LABELS)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_averages_of_the_weights_can_be_begun_before_the_first_batch(estimator):
-    model = build(estimator=estimator)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.loss(model(images()), LABELS).backward()
-        optimizer.step()
-        averaged.update_parameters(model)
-    for name, buffer in averaged.module.named_buffers():
-        torch.testing.assert_close(buffer, model.get_buffer(name), rtol=0, atol=0)
-    averaged.eval()
-    averaged.module.loss(averaged(images()), LABELS)
-
-
 @pytest.mark.parametrize("name", ["WeightAveraging", "StochasticWeightAveraging"])
 def test_lightnings_averages_can_be_begun_before_the_first_batch(name, tmp_path):
     L = pytest.importorskip("lightning")
@@ -268,57 +250,6 @@ def test_lightnings_averages_can_be_begun_before_the_first_batch(name, tmp_path)
     )
     trainer.fit(module, data, data)
     assert module.network.filter_losses[0].log_mean.isfinite().all()
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_loss_computed_again_is_refused_in_training_alone(estimator):
-    model = build(estimator=estimator)
-    model.loss(model(images()), LABELS)
-
-    def loss(x):
-        return model.loss(model(x), LABELS)
-
-    def gradients(checkpointed):
-        model.zero_grad()
-        value = checkpoint(loss, images(), use_reentrant=False) if checkpointed else loss(images())
-        value.backward()
-        return [p.grad for p in model.parameters()]
-
-    with pytest.raises(RuntimeError, match=r"^ICNN.loss_terms: got computed again"):
-        gradients(True)
-    model.eval()
-    torch.testing.assert_close(gradients(True), gradients(False))
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_under_autocast_is_finite(dtype, estimator):
-    model = build(estimator=estimator)
-    with torch.autocast("cpu", dtype):
-        output = model(images())
-        loss = model.loss(output, LABELS)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_training_step_compiles_into_one_graph_for_all_epochs(estimator):
-    torch.compiler.reset()
-    model, other = build(estimator=estimator), build(estimator=estimator)
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def step(images, labels):
-        return model.loss(model(images), labels)
-
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for epoch in range(1, 13):
-        model.begin_epoch(epoch)
-        other.begin_epoch(epoch)
-        expected = other.loss(other(images()), LABELS)
-        torch.testing.assert_close(compiled(images(), LABELS), expected)
-    # The running estimates are made in the first step.
-    assert counter.frame_count <= (2 if estimator in ("running", "target") else 1)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +315,173 @@ def test_the_mask_layer_takes_the_papers_scale():
     maps = torch.rand(1, 2, 4, 4)
     by_tau = TemplateMask(PartTemplate(), scale="tau")(maps)
     torch.testing.assert_close(by_tau, TemplateMask(PartTemplate())(maps) * 0.5 / 16)
+
+
+class Plainly:
+    """ICNN as the paper and the published code have it, by loops over filters and positions."""
+
+    def __init__(self, template: PartTemplate, center: str, scale: object, learnt: bool):
+        self.template, self.center, self.scale, self.learnt = template, center, scale, learnt
+
+    def values(self, n: int, mu: tuple[int, int]) -> torch.Tensor:
+        """T_mu in units of tau: section 3, and the study of templates, 4.2."""
+        out = torch.empty(n, n, dtype=torch.float64)
+        for i in range(n):
+            for j in range(n):
+                di, dj = abs(i - mu[0]), abs(j - mu[1])
+                d = di + dj if self.template.norm == "l1" else math.hypot(di, dj)
+                # Learnt betas start at 2, on coordinates from -1 to 1.
+                beta = self.template.beta or 4
+                share = 2 * d * 2 / (n - 1) if self.learnt else beta * d / n
+                if self.template.profile == "gradient":
+                    out[i, j] = max(1 - share, -1)
+                else:
+                    out[i, j] = 1 if share < self.template.gamma else -1
+        return out
+
+    def centre(self, x: torch.Tensor) -> tuple[int, int]:
+        n = len(x)
+        if self.center == "argmax":
+            return divmod(int(x.flatten().argmax()), n)
+        places = torch.arange(n).double()
+        total = x.sum().clamp_min(1e-30)  # nothing is masked of a map that is all zero
+        down, across = (x.sum(1) @ places / total), (x.sum(0) @ places / total)
+        return math.floor(down.item() + 0.5), math.floor(across.item() + 0.5)
+
+    def masked(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[-1]
+        scale = 0.5 / n**2 if self.scale == "tau" else self.scale
+        masks = [
+            [self.values(n, self.centre(one.detach())).clamp_min(0) * scale for one in image]
+            for image in x
+        ]
+        return x * torch.stack([torch.stack(image) for image in masks])
+
+    def filter_loss(self, x: torch.Tensor) -> torch.Tensor:
+        """Equations 1 to 3 of one filter's maps ``[B, n, n]``, p(x|T) over the batch."""
+        n = x.shape[-1]
+        tau = 0.5 / n**2
+        positive = [tau * self.values(n, (i, j)) for i in range(n) for j in range(n)]
+        alpha = n**2 / (1 + n**2)
+        prior = [alpha / n**2] * n**2 + [1 - alpha]
+        scores = [(x * t).sum((1, 2)) for t in [*positive, torch.full((n, n), -tau).double()]]
+        given = [s.exp() / s.exp().sum() for s in scores]
+        overall = sum(p * g for p, g in zip(prior, given, strict=True))
+        information = sum(
+            p * (g * (g / overall).log()).sum() for p, g in zip(prior, given, strict=True)
+        )
+        return -information
+
+    def loss(self, model: ICNN, x: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        conv, second, linear = model.features.top[0], model.features.conv, model.head[-1]
+        first = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+        h = nn.functional.conv2d(self.masked(first), second.weight, second.bias, padding=1).relu()
+        pooled = len(model.head) == 2
+        h = nn.functional.max_pool2d(h, 2) if pooled else h
+        maps = self.masked(h)
+        maps = maps if pooled else nn.functional.max_pool2d(maps, 2)
+        logits = maps.flatten(1) @ linear.weight.T + linear.bias
+        return self.discrimination(logits, labels, model.task) + self.pushed(
+            [first, h], model, labels, epoch
+        )
+
+    def discrimination(self, logits: torch.Tensor, labels: torch.Tensor, task: str) -> torch.Tensor:
+        if task == "logistic":
+            sign = 2 * nn.functional.one_hot(labels, logits.shape[1]) - 1
+            return (1 + (-sign * logits).exp()).log().sum(1).mean()
+        if task == "single":
+            sign = 2 * labels - 1
+            return (1 + (-sign * (logits[:, 1] - logits[:, 0])).exp()).log().mean()
+        return (logits.exp().sum(1).log() - logits[range(len(labels)), labels]).mean()
+
+    def pushed(
+        self, layers: list[torch.Tensor], model: ICNN, labels: torch.Tensor, epoch: int
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for maps in layers:
+            for f in range(maps.shape[1]):
+                x = maps[:, f]
+                peaks = sum(x[b].max().item() for b in range(len(x))) / len(x)
+                total = total + model.filter_loss_weight / epoch * peaks * self.filter_loss(x)
+        return total
+
+
+class PublishedPlainly(Plainly):
+    """With the filter gradient of the published code, whose words another file holds."""
+
+    def pushed(
+        self, layers: list[torch.Tensor], model: ICNN, labels: torch.Tensor, epoch: int
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for maps in layers:
+            peaks = maps.detach().amax((2, 3))
+            means = torch.stack([peaks[labels == c].mean(0) for c in range(model.num_classes)])
+            category = means.clamp_min(0.1).argmax(0)
+            share = [(labels == c).double().mean().item() for c in category.tolist()]
+            betas = [2.0] * maps.shape[1]
+            published = Published(
+                maps.detach(), labels.tolist(), category.tolist(), betas, self.template.norm
+            )
+            gradient = published.gradient(share)
+            total = total + model.filter_loss_weight / epoch * (maps * gradient).sum()
+        return total
+
+
+def assert_equal_to(plain: Plainly, model: ICNN, labels: torch.Tensor) -> None:
+    """Loss and gradients in epoch 2, of small maps."""
+    x = images().double()[:, :, :6, :6]
+    model.begin_epoch(2)
+    loss = model.loss(model(x), labels)
+    expected = plain.loss(model, x, labels, 2)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    wanted = torch.autograd.grad(expected, parameters)
+    for mine, theirs in zip(gradients, wanted, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+def tiny(classes: int = 3, **options) -> ICNN:
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    head = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 9, classes))
+    model = ICNN(features, head, classes, 4, in_channels=4, **options).double()
+    model.features.conv.bias.data.fill_(0.1)  # so that no filter is dead
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask_scale": "tau"},
+        {"template": PartTemplate("l2", beta=3.0)},
+        {"template": PartTemplate("l2", "uniform", beta=2.0, gamma=1.5)},
+        {"center": "mass", "mask_after_pool": True},
+        {"task": "logistic"},
+        {"task": "single", "classes": 2},
+    ],
+    ids=lambda options: " ".join(map(str, options)) or "paper",
+)
+def test_loss_and_gradients_are_those_of_the_paper(options):
+    model = tiny(filter_loss_weight=10.0, **options)
+    plain = Plainly(
+        options.get("template", PartTemplate()),
+        options.get("center", "argmax"),
+        options.get("mask_scale", 1.0),
+        False,
+    )
+    labels = LABELS.clamp_max(1) if "classes" in options else LABELS
+    assert_equal_to(plain, model, labels)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_gradients_of_the_published_variant_are_those_of_its_words(norm):
+    template = PartTemplate(norm)
+    model = tiny(filter_loss_weight=0.1, template=template, **PUBLISHED)
+    model.features.conv.weight.data *= 30  # far from the published start, near which maps are 0
+    assert_equal_to(PublishedPlainly(template, "mass", 1.0, True), model, LABELS)
 
 
 PUBLISHED = {
@@ -554,24 +652,6 @@ def test_a_loaded_beta_is_not_undone_by_what_was_seen_before():
     other.load_state_dict(model.state_dict())
     other.after_step()
     assert (other.features.mask.beta.value == 2.7).all()
-
-
-def test_a_published_step_compiles_into_one_graph():
-    torch.compiler.reset()
-    model, other = build(**PUBLISHED), build(**PUBLISHED)
-
-    def step(images, labels):
-        return model.loss(model(images), labels)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for epoch in (1, 2):
-        for network in (model, other):
-            network.begin_epoch(epoch)
-        torch.testing.assert_close(compiled(images(), LABELS), other.loss(other(images()), LABELS))
-        for network in (model, other):
-            network.after_step()
-    torch.testing.assert_close(model.state_dict(), other.state_dict())
-    assert (model.features.mask.beta.value != 2).any()
 
 
 MASKS = {

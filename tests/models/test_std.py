@@ -39,6 +39,31 @@ def test_the_loss_is_the_cross_entropy() -> None:
     torch.testing.assert_close(model.loss(output, LABELS), expected)
 
 
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_loss_and_gradients_are_those_of_the_plain_network(activation: str) -> None:
+    model = build(STD, inserted_activation=activation).double()
+    conv, norm, _ = model.features[0]
+    inserted, linear = model.features[1], model.head[2]
+    x = nn.functional.conv2d(images().double(), conv.weight, conv.bias)
+    deviation = x.var((0, 2, 3), correction=0, keepdim=True) + norm.eps
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / deviation.sqrt()
+    x = (x * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp_min(0)
+    x = nn.functional.conv2d(x, inserted.weight, inserted.bias, padding=1)
+    x = x.clamp_min(0) if activation == "relu" else x
+    logits = x.mean((2, 3)) @ linear.weight.T + linear.bias
+    chosen = logits[range(4), LABELS]
+    expected = (logits.exp().sum(1).log() - chosen).mean()
+    loss = model.loss(model(images().double()), LABELS)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        rtol=0,
+        atol=1e-10,
+    )
+
+
 @pytest.mark.parametrize("initial", ["uniform", "published"])
 def test_the_same_seed_starts_the_same_network_and_matrix_as_picnn(initial: str) -> None:
     std, picnn = build(STD, initial=initial), build(PICNN, initial=initial)

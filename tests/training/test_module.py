@@ -151,6 +151,27 @@ def test_the_cosine_ends_at_its_floor_after_the_rise():
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2)
 
 
+def test_steps_of_the_schedule_are_those_of_multi_step_lr_after_the_rise():
+    module = InterpretableModule(
+        _network("std"), lr=0.1, schedule="step", schedule_steps=[2, 3], schedule_factor=0.5
+    )
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    published = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.5)
+    expected = []
+    for _ in range(5):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        published.step()
+    assert _rates(module, max_epochs=5)[::3] == pytest.approx(expected)
+    endless = InterpretableModule(_network("std"), lr=0.1, schedule="step", schedule_steps=[1])
+    assert _rates(endless, max_steps=6)[::3] == pytest.approx([0.1, 0.01])
+    late = InterpretableModule(
+        _network("std"), lr=0.1, schedule="step", schedule_steps=[2], warmup_epochs=1
+    )
+    assert _rates(late, max_epochs=3)[::3] == pytest.approx([0.05, 0.1, 0.01])
+
+
 @pytest.mark.parametrize(
     ("method", "advice"),
     [
@@ -172,6 +193,9 @@ def test_divergence_stops_with_advice_on_rates_that_are_used(method, advice):
         ({"lr": 0}, "lr"),
         ({"schedule_floor": 2}, "schedule_floor"),
         ({"schedule": "linear"}, "schedule"),
+        ({"schedule_steps": [3, 3]}, "schedule_steps"),
+        ({"schedule_steps": [0]}, "schedule_steps"),
+        ({"schedule_factor": 0.0}, "schedule_factor"),
         ({"mutual_information_weight": -1}, "mutual_information_weight"),
     ],
 )
@@ -369,6 +393,21 @@ def test_epochs_that_take_turns_have_an_optimiser_and_a_schedule_each():
     assert csg == pytest.approx([0.05, 0.05, 0.025, 0.025, 0.0], abs=1e-12)
     assert "method/density" in trainer.callback_metrics
     assert module.network.ownership().amax(0).tolist() == [1.0] * 6
+
+
+def test_optimisers_that_take_turns_count_the_steps_of_the_schedule_in_their_own_epochs():
+    module = InterpretableModule(_csg(), lr=0.01, schedule="step", schedule_steps=[2])
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
+
+    _trainer(max_epochs=7, callbacks=[Watch()]).fit(module, _loader())
+    # Epochs 2, 4 and 6 are of the gate.
+    std, csg = zip(*seen, strict=True)
+    assert std == pytest.approx([0.01, 0.01, 0.01, 0.001, 0.001, 0.001, 0.001])
+    assert csg == pytest.approx([0.05, 0.05, 0.05, 0.05, 0.005, 0.005, 0.005])
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])

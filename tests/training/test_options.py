@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from picnn_fast.models import METHODS
+from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.training.checkpoint import build_network
 from picnn_fast.training.options import GROUPS, ConfigError, Options, build_parser, parse
 from picnn_fast.training.run import build_data
@@ -278,6 +278,9 @@ def test_what_an_option_wants_is_said_in_words(given, message):
         ({"num_filters": 0}, "num_filters: got 0, want an integer >= 1"),
         ({"seed": 2**32}, "seed: got 4294967296, want an integer >= 0 and <= 4294967295"),
         ({"schedule_floor": 1.5}, "schedule_floor: got 1.5, want a number >= 0.0 and <= 1"),
+        ({"schedule_factor": 0.0}, "schedule_factor: got 0.0, want a number > 0 and <= 1"),
+        ({"schedule_steps": [9, 3]}, "schedule_steps: got \\[9, 3\\], want numbers of epochs >= 1"),
+        ({"schedule_steps": "9, 3"}, "schedule_steps: got '9, 3', want \\[an integer, …\\]"),
         ({"mutual_information_weight": -1.0}, "mutual_information_weight: got -1.0, want a number"),
         (
             {"method": {"name": "std", "interpretation_weight": 1.0}},
@@ -415,6 +418,33 @@ def test_the_published_recipe_is_what_the_authors_code_does():
     assert options.method["correspondence_weight_decay"] is None
     assert options.arguments("data")["color_jitter"] == (0.4, 0.4, 0.4, 0.1)
     assert (options.optimizer["name"], options.optimizer["weight_decay"]) == ("adam", 1e-4)
+
+
+def test_the_published_recipe_of_csg_is_what_the_authors_code_does():
+    folder = Path(__file__).parents[2] / "configs"
+    options = _parse("--config", str(folder / "csg-voc-part-published.yaml"), "--data.root=x")
+    backbone, data = options.backbone, options.data
+    assert (backbone["name"], options.insert_conv, options.epochs) == ("resnet152", False, 151)
+    assert (data["image_size"], data["crop"], data["split"], data["max_shift"]) == (
+        128,
+        "square",
+        "70/30",
+        16,
+    )
+    assert (options.optimizer["name"], options.optimizer["weight_decay"]) == ("adam", 0.0)
+    assert (options.schedule, options.schedule_steps) == ("step", [60, 90, 120])
+    # Layers have the same names in a smaller network of the family.
+    network = make_interpretable(
+        "resnet18", "csg", num_classes=6, insert_conv=False, **options.arguments("method")
+    )
+    assert network.bound == pytest.approx(0.2 * 6 * 512)
+    groups = network.optimizers(options.optimizer["lr"])
+    rates = {group["name"]: group["lr"] for path in groups.values() for group in path}
+    assert rates == {"std": 1e-5, "csg": 1e-3, "gate": 1e-3}
+    learnt = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".layer")[2][0] for name in learnt if "layer" in name} == {"3", "4"}
+    turns = [network.optimizer_of(epoch, 151) for epoch in range(1, 152)]
+    assert (turns.count("csg"), turns[-1]) == (47, "std")
 
 
 def test_a_method_added_to_the_registry_is_taken_as_it_is(monkeypatch, capsys):

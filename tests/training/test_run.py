@@ -224,8 +224,9 @@ def test_complete_run_is_read_back_and_another_is_refused(config, monkeypatch):
         train(dataclasses.replace(config, epochs=1, seed=1), progress=False)
 
 
-def test_more_epochs_go_on_from_the_last_one(config, tmp_path, capsys):
-    config = dataclasses.replace(config, schedule="constant")
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_more_epochs_go_on_from_the_last_one(config, tmp_path, capsys, schedule):
+    config = dataclasses.replace(config, schedule=schedule, schedule_steps=[2])
     whole = train(config, progress=False)
     shorter = dataclasses.replace(config, output=str(tmp_path / "runs" / "two"), epochs=1)
     train(shorter, progress=False)
