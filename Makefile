@@ -40,6 +40,7 @@ bench: $(VENV)/.built ## measure, and write benchmarks/results and benchmarks/RE
 	$(BIN)/python -m benchmarks.mutual_information
 	$(BIN)/python -m benchmarks.bias
 	$(BIN)/python -m benchmarks.filter_loss
+	$(BIN)/python -m benchmarks.correlation
 	$(BIN)/python -m benchmarks.compare
 	$(BIN)/python -m benchmarks.parts
 	$(BIN)/python -m benchmarks.explainer
@@ -52,7 +53,7 @@ gpu: ## with PYTHON's own packages (torch, pytest …): gpu-parity, gpu-bench, g
 # Each is a command of under 10 minutes; the time limit counts from here, so the build is in it.
 gpu-parity: ## build, and parity of all backends on a GPU
 gpu-bench: ## build, and benchmarks of masking and part templates on a GPU
-gpu-bench-more: ## build, and benchmarks of mutual information on a GPU
+gpu-bench-more: ## build, and benchmarks of mutual information and correlation on a GPU
 # Without a compiled core Triton and the reference still run, and the script says what is missing:
 # an older core must not stand in for one that does not build.
 INSTALL := -m pip install --quiet --no-deps --no-build-isolation -e .

@@ -34,7 +34,7 @@ REPORT = "gpu-report.txt"
 PARTS = {
     "parity": ("parity",),
     "bench": ("masking", "filter_loss"),
-    "bench-more": ("mutual_information",),
+    "bench-more": ("mutual_information", "correlation"),
 }
 
 

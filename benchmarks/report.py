@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import (
     bias,
     compare,
+    correlation,
     explainer,
     filter_loss,
     harness,
@@ -28,6 +29,7 @@ BENCHMARKS = (
     overhead,
     masking,
     filter_loss,
+    correlation,
     compare,
     parts,
     explainer,

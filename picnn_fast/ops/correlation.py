@@ -92,7 +92,6 @@ registry.define(
     reference=reference.group_correlation,
     fake=_fake_group_correlation,
     autograd=GroupCorrelation.apply,
-    triton=False,
 )
 registry.define(
     "correlation",
@@ -101,7 +100,6 @@ registry.define(
     reference=reference.group_correlation_backward,
     fake=_fake_group_correlation_backward,
     autograd=GroupCorrelationBackward.apply,
-    triton=False,
 )
 
 
@@ -149,9 +147,14 @@ def group_correlation_loss(
     if positive is not None:
         checks.tensor("positive", positive)
         checks.same_device("positive", positive, "maps", maps)
-        if positive.dtype != torch.bool or positive.shape != maps.shape[:1]:
-            checks.indices("positive", positive, len(maps), 2, of="image", kind="bool, or 0 and 1")
-        positive = positive.bool()
+        if positive.dtype != torch.bool:
+            kind = "bool, or integers"
+            checks.indices("positive", positive, len(maps), 2, of="sample", kind=kind)
+            positive = positive.bool()
+        elif positive.shape != maps.shape[:1]:
+            raise ValueError(
+                f"positive: got shape {tuple(positive.shape)}, want ({len(maps)},), one a sample"
+            )
     constant = mean.detach().to(accumulate_dtype(maps.dtype)).contiguous()
     loss: Tensor = torch.ops.picnn_fast.group_correlation.default(
         readable(maps), constant, labels, count, positive

@@ -47,8 +47,8 @@ RECIPES: dict[str, Recipe] = {
             "num_filters": 128,
         },
         methods={
-            "picnn": {"correspondence_lr": 0.3},
-            "picnn-gumbel": {"correspondence_lr": 0.3},
+            "picnn": {"correspondence_lr": 0.1},
+            "picnn-gumbel": {"correspondence_lr": 0.1},
             "csg": {"start": 3, "period": 2, "csg_lr": 0.003, "gate_lr": 0.03},
         },
     ),

@@ -138,6 +138,8 @@ def test_the_benchmarks_go_through_all_their_steps_on_the_cpu(
             "knn, Triton over compiled",
             "peak memory",
             "histogram_update, Triton over compiled",
+            "group_correlation_loss, forward",
+            "group_correlation_loss, Triton over compiled",
             "soft_histogram, forward",
             "soft_histogram, Triton over compiled",
             "soft_histogram, wall time",
@@ -219,7 +221,7 @@ def test_gpu_tests_are_found_wherever_they_live_without_captum(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     found = {line.rsplit("::", 1)[0] for line in done.stdout.splitlines() if "::" in line}
-    families = ("filter_loss", "histogram", "mutual_information", "templates")
+    families = ("correlation", "filter_loss", "histogram", "mutual_information", "templates")
     assert {f"tests/triton_kernels/test_{family}.py" for family in families} <= found
     assert {f"tests/ops/test_{family}_parity.py" for family in families} <= found
     assert "tests/test_functional_mutual_information.py" in found

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import picnn_fast
-from benchmarks import bias, filter_loss, harness, masking, mutual_information, overhead
+from benchmarks import (
+    bias,
+    correlation,
+    filter_loss,
+    harness,
+    masking,
+    mutual_information,
+    overhead,
+)
 
 
 def test_the_bias_script_runs_and_draws(
@@ -108,7 +116,7 @@ def test_a_measurement_that_fails_costs_no_other_and_is_named_at_the_end(tmp_pat
     assert list(content["errors"]) == ["first", "second, triton"]
 
 
-@pytest.mark.parametrize("family", [masking, mutual_information, filter_loss])
+@pytest.mark.parametrize("family", [masking, mutual_information, filter_loss, correlation])
 def test_a_family_reports_even_if_all_its_measurements_fail(
     family: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -558,6 +558,7 @@ T atomicCAS(T* address, T compare, T value) {
   if (old == compare) *address = value;
   return old;
 }
+inline int __ffs(int word) { return __builtin_ffs(word); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;

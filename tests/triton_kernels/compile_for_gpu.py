@@ -31,6 +31,9 @@ POINTERS = {
     "maps": "maps", "table": "masks", "peak": "i64", "assigned": "i64",
     "columns": "masks", "row_sums": "masks", "gains": "masks", "marginals": "masks",
     "information": "masks", "log_ratio": "masks", "terms": "masks", "grad_maps": "masks",
+    "mean": "masks", "groups": "i64", "order": "i64", "begins": "i64", "positive": "i1",
+    "norms": "masks", "group_sums": "masks", "moments": "masks", "own": "masks", "total": "masks",
+    "weights": "masks",
     "psi": "i64", "class_sums": "i64", "base_sum": "i64", "joint_sum": "i64",
 }  # fmt: skip
 # Compile-time constants, each with the values that make another kernel of it.
@@ -38,7 +41,7 @@ SIZES = {
     "CHANNELS": (32,), "POSITIONS": (64,), "CLASS_BLOCK": (1024,),
     "ROWS": (16,), "FILTERS": (32,), "SLOTS": (0, 4096),
     "BLOCK": (256,),
-    "FIND_PEAK": (True, False),
+    "FIND_PEAK": (True, False), "FIND_NORMS": (True, False), "COUNTED": (True, False),
     "SAMPLES": (64,), "TEMPLATES": (64,), "DEPTH": (16,),
     "GRAD_TEMPLATES": (16,), "GRAD_POSITIONS": (256,),
 }  # fmt: skip

@@ -1,0 +1,234 @@
+"""The losses of ICCNN under autograd, torch.compile, autocast and opcheck, on every backend."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from picnn_fast.functional import group_class_loss, group_correlation_loss
+from tests.conftest import Backend, each_backend_once
+from tests.ops.test_masking_autograd import OPCHECKS
+
+SHAPE = (3, 5, 3, 4)
+GROUPS = (0, 2, 1, 2, 2)
+
+
+def leaf(
+    device: torch.device, dtype: torch.dtype = torch.float64, layout: str = "contiguous"
+) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SHAPE, generator=generator, dtype=torch.float64).relu()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.cat((x, x), 1)[:, 2:7]
+    return x.to(device, dtype).requires_grad_()
+
+
+def options(x: Tensor) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.rand(SHAPE[1:], generator=generator, dtype=torch.float64) / 2
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return {
+        "mean": mean.to(x.device, wide),
+        "groups": torch.tensor(GROUPS, device=x.device),
+        "num_groups": 3,
+    }
+
+
+def loss_of(x: Tensor, **more: object) -> Tensor:
+    return group_correlation_loss(x, **options(x) | more)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)
+def test_gradcheck(backend: Backend, layout, counted):
+    x = leaf(backend.device, layout=layout)
+    positive = None if counted is None else torch.tensor(counted, device=x.device)
+    assert gradcheck(lambda t: loss_of(t, positive=positive), x, fast_mode=backend.slow)
+
+
+def test_gradcheck_of_the_class_loss():
+    x = leaf(torch.device("cpu"))
+    groups, labels = torch.tensor(GROUPS), torch.tensor([0, 1, 0])
+    assert gradcheck(lambda t: group_class_loss(t, groups, labels, 2), x)
+    assert torch.autograd.gradgradcheck(lambda t: group_class_loss(t, groups, labels, 2), x)
+
+
+def test_the_gradient_may_be_asked_for_twice(backend: Backend):
+    x = leaf(backend.device)
+    loss = loss_of(x)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (double,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
+    torch.testing.assert_close(double, 2 * first)
+    (nothing,) = torch.autograd.grad(0 * loss, x)
+    assert not nothing.any()
+
+
+def test_second_derivatives_are_refused_never_zero(backend: Backend):
+    x = leaf(backend.device)
+    refused = pytest.raises(
+        RuntimeError, match=r"^group_correlation_loss: .* double backward is not offered$"
+    )
+    for function in (
+        loss_of,
+        lambda x: loss_of(x).square(),
+        lambda x: loss_of(x) + x.pow(3).sum(),
+    ):
+        with refused:
+            torch.autograd.functional.hessian(function, x)
+        (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
+        with refused:
+            torch.autograd.grad(grad.square().sum(), x)
+
+
+@each_backend_once
+def test_vmap_and_forward_mode_are_refused(backend: Backend):
+    x = leaf(backend.device)
+    with pytest.raises(RuntimeError, match=r"vmap|functorch"):
+        torch.func.vmap(lambda t: loss_of(t))(x.detach()[None])
+    refused = pytest.raises((RuntimeError, NotImplementedError), match="forward")
+    with refused, torch.autograd.forward_ad.dual_level():
+        loss_of(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+
+
+def test_a_loss_that_nothing_uses_sends_nothing_back(backend: Backend):
+    x = leaf(backend.device)
+    loss = Unused.apply(loss_of(x))
+    (grad,) = torch.autograd.grad(loss + x.sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+
+
+class Unused(torch.autograd.Function):
+    """Without a gradient for its input, whatever becomes of the output."""
+
+    @staticmethod
+    def forward(ctx: object, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
+def test_maps_changed_in_place_after_the_forward_pass_are_refused(backend: Backend):
+    x = leaf(backend.device)
+    maps = x * 1
+    loss = loss_of(maps)
+    maps.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_gradient_is_recorded_unless_it_is_asked_for(backend: Backend):
+    x = leaf(backend.device)
+    expected = loss_of(x)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = loss_of(x)
+            assert not loss.requires_grad
+            torch.testing.assert_close(loss, expected)
+    assert not loss_of(x.detach()).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_accumulate_in_float32(backend: Backend, dtype):
+    x = leaf(backend.device, dtype)
+    wide = x.detach().float().requires_grad_()
+    losses = [loss_of(t) for t in (x, wide)]
+    assert losses[0].dtype == torch.float32
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
+    grads = [torch.autograd.grad(value, t)[0] for value, t in zip(losses, (x, wide), strict=True)]
+    assert grads[0].dtype == dtype
+    torch.testing.assert_close(grads[0].float(), grads[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@each_backend_once
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)
+def test_opcheck(backend: Backend, layout, counted):
+    x = leaf(backend.device, torch.float32, layout)
+    given = options(x)
+    positive = None if counted is None else torch.tensor(counted, device=x.device)
+    arguments = (given["mean"], given["groups"], 3, positive)
+    ops = torch.ops.picnn_fast
+    results = torch.library.opcheck(ops.group_correlation.default, (x, *arguments))
+    assert set(results) == OPCHECKS
+    _, *kept = ops.group_correlation(x.detach(), *arguments)
+    grad_loss = torch.tensor(2.0, device=x.device)
+    end = (given["mean"], given["groups"], positive, *kept)
+    results = torch.library.opcheck(
+        ops.group_correlation_backward.default, (grad_loss, x.detach(), *end)
+    )
+    assert set(results) == OPCHECKS
+
+
+@each_backend_once
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
+    x = leaf(backend.device, dtype).detach()
+    given = options(x)
+    ops = torch.ops.picnn_fast
+    tests = ("test_schema", "test_faketensor")
+    for maps in (x, x[:0], x.contiguous(memory_format=torch.channels_last)):
+        arguments = (maps, given["mean"], given["groups"], 4, None)
+        torch.library.opcheck(ops.group_correlation.default, arguments, test_utils=tests)
+        loss, *kept = ops.group_correlation(*arguments)
+        torch.library.opcheck(
+            ops.group_correlation_backward.default,
+            (torch.ones_like(loss), *arguments[:3], None, *kept),
+            test_utils=tests,
+        )
+
+
+@each_backend_once
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("num_groups", [None, 3])
+@pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)
+def test_compiles_into_one_graph(backend: Backend, num_groups, counted):
+    x = leaf(backend.device)
+    positive = None if counted is None else torch.tensor(counted, device=x.device)
+    labels = torch.tensor([0, 1, 0], device=x.device)
+
+    given = options(x) | {"num_groups": num_groups, "positive": positive}
+
+    def total(x: Tensor) -> Tensor:
+        maps = x.sin()
+        loss = group_correlation_loss(maps, **given)
+        return loss + group_class_loss(maps, given["groups"], labels, 2, num_groups=num_groups)
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(x), total(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+
+
+def test_autocast_leaves_the_sums_in_float32(backend: Backend):
+    x = leaf(backend.device, torch.float32)
+    expected = loss_of(x)
+    (want,) = torch.autograd.grad(expected, x)
+    with torch.autocast(backend.device.type, torch.bfloat16):
+        loss = loss_of(x)
+        (grad,) = torch.autograd.grad(loss, x)
+    assert loss.dtype == grad.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, want)
+
+
+def test_autocast_leaves_the_class_loss_in_float32():
+    x = leaf(torch.device("cpu"), torch.float32)
+    arguments = (torch.tensor(GROUPS), torch.tensor([0, 1, 0]), 2)
+    expected = group_class_loss(x, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = group_class_loss(x, *arguments)
+    assert torch.equal(loss, expected)
+    assert torch.equal(*(torch.autograd.grad(value, x)[0] for value in (loss, expected)))

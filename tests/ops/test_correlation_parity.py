@@ -1,0 +1,288 @@
+"""Correlation family: every backend's loss and gradient are those over pairs of filters."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from picnn_fast.functional import group_correlation_loss
+from picnn_fast.reference import correlation as reference
+from picnn_fast.reference.masking import accumulate_dtype
+from tests.conftest import Backend
+from tests.ops.test_masking_parity import (
+    DTYPES,
+    assert_within,
+    case_id,
+    dense,
+    epsilon,
+    on_device,
+    steps,
+    ulp,
+)
+from tests.ops.test_templates_parity import LAYOUTS, maps
+from tests.reference.test_correlation import pairwise_loss
+
+SHAPES = {
+    "single_element": (2, 3, 1, 1),
+    "one_image": (1, 6, 3, 4),
+    "odd": (3, 5, 5, 3),
+    "one_filter": (3, 1, 4, 4),
+    "vector_tails": (2, 35, 13, 11),
+    "many_filters": (2, 150, 2, 3),
+    "ImageNet": (2, 18, 14, 14),
+    "beyond_registers": (1, 4, 17, 19),
+}
+CASES = [
+    *itertools.product(SHAPES, LAYOUTS, [torch.float32]),
+    *itertools.product(
+        ["odd", "vector_tails"], LAYOUTS, [dtype for dtype in DTYPES if dtype != torch.float32]
+    ),
+]
+GROUPINGS = ("several", "one", "each its own")
+
+
+def mean_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return (torch.rand(shape[1:], generator=generator, dtype=torch.float64) / 2).to(dtype)
+
+
+def grouping(name: str, filters: int) -> Tensor:
+    generator = torch.Generator().manual_seed(filters)
+    if name == "one":
+        return torch.zeros(filters, dtype=torch.int64)
+    if name == "each its own":
+        return torch.randperm(filters, generator=generator)
+    # Of the groups up to the last some are empty.
+    return torch.randint(0, min(filters, 5), (filters,), generator=generator)
+
+
+def assert_is_the_loss_over_pairs(
+    backend: Backend, x: Tensor, mean: Tensor, groups: Tensor, positive: Tensor | None = None
+) -> None:
+    """Loss and gradient, within rounding; in float64 to 1e-10."""
+    leaf = on_device(backend.device, x).requires_grad_()
+    on = {"groups": groups, "mean": mean}
+    if positive is not None:
+        on["positive"] = positive
+    on = {name: value.to(backend.device) for name, value in on.items()}
+    loss = group_correlation_loss(leaf, **on)
+    (grad,) = torch.autograd.grad(3 * loss, leaf)
+
+    exact = x.double().requires_grad_()
+    counted = torch.ones(len(x)) if positive is None else positive
+    accumulate = accumulate_dtype(x.dtype)
+    expected = pairwise_loss(exact, mean.to(accumulate).double(), groups, counted)
+    (want,) = torch.autograd.grad(3 * expected, exact)
+    assert (loss.shape, loss.dtype) == ((), accumulate)
+    assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+    if dense(x):
+        assert steps(grad) == steps(x)
+    if x.dtype == torch.float64:
+        torch.testing.assert_close(loss.detach().cpu(), expected.detach(), rtol=0, atol=1e-10)
+        # Below the least norm gradients are as large as 1 / 1e-5.
+        largest = max(1.0, want.abs().max().item())
+        torch.testing.assert_close(grad.cpu(), want, rtol=0, atol=1e-10 * largest)
+        return
+    size = 64 * epsilon(accumulate)
+    # Each gradient is a difference of sums over a map and a group.
+    slack = torch.full_like(want, size * max(1.0, want.abs().max().item()))
+    assert_within(loss, expected, torch.tensor(size * (1 + abs(expected.item()))))
+    assert_within(grad, want, slack + ulp(want, x.dtype))
+
+
+@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+def test_loss_and_gradient(backend: Backend, shape_name, layout, dtype):
+    shape = SHAPES[shape_name]
+    x = maps(shape, layout, dtype)
+    groups = grouping("several", shape[1])
+    assert_is_the_loss_over_pairs(backend, x, mean_of(shape, torch.float32), groups)
+
+
+@pytest.mark.parametrize("name", GROUPINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (1, 33, 4, 5)], ids=str)
+def test_one_group_many_groups_and_as_many_as_filters(backend: Backend, name, dtype, layout, shape):
+    x = maps(shape, layout, dtype)
+    groups = grouping(name, shape[1])
+    assert_is_the_loss_over_pairs(backend, x, mean_of(shape, torch.float64), groups)
+
+
+@pytest.mark.parametrize("counted", [[1, 1, 1], [0, 1, 0], [1, 0, 1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=case_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", [5, 17])
+def test_images_that_do_not_count_may_hold_anything(backend: Backend, counted, dtype, layout, side):
+    shape = (3, 7, side, 5)
+    x = maps(shape, layout, torch.float32)
+    positive = torch.tensor(counted).to(dtype)
+    mean, groups = mean_of(shape, torch.float32), grouping("several", 7)
+    assert_is_the_loss_over_pairs(backend, x, mean, groups, positive)
+    leaf = on_device(backend.device, x)
+    clean = group_correlation_loss(
+        leaf, mean.to(leaf.device), groups.to(leaf.device), positive=positive.to(leaf.device)
+    )
+    leaf[positive.to(leaf.device) == 0] = math.nan
+    leaf.requires_grad_()
+    loss = group_correlation_loss(
+        leaf, mean.to(leaf.device), groups.to(leaf.device), positive=positive.to(leaf.device)
+    )
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(loss, clean)
+    assert not grad[positive.to(leaf.device) == 0].any()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_without_an_image_the_loss_is_zero_and_so_is_the_gradient(
+    backend: Backend, layout, dtype, batch
+):
+    shape = (batch, 5, 3, 3)
+    x = on_device(backend.device, maps(shape, layout, dtype)).requires_grad_()
+    positive = torch.zeros(batch, dtype=torch.bool, device=x.device)
+    mean = mean_of(shape, torch.float32).to(x.device)
+    groups = grouping("several", 5).to(x.device)
+    loss = group_correlation_loss(x, mean, groups, positive=positive if batch else None)
+    assert loss.item() == 0
+    (grad,) = torch.autograd.grad(loss, x)
+    assert grad.shape == x.shape
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_innermost"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_makes_loss_and_gradient_nan(
+    backend: Backend, dtype, layout, value
+):
+    x = maps((2, 5, 3, 4), layout, dtype)
+    x[1, 2, 2, 1] = value
+    leaf = on_device(backend.device, x).requires_grad_()
+    mean = mean_of(x.shape, torch.float32).to(leaf.device)
+    loss = group_correlation_loss(leaf, mean, grouping("several", 5).to(leaf.device))
+    assert loss.isnan()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert grad.isnan().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
+@pytest.mark.parametrize("side", [4, 18])
+def test_dead_filters_are_similar_by_one(backend: Backend, layout, dtype, side):
+    shape = (2, 6, side, 16)
+    x = maps(shape, layout, dtype)
+    mean = mean_of(shape, dtype)
+    x[:, 1] = mean[1]
+    x[1, 4] = mean[4]
+    x[0, 5] = mean[5]
+    x[0, 5, 0, 0] += 2e-6  # below the floor, not dead
+    assert_is_the_loss_over_pairs(backend, x, mean, torch.tensor([0, 0, 1, 1, 2, 2]))
+    x[:] = mean
+    leaf = on_device(backend.device, x).requires_grad_()
+    groups = torch.tensor([0, 0, 1, 1, 2, 2], device=leaf.device)
+    loss = group_correlation_loss(leaf, mean.to(leaf.device), groups)
+    assert loss.item() == pytest.approx(-1, abs=1e-5)
+    assert not torch.autograd.grad(loss, leaf)[0].any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_maps_that_no_tile_holds(backend: Backend, layout):
+    shape = (1, 3, 65, 66)
+    x = maps(shape, layout, torch.float32)
+    assert_is_the_loss_over_pairs(backend, x, mean_of(shape, torch.float32), grouping("several", 3))
+
+
+def test_more_groups_than_are_in_use_change_nothing(backend: Backend):
+    x = maps((2, 6, 3, 3)).to(backend.device)
+    mean = mean_of(x.shape, torch.float32).to(x.device)
+    groups = grouping("several", 6).to(x.device)
+    losses = [group_correlation_loss(x, mean, groups, num_groups=n) for n in (None, 5, 40)]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, layout):
+    shape = (3, 8, 5, 5) if backend.slow else (9, 300, 7, 7)
+    x = on_device(backend.device, maps(shape, layout)).requires_grad_()
+    mean, groups = mean_of(shape, torch.float32).to(x.device), grouping("several", shape[1])
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        loss = group_correlation_loss(x, mean, groups.to(x.device))
+        results.append((loss, *torch.autograd.grad(loss, x)))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+def test_gradients_beyond_the_cache(cpp: Backend, layout, dtype):
+    """Large enough to be written past the caches."""
+    shape = (5, 500, 31, 31)
+    x = maps(shape, layout, dtype).requires_grad_()
+    mean, groups = mean_of(shape, torch.float32), grouping("several", 500)
+    (grad,) = torch.autograd.grad(group_correlation_loss(x, mean, groups), x)
+    arguments = (x.detach(), mean, groups, 5, None)
+    kept = reference.group_correlation(*arguments)[1:]
+    expected = reference.group_correlation_backward(torch.tensor(1.0), *arguments[:3], None, *kept)
+    slack = torch.full_like(grad, 4e-6 * expected.abs().max().item(), dtype=torch.float64)
+    assert_within(grad, expected.double(), slack + ulp(expected.double(), dtype))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_a_group_out_of_range_is_refused_by_the_operator(cpp: Backend, wrong):
+    groups = torch.tensor([0, wrong, 2])
+    x = torch.ones(2, 3, 2, 2)
+    with pytest.raises(RuntimeError, match=r"groups: got .*, want \[0, 3\)"):
+        torch.ops.picnn_fast.group_correlation(x, x[0], groups, 3, None)
+
+
+# which argument of the operator, in place of a good one; the message
+WRONG = {
+    "mean": (1, torch.ones(3, 2, 3), r"mean: got shape \[3, 2, 3\], want \[3, 2, 2\]"),
+    "mean of another dtype": (1, torch.ones(3, 2, 2, dtype=torch.float64), "mean: want float32"),
+    "groups": (2, torch.zeros(4, dtype=torch.int64), r"groups: got shape \[4\], want \[3\]"),
+    "positive": (4, torch.ones(3, dtype=torch.bool), r"positive: got shape \[3\], want \[2\]"),
+    "positive of another dtype": (4, torch.ones(2), "positive: want bool"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_compiled_kernels_refuse_tensors_of_another_shape_or_dtype(cpp: Backend, name):
+    x = torch.ones(2, 3, 2, 2)
+    good = [x, x[0], torch.tensor([0, 1, 2]), 3, None]
+    position, wrong, message = WRONG[name]
+    bad = [*good[:position], wrong, *good[position + 1 :]]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.picnn_fast.group_correlation(*bad)
+    _, norms, sums, moments = torch.ops.picnn_fast.group_correlation(*good)
+    kept = [bad[0], bad[1], bad[2], bad[4], norms, sums, moments]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.picnn_fast.group_correlation_backward(torch.tensor(1.0), *kept)
+    for index in (4, 5, 6):
+        less = [good[0], good[1], good[2], good[4], norms, sums, moments]
+        less[index] = less[index][:1]
+        with pytest.raises(RuntimeError, match="got shape"):
+            torch.ops.picnn_fast.group_correlation_backward(torch.tensor(1.0), *less)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 80), st.integers(1, 18), st.integers(1, 18)),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from(GROUPINGS),
+    seed=st.integers(0, 2**31),
+)
+def test_any_maps_have_the_loss_over_pairs(cpp: Backend, shape, layout, dtype, name, seed):
+    x = maps(shape, layout, dtype, seed)
+    groups = grouping(name, shape[1])
+    assert_is_the_loss_over_pairs(cpp, x, mean_of(shape, torch.float32), groups)

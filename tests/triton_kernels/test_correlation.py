@@ -1,0 +1,57 @@
+"""Triton kernels of the correlation family, beyond the parity suite in tests/ops."""
+
+import pytest
+import torch
+
+from picnn_fast.reference import correlation as reference
+from tests.conftest import HAS_GPU
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("picnn_fast.triton_kernels.correlation")
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
+def test_every_kernel_compiles_for_hopper_in_every_dtype(
+    compiled: dict[str, list[list[str]]],
+) -> None:
+    of_maps = {"norms_kernel", "sums_kernel", "gradient_kernel"}
+    of_sums = {"moments_kernel", "weights_kernel"}
+    assert {line[0] for line in compiled["correlation"]} == of_maps | of_sums
+    for name in of_maps | of_sums:
+        types = {line[1] for line in compiled["correlation"] if line[0] == name}
+        halves = {"*bf16", "*fp16"} if name in of_maps else set()
+        assert types == {"*fp32", "*fp64"} | halves, name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)
+@pytest.mark.parametrize(("longest", "tile"), [(8, 4096), (4096, 32), (16, 16)])
+@pytest.mark.gpu(else_cpu=True)
+def test_tiles_do_not_matter(
+    longest: int,
+    tile: int,
+    counted: list[bool] | None,
+    layout: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Maps longer than a tile, which are read twice, and groups of several blocks of filters."""
+    monkeypatch.setattr(kernels, "LONGEST", longest)
+    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 11, 5, 7, generator=generator, dtype=torch.float64).relu().to(DEVICE)
+    maps = maps.contiguous(memory_format=layout)
+    mean = torch.rand(11, 5, 7, generator=generator, dtype=torch.float64).to(DEVICE)
+    maps[1, 4] = mean[4]
+    groups = torch.randint(0, 3, (11,), generator=generator).to(DEVICE)
+    positive = None if counted is None else torch.tensor(counted, device=DEVICE)
+    expected = reference.group_correlation(maps, mean, groups, 4, positive)
+    got = kernels.group_correlation(maps, mean, groups, 4, positive)
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    arguments = (torch.tensor(2.0, dtype=torch.float64, device=DEVICE), maps, mean, groups)
+    grad = kernels.group_correlation_backward(*arguments, positive, *got[1:])
+    want = reference.group_correlation_backward(*arguments, positive, *expected[1:])
+    assert grad.stride() == want.stride()
+    torch.testing.assert_close(grad, want, rtol=1e-10, atol=1e-12)
