@@ -74,8 +74,9 @@ def test_a_step_of_every_method_changes_every_backbone(backbone: str, method: st
     images = torch.randn(2, first.in_channels, side, side)
     model.begin_epoch(1, 1, images=[(images, LABELS)])
     optimizer = torch.optim.SGD(model.optimizers(1e-2)[model.optimizer_of(1)], lr=1e-2)
-    # The first and the last that the method trains: an Explainer leaves the backbone as it is.
-    trained = [p for p in model.parameters() if p.requires_grad]
+    # The first and the last of the network that the method trains: an Explainer leaves the backbone
+    # as it is, and a gate or matrix may have no gradient in a first step.
+    trained = optimizer.param_groups[0]["params"]
     before = [p.detach().clone() for p in (trained[0], trained[-1])]
 
     output = model(images, LABELS)
