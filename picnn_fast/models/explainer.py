@@ -15,6 +15,7 @@ from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork, Performer
 from picnn_fast.models.masked_head import MaskedHead, layers_of, leading_pooling
 from picnn_fast.ops import checks
+from picnn_fast.ops.layout import whole
 from picnn_fast.ops.templates import PartTemplate, check_template
 
 OBJECTIVES = ("reconstruction", "classification")
@@ -112,7 +113,7 @@ class Decoder(nn.Module):
         num_filters: N, channels of either track.
 
     Attributes:
-        w_p: p is its sigmoid.
+        w_p: ``[1]``, p is its sigmoid.
         norm: norm layer of the interpretable track.
         scale: mean channel sums of the performer's own maps, which fc-dec-1 stands behind: its
             weights are those of fc6, made for such maps.
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
 
     def __init__(self, upper: "_Upper", num_filters: int) -> None:
         super().__init__()
-        self.w_p = nn.Parameter(torch.zeros(()))
+        self.w_p = nn.Parameter(torch.zeros(1))  # not a scalar, which fully_shard refuses
         self.norm = NormLayer(num_filters)
         self.scale = RunningMean(num_filters)
         self.front = upper.front
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
 
     def p(self) -> Tensor:
         """Share of the interpretable track, a scalar."""
-        return self.w_p.sigmoid()
+        return whole(self.w_p).sigmoid().squeeze()
 
     def mix(self, interpretable: Tensor, ordinary: Tensor) -> Tensor:
         """x_enc, of normalised maps ``[B, N, h, w]``."""
@@ -142,7 +143,8 @@ class Decoder(nn.Module):
 
     def decode(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """What fc-dec-1 and fc-dec-2 make of x_enc."""
-        first = self.act1(self.fc1(self.front(encoded * self.scale.mean[:, None, None])))
+        # A copy: the mean may be renewed before the backward pass.
+        first = self.act1(self.fc1(self.front(encoded * self.scale.mean.clone()[:, None, None])))
         return first, self.act2(self.fc2(first))
 
     def forward(self, maps: Tensor, ordinary: Tensor) -> Tensor:
@@ -483,7 +485,8 @@ class Explainer(InterpretableNetwork):
             self.filter_weights.copy_(self._weights(objective, losses, output.activations))
         return {
             self.objective: objective,
-            "interpretable": -self.eta * nn.functional.logsigmoid(self.decoder.w_p),
+            "interpretable": -self.eta
+            * nn.functional.logsigmoid(whole(self.decoder.w_p)).squeeze(),
             "filter_loss": (self.filter_weights.clone() * losses).sum(),
         }
 

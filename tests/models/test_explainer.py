@@ -165,7 +165,7 @@ class Plain:
                 self.size = (1 - share) * self.size + share * size
             self.seen += len(x)
 
-        p = 1 / (1 + (-self.w["head.w_p"]).exp())
+        p = 1 / (1 + (-self.w["head.w_p"].squeeze()).exp())
         over = [torch.where(a > 0, 1 / a, 0)[:, None, None] for a in self.alpha]
         encoded = p * maps * over[0] + (1 - p) * ordinary * over[1]
         flat = encoded * self.scale[:, None, None]

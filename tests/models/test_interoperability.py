@@ -67,11 +67,27 @@ TWICE = (
     "Refused: what the loss remembers of the batches would be renewed twice. Take the loss out of"
     " the checkpointed part."
 )
+FORWARD_TWICE = (
+    "Refused: the forward pass renews the means of its norm layers, which it would do twice."
+)
+AFTER_A_PASS = "After a forward pass of the whole model, before the first `begin_epoch`."
+TRACED = "With `torch._dynamo.config.trace_autograd_ops = True`, which torch 2.11 has not."
 OWN_BATCH = (
     "The mean of the losses of the parts, each with what it drew or estimated from its own part,"
     " which is not the loss of the whole batch."
 )
 REFUSED = {
+    ("iccnn", "checkpointed loss"): (TWICE, r"^ICCNN.loss_terms: got computed again"),
+    ("iccnn", "checkpointed loss, compiled"): (TWICE, "Mutating a variable from outside the scope"),
+    ("explainer", "checkpointed forward"): (
+        FORWARD_TWICE,
+        r"^Explainer.forward: got computed again",
+    ),
+    ("explainer", "checkpointed loss"): (FORWARD_TWICE, r"^Explainer.forward: got computed again"),
+    ("explainer", "checkpointed loss, compiled"): (
+        FORWARD_TWICE,
+        "Mutating a variable from outside the scope",
+    ),
     ("icnn", "checkpointed loss"): (TWICE, r"^ICNN.loss_terms: got computed again"),
     ("icnn", "checkpointed loss, compiled"): (TWICE, "Mutating a variable from outside the scope"),
 }
@@ -80,6 +96,11 @@ DIFFERS = {
     **{(method, "CUDA graphs"): NO_GPU_YET for method in METHODS},
     ("picnn", "gradient accumulation"): OWN_BATCH,
     ("icnn", "gradient accumulation"): OWN_BATCH,
+    ("iccnn", "gradient accumulation"): OWN_BATCH,
+    ("explainer", "gradient accumulation"): OWN_BATCH,
+    ("iccnn", "moving averages of weights"): AFTER_A_PASS,
+    ("iccnn", "FSDP2 (fully_shard)"): AFTER_A_PASS,
+    ("explainer", "torch.compile, one graph"): TRACED,
 }
 
 
@@ -157,8 +178,10 @@ def train(
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    assert all(p.grad is not None for p in model.parameters())
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    """Of all that the method trains: an Explainer leaves its performer as it is."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    return {name: p.grad.clone() for name, p in trained.items()}
 
 
 def assert_same(got: Trained, expected: Trained) -> None:
@@ -186,6 +209,16 @@ def refused(case: Case, feature: str) -> Iterator[bool]:
         yield True
 
 
+@pytest.fixture(autouse=True)
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What some methods want of the compiler, which the oldest torch has not."""
+    config: Any = torch._dynamo.config
+    if hasattr(config, "trace_autograd_ops"):
+        monkeypatch.setattr(config, "trace_autograd_ops", True)
+    elif "compiled" in request.node.name and "explainer" in request.node.name:
+        pytest.skip("this version of torch traces no torch.autograd.grad")
+
+
 @every_case
 def test_a_compiled_step_is_one_graph_for_all_epochs_and_that_of_eager(case: Case) -> None:
     torch.compiler.reset()
@@ -193,8 +226,9 @@ def test_a_compiled_step_is_one_graph_for_all_epochs_and_that_of_eager(case: Cas
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(plain_step(model), fullgraph=True, backend=counter)
     assert_same(train(model, step, epochs=(1, 2, 3)), train(case.build(), epochs=(1, 2, 3)))
-    # Running estimates are made in the first step.
-    assert counter.frame_count <= (2 if case.variant in ("running", "target") else 1)
+    # What a method remembers of the batches is made in the first step.
+    remembers = case.variant in ("running", "target") or case.method in ("iccnn", "explainer")
+    assert counter.frame_count <= (2 if remembers else 1)
 
 
 def test_a_step_compiled_by_inductor_is_that_of_eager() -> None:
@@ -229,7 +263,7 @@ def test_autocast_keeps_a_loss_of_single_precision_near_that_of_eager(
         expected = plain_step(plain)(images().float(), LABELS)
         expected.backward()
         torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
-        assert_near(gradients(model), gradients(plain), 0.1)
+        assert_near(gradients(model), gradients(plain), 0.15)
         before = [p.detach().clone() for p in model.parameters()]
         scaler.step(optimizers[0])
         scaler.update()
@@ -274,7 +308,7 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         def counted(x: Tensor) -> Any:
-            self.passes += 1
+            self.passes += torch.is_grad_enabled()  # not where images are looked at beforehand
             return self.inner(x)
 
         return checkpoint(counted, x, use_reentrant=False)
@@ -285,7 +319,8 @@ def test_features_that_are_checkpointed_give_the_same(case: Case) -> None:
     model = case.build(wrap=Checkpointed)
     got, expected = train(model), train(case.build())
     (wrapped,) = (module for module in model.modules() if isinstance(module, Checkpointed))
-    assert wrapped.passes == 2 * len(EPOCHS)
+    frozen = not any(p.requires_grad for p in wrapped.parameters())
+    assert wrapped.passes == (1 if frozen else 2) * len(EPOCHS)
     for tensors in (got.gradients, got.state):
         for name in [*tensors]:
             tensors[name.replace("inner.", "")] = tensors.pop(name)
@@ -293,13 +328,16 @@ def test_features_that_are_checkpointed_give_the_same(case: Case) -> None:
 
 
 @every_case
-def test_a_forward_pass_that_is_checkpointed_gives_the_same(case: Case) -> None:
+def test_a_forward_pass_that_is_checkpointed_gives_the_same_or_is_refused(case: Case) -> None:
     model = case.build()
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         return model.loss(checkpoint(model, x, y, use_reentrant=False), y)
 
-    assert_same(train(model, step), train(case.build()))
+    with refused(case, "checkpointed forward") as wanted:
+        got = train(model, step)
+    if not wanted:
+        assert_same(got, train(case.build()))
 
 
 @every_case
@@ -327,6 +365,8 @@ def test_a_loss_that_is_checkpointed_gives_the_same_or_is_refused(
 @every_case
 def test_moving_averages_can_be_begun_at_once_and_leave_training_alone(case: Case) -> None:
     model = case.build()
+    if (case.method, "moving averages of weights") in DIFFERS:
+        model(images(), LABELS)
     averages = [
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
@@ -440,6 +480,8 @@ def mean_over_ranks(case: Case, *, share_buffers: bool) -> list[Trained]:
             loss.backward()
             losses[rank].append(loss.detach())
         for parameters in zip(*(model.parameters() for model in models), strict=True):
+            if not parameters[0].requires_grad:
+                continue
             mean = torch.stack([p.grad for p in parameters]).mean(0)
             for p in parameters:
                 p.grad.copy_(mean)
@@ -479,6 +521,9 @@ def trained_over_ranks(case: Case, strategy: str, rank: int) -> None:
     model = sharded(case) if strategy == "fsdp" else case.build()
     network: Any = nn.parallel.DistributedDataParallel(model) if strategy == "ddp" else model
     x, y = share(rank)
+    if DIFFERS.get((case.method, "FSDP2 (fully_shard)")) == AFTER_A_PASS:
+        with torch.no_grad():
+            network(x, y)
     losses, gradients, state = train(model, lambda *_: model.loss(network(x, y), y))
     expected = mean_over_ranks(case, share_buffers=strategy == "ddp")[rank]
     assert_same(Trained(losses, gathered(gradients), gathered(state)), expected)
@@ -487,9 +532,9 @@ def trained_over_ranks(case: Case, strategy: str, rank: int) -> None:
     plain.load_state_dict(expected.state)
     seen = []
     for one in (model.eval(), plain.eval()):
-        maps = one.filter_maps(x)
+        maps, bypass = one.encode(x)
         mask = None if one.ownership() is None else one.class_mask(y, seed=0)
-        seen.append([one.head_logits(maps, mask), *one.logged().values()])
+        seen.append([one.head_logits(maps, mask, bypass=bypass), *one.logged().values()])
     torch.testing.assert_close(*seen)
 
 
