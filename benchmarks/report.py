@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks import (
     bias,
-    correlation,
     compare,
+    correlation,
     explainer,
     filter_loss,
     harness,
