@@ -111,4 +111,5 @@ def group_class_loss(
     pairs = max(batch, 1) ** 2
     within = of_class.square().sum(1) / pairs
     across = (of_class * v.sum(0)).sum(1) / pairs
-    return -(within / (across + EPSILON)).sum()
+    loss: Tensor = -(within / (across + EPSILON)).sum()
+    return loss
