@@ -718,8 +718,8 @@ def group_correlation_loss(
 
     -Σ_A Num_A / (Den_A + 1e-5) over the groups A, its weight lambda being 1. Num_A is the sum of s
     over pairs of filters in A, i = j included; Den_A that over pairs of one in A and any other;
-    both are means over images. In (-groups, 0): -1 where filters have nothing in common, nearly
-    minus the number of groups at best.
+    both are means over images. In [-2, 0), whatever the number of groups: -1 where filters have
+    nothing in common; -2 at best, where those of a group are alike and all of an image cancel.
 
     The similarity is that of two filters on one image, about the mean map: with u = x - mean and
     û = u / max(‖u‖, 1e-5) over positions, s[i, j] = ⟨û_i, û_j⟩ + 1. A map that is its mean has

@@ -2,6 +2,7 @@
 
 from picnn_fast.backbones.networks import (
     ResidualBlock,
+    cifar_resnet,
     small_cnn,
     small_resnet,
     small_vgg,
@@ -9,16 +10,20 @@ from picnn_fast.backbones.networks import (
     vgg_s,
 )
 from picnn_fast.backbones.receptive_field import ReceptiveField, receptive_field
-from picnn_fast.backbones.registry import BACKBONES, Row, cut
+from picnn_fast.backbones.registry import BACKBONES, TIMM, Row, cut
 from picnn_fast.backbones.split import Split, split, split_halves
+from picnn_fast.backbones.weights import is_weights_file
 
 __all__ = [
     "BACKBONES",
+    "TIMM",
     "ReceptiveField",
     "ResidualBlock",
     "Row",
     "Split",
+    "cifar_resnet",
     "cut",
+    "is_weights_file",
     "receptive_field",
     "small_cnn",
     "small_resnet",

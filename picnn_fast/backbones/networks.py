@@ -58,6 +58,48 @@ def small_resnet(image_channels: int = 1, num_classes: int = 1000) -> nn.Sequent
     return _network(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(num_classes))
 
 
+def cifar_resnet(depth: int, image_channels: int = 3, num_classes: int = 1000) -> nn.Sequential:
+    """A residual network for images of 32 pixels, three stages of 16, 32 and 64 channels.
+
+    Its ``features`` yield 64 channels at a quarter of the image's size.
+
+    Args:
+        depth: layers with weights, 6n + 2: 20, 32, 44, 56, 110.
+        image_channels, num_classes: see ``small_resnet``.
+
+    Raises:
+        ValueError: another depth.
+
+    Source:
+        He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+        As in the code of CSG's authors, a shortcut between stages is a 1x1 convolution with batch
+        norm (option B); the paper's has no weights (option A).
+
+    Example:
+        >>> from picnn_fast.backbones import cifar_resnet
+        >>> sum(p.numel() for p in cifar_resnet(20, 3).features.parameters())
+        271824
+    """
+    blocks, left_over = divmod(depth - 2, 6)
+    if blocks < 1 or left_over:
+        raise ValueError(f"depth: got {depth}, want 6n + 2, such as 20 or 56")
+    layers: list[nn.Module] = [
+        nn.Conv2d(image_channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+    ]
+    channels = 16
+    for width in (16, 32, 64):
+        for _ in range(blocks):
+            layers.append(ResidualBlock(channels, width, stride=width // channels))
+            channels = width
+    features = nn.Sequential(*layers)
+    for module in features.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return _network(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(num_classes))
+
+
 def small_cnn(image_channels: int = 3, num_classes: int = 1000) -> nn.Sequential:
     """A plain network of five 3x3 convolutions with batch norm, for images of 64 to 128 pixels.
 

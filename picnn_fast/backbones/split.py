@@ -1,10 +1,12 @@
 """Any network cut in two behind a named layer: its features, and a new head like its classifier."""
 
 import copy
+import dataclasses
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,49 +28,75 @@ _LAYERS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     torch.flatten: (nn.Flatten, ("start_dim", "end_dim")),
     "flatten": (nn.Flatten, ("start_dim", "end_dim")),
 }
-_PROBED_SIZE = 224  # pixels
 _PAIR = "or a pair (features, head) of modules as backbone"
 
 
-class Split(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Split:
     """A network cut behind a layer.
 
     Attributes:
         features: images to the maps of that layer.
         classifier: what follows, as layers one after the other, or, where it branches, as a graph.
         layer: where it was cut.
+        image_size: pixels (H, W) that it can take.
+        num_features: channels that the features yield, where the network tells.
     """
 
     features: nn.Module
     classifier: list[nn.Module] | fx.GraphModule
     layer: str
+    image_size: tuple[int, int] = (224, 224)
+    num_features: int | None = None
 
-    def channels(self, channel_dim: int = 1) -> int | None:
+    def channel_dim(self) -> int:
+        """The filter axis of the maps: the last of tokens ``[B, T, N]`` and ``[B, h, w, N]``."""
+        shape = self._shape or ()
+        last = len(shape) == 4 and shape[1] != self.num_features == shape[3]
+        return -1 if len(shape) == 3 or last else 1
+
+    def channels(self, channel_dim: int | None = None) -> int | None:
         """The channels that the features yield, or None where only running them can tell.
 
         Args:
-            channel_dim: the filter axis of the maps.
+            channel_dim: the filter axis of the maps, where it is not ``channel_dim()``.
 
         Raises:
             ValueError: no axis of theirs.
         """
-        convolutions = (m for m in self.features.modules() if isinstance(m, nn.Conv2d))
-        image_channels = next((convolution.in_channels for convolution in convolutions), 3)
-        shape = _output_shape(self.features, (image_channels, _PROBED_SIZE, _PROBED_SIZE))
+        shape = self._shape
         if shape is None:
             return None
+        if channel_dim is None:
+            channel_dim = self.channel_dim()
         if channel_dim not in range(-len(shape), len(shape)):
             raise ValueError(
                 f"channel_dim: got {channel_dim!r}, want an axis of maps of {len(shape)} axes"
             )
         return shape[channel_dim]
 
+    @functools.cached_property
+    def _shape(self) -> tuple[int, ...] | None:
+        """Of the maps of two images."""
+        convolutions = (m for m in self.features.modules() if isinstance(m, nn.Conv2d))
+        image_channels = next((convolution.in_channels for convolution in convolutions), 3)
+        return _output_shape(self.features, (image_channels, *self.image_size))
+
+    def replaced(self) -> list[nn.Linear]:
+        """The layers in whose place ``head`` puts new ones."""
+        if isinstance(self.classifier, fx.GraphModule):
+            calls = (n for n in self.classifier.graph.nodes if n.op == "call_module")
+            layers = [self.classifier.get_submodule(str(node.target)) for node in calls]
+            return [layer for layer in layers if isinstance(layer, nn.Linear)][-1:]
+        return [layer for layer in self.classifier if isinstance(layer, nn.Linear)]
+
     def head(self, channels: int, num_filters: int, num_classes: int) -> nn.Module:
         """The classifier made anew for N filters and K classes.
 
         Of layers one after the other it makes an ``nn.Sequential`` whose linear layers are all new
-        (one is appended where there is none), of a graph one whose last linear layer is new. The
-        other layers are the network's own.
+        (one is appended where there is none), and with another number of filters those layer norms
+        that come before, of a graph one whose last linear layer is new. The other layers are the
+        network's own.
 
         Args:
             channels: that the features yield.
@@ -80,11 +108,18 @@ class Split(NamedTuple):
         """
         if isinstance(self.classifier, fx.GraphModule):
             return self._graph_head(self.classifier, channels, num_filters, num_classes)
-        linear = [layer for layer in self.classifier if isinstance(layer, nn.Linear)]
-        before = self.classifier[: self.classifier.index(linear[0]) if linear else None]
+        linear = self.replaced()
+        behind = self.classifier.index(linear[0]) if linear else len(self.classifier)
+        before = self.classifier[:behind]
+        if num_filters != channels:
+            before = [_norm_of(layer, channels, num_filters) for layer in before]
         width = _flat_width(before, num_filters)
-        if width is None:
-            if _flat_width(before, channels) is not None:
+        if width is None and self.channel_dim() != 1:
+            if num_filters != channels:
+                raise self._other_filters(channels, num_filters)
+            width = linear[0].in_features if linear else channels
+        elif width is None:
+            if _flat_width(self.classifier[:behind], channels) is not None:
                 raise self._other_filters(channels, num_filters)
             # It depends on the size of the images, which the old classifier was made for.
             positions, left_over = divmod(linear[0].in_features if linear else 0, channels)
@@ -103,25 +138,24 @@ class Split(NamedTuple):
             for size, bias in zip(itertools.pairwise(sizes), biases, strict=True)
         ]
         made = iter(new)
-        layers = [next(made) if isinstance(m, nn.Linear) else m for m in self.classifier]
-        return nn.Sequential(*layers, *made)
+        layers = [*before, *self.classifier[behind:]]
+        return nn.Sequential(*(next(made) if m in linear else m for m in layers), *made)
 
     def _graph_head(
         self, graph: fx.GraphModule, channels: int, num_filters: int, num_classes: int
     ) -> nn.Module:
         if num_filters != channels:
             raise self._other_filters(channels, num_filters)
+        if not self.replaced():
+            raise ValueError(
+                f"backbone: got no nn.Linear behind layer {self.layer!r}, want a classifier to make"
+                f" anew; {_PAIR}"
+            )
+        (old,) = self.replaced()
         head = fx.GraphModule(graph, graph.graph)
-        for node in reversed(graph.graph.nodes):
-            old = head.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(old, nn.Linear):
-                new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
-                head.set_submodule(str(node.target), new)
-                return head
-        raise ValueError(
-            f"backbone: got no nn.Linear behind layer {self.layer!r}, want a classifier to make"
-            f" anew; {_PAIR}"
-        )
+        (name,) = (name for name, layer in head.named_modules() if layer is old)
+        head.set_submodule(name, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
+        return head
 
     def _other_filters(self, channels: int, num_filters: int) -> ValueError:
         return ValueError(
@@ -174,7 +208,12 @@ def split(network: nn.Module, layer: str) -> Split:
             f" forward of {kind} runs, named as in its named_modules()"
         )
     cut = runs[-1]
-    before = {cut}
+    after = {cut}
+    for node in nodes:
+        if not after.isdisjoint(node.all_input_nodes):
+            after.add(node)
+    # Beside what the cut needs, checks of the images, which yield nothing.
+    before = {cut, *(node for node in steps if not node.users and node not in after)}
     for node in reversed(nodes):
         if not before.isdisjoint(node.users):
             before.add(node)
@@ -197,13 +236,15 @@ def split(network: nn.Module, layer: str) -> Split:
         if chain is not None
         else _graph_module(behind, cut, network),
         layer,
+        _image_size(network),
     )
 
 
 def split_halves(network: nn.Module) -> Split:
     """Cut a network between its ``forward_features`` and ``forward_head``, which timm's have.
 
-    ``torch.fx`` need not be able to trace the first.
+    ``torch.fx`` need not be able to trace the first. Its ``num_features`` tells its channels, where
+    it has that.
 
     Raises:
         ValueError: a ``forward_head`` that cannot be traced.
@@ -219,7 +260,17 @@ def split_halves(network: nn.Module) -> Split:
         for name, child in network.named_children()
         if taken.isdisjoint(child.parameters())
     }
-    return Split(_Features(network), classifier, "forward_features")
+    channels = getattr(network, "num_features", None)
+    return Split(_Features(network), classifier, "forward_features", _image_size(network), channels)
+
+
+def _image_size(network: Any) -> tuple[int, int]:
+    """Pixels (H, W) of images that torchvision's and timm's networks can take."""
+    size = getattr(network, "image_size", None)
+    size = size or getattr(getattr(network, "patch_embed", None), "img_size", None)
+    size = size or (getattr(network, "pretrained_cfg", None) or {}).get("input_size", (224,))
+    height, width = (size, size) if isinstance(size, int) else (size[-2:] * 2)[:2]
+    return height, width
 
 
 class _Features(nn.Module):
@@ -250,6 +301,8 @@ class _Tracer(fx.Tracer):
         self.behind = layer not in dict(network.named_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, nn.Linear):
+            return True
         if module_qualified_name == self.layer:
             self.behind = True
             return True
@@ -353,6 +406,18 @@ def _graph_module(
         made[node] = graph.node_copy(node, made.__getitem__)
     graph.output(made[nodes[-1]])
     return fx.GraphModule(network, graph)
+
+
+def _norm_of(layer: nn.Module, channels: int, num_filters: int) -> nn.Module:
+    """A layer norm over the channels anew for so many filters, any other layer as it is."""
+    if not isinstance(layer, nn.LayerNorm) or layer.normalized_shape != (channels,):
+        return layer
+    norm = copy.deepcopy(layer)
+    norm.normalized_shape = (num_filters,)
+    for name, parameter in layer.named_parameters():
+        setattr(norm, name, nn.Parameter(parameter.new_empty(num_filters)))
+    norm.reset_parameters()
+    return norm
 
 
 def _flat_width(layers: list[nn.Module], channels: int) -> int | None:

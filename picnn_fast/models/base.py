@@ -1,9 +1,10 @@
 """What every method offers to the training loop, the metrics and the pictures: one protocol."""
 
 import abc
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         in_channels: int | None = None,
         image_channels: int | None = None,
         weights: Any = None,
+        stem: Literal["default", "cifar"] = "default",
         **options: Any,
     ) -> Self:
         """The method on a backbone, whose classifier is made anew; see ``make_interpretable``.
@@ -119,6 +121,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         parts = parts_on_backbone(
             backbone,
             filters_per_class=cls.filters_per_class if insert_conv else None,
+            takes_channel_dim="channel_dim" in inspect.signature(cls).parameters,
             num_classes=num_classes,
             layer=layer,
             num_filters=num_filters,
@@ -126,6 +129,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             in_channels=in_channels,
             image_channels=image_channels,
             weights=weights,
+            stem=stem,
             options=options,
         )
         return cls(*parts[:-1], **parts.options)

@@ -342,6 +342,7 @@ class Explainer(InterpretableNetwork):
         in_channels: int | None = None,
         image_channels: int | None = None,
         weights: Any = None,
+        stem: Literal["default", "cifar"] = "default",
         **options: Any,
     ) -> Self:
         """An explainer of the whole backbone as it is, its classifier included.
@@ -359,10 +360,10 @@ class Explainer(InterpretableNetwork):
                 layer has, or as its maps.
             insert_conv: without a meaning here: the explainer has convolutions of its own.
             in_channels: of the maps of the target layer, where only running the performer can tell.
-            image_channels, weights: for a name.
+            image_channels, weights, stem: for a name.
             **options: of the class.
         """
-        parts = _at_layer(*_whole(backbone, num_classes, image_channels, weights), layer)
+        parts = _at_layer(*_whole(backbone, num_classes, image_channels, weights, stem), layer)
         if not isinstance(parts.classifier, list):
             raise ValueError(
                 f"layer: got {parts.layer!r}, behind which the performer branches, want a layer"
@@ -727,18 +728,28 @@ def _decoder_of(upper: _Upper, num_filters: int) -> nn.Linear:
 
 
 def _whole(
-    backbone: Any, num_classes: int, image_channels: int | None, weights: Any
+    backbone: Any,
+    num_classes: int,
+    image_channels: int | None,
+    weights: Any,
+    stem: Literal["default", "cifar"],
 ) -> tuple[nn.Module, str | None]:
     """A performer, and the layer at which it is explained if its last convolution cannot be."""
     if isinstance(backbone, str):
-        parts = cut(backbone, image_channels=image_channels, weights=weights)
+        parts = cut(backbone, image_channels=image_channels, weights=weights, stem=stem)
         channels = parts.channels()
         assert channels is not None
         backbone = parts.features, parts.head(channels, channels, num_classes)
-    elif image_channels is not None or weights is not None:
-        name = "weights" if image_channels is None else "image_channels"
-        value = weights if image_channels is None else image_channels
-        raise ValueError(f"{name}: got {value!r} with a performer that is built, want None")
+    else:
+        for name, value, default in (
+            ("image_channels", image_channels, None),
+            ("weights", weights, None),
+            ("stem", stem, "default"),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"{name}: got {value!r} with a performer that is built, want {default!r}"
+                )
     if isinstance(backbone, InterpretableNetwork):
         if backbone.num_classes != num_classes:
             raise ValueError(

@@ -1,7 +1,7 @@
 """One call from a backbone to an interpretable network."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from picnn_fast.layers import check_insert_kernel
 from picnn_fast.models.base import InterpretableNetwork
@@ -35,13 +35,15 @@ def make_interpretable(
     in_channels: int | None = None,
     image_channels: int | None = None,
     weights: Any = None,
+    stem: Literal["default", "cifar"] = "default",
     **options: Any,
 ) -> InterpretableNetwork:
     """Put an interpretable target layer and a classifier on a backbone.
 
     Args:
         backbone: one of
-            - a name of ``picnn_fast.backbones.BACKBONES``, e.g. "small-resnet" or "resnet18";
+            - a name of ``picnn_fast.backbones.BACKBONES``, e.g. "small-resnet" or "resnet18", or
+              "timm:NAME" for any network of timm's;
             - any module, images to logits, that ``torch.fx`` can trace down to ``layer``: its own
               layers are used in place, not copied, and its classifier made anew for N filters and
               K classes; or one with ``forward_features`` and ``forward_head``, as timm's have;
@@ -61,12 +63,15 @@ def make_interpretable(
             2048 on a ResNet-18.
         insert_conv: True puts a new convolution to ``num_filters`` channels after the features,
             with a ReLU unless ``inserted_activation`` says otherwise; False takes the features'
-            own last maps, as a method that has no ``in_channels`` wants it.
+            own last maps, as a method that has no ``in_channels`` wants it, and a backbone whose
+            maps are tokens ``[B, T, N]``, such as "vit_b_16". Filters are the channels of all
+            tokens then, the class token among them, which may be all that the head looks at.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         in_channels: channels that the features of a *pair* yield, wanted where a convolution is
             inserted; known for the other backbones, unless only running them can tell.
         image_channels: of the images, for a *name*; None takes 1 for "small-resnet", else 3.
-        weights: trained weights for the names that torchvision has them for, as it takes them.
+        weights, stem: for a *name*: trained weights, and how it begins, see
+            ``picnn_fast.backbones.cut``.
         **options: passed to the method's class (``METHODS``).
 
     Returns:
@@ -114,6 +119,7 @@ def make_interpretable(
         in_channels=in_channels,
         image_channels=image_channels,
         weights=weights,
+        stem=stem,
         **options,
     )
     placed = next(model.features.parameters(), None)

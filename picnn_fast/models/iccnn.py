@@ -237,7 +237,7 @@ class ICCNN(InterpretableNetwork):
         """
         means = class_means.clamp_min(0)
         members = nn.functional.one_hot(self.groups, self.num_groups).to(means)
-        of_group = means @ members / members.sum(0).clamp_min(1)
+        of_group = means @ members
         total = of_group.sum(0)
         return torch.where(total > 0, of_group / total, 1 / self.num_classes)
 

@@ -1,6 +1,6 @@
 """How a method is put on a backbone, whatever that is given as."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -26,6 +26,7 @@ def parts_on_backbone(
     backbone: Any,
     *,
     filters_per_class: float | None,
+    takes_channel_dim: bool,
     num_classes: int,
     layer: str | None,
     num_filters: int | None,
@@ -33,12 +34,14 @@ def parts_on_backbone(
     in_channels: int | None,
     image_channels: int | None,
     weights: Any,
+    stem: Literal["default", "cifar"],
     options: dict[str, Any],
 ) -> Parts:
     """Features and a new head of a backbone, cut behind a layer.
 
     Args:
         filters_per_class: see ``InterpretableNetwork``.
+        takes_channel_dim: whether the method can be told the filter axis of the maps.
         options: of the method; ``in_channels`` is added where a convolution is inserted.
         others: see ``make_interpretable``.
 
@@ -49,10 +52,16 @@ def parts_on_backbone(
 
     if isinstance(backbone, tuple | list) and len(backbone) == 2:
         features, head = backbone
-        given = {"layer": layer, "image_channels": image_channels, "weights": weights}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name}: got {value!r} with a pair (features, head), want None")
+        for name, value, default in (
+            ("layer", layer, None),
+            ("image_channels", image_channels, None),
+            ("weights", weights, None),
+            ("stem", stem, "default"),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"{name}: got {value!r} with a pair (features, head), want {default!r}"
+                )
         if insert_conv and in_channels is None:
             raise ValueError(
                 "in_channels: got None, want the channels that features yield, to insert a"
@@ -69,9 +78,23 @@ def parts_on_backbone(
             checks.integer("in_channels", in_channels, 1)
             num_filters = _default_filters(per_class, num_classes, in_channels)
     else:
-        parts = cut(backbone, layer, image_channels=image_channels, weights=weights)
+        parts = cut(backbone, layer, image_channels=image_channels, weights=weights, stem=stem)
         features = parts.features
-        channels = parts.channels(options.get("channel_dim", 1))
+        channel_dim = options.get("channel_dim")
+        if channel_dim is None and parts.channel_dim() != 1:
+            channel_dim = parts.channel_dim()
+            if not takes_channel_dim:
+                raise ValueError(
+                    f"backbone: got one whose maps of layer {parts.layer!r} have their channels"
+                    " last, as tokens, want maps [B, N, h, w], or a method with channel_dim"
+                )
+            if insert_conv:
+                raise ValueError(
+                    f"insert_conv: got True, want False: maps of layer {parts.layer!r} have their"
+                    " channels last, as tokens, which no convolution takes"
+                )
+            options = {**options, "channel_dim": channel_dim}
+        channels = parts.channels(channel_dim)
         if in_channels is not None:
             checks.integer("in_channels", in_channels, 1)
         elif channels is None:

@@ -42,7 +42,12 @@ class Source(NamedTuple):
 
 
 def build_network(
-    options: Options, num_classes: int, in_channels: int, source: Source | None = None
+    options: Options,
+    num_classes: int,
+    in_channels: int,
+    source: Source | None = None,
+    *,
+    weights: bool = True,
 ) -> InterpretableNetwork:
     """The network that options ask for.
 
@@ -51,6 +56,8 @@ def build_network(
         num_classes: K.
         in_channels: of the images.
         source: of ``read_source``; None reads it, where the options name one.
+        weights: whether with the trained weights that the options name, which need not be there any
+            more where those of a checkpoint follow.
 
     Raises:
         ConfigError: options that do not go together.
@@ -60,6 +67,8 @@ def build_network(
         if source is not None:
             _check_source(options, source, num_classes, in_channels)
         named = {"image_channels": in_channels, **options.arguments("backbone")}
+        if not weights:
+            named["weights"] = None
         if source is not None:
             named = {"layer": named["layer"]}
         network = make_interpretable(
@@ -119,11 +128,12 @@ def _check_source(options: Options, source: Source, num_classes: int, in_channel
         raise ValueError(
             f"backbone: got {backbone['name']!r}, want {name!r}, as of {options.source()}, or none"
         )
-    if backbone["weights"] not in (None, own.backbone["weights"]):
-        raise ValueError(
-            f"backbone.weights: got {backbone['weights']!r}, want null: those of"
-            f" {options.source()} are taken"
-        )
+    for option, default in (("weights", None), ("stem", "default")):
+        if backbone[option] not in (default, own.backbone[option]):
+            raise ValueError(
+                f"backbone.{option}: got {backbone[option]!r}, want {default or 'null'}: those of"
+                f" {options.source()} are taken"
+            )
     for what, got, want in (
         ("classes", num_classes, source.saved["num_classes"]),
         ("channels", in_channels, source.saved["in_channels"]),
@@ -322,7 +332,7 @@ def _untrained(saved: dict[str, Any]) -> InterpretableNetwork:
     below = saved.get("source")
     source = None if below is None else Source(_untrained(below), below)
     options = Options(**saved["config"])
-    return build_network(options, saved["num_classes"], saved["in_channels"], source)
+    return build_network(options, saved["num_classes"], saved["in_channels"], source, weights=False)
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:

@@ -47,8 +47,8 @@ RECIPES: dict[str, Recipe] = {
             "num_filters": 128,
         },
         methods={
-            "picnn": {"correspondence_lr": 0.3},
-            "picnn-gumbel": {"correspondence_lr": 0.3},
+            "picnn": {"correspondence_lr": 0.1},
+            "picnn-gumbel": {"correspondence_lr": 0.1},
             "csg": {"start": 3, "period": 2, "csg_lr": 0.003, "gate_lr": 0.03},
         },
     ),
@@ -234,8 +234,9 @@ def train_part(
     if (folder / METRICS).exists() and (folder / CHECKPOINT).exists():
         say(f"{title}: trained before")
         return read_metrics(folder, [method])[method]
-    resumed = " (goes on from its last checkpoint)" if (folder / CHECKPOINT).exists() else ""
-    run = assemble(options, folder, progress=progress, introduce=introduce)
+    goes_on = (folder / CHECKPOINT).exists()
+    resumed = " (goes on from its last checkpoint)" if goes_on else ""
+    run = assemble(options, folder, progress=progress, introduce=introduce, goes_on=goes_on)
     images = len(run.data.train_set)  # type: ignore[arg-type]
     say(f"{title}: {options.epochs} epochs on {images} images{resumed}")
     start = time.perf_counter()

@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from picnn_fast._extras import extra
-from picnn_fast.backbones import BACKBONES, cut
+from picnn_fast.backbones import BACKBONES, TIMM, cut, is_weights_file
 from picnn_fast.data import DATA
 from picnn_fast.models.factory import METHODS
 from picnn_fast.ops import checks
@@ -51,15 +51,23 @@ class Group:
         rows: name to the class or function whose signature tells the options.
         taken: parameters that are no options, for the run gives them itself.
         note: what else the help says of the names.
+        prefix: begins names that are not listed, whose options are those of the first row.
     """
 
     rows: Mapping[str, Any]
     taken: frozenset[str]
     note: str = ""
+    prefix: str | None = None
+
+    def row(self, name: object) -> Any:
+        """What ``name`` names, or None."""
+        if self.prefix is not None and isinstance(name, str) and name.startswith(self.prefix):
+            return next(iter(self.rows.values()))
+        return self.rows.get(name) if isinstance(name, str) else None
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of what ``name`` names."""
-        parameters = inspect.signature(self.rows[name]).parameters
+        parameters = inspect.signature(self.row(name)).parameters
         return {
             key: parameter
             for key, parameter in parameters.items()
@@ -91,7 +99,8 @@ GROUPS: dict[str, Group] = {
         dict.fromkeys([BY_IMAGE_SIZE, *BACKBONES], cut),
         frozenset({"backbone", "image_channels"}),
         f"; {BY_IMAGE_SIZE}: {_SMALL} for images of up to {_LARGEST_SMALL_IMAGE} pixels, else"
-        f" {_LARGE}",
+        f" {_LARGE}; {TIMM}NAME: any network of timm's",
+        TIMM,
     ),
     "data": Group(DATA, frozenset({"batch_size", "seed"})),
     # Its rate is an option by itself: torch's own may be a tensor.
@@ -112,14 +121,16 @@ class Options:
     Args:
         method: how filters are made interpretable.
         backbone: network below the target layer; "auto" becomes small-resnet for images of up to
-            64 pixels, else resnet18; or is that of the run whose network is explained.
+            64 pixels, else resnet18; "timm:NAME" is any network of timm's; or is that of the run
+            whose network is explained.
         data: images to train and test on.
         optimizer: of torch, with its learning rate ``lr``.
         output: folder the finished run appears in; must not hold another.
         num_filters: filters of the target layer; null: as the method says, 12.8 times the number of
             classes, but at most four times the channels that the backbone yields; or as many as it
             yields (icnn, iccnn, or without insert_conv).
-        insert_conv: put a new convolution of num_filters after the backbone.
+        insert_conv: put a new convolution of num_filters after the backbone; false for one that
+            yields tokens, as vit_b_16.
         insert_kernel: side of that convolution's windows: 3, or 1, with a ninth of the weights.
         category: class that is told from all others, which then count as one.
         mutual_information_weight: weight of the mutual information between filters and classes as
@@ -213,6 +224,9 @@ class Options:
                             kind(**chosen[name])
                         except (TypeError, ValueError) as error:
                             raise ConfigError(f"{group}.{name}.{error}") from error
+        weights = self.backbone["weights"]
+        if is_weights_file(weights):
+            self.backbone["weights"] = os.path.abspath(os.path.expanduser(weights))
         if not 0 < self.optimizer["lr"] < math.inf:
             raise ConfigError(f"optimizer.lr: got {self.optimizer['lr']}, want a number > 0")
 
@@ -313,24 +327,23 @@ def build_parser(
         )
         parser.add_class_arguments(Options, skip={*GROUPS, *without})
     for key in groups:
-        rows, name = GROUPS[key].rows, names[key]
+        name = names[key]
+        row = GROUPS[key].row(name)
         parser.add_argument(
             f"--{key}.name",
-            type=Literal[tuple(rows)],
+            type=Literal[tuple(dict.fromkeys([*GROUPS[key].rows, name]))],
             default=name,
             help=f"also --{key} NAME; --{key}.help NAME tells the options of each"
             + GROUPS[key].note,
         )
         if key == "optimizer":
             parser.add_argument("--optimizer.lr", type=float, default=1e-3, help="learning rate")
-        parameters = inspect.signature(rows[name]).parameters.keys()
+        parameters = inspect.signature(row).parameters.keys()
         skip: set[str | int] = set(parameters - GROUPS[key].options(name).keys())
-        if inspect.isclass(rows[name]):
-            parser.add_class_arguments(
-                rows[name], key, skip=skip, instantiate=False, fail_untyped=False
-            )
+        if inspect.isclass(row):
+            parser.add_class_arguments(row, key, skip=skip, instantiate=False, fail_untyped=False)
         else:
-            parser.add_function_arguments(rows[name], key, skip=skip, fail_untyped=False)
+            parser.add_function_arguments(row, key, skip=skip, fail_untyped=False)
     for action in parser._actions:
         action.help = action.help and action.help.replace("``", "")
         # A file for one group alone: ``--method NAME`` means something else here.
@@ -515,10 +528,12 @@ def _with_names(
 
 
 def _check_name(key: str, name: object, source: str = "") -> None:
-    rows = GROUPS[key].rows
-    if not isinstance(name, str) or name not in rows:
+    group = GROUPS[key]
+    if group.row(name) is None:
+        more = f", or {group.prefix}NAME" if group.prefix else ""
         raise ConfigError(
-            f"{_of(source)}{key}: got {name!r}, want one of {', '.join(rows)}{_hint(name, rows)}"
+            f"{_of(source)}{key}: got {name!r}, want one of {', '.join(group.rows)}{more}"
+            f"{_hint(name, group.rows)}"
         )
 
 

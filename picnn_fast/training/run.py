@@ -87,7 +87,8 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
     method = options.method["name"]
     if not started.child and started.decide(lambda: not overwrite and folder.complete()):
         return read_metrics(folder.path, [method])[method] if started.first else {}
-    run = assemble(options, folder.work, started=started, progress=progress)
+    goes_on = folder.goes_on(overwrite=overwrite)
+    run = assemble(options, folder.work, started=started, progress=progress, goes_on=goes_on)
     earlier = None if overwrite else folder.earlier()
     if earlier is not None and progress and started.first:
         print(_going_on(earlier["epochs"], options), flush=True)
@@ -126,6 +127,7 @@ def assemble(
     *,
     started: Launch | None = None,
     progress: bool = True,
+    goes_on: bool = False,
     introduce: bool = True,
 ) -> Run:
     """Build everything a run consists of, and refuse what no training can start with.
@@ -137,6 +139,7 @@ def assemble(
         folder: of the checkpoint and logs to come.
         started: as of ``launch``, by default.
         progress: show progress in training.
+        goes_on: from a checkpoint, which has the weights that a backbone would begin with.
         introduce: say at the start what the run consists of, where progress is shown.
 
     Raises:
@@ -155,7 +158,9 @@ def assemble(
             f"data: got other classes ({few(data.class_names)}) than {options.source()} was"
             f" trained on ({few(source.saved['class_names'])})"
         )
-    network = build_network(options, data.num_classes, data.in_channels, source)
+    network = build_network(
+        options, data.num_classes, data.in_channels, source, weights=not goes_on
+    )
     cost = _try_image(options, network, data)
     optimizer = options.optimizer_class()
     module = InterpretableModule(
@@ -300,7 +305,7 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
             network.head_logits(maps, bypass=bypass)
             what = type(network).__name__  # what goes wrong from here on is the method's
             network(image)
-    except (RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"
             f" {one_line(error)}"

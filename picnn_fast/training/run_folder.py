@@ -142,6 +142,13 @@ class RunFolder:
                 return config if self._grown(record) else None
         return None
 
+    def goes_on(self, *, overwrite: bool = False) -> bool:
+        """Whether the work folder that ``writing`` will hand out holds a checkpoint."""
+        record = self._record(self.work)
+        if record is not None and self._kept(record, overwrite):
+            return self._trained()
+        return not overwrite and self.earlier() is not None and any(self.path.rglob("*.ckpt"))
+
     @contextlib.contextmanager
     def writing(self, *, overwrite: bool = False) -> Iterator[Path]:
         """The work folder, renamed to ``path`` when the block ends without an exception.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from picnn_fast import make_interpretable
-from picnn_fast.backbones import ResidualBlock, small_cnn, small_resnet, vgg_m, vgg_s
+from picnn_fast.backbones import ResidualBlock, cifar_resnet, small_cnn, small_resnet, vgg_m, vgg_s
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,21 @@ def test_vgg_m_and_vgg_s_have_the_published_sizes(build, side):
 def test_the_small_resnet_has_five_3x3_convolutions() -> None:
     convs = [m for m in small_resnet().modules() if isinstance(m, nn.Conv2d)]
     assert sum(conv.kernel_size == (3, 3) for conv in convs) == 5
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (56, 853_018)])
+def test_cifar_resnets_have_the_parameters_of_the_papers_and_those_of_their_shortcuts(
+    depth: int, parameters: int
+) -> None:
+    features = cifar_resnet(depth, 3).features
+    convolutions = [m for m in features.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(conv.kernel_size == (3, 3) for conv in convolutions) + 1 == depth  # and one linear
+    shortcuts = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # weights, and batch norms, of two
+    linear = 64 * 10 + 10
+    assert sum(p.numel() for p in features.parameters()) + linear == parameters + shortcuts
+    assert features.to("meta")(torch.empty(1, 3, 32, 32, device="meta")).shape == (1, 64, 8, 8)
+    with pytest.raises(ValueError, match=r"^depth: got 18, want 6n \+ 2, such as 20 or 56$"):
+        cifar_resnet(18)
 
 
 @pytest.mark.parametrize("build", [small_resnet, small_cnn, vgg_m, vgg_s])

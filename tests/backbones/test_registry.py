@@ -23,6 +23,13 @@ def on_meta(name: object, method: str = "std", **options: object) -> nn.Module:
 def test_every_backbone_takes_filters_and_classes_and_pools_before_its_classifier(
     name: str, image_channels: int
 ) -> None:
+    if name == "vit_b_16":
+        model = on_meta(name, insert_conv=False, image_channels=image_channels)
+        maps = model.features(torch.empty(2, image_channels, 224, 224, device="meta"))
+        assert maps.shape == (2, 197, 768)
+        assert maps.shape[model.channel_dim] == model.num_filters
+        assert model.head(maps).shape == (2, 3)
+        return
     model = on_meta(name, num_filters=10, image_channels=image_channels)
     assert model.masked_head.late
     maps = model.features(torch.empty(2, image_channels, 96, 96, device="meta"))
@@ -148,9 +155,55 @@ def test_changed_classifiers_are_made_anew(network: nn.Module, inputs: list[int]
     assert model(images).logits.shape == (2, 3)
 
 
+def test_the_networks_of_the_papers_are_there() -> None:
+    deeper = {f"resnet{depth}" for depth in (18, 34, 50, 152, 20, 56)} | {"wide_resnet50_2"}
+    vgg = {f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn")}
+    others = "alexnet densenet121 densenet161 mobilenet_v2 efficientnet_b0 vit_b_16 vgg-m vgg-s"
+    assert deeper | vgg | {*others.split()} <= BACKBONES.keys()
+
+
+def test_tokens_have_their_filters_last_and_the_head_looks_at_the_class_token() -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 16)
+    nn.init.normal_(network.heads.head.weight)  # 0 at first
+    parts = cut(network.eval())
+    assert (parts.channel_dim(), parts.channels()) == (-1, 8)
+    head = parts.head(8, 8, 1000)
+    (linear,) = (m for m in head.modules() if isinstance(m, nn.Linear))
+    linear.load_state_dict(network.heads.head.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    maps = parts.features(images)
+    assert maps.shape == (2, 5, 8)
+    torch.testing.assert_close(head(maps), network(images))
+    torch.testing.assert_close(head(maps[:, :1]), network(images))
+    with pytest.raises(AssertionError, match="Wrong image height"):
+        parts.features(torch.randn(2, 3, 48, 48))
+
+
+@pytest.mark.parametrize(
+    ("name", "maps"),
+    [("resnet18", (512, 4, 4)), ("densenet121", (1024, 4, 4)), ("vgg11", (512, 4, 4)),
+     ("alexnet", (256, 15, 15)), ("mobilenet_v2", (1280, 2, 2)), ("vgg-m", (512, 7, 7))],
+)  # fmt: skip
+def test_a_stem_for_cifar_keeps_small_images_large(name: str, maps: tuple[int, ...]) -> None:
+    model = on_meta(name, insert_conv=False, stem="cifar")
+    images = torch.empty(2, 3, 32, 32, device="meta")
+    assert model.features(images).shape[1:] == maps
+    assert model.head(model.features(images)).shape == (2, 3)
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert (first.kernel_size, first.stride, first.padding) == ((3, 3), (1, 1), (1, 1))
+    usual = on_meta(name, insert_conv=False).state_dict()
+    assert model.state_dict().keys() == usual.keys()
+
+
 @pytest.mark.parametrize(
     ("backbone", "options", "message"),
     [
+        ("resnet20", {"stem": "cifar"}, r"stem: got 'cifar', want 'default': 'resnet20' takes sm"),
+        ("vit_b_16", {"stem": "cifar"}, r"stem: got 'cifar', want 'default': 'vit_b_16' starts w"),
+        ("resnet18", {"stem": "cifr"}, r"stem: got 'cifr', want one of 'default', 'cifar'; did"),
+        (resnet(), {"stem": "cifar"}, r"stem: got 'cifar' with a backbone that is already"),
+        ("vit_b_16", {}, r"insert_conv: got True, want False: maps of layer 'encoder' have their"),
         (resnet(avgpool=nn.Identity()), {}, r"backbone: got maps of layer 'layer4' that nothing"),
         (vgg(avgpool=nn.Identity(), classifier=nn.Identity()), {}, r"backbone: got maps of layer"),
         (

@@ -164,10 +164,18 @@ def similarity(network: ICCNN, loader: list[tuple[Tensor, Tensor]]) -> np.ndarra
     return found
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e5])
-def test_groups_are_those_of_scikit_learn_on_all_features_at_once(offset: float) -> None:
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [(1.0, 0.0), (1.0, 1e5), (0.01, 0.0)],
+    ids=["plain", "sums of squares would cancel", "1e-5 counts"],
+)
+def test_groups_are_those_of_scikit_learn_on_all_features_at_once(
+    scale: float, offset: float
+) -> None:
     network, loader = model(), [*batches(3), *batches(1, size=2)]
-    network.features[0].bias.data += offset  # sums of squares would cancel
+    for parameter in network.features.parameters():
+        parameter.data *= scale
+    network.features[0].bias.data += offset
     network.begin_epoch(1, images=loader)
     clustering = SpectralClustering(GROUPS, affinity="precomputed", random_state=21)
     expected = clustering.fit_predict(similarity(network, loader))

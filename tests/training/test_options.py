@@ -406,6 +406,34 @@ def test_every_recipe_is_taken_with_a_folder(path):
     assert path.stem in options.output
 
 
+def test_a_file_of_weights_is_noted_by_its_whole_path_and_a_name_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for given, noted in (
+        ("trained.pth", str(tmp_path / "trained.pth")),
+        ("~/trained.pt", "/home/somebody/trained.pt"),
+        ("IMAGENET1K_V1", "IMAGENET1K_V1"),
+    ):
+        options = _parse("--backbone", "resnet18", "--backbone.weights", given)
+        assert options.backbone["weights"] == noted
+    assert _parse().backbone["weights"] is None
+
+
+def test_any_network_of_timm_is_taken_by_its_name(capsys):
+    options = _parse("--backbone", "timm:convnext_tiny", "--backbone.weights", "DEFAULT")
+    assert options.backbone["name"] == "timm:convnext_tiny"
+    assert Options(**options.as_dict()) == options
+    with pytest.raises(SystemExit):
+        _parse("--backbone.help", "timm:convnext_tiny")
+    assert "--backbone.weights" in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match=r"^backbone: got 'tim:x', want one of auto, .*, or timm:"
+    ):
+        _parse("--backbone", "tim:x")
+    with pytest.raises(ConfigError, match=r"^backbone\.stem: got 'cifr', want one of default, cif"):
+        _parse("--backbone.stem", "cifr")
+
+
 def test_the_published_recipe_is_what_the_authors_code_does():
     folder = Path(__file__).parents[2] / "configs"
     options = _parse("--config", str(folder / "picnn-cifar10-published.yaml"), "--data.root=x")

@@ -20,8 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
+from picnn_fast.backbones import cut
 from picnn_fast.data import image_folder
 from picnn_fast.evaluation import FIGURES, evaluate
 from picnn_fast.models import METHODS
@@ -169,6 +171,62 @@ def test_resumed_run_ends_like_an_uninterrupted_one(config, tmp_path, monkeypatc
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert read_history(tmp_path / "runs" / "two") == read_history(tmp_path / "runs" / "one")
+
+
+def test_a_run_begins_with_the_weights_of_a_file_that_it_never_needs_again(
+    config, tmp_path, monkeypatch
+):
+    features = cut("small-resnet", image_channels=3).features.eval()
+    file = tmp_path / "weights.pth"
+    torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, file)
+    config = _with(config, "backbone", name="small-resnet", weights=str(file))
+    begun = assemble(config, tmp_path, progress=False).network.features[0]
+    torch.testing.assert_close(begun.state_dict(), features.state_dict(), rtol=0, atol=0)
+
+    with monkeypatch.context() as patch:
+        _stop_after(2, patch)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config, progress=False)
+    file.unlink()
+    figures = train(config, progress=False)
+    assert train(dataclasses.replace(config, epochs=4), progress=False).keys() == figures.keys()
+    output = Path(config.output)
+    network, options, _ = load_checkpoint(output / "last.ckpt")
+    assert options.backbone["weights"] == str(file)
+    saved = _weights(output / "last.ckpt")
+    assert all(torch.equal(saved[f"network.{k}"], v) for k, v in network.state_dict().items())
+    with pytest.raises(ConfigError, match=r"^backbone\.weights: got '.*pth', want a file that is"):
+        train(config, overwrite=True, progress=False)
+
+
+def test_a_checkpoint_is_loaded_without_downloading_trained_weights(config, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torchvision.models.resnet.ResNet18_Weights, "get_state_dict", asked.append)
+    options = _with(config, "backbone", name="resnet18", weights="DEFAULT")
+    network = checkpoint.build_network(options, 2, 3, weights=False)
+    saved = {"state_dict": {f"network.{k}": v for k, v in network.state_dict().items()}}
+    saved["picnn_fast"] = checkpoint.SaveOptions(options, build_data(options)).saved
+    checkpoint.WholeCheckpoints().save_checkpoint(saved, tmp_path / "x.ckpt")
+    loaded, options, _ = load_checkpoint(tmp_path / "x.ckpt")
+    assert options.backbone["weights"] == "DEFAULT"
+    assert torch.equal(loaded.features[0].conv1.weight, network.features[0].conv1.weight)
+    assert not asked
+
+
+def test_a_network_of_timm_is_trained_by_its_name(config):
+    pytest.importorskip("timm")
+    config = _with(config, "data", image_size=64)
+    config = _with(dataclasses.replace(config, epochs=1), "backbone", name="timm:test_convnext")
+    assert train(config, progress=False)["acc1"] >= 0
+    assert load_checkpoint(Path(config.output) / "last.ckpt")[1] == config
+    config = _with(config, "backbone", name="timm:vit_tiny_patch16_224")
+    with pytest.raises(ConfigError, match=r"^insert_conv: got True, want False"):
+        train(config, overwrite=True, progress=False)
+    config = dataclasses.replace(config, insert_conv=False, num_filters=None)
+    with pytest.raises(
+        ConfigError, match=r"^backbone: timm:vit_tiny_patch16_224 cannot take images of 64"
+    ):
+        train(config, overwrite=True, progress=False)
 
 
 def test_seed_decides_the_weights(config, tmp_path):
