@@ -30,12 +30,13 @@ from benchmarks.mutual_information import resident
 from picnn_fast import functional
 
 GROUPS = 16
-SHAPES: tuple[Shape, ...] = tuple(
-    (32, 512, 14, 14, dtype, layout)
+LAYOUTS = tuple(
+    (dtype, layout)
     for dtype in (torch.float32, torch.bfloat16)
     for layout in (torch.contiguous_format, torch.channels_last)
 )
-SMOKE_SHAPES: tuple[Shape, ...] = ((2, 4, 3, 3, torch.float32, torch.contiguous_format),)
+SHAPES: tuple[Shape, ...] = tuple((32, 512, 14, 14, *layout) for layout in LAYOUTS)
+SMOKE_SHAPES: tuple[Shape, ...] = tuple((2, 4, 3, 3, *layout) for layout in LAYOUTS)
 EPSILON = 1e-5
 
 

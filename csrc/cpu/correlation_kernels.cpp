@@ -34,33 +34,33 @@ PICNN_FAST_HD void prefetch(const T* from, int64_t bytes) {
 }
 constexpr int64_t kBytesAhead = 16384;
 
-// u = x - mean, and ‖u‖². What follows the last position in u is left as it is.
-template <typename A, typename T>
-PICNN_FAST_HD A centre(const T* x, const A* mean, int64_t positions, A* u) {
-  Vector<A> squares[2] = {};
+// u = x - mean, and ⟨u, with⟩, or ‖u‖² without `with`. What follows the last position in u is left
+// as it is.
+template <bool kWith, typename A, typename T>
+PICNN_FAST_HD A centre(const T* x, const A* mean, const A* with, int64_t positions, A* u) {
+  Vector<A> sums[2] = {};
+  const auto take = [&](int64_t p, Vector<A>& sum) {
+    prefetch(x + p, kBytesAhead);
+    const Vector<A> value = load<A>(x + p) - load<A>(mean + p);
+    sum += value * (kWith ? load<A>(with + p) : value);
+    store<A>(value, u + p);
+  };
   int64_t p = 0;
   for (; p + 2 * kLanes<A> <= positions; p += 2 * kLanes<A>) {
-    for (int v = 0; v < 2; ++v) {
-      const int64_t at = p + v * kLanes<A>;
-      prefetch(x + at, kBytesAhead);
-      const Vector<A> value = load<A>(x + at) - load<A>(mean + at);
-      squares[v] += value * value;
-      store<A>(value, u + at);
-    }
+    take(p, sums[0]);
+    take(p + kLanes<A>, sums[1]);
   }
   if (p + kLanes<A> <= positions) {
-    const Vector<A> value = load<A>(x + p) - load<A>(mean + p);
-    squares[0] += value * value;
-    store<A>(value, u + p);
+    take(p, sums[0]);
     p += kLanes<A>;
   }
   A sum = 0;
   for (; p < positions; ++p) {
     const A value = widen(x[p]) - mean[p];
-    sum += value * value;
+    sum += value * (kWith ? with[p] : value);
     u[p] = value;
   }
-  return sum + sum_lanes<A>(squares[0] + squares[1]);
+  return sum + sum_lanes<A>(sums[0] + sums[1]);
 }
 
 // Of rows with zeros up to whole vectors.
@@ -91,30 +91,29 @@ PICNN_FAST_HD void add_scaled(A* sum, A factor, const A* row, int64_t padded) {
 template <typename A, typename T>
 void gather(const T* maps, const Strides& strides, int64_t filters, int64_t positions, A* tile,
             int64_t padded) {
-  int64_t i = 0;
-  if (strides.filter == 1) {
-    for (; i + kLanes<A> <= filters; i += kLanes<A>) {
-      for (int64_t p = 0; p < positions; p += kLanes<A>) {
-        Vector<A> square[kLanes<A>];
-        for (int l = 0; l < kLanes<A>; ++l) {
-          square[l] =
-              p + l < positions ? load<A>(maps + i + (p + l) * strides.position) : Vector<A>{};
-        }
-        transpose<A>(square);
-        for (int l = 0; l < kLanes<A>; ++l) {
-          store<A>(square[l], tile + (i + l) * padded + p);
-        }
+  const int64_t whole = strides.filter == 1 ? filters / kLanes<A> * kLanes<A> : 0;
+  for (int64_t p = 0; p < positions && whole > 0; p += kLanes<A>) {
+    for (int64_t i = 0; i < whole; i += kLanes<A>) {
+      Vector<A> square[kLanes<A>];
+      for (int l = 0; l < kLanes<A>; ++l) {
+        const T* row = maps + i + (p + l) * strides.position;
+        prefetch(row, filters * sizeof(T));  // of the next tile
+        square[l] = p + l < positions ? load<A>(row) : Vector<A>{};
+      }
+      transpose<A>(square);
+      for (int l = 0; l < kLanes<A>; ++l) {
+        store<A>(square[l], tile + (i + l) * padded + p);
       }
     }
   }
-  for (; i < filters; ++i) {
+  for (int64_t i = whole; i < filters; ++i) {
     for (int64_t p = 0; p < positions; ++p) {
       tile[i * padded + p] = widen(maps[i * strides.filter + p * strides.position]);
     }
   }
 }
 
-// The other way round, a line of filters at a time where they are neighbours.
+// The other way round, a stretch of filters at a time where they are neighbours.
 template <typename A, typename T>
 void scatter(const A* tile, int64_t padded, int64_t filters, int64_t positions, T* maps,
              const Strides& strides, Sink<T>& sink) {
@@ -126,10 +125,10 @@ void scatter(const A* tile, int64_t padded, int64_t filters, int64_t positions, 
     }
     return;
   }
+  const int64_t whole = filters / kLanes<A> * kLanes<A>;
   T rows[kLanes<A>][kMostFilters];
   for (int64_t p = 0; p < positions; p += kLanes<A>) {
-    int64_t i = 0;
-    for (; i + kLanes<A> <= filters; i += kLanes<A>) {
+    for (int64_t i = 0; i < whole; i += kLanes<A>) {
       Vector<A> square[kLanes<A>];
       for (int l = 0; l < kLanes<A>; ++l) {
         square[l] = load<A>(tile + (i + l) * padded + p);
@@ -139,7 +138,7 @@ void scatter(const A* tile, int64_t padded, int64_t filters, int64_t positions, 
         store<A>(square[l], rows[l] + i);
       }
     }
-    for (; i < filters; ++i) {
+    for (int64_t i = whole; i < filters; ++i) {
       for (int l = 0; l < kLanes<A>; ++l) {
         rows[l][i] = narrow<T>(tile[i * padded + p + l]);
       }
@@ -168,28 +167,31 @@ Scratch<A> carve(const Correlation& c, A* memory) {
   return {memory, groups, total, total + padded};
 }
 
-// Runs `use(filter, row)` on every map of an image about its mean, a tile at a time, and then
-// `finish(first, count)`; `use` may overwrite the row.
-template <typename A, typename T, typename Use, typename Finish>
-PICNN_FAST_HD void for_each_map(const Correlation& c, int64_t image, A* tile, const Use& use,
-                                const Finish& finish) {
+// Runs `use(filter, u, sum)` on every map of an image about its mean, a tile at a time, and then
+// `finish(first, count)`; `use` may overwrite u. The sum is ⟨u, toward(filter)⟩, or ‖u‖² where
+// kToward is false.
+template <bool kToward, typename A, typename T, typename Toward, typename Use, typename Finish>
+PICNN_FAST_HD void for_each_map(const Correlation& c, int64_t image, A* tile, const Toward& toward,
+                                const Use& use, const Finish& finish) {
   const int64_t positions = c.shape.positions, padded = padded_positions(positions);
   const T* maps = static_cast<const T*>(c.maps) + image * c.maps_strides.batch;
   const A* mean = static_cast<const A*>(c.mean);
+  const bool dense = c.maps_strides.position == 1;
   for (int64_t first = 0; first < c.shape.filters; first += c.tile) {
     const int64_t left = c.shape.filters - first;
     const int64_t count = left < c.tile ? left : c.tile;
     const T* from = maps + first * c.maps_strides.filter;
-    const bool dense = c.maps_strides.position == 1;
     if (!dense) {
       gather<A>(from, c.maps_strides, count, positions, tile, padded);
     }
     for (int64_t i = 0; i < count; ++i) {
       A* row = tile + i * padded;
       const A* about = mean + (first + i) * positions;
-      const A squares = dense ? centre<A>(from + i * c.maps_strides.filter, about, positions, row)
-                              : centre<A>(row, about, positions, row);
-      use(first + i, row, squares);
+      const A* with = toward(first + i);
+      const A sum =
+          dense ? centre<kToward>(from + i * c.maps_strides.filter, about, with, positions, row)
+                : centre<kToward>(row, about, with, positions, row);
+      use(first + i, row, sum);
     }
     finish(first, count);
   }
@@ -212,8 +214,8 @@ void forward(const Correlation& c, int64_t begin, int64_t end, A* memory) {
       continue;
     }
     std::memset(s.groups, 0, (c.num_groups + 1) * padded * sizeof(A));  // and the total
-    for_each_map<A, T>(
-        c, image, s.tile,
+    for_each_map</*kToward=*/false, A, T>(
+        c, image, s.tile, [](int64_t) -> const A* { return nullptr; },
         [&](int64_t filter, A* row, A squares) {
           norms[filter] = std::sqrt(squares);
           add_scaled(s.groups + c.groups[filter] * padded, inverse_norm(norms[filter]), row,
@@ -294,11 +296,14 @@ void backward(const Correlation& c, int64_t begin, int64_t end, A* memory) {
     group_gradients(c, image, s);
     const A* norms = static_cast<const A*>(c.norms) + image * filters;
     T* stretch = nullptr;
-    for_each_map<A, T>(
-        c, image, s.tile,
-        [&](int64_t filter, A* row, A) {
-          const A* toward = s.groups + c.groups[filter] * padded;
-          const auto gradient = map_gradient(norms[filter], dot(row, toward, padded));
+    const auto toward_of = [&](int64_t filter) -> const A* {
+      return s.groups + c.groups[filter] * padded;
+    };
+    for_each_map</*kToward=*/true, A, T>(
+        c, image, s.tile, toward_of,
+        [&](int64_t filter, A* row, A product) {
+          const A* toward = toward_of(filter);
+          const auto gradient = map_gradient(norms[filter], product);
           const int64_t i = filter % c.tile;
           if (!dense) {
             write_gradient(gradient, toward, row, positions, row);

@@ -72,7 +72,7 @@ def assert_is_the_loss_over_pairs(
     loss = group_correlation_loss(leaf, **on)
     (grad,) = torch.autograd.grad(3 * loss, leaf)
 
-    exact = x.double().requires_grad_()
+    exact = x.detach().double().requires_grad_()
     counted = torch.ones(len(x)) if positive is None else positive
     accumulate = accumulate_dtype(x.dtype)
     expected = pairwise_loss(exact, mean.to(accumulate).double(), groups, counted)

@@ -22,6 +22,8 @@ OPERATORS = {
     "bernoulli_parameters_backward",
     "filter_loss",
     "filter_loss_running",
+    "group_correlation",
+    "group_correlation_backward",
     "histogram_update",
     "knn_mutual_information",
     "mask_channels",
@@ -110,6 +112,14 @@ ON_MAPS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "filter_loss": lambda x: (x, None, 0, 1, 0.4, 0, 0.1, True),
     "filter_loss_running": lambda x: (
         x, torch.zeros(3, 36).to(x), torch.zeros(3).to(x), 0.5, None, None, 0, 1, 0.4, 0, 0.1, True
+    ),
+    "group_correlation": lambda x: (
+        x, torch.full((3, 5, 7), 0.3).to(x), torch.tensor([0, 1, 0]).to(x.device), 2, None
+    ),
+    "group_correlation_backward": lambda x: (
+        torch.tensor(2.0).to(x), x, torch.full((3, 5, 7), 0.3).to(x),
+        torch.tensor([0, 1, 0]).to(x.device), None, torch.full((2, 3), 0.7).to(x),
+        torch.linspace(-1, 1, 140).view(2, 2, 35).to(x), torch.tensor([[2.0, 1], [3, 3]]).to(x),
     ),
 }  # fmt: skip
 
