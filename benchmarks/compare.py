@@ -74,9 +74,9 @@ What the paper says, on this data:
 
 - *PICNN takes ACC3 down at no cost in ACC1*: yes. But leakage is 1: on the digits the pattern of
   the mask alone names the class, and ACC2 says nothing of the maps.
-- *Gumbel-softmax in place of Bernoulli draws hardly takes ACC3 down*: yes, to .844, near the paper's
-  .91. Few filters get a gradient of it, but Adam's steps are as long for small ones as for large, so
-  that the rate decides: at three times that of these rows ACC3 was .470.
+- *Gumbel-softmax in place of Bernoulli draws hardly takes ACC3 down*: yes, to .844, near the
+  paper's .91. Few filters get a gradient of it, but Adam's steps are as long for small ones as for
+  large, so that the rate decides: at three times that of these rows ACC3 was .470.
 - *CSG costs ACC1 and MIS*: no, neither. Its gate gets as sparse as the bound wants; MIS is above
   that of STD with every seed, by no more than seeds differ.
 - *ICCNN has the lowest MIS*: no, the highest, with the widest spread.

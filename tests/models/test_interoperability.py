@@ -596,7 +596,7 @@ def test_ranks_learn_by_the_mean_of_their_gradients(
 def test_ranks_seeded_alike_draw_different_masks(
     ranks: tuple[Path, list[dict[str, str]]],
 ) -> None:
-    drawn = [torch.load(ranks[0] / f"drawn{rank}.pt") for rank in range(RANKS)]
+    drawn = [torch.load(ranks[0] / f"drawn{rank}.pt", weights_only=True) for rank in range(RANKS)]
     assert all((a != b).any() for a, b in zip(*drawn, strict=True))
 
 

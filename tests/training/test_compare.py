@@ -97,8 +97,8 @@ def test_more_methods_and_seeds_go_on_and_fewer_are_refused(options, trained):
         compare(options, std, [0], progress=False)
     with pytest.raises(RunFolderError, match="epochs 1, now 2"):
         compare(dataclasses.replace(options, epochs=2), both, [0, 1], progress=False)
-    other = {**both, "picnn": {**both["picnn"], "correspondence_lr": 0.1}}
-    with pytest.raises(RunFolderError, match=r"correspondence_lr 0\.3, now 0\.1"):
+    other = {**both, "picnn": {**both["picnn"], "correspondence_lr": 0.3}}
+    with pytest.raises(RunFolderError, match=r"correspondence_lr 0\.1, now 0\.3"):
         compare(options, other, [0, 1], progress=False)
     compare(options, std, [0], overwrite=True, progress=False)
     assert trained[4:] == ["std-0"]
