@@ -210,13 +210,17 @@ def refused(case: Case, feature: str) -> Iterator[bool]:
 
 
 @pytest.fixture(autouse=True)
-def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def traced(request: pytest.FixtureRequest) -> Iterator[None]:
     """What some methods want of the compiler, which the oldest torch has not."""
     config: Any = torch._dynamo.config
     if hasattr(config, "trace_autograd_ops"):
-        monkeypatch.setattr(config, "trace_autograd_ops", True)
-    elif "compiled" in request.node.name and "explainer" in request.node.name:
+        # Not by monkeypatch, whose undoing deletes the setting, which then is hidden for good.
+        with config.patch(trace_autograd_ops=True):
+            yield
+        return
+    if "compiled" in request.node.name and "explainer" in request.node.name:
         pytest.skip("this version of torch traces no torch.autograd.grad")
+    yield
 
 
 @every_case
@@ -263,7 +267,8 @@ def test_autocast_keeps_a_loss_of_single_precision_near_that_of_eager(
         expected = plain_step(plain)(images().float(), LABELS)
         expected.backward()
         torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
-        assert_near(gradients(model), gradients(plain), 0.15)
+        # An Explainer weighs its filter losses by a ratio of gradients, each rounded.
+        assert_near(gradients(model), gradients(plain), 0.15 if case.method == "explainer" else 0.1)
         before = [p.detach().clone() for p in model.parameters()]
         scaler.step(optimizers[0])
         scaler.update()
