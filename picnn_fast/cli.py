@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from picnn_fast._extras import extra, install_command
 from picnn_fast._terminal import printable
@@ -362,15 +362,11 @@ def _compare(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     from picnn_fast.evaluation import evaluate
     from picnn_fast.training.launch import device_of, launch
-    from picnn_fast.training.options import check_range, parse
+    from picnn_fast.training.options import check_range
     from picnn_fast.training.run import reading_images, try_image
 
     def add(parser: Any) -> None:
-        parser.add_argument(
-            "path",
-            metavar="RUN_OR_CHECKPOINT",
-            help="folder of a run, a demo or a comparison, or a .ckpt",
-        )
+        _add_path(parser)
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
         )
@@ -386,23 +382,20 @@ def _evaluate(arguments: Sequence[str]) -> int:
         )
         parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
-    described: dict[str, Any] = {
-        "prog": "picnn-fast evaluate",
-        "description": "Measure trained networks on a test split: of other data of the same"
-        " classes, where --data says so, else of the data of the training.",
-        "common": False,
-        "add": add,
-    }
-    if any(token in ("-h", "--help") for token in arguments):
-        parse(arguments, groups=("data",), **described)
     if not launch(None).first:  # one of several processes measures, so that no image counts twice
         return 0
-    args, trained = _trained(arguments, described)
+    args, trained = _of_trained(
+        arguments,
+        prog="picnn-fast evaluate",
+        description="Measure trained networks on a test split: of other data of the same"
+        " classes, where --data says so, else of the data of the training.",
+        add=add,
+    )
     check_range("draws", args["draws"], 1)
     figures = {}
-    for name, network, options, data in trained:
+    for name, checkpoint, network, options, data in trained:
         with reading_images():
-            try_image(network, data, f"the network in {args['path']}")
+            try_image(network, data, f"the network in {checkpoint}")
             figures[name] = evaluate(
                 network,
                 data,
@@ -419,15 +412,34 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _trained(
-    arguments: Sequence[str], described: Mapping[str, Any]
-) -> tuple[dict[str, Any], Iterator[tuple[str, Any, Any, Any]]]:
-    """The arguments of a command on trained networks; and name, network, options, data of each.
+class _Trained(NamedTuple):
+    name: str
+    checkpoint: Path
+    network: Any
+    options: Any
+    data: Any
+
+
+def _add_path(parser: Any) -> None:
+    parser.add_argument(
+        "path",
+        metavar="RUN_OR_CHECKPOINT",
+        help="folder of a run, a demo or a comparison, or a .ckpt",
+    )
+
+
+def _of_trained(
+    arguments: Sequence[str], **described: Any
+) -> tuple[dict[str, Any], Iterator[_Trained]]:
+    """The arguments of a command on trained networks, and these, each with its data.
 
     The data is that of the training, but for what the arguments say of it.
     """
     from picnn_fast.training.options import parse
 
+    described["common"] = False
+    if any(token in ("-h", "--help") for token in arguments):
+        parse(arguments, groups=("data",), **described)
     # What can be said of the data hangs on the checkpoint, which has to be found first.
     rest, of_data = _without_data(arguments)
     args = parse(rest, groups=("data",), **described)
@@ -437,7 +449,7 @@ def _trained(
 
 def _with_data(
     args: dict[str, Any], of_data: Sequence[str] | None, described: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any, Any]]:
+) -> Iterator[_Trained]:
     import dataclasses
 
     from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
@@ -471,22 +483,19 @@ def _with_data(
                 f" {checkpoint} was trained on ({few(class_names)})"
             )
         name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
-        yield options.method["name"] if name == "." else name, network, options, data
+        name = options.method["name"] if name == "." else name
+        yield _Trained(name, checkpoint, network, options, data)
 
 
 def _explain(arguments: Sequence[str]) -> int:
     from picnn_fast.data.photographs import read_image
     from picnn_fast.explain import explain_image
     from picnn_fast.report import plot_explanation
-    from picnn_fast.training.options import ConfigError, check_range, parse
+    from picnn_fast.training.options import ConfigError, check_range
     from picnn_fast.training.run import reading_images, try_image
 
     def add(parser: Any) -> None:
-        parser.add_argument(
-            "path",
-            metavar="RUN_OR_CHECKPOINT",
-            help="folder of a run, a demo or a comparison, or a .ckpt",
-        )
+        _add_path(parser)
         parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
         parser.add_argument(
             "--output", type=Path, default=Path("explanations"), help="folder of the pictures"
@@ -497,26 +506,23 @@ def _explain(arguments: Sequence[str]) -> int:
         parser.add_argument("--filters", type=int, default=6, help="filters to show of each image")
         parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
-    described: dict[str, Any] = {
-        "prog": "picnn-fast explain",
-        "description": "Show which filters carried a prediction, by the class they stand for, with"
+    args, trained = _of_trained(
+        arguments,
+        prog="picnn-fast explain",
+        description="Show which filters carried a prediction, by the class they stand for, with"
         " their share of its logit, and what the prediction is without them; a picture of each"
         " image. Images are resized and normalised as the test images of the training's data.",
-        "common": False,
-        "add": add,
-    }
-    if any(token in ("-h", "--help") for token in arguments):
-        parse(arguments, groups=("data",), **described)
-    args, trained = _trained(arguments, described)
+        add=add,
+    )
     check_range("filters", args["filters"], 1)
     told: dict[str, dict[str, Any]] = {}
-    for name, network, _, data in trained:
+    for name, checkpoint, network, _, data in trained:
         names = list(data.class_names)
         if args["target"] is not None and args["target"] not in names:
             raise ConfigError(f"target: got {args['target']!r}, want one of {', '.join(names)}")
         target = None if args["target"] is None else names.index(args["target"])
         with reading_images():
-            try_image(network, data, f"the network in {args['path']}")
+            try_image(network, data, f"the network in {checkpoint}")
         # All are read before the first picture is written.
         images = {path: read_image(data, path) for path in args["images"]}
         for path, (taken, shown) in images.items():

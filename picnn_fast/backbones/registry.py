@@ -245,15 +245,12 @@ def cut(
             load_weights_file(network, parts, Path(weights))
         return parts
 
-    for name, value, default in (
-        ("image_channels", image_channels, None),
-        ("weights", weights, None),
-        ("stem", stem, "default"),
-    ):
-        if value != default:
-            raise ValueError(
-                f"{name}: got {value!r} with a backbone that is already built, want {default!r}"
-            )
+    checks.left_out(
+        "a backbone that is already built",
+        image_channels=(image_channels, None),
+        weights=(weights, None),
+        stem=(stem, "default"),
+    )
     if isinstance(backbone, nn.Module):
         if layer is None:
             layer = _layer_of(backbone)

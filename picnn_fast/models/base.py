@@ -33,6 +33,20 @@ class Performer(NamedTuple):
     top_channels: int
 
 
+def check_task(task: str, tasks: tuple[str, ...], num_classes: int) -> str:
+    """The task of a method that can tell one category, "single", from the rest.
+
+    Raises:
+        ValueError: another task, or "single" with other than two classes.
+    """
+    checks.one_of("task", task, tasks)
+    if task == "single" and num_classes != 2:
+        raise ValueError(
+            f"num_classes: got {num_classes} with task='single', want 2: the rest and the category"
+        )
+    return task
+
+
 class InterpretableNetwork(nn.Module, abc.ABC):
     """A classifier cut in two at its target layer, whose filters are to mean something.
 

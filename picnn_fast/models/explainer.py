@@ -12,7 +12,7 @@ from picnn_fast.backbones import Split, cut, split
 from picnn_fast.functional import filter_loss
 from picnn_fast.layers import TemplateMask, inserted_convolution
 from picnn_fast.losses import check_output, cross_entropy
-from picnn_fast.models.base import InterpretableNetwork, Performer
+from picnn_fast.models.base import InterpretableNetwork, Performer, check_task
 from picnn_fast.models.masked_head import MaskedHead, layers_of, leading_pooling
 from picnn_fast.ops import checks
 from picnn_fast.ops.layout import whole
@@ -317,12 +317,7 @@ class Explainer(InterpretableNetwork):
         self.objective = checks.one_of("objective", objective, OBJECTIVES)
         self.template = template
         self.eta = checks.non_negative("eta", eta)
-        self.task = checks.one_of("task", task, TASKS)
-        if task == "single" and num_classes != 2:
-            raise ValueError(
-                f"num_classes: got {num_classes} with task='single', want 2: the rest and the"
-                " category"
-            )
+        self.task = check_task(task, TASKS, num_classes)
         self.p_lr = checks.positive("p_lr", p_lr)
         self.path = performer
         # A tensor: a compiled step would be compiled anew for each number.
@@ -744,15 +739,12 @@ def _whole(
         assert channels is not None
         backbone = parts.features, parts.head(channels, channels, num_classes)
     else:
-        for name, value, default in (
-            ("image_channels", image_channels, None),
-            ("weights", weights, None),
-            ("stem", stem, "default"),
-        ):
-            if value != default:
-                raise ValueError(
-                    f"{name}: got {value!r} with a performer that is built, want {default!r}"
-                )
+        checks.left_out(
+            "a performer that is built",
+            image_channels=(image_channels, None),
+            weights=(weights, None),
+            stem=(stem, "default"),
+        )
     if isinstance(backbone, InterpretableNetwork):
         if backbone.num_classes != num_classes:
             raise ValueError(

@@ -13,7 +13,7 @@ from picnn_fast._extras import extra
 from picnn_fast.functional import group_class_loss, group_correlation_loss
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
-from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.base import InterpretableNetwork, check_task
 from picnn_fast.ops import checks
 
 DECAY = 0.95  # of the moving mean
@@ -143,12 +143,7 @@ class ICCNN(InterpretableNetwork):
             for layer in self.modules():
                 if isinstance(layer, nn.Conv2d):
                     layer.padding_mode = "replicate"
-        self.task = checks.one_of("task", task, ("softmax", "single"))
-        if task == "single" and num_classes != 2:
-            raise ValueError(
-                f"num_classes: got {num_classes} with task='single', want 2: the rest and the"
-                " category"
-            )
+        self.task = check_task(task, ("softmax", "single"), num_classes)
         if groups is None:
             groups = min(PUBLISHED_GROUPS, max(num_filters // 2, 1))
         if checks.integer("groups", groups, 1) > num_filters:

@@ -16,7 +16,7 @@ from picnn_fast.layers import (
     inserted_convolution,
 )
 from picnn_fast.losses import FilterLoss, PublishedFilterLoss, check_output, cross_entropy
-from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.base import InterpretableNetwork, check_task
 from picnn_fast.models.masked_head import layers_of, leading_pooling
 from picnn_fast.ops import checks
 from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
@@ -237,12 +237,7 @@ class ICNN(InterpretableNetwork):
             layers["mask"] = mask(num_filters)
         super().__init__(nn.Sequential(layers), head, num_classes, num_filters)
         self._warned = False
-        self.task = checks.one_of("task", task, TASKS)
-        if task == "single" and num_classes != 2:
-            raise ValueError(
-                f"num_classes: got {num_classes} with task='single', want 2: the rest and the"
-                " category"
-            )
+        self.task = check_task(task, TASKS, num_classes)
         self.estimator = checks.one_of("estimator", estimator, ESTIMATORS)
         if filter_loss_weight is None:
             filter_loss_weight = 1e-6 if estimator == "published" else 0.003

@@ -52,16 +52,13 @@ def parts_on_backbone(
 
     if isinstance(backbone, tuple | list) and len(backbone) == 2:
         features, head = backbone
-        for name, value, default in (
-            ("layer", layer, None),
-            ("image_channels", image_channels, None),
-            ("weights", weights, None),
-            ("stem", stem, "default"),
-        ):
-            if value != default:
-                raise ValueError(
-                    f"{name}: got {value!r} with a pair (features, head), want {default!r}"
-                )
+        checks.left_out(
+            "a pair (features, head)",
+            layer=(layer, None),
+            image_channels=(image_channels, None),
+            weights=(weights, None),
+            stem=(stem, "default"),
+        )
         if insert_conv and in_channels is None:
             raise ValueError(
                 "in_channels: got None, want the channels that features yield, to insert a"

@@ -47,6 +47,17 @@ def _number(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, want a number")
 
 
+def left_out(what: str, **given: tuple[object, object]) -> None:
+    """Arguments that mean nothing beside something: each one's value and its default.
+
+    Raises:
+        ValueError: one is not its default.
+    """
+    for name, (value, default) in given.items():
+        if value != default:
+            raise ValueError(f"{name}: got {value!r} with {what}, want {default!r}")
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         near = did_you_mean(value, choices)

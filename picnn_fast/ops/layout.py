@@ -24,5 +24,6 @@ def readable(maps: Tensor) -> Tensor:
 
 def whole(value: Tensor) -> Tensor:
     """A tensor that ``fully_shard`` dealt out, gathered by all ranks; any other as it is."""
-    gather = getattr(value, "full_tensor", None)
-    return value if gather is None else gather()
+    # Of the class: a proxy that torch.fx traces with would claim to have any attribute.
+    gather = getattr(type(value), "full_tensor", None)
+    return value if gather is None else gather(value)

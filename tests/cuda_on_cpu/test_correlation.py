@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from picnn_fast.reference import correlation as reference
-from tests.conftest import Unavailable, fibre_kernels
 
 # Batch, filters, height, width; groups.
 SHAPES = {
@@ -24,14 +23,6 @@ SHAPES = {
     "many_positions": ((1, 2, 33, 40), 2),
 }
 ORDERS = ("reversed", "shuffled:0")
-
-
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, Callable[..., Any]]:
-    try:
-        return fibre_kernels()
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 def arguments(name: str, layout: str, *, counted: bool = False) -> tuple[Any, ...]:

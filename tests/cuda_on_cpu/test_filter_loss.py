@@ -17,7 +17,6 @@ from picnn_fast import PartTemplate
 from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
 from picnn_fast.reference.templates import template_mask
-from tests.conftest import Unavailable, fibre_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TEMPLATES = {
@@ -35,14 +34,6 @@ SHAPES = {
 }
 ORDERS = ("forward", "reversed", "shuffled:0")
 FORMS = ("resident", "tiled")
-
-
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, Callable[..., Any]]:
-    try:
-        return fibre_kernels()
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(params=FORMS)

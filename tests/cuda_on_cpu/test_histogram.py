@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from picnn_fast.reference import histogram as reference
-from tests.conftest import Unavailable, fibre_kernels
 from tests.reference.test_histogram import fresh
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,14 +23,6 @@ SHAPES = {
     "ragged": (531, 5, 4, 2),
     "tables_too_large": (270, 8, 40, 300),
 }
-
-
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, Callable[..., Any]]:
-    try:
-        return fibre_kernels()
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

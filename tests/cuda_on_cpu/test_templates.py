@@ -14,7 +14,6 @@ from torch import Tensor
 
 from picnn_fast import PartTemplate
 from picnn_fast.reference import templates as reference
-from tests.conftest import Unavailable, fibre_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TEMPLATES = {
@@ -33,14 +32,6 @@ SHAPES = {
     "narrow_tile": (2, 3, 20, 21),
 }
 ORDERS = ("forward", "reversed", "shuffled:0")
-
-
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, Callable[..., Any]]:
-    try:
-        return fibre_kernels()
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 def maps(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:

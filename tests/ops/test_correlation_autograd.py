@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 from picnn_fast.functional import group_class_loss, group_correlation_loss
 from tests.conftest import Backend, each_backend_once
+from tests.ops.test_filter_loss_autograd import Unused
 from tests.ops.test_masking_autograd import OPCHECKS
 
 SHAPE = (3, 5, 3, 4)
@@ -106,18 +107,6 @@ def test_a_loss_that_nothing_uses_sends_nothing_back(backend: Backend):
     loss = Unused.apply(loss_of(x))
     (grad,) = torch.autograd.grad(loss + x.sum(), x)
     assert torch.equal(grad, torch.ones_like(x))
-
-
-class Unused(torch.autograd.Function):
-    """Without a gradient for its input, whatever becomes of the output."""
-
-    @staticmethod
-    def forward(ctx: object, loss: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> None:
-        return None
 
 
 def test_maps_changed_in_place_after_the_forward_pass_are_refused(backend: Backend):

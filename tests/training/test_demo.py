@@ -55,7 +55,8 @@ def test_the_demo_tells_how_far_apart_seeds_lie(capsys, monkeypatch, tmp_path):
     for epochs in (demo.EPOCHS, 1):
         assert cli.main(["demo", "--output", str(tmp_path / "x"), "--epochs", str(epochs)]) == 0
         told.append(
-            "thereabouts; three seeds lay this far apart: ACC1 0.02, " in capsys.readouterr().out
+            f"thereabouts; three seeds lay this far apart: ACC1 {demo.SPREAD['acc1']}, "
+            in capsys.readouterr().out
         )
     assert told == [True, False]
 
