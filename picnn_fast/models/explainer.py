@@ -58,8 +58,9 @@ class RunningMean(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.ones(width))
-        # Not an integer, of which averages of weights can make no mean.
-        self.register_buffer("images", torch.zeros(()))
+        # Not an integer, of which averages of weights can make no mean, and no scalar: torch 2.11
+        # loses what a compiled step writes to one in double precision.
+        self.register_buffer("images", torch.zeros(1))
 
     @torch.no_grad()
     def update(self, values: Tensor, shown: Tensor | None = None) -> None:

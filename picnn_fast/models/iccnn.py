@@ -159,8 +159,9 @@ class ICCNN(InterpretableNetwork):
         self.register_buffer("response", torch.full((num_classes, groups), 1 / num_classes))
         # No positions yet: the size of the maps is not known.
         self.register_buffer("mean", torch.zeros(num_filters, 0, 0))
-        # 1 once a batch has set the mean. Not bool, of which averages of weights can make no mean.
-        self.register_buffer("seen", torch.zeros(()))
+        # 1 once a batch has set the mean. Not bool, of which averages of weights can make no mean,
+        # and no scalar: torch 2.11 loses what a compiled step writes to one in double precision.
+        self.register_buffer("seen", torch.zeros(1))
 
     def begin_epoch(
         self,

@@ -71,7 +71,7 @@ FORWARD_TWICE = (
     "Refused: the forward pass renews the means of its norm layers, which it would do twice."
 )
 AFTER_A_PASS = "After a forward pass of the whole model, before the first `begin_epoch`."
-TRACED = "With `torch._dynamo.config.trace_autograd_ops = True`, which torch 2.11 has not."
+TRACED = "With `torch._dynamo.config.trace_autograd_ops = True`."
 OWN_BATCH = (
     "The mean of the losses of the parts, each with what it drew or estimated from its own part,"
     " which is not the loss of the whole batch."
@@ -210,17 +210,12 @@ def refused(case: Case, feature: str) -> Iterator[bool]:
 
 
 @pytest.fixture(autouse=True)
-def traced(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What some methods want of the compiler, which the oldest torch has not."""
+def traced() -> Iterator[None]:
+    """What an Explainer wants of the compiler, for its weights are made of gradients."""
     config: Any = torch._dynamo.config
-    if hasattr(config, "trace_autograd_ops"):
-        # Not by monkeypatch, whose undoing deletes the setting, which then is hidden for good.
-        with config.patch(trace_autograd_ops=True):
-            yield
-        return
-    if "compiled" in request.node.name and "explainer" in request.node.name:
-        pytest.skip("this version of torch traces no torch.autograd.grad")
-    yield
+    # Not by monkeypatch, whose undoing deletes the setting, which then is hidden for good.
+    with config.patch(trace_autograd_ops=True):
+        yield
 
 
 @every_case
