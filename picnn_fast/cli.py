@@ -177,13 +177,15 @@ def _print_table(rows: Mapping[str, Sequence[Mapping[str, float | str]]], title:
     notes: list[tuple[str, tuple[str, ...]]] = []
     missing: dict[tuple[str, ...], list[str]] = {}
     for key, figure in FIGURES.items():
-        values = [run[key] for runs in rows.values() for run in runs]
+        values = [run[key] for runs in rows.values() for run in runs if key in run]
+        if not values:  # not asked for
+            continue
         reasons = tuple(dict.fromkeys(value for value in values if isinstance(value, str)))
         if all(isinstance(value, str) for value in values):
             missing.setdefault(reasons, []).append(figure.heading)
             continue
         had.append(key)
-        notes.append((f"{figure.heading}: {figure.meaning}", reasons))
+        notes.append((f"{figure.heading}: {figure.meaning}. {figure.reading}", reasons))
         arrow = {"higher": "↑", "lower": "↓"}[figure.better]
         # A narrow terminal breaks headings, and neither numbers nor names are cut.
         widest = max(len(format_figures(runs, key)) for runs in rows.values())

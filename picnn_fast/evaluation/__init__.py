@@ -3,9 +3,11 @@
 from picnn_fast.evaluation.figures import (
     FIGURES,
     Figure,
+    default_figures,
     format_figure,
     format_figures,
     read_figures,
+    sharing,
 )
 from picnn_fast.evaluation.loop import Figures, evaluate
 from picnn_fast.evaluation.observation import Observation, pool
@@ -15,9 +17,11 @@ __all__ = [
     "Figure",
     "Figures",
     "Observation",
+    "default_figures",
     "evaluate",
     "format_figure",
     "format_figures",
     "pool",
     "read_figures",
+    "sharing",
 ]

@@ -17,6 +17,7 @@ from picnn_fast.evaluation.observation import Observation
 from picnn_fast.metrics import (
     LocationInstability,
     MaskLeakage,
+    MeanOverImages,
     MutualInformationScore,
     PartInterpretability,
     PathwayAccuracy,
@@ -39,26 +40,65 @@ STANDARD_ERROR = "_standard_error"
 class Figure:
     """One figure of evaluation.
 
+    Those with the same ``metric``, ``update`` and ``prepare`` share one metric, which sees each
+    image once: they are its parts.
+
     Attributes:
         heading: over its column of a table.
         meaning: what it measures, and its unit, in a few words.
         better: which way is better.
+        reading: a sentence that says what chance gives, what a plain network gives, and which way
+            is better.
         metric: network, data, draws to a new ``torchmetrics`` metric, whose ``compute`` yields a
-            scalar or a ``MeanOverDraws``.
+            scalar, a ``MeanOverDraws``, or a NamedTuple of either.
         update: adds an observation to the metric.
+        prepare: where given, it sees every image of the figure before the first update: a pass
+            over the data of its own.
+        part: which field of the NamedTuple that the metric computes; None: all it computes.
         needs: why the figure cannot be had of a network and data, or None where it can.
-        each_epoch: whether it is quick enough to be taken of the validation images every epoch.
+        when: "epoch": quick enough to be taken of the validation images every epoch; "run": of
+            every evaluation; "asked": where it is named alone, since it costs much.
+        images: of at most so many images of the test split, spread evenly over it; None: of all.
         remark: what to say of a value at the end of a training, or None where nothing need be said.
     """
 
     heading: str
     meaning: str
     better: Literal["higher", "lower"]
+    reading: str
     metric: Callable[[InterpretableNetwork, Any, int], Metric]
     update: Callable[[Any, Observation], None]
+    prepare: Callable[[Any, Observation], None] | None = None
+    part: str | None = None
     needs: Callable[[InterpretableNetwork, Any], str | None] = lambda network, data: None
-    each_epoch: bool = False
+    when: Literal["epoch", "run", "asked"] = "run"
+    images: int | None = None
     remark: Callable[[float], str | None] = lambda value: None
+
+    def of(self, computed: Any) -> Any:
+        """The figure's own part of what its metric computed: a scalar, or a ``MeanOverDraws``."""
+        return computed if self.part is None else getattr(computed, self.part)
+
+
+def default_figures() -> list[str]:
+    """The figures of every evaluation: all but those to be asked for."""
+    return [name for name, figure in FIGURES.items() if figure.when != "asked"]
+
+
+def sharing(names: Iterable[str]) -> dict[str, list[str]]:
+    """Figures by the first of those that share one metric.
+
+    Example:
+        >>> from picnn_fast.evaluation.figures import sharing
+        >>> sharing(["acc1", "mis"])
+        {'acc1': ['acc1'], 'mis': ['mis']}
+    """
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        figure = FIGURES[name]
+        key = (figure.metric, figure.update, figure.prepare, figure.images)
+        groups.setdefault(key, []).append(name)
+    return {group[0]: group for group in groups.values()}
 
 
 def _needs_ownership(network: InterpretableNetwork, data: object) -> str | None:
@@ -187,10 +227,6 @@ def _update_parts(
     return update
 
 
-def _accuracy(network: InterpretableNetwork, data: object, draws: int) -> Metric:
-    return PathwayAccuracy(network.num_classes, draws)
-
-
 def _remark_on_leakage(value: float) -> str | None:
     if value <= MOST_LEAKAGE:
         return None
@@ -201,13 +237,14 @@ def _remark_on_leakage(value: float) -> str | None:
 
 
 def _leakage(
-    heading: str, meaning: str, masks: Callable[[Observation], Tensor], **more: Any
+    heading: str, meaning: str, reading: str, masks: Callable[[Observation], Tensor], **more: Any
 ) -> Figure:
     """Of the masks that ``masks`` takes from an observation."""
     return Figure(
         heading=heading,
         meaning=meaning,
         better="lower",
+        reading=reading,
         metric=lambda network, data, draws: MaskLeakage(network.num_classes, draws),
         update=lambda metric, seen: metric.update(
             seen.maps, seen.labels, masks(seen), seen.network.head_logits
@@ -233,6 +270,7 @@ def _more_errors(metric: Any, seen: Observation) -> None:
 def _location_instability(
     heading: str,
     meaning: str,
+    reading: str,
     look: Callable[[Observation], Tensor] = _maps,
     layers: Layers = _filters,
 ) -> Figure:
@@ -241,6 +279,7 @@ def _location_instability(
         heading=heading,
         meaning=meaning,
         better="lower",
+        reading=reading,
         metric=_part_metric(LocationInstability, "landmark_names", layers),
         update=_update_parts("landmarks", look),
         needs=_needs_parts("landmark", layers),
@@ -252,43 +291,64 @@ FIGURES: dict[str, Figure] = {
         heading="ACC1",
         meaning="accuracy by all filters",
         better="higher",
+        reading=(
+            "Higher is better: from chance, 1 / classes, to what a plain network reaches on the"
+            " same images."
+        ),
         metric=lambda network, data, draws: PathwayAccuracy(network.num_classes),
         update=lambda metric, seen: metric.update(seen.logits, seen.labels),
-        each_epoch=True,
+        when="epoch",
     ),
     "acc2": Figure(
         heading="ACC2",
         meaning="by those drawn for the pseudo-label",
         better="higher",
-        metric=_accuracy,
+        reading=(
+            "Higher is better: chance is 1 / classes, ACC1 as much as there is to reach, and a"
+            " plain network, whose filters are dealt out at random, lies between them."
+        ),
+        metric=lambda network, data, draws: PathwayAccuracy(network.num_classes, draws),
         update=lambda metric, seen: metric.update(seen.masked_logits, seen.labels),
         needs=_needs_ownership,
-        each_epoch=True,
+        when="epoch",
     ),
     "acc3": Figure(
         heading="ACC3",
         meaning="without those of the true class",
         better="lower",
-        metric=_accuracy,
+        reading=(
+            "Lower is better: chance is 1 / classes, and a plain network, which misses a few"
+            " random filters alone, stays near its ACC1."
+        ),
+        metric=lambda network, data, draws: PathwayAccuracy(network.num_classes, draws),
         update=lambda metric, seen: metric.update(seen.complement_logits, seen.labels),
         needs=_needs_ownership,
-        each_epoch=True,
+        when="epoch",
     ),
     "leakage": _leakage(
         "leakage",
         "accuracy by the label's filters with the maps of another image, 1 / classes at best",
+        "Lower is better: a mask that tells nothing by itself gives chance, 1 / classes, as a"
+        " plain network's random ones nearly do, and one that names its class gives 1.",
         lambda seen: seen.label_masks,
         remark=_remark_on_leakage,
     ),
     "pseudo_label_leakage": _leakage(
         "… pseudo",
         "the same with the filters of ACC2, drawn for the pseudo-label",
+        "Lower is better: chance and a plain network are as of leakage, and a mask that names"
+        " its class gives ACC1.",
         lambda seen: seen.pseudo_label_masks,
     ),
     "mis": Figure(
         heading="MIS",
         meaning="mutual information score, nats",
         better="higher",
+        reading=(
+            "Higher is better: by chance, of filters that tell nothing of the classes, about 0, of"
+            " one that tells a class from all others its entropy, 0.33 with ten classes of one"
+            " size, and a plain network lies between them."
+        ),
         metric=lambda network, data, draws: MutualInformationScore(network.num_classes),
         update=lambda metric, seen: metric.update(seen.pooled, seen.labels),
     ),
@@ -296,30 +356,47 @@ FIGURES: dict[str, Figure] = {
         heading="L1-density",
         meaning="of the gate: the share of its elements that it sums to",
         better="lower",
+        reading=(
+            "Lower is better: 1 where every filter serves every class, as in a plain network, and"
+            " 1 / classes, where each serves one, is the least; there is no chance in it."
+        ),
         metric=lambda network, data, draws: MeanMetric(),
         update=_update_density,
         needs=_needs_gate,
     ),
     "location_instability": _location_instability(
-        "location instab.", "of a filter's peak about the landmarks, image diagonals"
+        "location instab.",
+        "of a filter's peak about the landmarks, image diagonals",
+        "Lower is better, and says something of parts below that of the middle alone: chance is"
+        " that of filters that peak anywhere, and a plain network lies between these two or"
+        " thereabouts.",
     ),
     "location_instability_middle": _location_instability(
         "… of the middle",
         "of filters that always peak in the middle, and say nothing of parts",
+        "A mark to beat, lower than chance: a plain network, and others, that do not lie below"
+        " it say nothing of parts.",
         _middle,
     ),
     "location_instability_random": _location_instability(
-        "… at random", "of filters that peak anywhere", _anywhere
+        "… at random",
+        "of filters that peak anywhere",
+        "What chance gives, whatever the network, a plain one too; lower is better.",
+        _anywhere,
     ),
     "location_instability_performer": _location_instability(
         "… performer",
         "of the maps that are explained",
+        "What the plain network gives that is explained, its explainer's are to be lower;"
+        " chance is that of filters that peak anywhere.",
         lambda seen: seen.performed.target,
         _performer_target,
     ),
     "location_instability_top": _location_instability(
         "… its top conv.",
         "of the performer's last convolution",
+        "What the top of the plain network gives that is explained, its explainer's are to be"
+        " lower; chance is that of filters that peak anywhere.",
         _top_maps,
         _performer_top,
     ),
@@ -327,6 +404,10 @@ FIGURES: dict[str, Figure] = {
         heading="part interpr.",
         meaning="share of images whose part a filter finds",
         better="higher",
+        reading=(
+            "Higher is better: filters that fire by chance cover a part in few images, a plain"
+            " network's are the mark to beat, and what a fixed place gives was not measured."
+        ),
         metric=_part_metric(PartInterpretability, "part_names"),
         update=_update_parts("part_masks"),
         needs=_needs_parts("part"),
@@ -335,6 +416,10 @@ FIGURES: dict[str, Figure] = {
         heading="p",
         meaning="share of an explainer's interpretable track",
         better="higher",
+        reading=(
+            "Higher is better: 0.5 is where training starts, and of a plain network, which has no"
+            " such track, or of chance there is none."
+        ),
         metric=lambda network, data, draws: MeanMetric(),
         update=lambda metric, seen: metric.update(seen.network.logged()["p"]),
         needs=_needs_performer,
@@ -343,7 +428,11 @@ FIGURES: dict[str, Figure] = {
         heading="Δ error",
         meaning="share of images that are wrong by the reconstruction, less the performer's",
         better="lower",
-        metric=lambda network, data, draws: MeanMetric(),
+        reading=(
+            "Lower is better: 0 is the plain network that is explained, and chance would add to"
+            " it up to 1 - 1 / classes."
+        ),
+        metric=lambda network, data, draws: MeanOverImages(),
         update=_more_errors,
         needs=_needs_performer,
     ),
@@ -351,7 +440,7 @@ FIGURES: dict[str, Figure] = {
 
 
 def read_figures(values: object) -> dict[str, float | str]:
-    """Figures that were written down; one that is new since then is "n/a".
+    """Figures that were written down; one that is new since then is "n/a", if every run has it.
 
     Raises:
         ValueError: values that are not those ``evaluate`` returns.
@@ -365,7 +454,7 @@ def read_figures(values: object) -> dict[str, float | str]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number and not (isinstance(value, str) and value.startswith(NOT_AVAILABLE)):
             raise ValueError(f"{name} is {value!r}, want a number, or text {NOT_AVAILABLE!r}…")
-    return {**dict.fromkeys(FIGURES, f"{NOT_AVAILABLE}not measured then"), **values}
+    return {**dict.fromkeys(default_figures(), f"{NOT_AVAILABLE}not measured then"), **values}
 
 
 def format_figure(values: Mapping[str, float | str], name: str) -> str:

@@ -1,5 +1,6 @@
-"""The loop that walks the figures over a test split, once."""
+"""The loop that walks the figures over a test split: once, or twice where one prepares itself."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,7 +9,13 @@ from torch import Tensor
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, derive_seed
 from picnn_fast.data.parts import PartDataModule, PartSample
-from picnn_fast.evaluation.figures import FIGURES, NOT_AVAILABLE, as_numbers
+from picnn_fast.evaluation.figures import (
+    FIGURES,
+    NOT_AVAILABLE,
+    as_numbers,
+    default_figures,
+    sharing,
+)
 from picnn_fast.evaluation.observation import Observation
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
@@ -27,16 +34,18 @@ def evaluate(
     network: InterpretableNetwork,
     data: SeededDataModule,
     *,
+    figures: Iterable[str] | None = None,
     seed: int = 0,
     draws: int = DRAWS,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Figures:
-    """Every figure of ``FIGURES`` of a network, on the test split of ``data``.
+    """Figures of ``FIGURES`` of a network, on the test split of ``data``.
 
     Args:
         network: left on ``device``, in eval mode.
         data: set up.
+        figures: names of ``FIGURES``; None: all but those to be asked for, which cost much.
         seed: of the masks and pseudo-labels that are drawn.
         draws: S, masks drawn for each image; figures are means over them.
         device: to compute on.
@@ -47,37 +56,69 @@ def evaluate(
         that begins with "n/a" in place of a figure that cannot be had, and says why.
 
     Raises:
-        TypeError, ValueError: seed or draws that are no integers, or out of range.
+        TypeError, ValueError: seed or draws that are no integers, or out of range; a name that is
+            no figure's.
     """
     checks.integer("seed", seed, 0)
     checks.integer("draws", draws, 1)
+    names = default_figures() if figures is None else list(dict.fromkeys(figures))
+    for name in names:
+        checks.one_of("figures", name, tuple(FIGURES))
     network = network.to(device).eval()
-    reasons = {name: figure.needs(network, data) for name, figure in FIGURES.items()}
-    metrics = {
-        name: FIGURES[name].metric(network, data, draws).to(device)
-        for name, reason in reasons.items()
-        if reason is None
-    }
+    reasons = {name: FIGURES[name].needs(network, data) for name in names}
+    groups = sharing(name for name in names if reasons[name] is None)
+    metrics = {first: FIGURES[first].metric(network, data, draws).to(device) for first in groups}
     parts = isinstance(data, PartDataModule)
-    batches = data.part_loader("test") if parts else data.test_dataloader()  # type: ignore[attr-defined]
-    for number, batch in enumerate(
-        track(batches, "evaluating", transient=True, disable=not progress)
-    ):
-        images, labels, annotated = _on_device(batch, data, device)
-        seen = Observation(
-            network, images, labels, seed=derive_seed(seed, number), draws=draws, parts=annotated
-        )
-        for name, metric in metrics.items():
-            FIGURES[name].update(metric, seen)
-    values: Figures = {}
-    for name, reason in reasons.items():
-        if reason is not None:
-            values[name] = NOT_AVAILABLE + reason
-        elif not metrics[name].update_called:
-            values[name] = f"{NOT_AVAILABLE}the test split has no image of it"
-        else:
-            values |= as_numbers(name, metrics[name].compute())
-    return values
+    samples: Any = data.part_sets["test"] if parts else data.test_set  # type: ignore[attr-defined]
+    chosen = {first: _spread(len(samples), FIGURES[first].images) for first in groups}
+
+    def observe(title: str) -> Iterator[tuple[slice, Observation]]:
+        """The batches, and which images of the split they hold."""
+        loader = data.part_loader("test") if parts else data.test_dataloader()  # type: ignore[attr-defined]
+        count = 0
+        for number, batch in enumerate(track(loader, title, transient=True, disable=not progress)):
+            images, labels, annotated = _on_device(batch, data, device)
+            drawn: Any = {"seed": derive_seed(seed, number), "draws": draws}
+            seen = Observation(network, images, labels, parts=annotated, **drawn)
+            yield slice(count, count + len(labels)), seen
+            count += len(labels)
+
+    prepared = {first: FIGURES[first].prepare for first in groups}
+    updates = {first: FIGURES[first].update for first in groups}
+    for title, tell in (("preparing", prepared), ("evaluating", updates)):
+        if not any(tell.values()):
+            continue
+        for place, seen in observe(title):
+            selected: dict[int | None, Observation] = {}  # by how many images are looked at
+            for first, add in tell.items():
+                rows = chosen[first][place]
+                if add is None or not rows.any():
+                    continue
+                most = FIGURES[first].images
+                if most not in selected:
+                    selected[most] = seen if rows.all() else seen.select(rows)
+                add(metrics[first], selected[most])
+    values: dict[str, Figures] = {
+        name: {name: NOT_AVAILABLE + reason} for name, reason in reasons.items() if reason
+    }
+    for first, group in groups.items():
+        metric = metrics[first]
+        computed = metric.compute() if metric.update_called else None
+        for name in group:
+            if computed is None:
+                values[name] = {name: f"{NOT_AVAILABLE}the test split has no image of it"}
+            else:
+                values[name] = as_numbers(name, FIGURES[name].of(computed))
+    return {key: value for name in names for key, value in values[name].items()}
+
+
+def _spread(images: int, most: int | None) -> Tensor:
+    """Which of so many images are looked at, ``[images]`` bool: at most so many, spread evenly."""
+    chosen = torch.ones(images, dtype=torch.bool)
+    if most is not None and images > most:
+        chosen[:] = False
+        chosen[torch.arange(most) * images // most] = True
+    return chosen
 
 
 def _on_device(

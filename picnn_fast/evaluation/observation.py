@@ -1,7 +1,7 @@
 """A batch of images as the figures see it: what several of them need is computed once."""
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,28 @@ class Observation:
     ) -> None:
         self.network, self.images, self.labels = network, images, labels
         self.seed, self.draws, self.parts = seed, draws, parts
+
+    def select(self, rows: Tensor) -> "Observation":
+        """Some images of the batch, with draws of their own.
+
+        Args:
+            rows: ``[B]`` bool, or ``[b]`` indices.
+        """
+        rows = rows.to(self.labels.device)
+        fields: Any = self.parts  # collated, each has a row an image
+        parts = None if fields is None else PartSample(*(field[rows] for field in fields))
+        some = Observation(
+            self.network,
+            self.images[rows],
+            self.labels[rows],
+            seed=self.seed,
+            draws=self.draws,
+            parts=parts,
+        )
+        if "_encoded" in self.__dict__:  # what was computed is not computed again
+            maps, bypass = self._encoded
+            some.__dict__["_encoded"] = maps[rows], None if bypass is None else bypass[rows]
+        return some
 
     @cached_property
     def _encoded(self) -> tuple[Tensor, Tensor | None]:

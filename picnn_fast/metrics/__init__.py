@@ -3,6 +3,7 @@
 from picnn_fast._extras import extra
 
 with extra("train"):
+    from picnn_fast.metrics.bootstrap import MeanOverImages, PerImageMetric, resampled_means
     from picnn_fast.metrics.leakage import MaskLeakage
     from picnn_fast.metrics.mutual_information import MutualInformationScore
     from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
@@ -12,7 +13,10 @@ __all__ = [
     "LocationInstability",
     "MaskLeakage",
     "MeanOverDraws",
+    "MeanOverImages",
     "MutualInformationScore",
     "PartInterpretability",
     "PathwayAccuracy",
+    "PerImageMetric",
+    "resampled_means",
 ]

@@ -1,17 +1,21 @@
 """Mask leakage: what the pattern of a mask alone tells of the class."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.pathway import MeanOverDraws
 from picnn_fast.ops import checks
 
+# A pair's images are of two classes, or of one; an image is alone in the first batch.
+_APART, _TOGETHER, _ALONE = range(3)
 
-class MaskLeakage(Metric):
+
+class MaskLeakage(PerImageMetric):
     """Accuracy when the maps of another image carry the mask drawn for this image's label.
 
     A mask that tells nothing by itself gives chance: the share of pairs of images that are of one
@@ -39,24 +43,20 @@ class MaskLeakage(Metric):
         1.0
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
 
-    correct: Tensor
-    pairs: Tensor
-    images: Tensor
+    labels: list[Tensor]
+    kinds: list[Tensor]
+    right: list[Tensor]
 
     def __init__(self, num_classes: int, draws: int = 1, *, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_classes = checks.integer("num_classes", num_classes, 1)
         self.draws = checks.integer("draws", draws, 1)
         self.seed = checks.integer("seed", seed, 0)
-        # Of pairs of two classes, then of pairs of one.
-        counts = {"correct": (draws, 2), "pairs": (2,), "images": (num_classes,)}
-        for name, shape in counts.items():
-            zeros = torch.zeros(shape, dtype=torch.int64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+        self.add_rows("labels", dtype=torch.int64)
+        self.add_rows("kinds", dtype=torch.int8)
+        self.add_rows("right", draws, dtype=torch.uint8)
         self._forget()
 
     def _forget(self) -> None:
@@ -97,16 +97,15 @@ class MaskLeakage(Metric):
             )
         if len(maps) == 0:
             return
-        self.images += labels.bincount(minlength=self.num_classes).to(self.images.device)
         if self._kept is None:
-            if len(maps) > 1:
-                shift = self._draw(1, len(maps))
-                self._count(maps.roll(shift, 0), labels.roll(shift), labels, masks, classify)
+            # An image that is alone in the first batch has no other to be paired with.
+            shift = self._draw(1, len(maps)) if len(maps) > 1 else 0
+            self._add(maps.roll(shift, 0), labels.roll(shift), labels, masks, classify)
             self._kept = maps.clone(), labels.clone()
         else:
             other = torch.randint(len(self._kept[0]), (len(maps),), generator=self._generator)
             other = other.to(maps.device)
-            self._count(self._kept[0][other], self._kept[1][other], labels, masks, classify)
+            self._add(self._kept[0][other], self._kept[1][other], labels, masks, classify)
             for at in range(len(maps)):
                 place = self._draw(0, self._seen + at + 1)
                 if place < len(self._kept[0]):
@@ -116,7 +115,7 @@ class MaskLeakage(Metric):
     def _draw(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self._generator))
 
-    def _count(
+    def _add(
         self,
         maps: Tensor,
         labels_of_maps: Tensor,
@@ -124,18 +123,40 @@ class MaskLeakage(Metric):
         masks: Tensor,
         classify: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        same = labels_of_maps == labels
-        kinds = torch.stack([~same, same])
-        self.pairs += kinds.sum(1).to(self.pairs.device)
-        for draw, mask in enumerate(masks):
-            right = classify(maps, mask).argmax(-1) == labels
-            self.correct[draw] += (right & kinds).sum(1).to(self.correct.device)
+        kinds = torch.where(labels_of_maps == labels, _TOGETHER, _APART)
+        if self._kept is None and len(maps) == 1:
+            kinds.fill_(_ALONE)
+        right = torch.stack([classify(maps, mask).argmax(-1) == labels for mask in masks], 1)
+        self.append(labels=labels, kinds=kinds, right=right)
 
     def compute(self) -> MeanOverDraws:
         """Scalars; a mean in [0, 1], NaN where no two images of different classes were paired."""
-        shares = self.images.double() / self.images.sum()
-        one_class = shares.square().sum()
-        apart, together = (self.correct.double() / self.pairs).unbind(1)
+        everyone = torch.ones(1, self.seen, dtype=torch.int64, device=self.device)
+        return MeanOverDraws.of(self._leakage(everyone)[:, 0])
+
+    def replicate(self, counts: Tensor) -> Tensor:
+        """The mean over draws of each resample ``[R]``; an image is drawn with its pair.
+
+        Args:
+            counts: ``[R, M]`` int64, how often each image seen is drawn.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
+        """
+        self.check_counts(counts)
+        return self._leakage(counts).mean(0)
+
+    def _leakage(self, counts: Tensor) -> Tensor:
+        """Of each draw in each resample, ``[S, R]``."""
+        counts = counts.to(self.device)
+        sizes = torch.zeros(len(counts), self.num_classes, dtype=self.wide, device=self.device)
+        sizes.index_add_(1, self.rows("labels"), counts.to(self.wide))
+        one_class = (sizes / sizes.sum(1, keepdim=True)).square().sum(1)
+        right, kinds = self.rows("right").to(self.wide), self.rows("kinds")
+        apart, together = (
+            resampled_means(right.where((kinds == kind)[:, None], math.nan), counts).T
+            for kind in (_APART, _TOGETHER)
+        )
         # So few pairs of one class that none was drawn weigh next to nothing.
-        together = torch.where(self.pairs[1] == 0, apart, together)
-        return MeanOverDraws.of((1 - one_class) * apart + one_class * together)
+        together = together.where(~together.isnan(), apart)
+        return (1 - one_class) * apart + one_class * together

@@ -1,15 +1,14 @@
 """Whether filters stand for object parts: location instability and part interpretability."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from picnn_fast.backbones import ReceptiveField
+from picnn_fast.metrics.bootstrap import PerImageMetric
 from picnn_fast.ops import checks
 
 # Elements that compute() works on at a time.
@@ -19,11 +18,8 @@ _MEMORY_LIMIT = 2**32
 _RIM = 1 + 1e-9
 
 
-class _PartMetric(Metric):
+class _PartMetric(PerImageMetric):
     """What both metrics share: filters, their receptive field, categories of images."""
-
-    is_differentiable = False
-    full_state_update = False
 
     labels: list[Tensor]
 
@@ -39,7 +35,7 @@ class _PartMetric(Metric):
                 " as backbones.receptive_field gives"
             )
         self.receptive_field = receptive_field
-        self.add_state("labels", [], dist_reduce_fx="cat")
+        self.add_rows("labels", dtype=torch.int64)
         self._per_filter = torch.full((num_filters,), math.nan, dtype=torch.float64)
 
     def per_filter(self) -> Tensor:
@@ -58,16 +54,8 @@ class _PartMetric(Metric):
         value: Tensor = super().forward(*args, **kwargs)
         return value
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
-        """Does nothing: states keep their dtypes."""
-        return self
-
     def _check(self, maps: Tensor, annotations: Tensor, labels: Tensor | None = None) -> None:
         """Refuse a batch."""
-        raise NotImplementedError
-
-    def _nothing(self) -> dict[str, Tensor]:
-        """The states of no image."""
         raise NotImplementedError
 
     def _check_maps(self, maps: Tensor, labels: Tensor | None) -> None:
@@ -90,25 +78,11 @@ class _PartMetric(Metric):
             )
 
     def _classes(self, maps: Tensor, labels: Tensor | None) -> Tensor:
-        if labels is None:
-            return torch.zeros(len(maps), dtype=torch.int64, device=self.device)
-        return labels.to(self.device, torch.int64)
-
-    def _sync_dist(
-        self,
-        dist_sync_fn: Callable[..., Any] = gather_all_tensors,
-        process_group: Any = None,
-    ) -> None:
-        # Ranks gather tensors of one shape and dtype, also from one without images.
-        if not self.labels:
-            for name, state in self._nothing().items():
-                setattr(self, name, [state])
-        super()._sync_dist(dist_sync_fn, process_group)
+        return torch.zeros(len(maps), dtype=torch.int64) if labels is None else labels
 
     def _mean(self) -> Tensor:
         """Over the filters that have a value; float32 where there is no float64."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return self._per_filter.nanmean().to(self.device, dtype)
+        return self._per_filter.nanmean().to(self.device, self.wide)
 
 
 class LocationInstability(_PartMetric):
@@ -176,8 +150,9 @@ class LocationInstability(_PartMetric):
         super().__init__(num_filters, receptive_field, num_classes, **kwargs)
         self.num_landmarks = checks.integer("num_landmarks", num_landmarks, 1)
         self.images = checks.integer("images", images, 2)
-        for name in ("peaks", "centres", "landmarks"):
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_rows("peaks", num_filters, dtype=torch.float32)
+        self.add_rows("centres", num_filters, 2, dtype=torch.float32)
+        self.add_rows("landmarks", num_landmarks, 2, dtype=torch.float32)
         self._deviations = torch.empty(0)
         self._categories = torch.empty(0)
 
@@ -196,18 +171,14 @@ class LocationInstability(_PartMetric):
                 GPU values are a device-side assert). The metric is then as it was before.
         """
         self._check(maps, landmarks, labels)
-        peaks, centres = (x.to(self.device) for x in self.receptive_field.peaks(maps))
-        self.peaks.append(peaks.float())
-        self.centres.append(centres)
-        # A copy: the caller may write into the landmarks before they are read again.
-        self.landmarks.append(landmarks.detach().to(self.device, torch.float32, copy=True))
-        self.labels.append(self._classes(maps, labels).clone())
+        peaks, centres = self.receptive_field.peaks(maps)
+        labels = self._classes(maps, labels)
+        self.append(peaks=peaks, centres=centres, landmarks=landmarks, labels=labels)
 
     def compute(self) -> Tensor:
         """Location instability, a share of the diagonal; float64 on the metric's device."""
-        peaks, centres, landmarks, labels = (
-            torch.cat(list(_batches(getattr(self, name))) or [nothing])
-            for name, nothing in self._nothing().items()
+        peaks, centres, landmarks, labels = map(
+            self.rows, ("peaks", "centres", "landmarks", "labels")
         )
         shape = (self.num_filters, self.num_classes, self.num_landmarks)
         self._deviations = torch.full(shape, math.nan, dtype=torch.float64)
@@ -258,15 +229,6 @@ class LocationInstability(_PartMetric):
         squares = ((distances - mean[..., None]) ** 2).where(held, 0.0).sum(-1)
         deviations: Tensor = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
         return deviations
-
-    def _nothing(self) -> dict[str, Tensor]:
-        empty = torch.empty(0, self.num_filters, 2, device=self.device)
-        return {
-            "peaks": empty[..., 0],
-            "centres": empty,
-            "landmarks": torch.empty(0, self.num_landmarks, 2, device=self.device),
-            "labels": torch.empty(0, dtype=torch.int64, device=self.device),
-        }
 
     def _check(self, maps: Tensor, landmarks: Tensor, labels: Tensor | None = None) -> None:
         self._check_maps(maps, labels)
@@ -375,8 +337,9 @@ class PartInterpretability(_PartMetric):
             receptive_field.diameters() if diameter is None else (float(diameter), float(diameter))
         )
         self.memory_limit = checks.integer("memory_limit", memory_limit, 1)
-        for name in ("maps", "masks"):
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_rows("maps", num_filters, *receptive_field.map_size, dtype=torch.float32)
+        pixels = math.prod(receptive_field.image_size)
+        self.add_rows("masks", num_parts, math.ceil(pixels / 8), dtype=torch.uint8)
         self._association = torch.empty(0)
         self._categories = torch.empty(0)
 
@@ -397,10 +360,8 @@ class PartInterpretability(_PartMetric):
                 before.
         """
         self._check(maps, part_masks, labels)
-        # A copy: the caller may write into the maps before they are read again.
-        self.maps.append(maps.detach().to(self.device, torch.float32, copy=True).contiguous())
-        self.masks.append(_packed(part_masks.to(self.device)))
-        self.labels.append(self._classes(maps, labels).clone())
+        masks = _packed(part_masks.to(self.device))
+        self.append(maps=maps, masks=masks, labels=self._classes(maps, labels))
 
     def compute(self) -> Tensor:
         """Part interpretability in [0, 1]; float64 on the metric's device; NaN where none counts.
@@ -434,15 +395,6 @@ class PartInterpretability(_PartMetric):
         """``[N]`` int64: the category whose images activate each filter most; -1 without image."""
         self.compute()
         return self._categories
-
-    def _nothing(self) -> dict[str, Tensor]:
-        shape = (0, self.num_filters, *self.receptive_field.map_size)
-        masks = torch.empty(0, self.num_parts, *self.receptive_field.image_size, dtype=torch.bool)
-        return {
-            "maps": torch.empty(shape, device=self.device),
-            "masks": _packed(masks.to(self.device)),
-            "labels": torch.empty(0, dtype=torch.int64, device=self.device),
-        }
 
     def _category(self) -> Tensor:
         sums = torch.zeros(

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.ops import checks
 
 
@@ -28,7 +28,7 @@ class MeanOverDraws(NamedTuple):
         return cls(mean, (variance / len(each)).sqrt())
 
 
-class PathwayAccuracy(Metric):
+class PathwayAccuracy(PerImageMetric):
     """Accuracy by some of the filters (PICNN, "Experimental Settings"), as masks are drawn anew.
 
     ACC1 is that of all filters, a single draw; ACC2 that of the mask drawn for the pseudo-label;
@@ -37,7 +37,7 @@ class PathwayAccuracy(Metric):
 
     Args:
         num_classes: K.
-        draws: S, masks drawn for each image.
+        draws: S, masks drawn for each image; S bytes are kept of each.
         **kwargs: of ``torchmetrics.Metric``.
 
     Source:
@@ -54,19 +54,15 @@ class PathwayAccuracy(Metric):
         (0.5, 0.5)
     """
 
-    is_differentiable = False
     higher_is_better = None  # ACC3 is better low
-    full_state_update = False
 
-    correct: Tensor
-    total: Tensor
+    right: list[Tensor]
 
     def __init__(self, num_classes: int, draws: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_classes = checks.integer("num_classes", num_classes, 1)
         self.draws = checks.integer("draws", draws, 1)
-        self.add_state("correct", torch.zeros(draws, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_rows("right", draws, dtype=torch.uint8)  # Gloo gathers no bool
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -88,10 +84,22 @@ class PathwayAccuracy(Metric):
                 f"logits: got shape {tuple(logits.shape)}, want {wanted}: draws, the batch of"
                 " labels and num_classes"
             )
-        right = logits.reshape(wanted).argmax(-1) == labels
-        self.correct += right.sum(-1).to(self.correct.device)
-        self.total += len(labels)
+        self.append(right=(logits.reshape(wanted).argmax(-1) == labels).T)
 
     def compute(self) -> MeanOverDraws:
         """Scalars; a mean in [0, 1], NaN before the first sample."""
-        return MeanOverDraws.of(self.correct.double() / self.total)
+        right = self.rows("right")
+        # Counted in whole numbers: batches of any size give the same.
+        return MeanOverDraws.of(right.sum(0).to(self.wide) / len(right))
+
+    def replicate(self, counts: Tensor) -> Tensor:
+        """The mean over draws of each resample ``[R]``.
+
+        Args:
+            counts: ``[R, M]`` int64, how often each image seen is drawn.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
+        """
+        self.check_counts(counts)
+        return resampled_means(self.rows("right").sum(1) / self.draws, counts)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, derive_seed
-from picnn_fast.evaluation import FIGURES, Observation, pool
+from picnn_fast.evaluation import FIGURES, Observation, pool, sharing
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
@@ -145,12 +145,13 @@ class InterpretableModule(L.LightningModule):
         self.seed = seed
         # Lightning steps one optimiser by itself; where several take turns, training_step does.
         self.automatic_optimization = len(network.optimizers(self.lr)) == 1
+        self._sharing = sharing(
+            name
+            for name, figure in FIGURES.items()
+            if figure.when == "epoch" and figure.needs(network, None) is None
+        )
         self.figures = nn.ModuleDict(
-            {
-                name: figure.metric(network, None, 1)
-                for name, figure in FIGURES.items()
-                if figure.each_epoch and figure.needs(network, None) is None
-            }
+            {first: FIGURES[first].metric(network, None, 1) for first in self._sharing}
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -353,7 +354,9 @@ class InterpretableModule(L.LightningModule):
             FIGURES[name].update(metric, seen)
 
     def on_validation_epoch_end(self) -> None:
-        for name, metric in self.figures.items():
+        for first, metric in self.figures.items():
             computed = metric.compute()  # type: ignore[operator]
-            value = computed if isinstance(computed, Tensor) else computed.mean
-            self.log(f"val/{name}", value, prog_bar=True, sync_dist=True)
+            for name in self._sharing[first]:
+                value = FIGURES[name].of(computed)
+                value = value if isinstance(value, Tensor) else value.mean
+                self.log(f"val/{name}", value, prog_bar=True, sync_dist=True)

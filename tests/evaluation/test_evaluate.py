@@ -1,24 +1,28 @@
 """FIGURES, and the loop that walks them over a test split."""
 
 import dataclasses
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from sklearn.feature_selection import mutual_info_classif
+from torchmetrics import Metric
 
 from picnn_fast import evaluation
 from picnn_fast.backbones.receptive_field import receptive_field
 from picnn_fast.data import DATA
 from picnn_fast.evaluation import (
     FIGURES,
+    Figure,
+    default_figures,
     evaluate,
     figures,
     format_figure,
     format_figures,
     read_figures,
 )
-from picnn_fast.metrics import LocationInstability, PartInterpretability
+from picnn_fast.metrics import LocationInstability, MeanOverDraws, PartInterpretability
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 
@@ -221,6 +225,125 @@ def test_the_density_is_that_of_the_gate(digits):
     expected = (network.gate / network.gate.amax(0)).mean().item()
     assert evaluate(network, digits[1])["density"] == pytest.approx(expected, rel=1e-6)
     assert evaluate(*digits)["density"] == "n/a: PICNN has no gate"
+
+
+class Parts(NamedTuple):
+    images: torch.Tensor
+    mean: MeanOverDraws
+
+
+class Recorder(Metric):
+    """Notes what it is told, and computes two parts of it."""
+
+    made: ClassVar[list[Metric]] = []
+
+    def __init__(self):
+        super().__init__()
+        self.prepared, self.updated = [], []
+        self.made.append(self)
+
+    def update(self, seen):
+        self.updated.append(seen)
+
+    def compute(self):
+        brightness = torch.cat([seen.images.mean((1, 2, 3)) for seen in self.updated])
+        mean = MeanOverDraws(brightness.mean(), torch.tensor(0.25))
+        return Parts(torch.tensor(float(len(brightness))), mean)
+
+
+def _recorded(monkeypatch, **options):
+    """Two figures that are parts of one metric."""
+    monkeypatch.setattr(Recorder, "made", [])
+    shared = dict(
+        FIGURES["mis"].__dict__,
+        metric=lambda network, data, draws: Recorder(),
+        update=lambda metric, seen: metric.update(seen),
+        prepare=lambda metric, seen: metric.prepared.append(seen),
+        when="asked",
+        **options,
+    )
+    for part in Parts._fields:
+        monkeypatch.setitem(FIGURES, f"recorded_{part}", Figure(**shared | {"part": part}))
+    return [f"recorded_{part}" for part in Parts._fields]
+
+
+def test_figures_of_one_metric_are_its_parts_and_see_each_image_once(digits, monkeypatch):
+    network, data = digits
+    values = evaluate(network, data, figures=_recorded(monkeypatch))
+    images = torch.cat([images for images, _ in data.test_dataloader()])
+    assert values == {
+        "recorded_images": 360.0,
+        "recorded_mean": pytest.approx(images.mean().item()),
+        "recorded_mean_standard_error": 0.25,
+    }
+    (metric,) = Recorder.made
+    for told in (metric.prepared, metric.updated):
+        assert torch.equal(torch.cat([seen.images for seen in told]), images)
+
+
+def test_all_images_are_prepared_before_the_first_update(digits, monkeypatch):
+    names, order = _recorded(monkeypatch), []
+    for name in names:
+        figure = dataclasses.replace(
+            FIGURES[name],
+            prepare=lambda metric, seen: order.append("prepare"),
+            update=lambda metric, seen: (order.append("update"), metric.update(seen)),
+        )
+        monkeypatch.setitem(FIGURES, name, figure)
+    evaluate(*digits, figures=names[:1])
+    assert order == ["prepare"] * 6 + ["update"] * 6
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 359, 360, 1000])
+def test_a_figure_of_few_images_sees_as_many_spread_evenly(digits, monkeypatch, most):
+    network, data = digits
+    values = evaluate(network, data, figures=["acc1", *_recorded(monkeypatch, images=most)])
+    images = torch.cat([images for images, _ in data.test_dataloader()])
+    want = [i * 360 // min(most, 360) for i in range(min(most, 360))]
+    (metric,) = Recorder.made
+    for told in (metric.prepared, metric.updated):
+        assert torch.equal(torch.cat([seen.images for seen in told]), images[want])
+        for seen in told:
+            torch.testing.assert_close(seen.maps, network.filter_maps(seen.images))
+    assert values["recorded_images"] == len(want)
+    assert values["acc1"] == evaluate(network, data, figures=["acc1"])["acc1"]
+
+
+def test_parts_of_few_images_are_those_of_the_images(monkeypatch):
+    data = _animals(test_images=12)
+    evaluate(_network(), data, figures=_recorded(monkeypatch, images=5))
+    (metric,) = Recorder.made
+    samples = [data.part_sets["test"][i * 12 // 5] for i in range(5)]
+    parts = [seen.parts for seen in metric.updated]
+    for name in ("image", "landmarks", "part_masks", "object_mask"):
+        got = torch.cat([getattr(part, name) for part in parts])
+        want = torch.stack([getattr(sample, name) for sample in samples])
+        assert torch.equal(got.nan_to_num(-1), want.nan_to_num(-1))
+
+
+def test_what_is_asked_for_is_measured_alone_and_only_then(digits, monkeypatch):
+    names = _recorded(monkeypatch)
+    assert not set(names) & evaluate(*digits).keys()
+    assert not set(names) & set(default_figures())
+    assert list(evaluate(*digits, figures=["mis", "acc1"])) == ["mis", "acc1"]
+    with pytest.raises(ValueError, match=r"figures: got 'acc4', want one of .*did you mean 'acc"):
+        evaluate(*digits, figures=["acc4"])
+    assert read_figures({"acc1": 0.5}).keys() == set(default_figures())
+
+
+def test_figures_of_one_metric_are_told_alike():
+    """Else each would be updated by itself, at twice the cost."""
+    for name, figure in FIGURES.items():
+        for other in FIGURES.values():
+            if other.metric is figure.metric and other.images == figure.images:
+                assert (other.update, other.prepare) == (figure.update, figure.prepare), name
+
+
+def test_every_figure_says_how_it_is_read():
+    for name, figure in FIGURES.items():
+        reading = figure.reading
+        assert (reading[0].isupper(), reading.endswith(".")) == (True, True), name
+        assert figure.better in reading.lower(), name
 
 
 @pytest.mark.parametrize("values", [None, [], {}, {"acc1": "high"}, dict.fromkeys(FIGURES, True)])

@@ -99,3 +99,45 @@ def test_wrong_masks_are_refused():
     metric = MaskLeakage(CLASSES, draws=2)
     with pytest.raises(ValueError, match=r"masks: got shape \(1, 3, 5\), want \[2, 3, filters\]"):
         metric.update(ONE_HOT[:3], LABELS[:3], ONE_HOT[:3][None], lambda maps, mask: mask)
+
+
+@pytest.mark.parametrize("first", [1, 7])
+def test_resamples_weigh_each_image_with_its_pair(first):
+    """Against Python's own sums over the pairs, each as often as its image is drawn."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (31,), generator=draw)
+    metric = MaskLeakage(3, draws=2)
+    pairs = []
+
+    def classify(maps, mask):
+        logits = torch.rand(len(maps), 3, generator=draw)
+        pairs.append((maps[:, 0].long(), logits.argmax(1)))
+        return logits
+
+    for part in torch.arange(31).split([first, *[6] * ((31 - first) // 6)]):
+        masks = torch.rand(2, len(part), 4, generator=draw)
+        metric.update(part[:, None].float(), labels[part], masks, classify)
+    other, answers = zip(*pairs, strict=True)
+    other = torch.cat(other[::2]).tolist()
+    answers = [torch.cat(answers[d::2]).tolist() for d in range(2)]
+    counts = torch.randint(3, (4, 31), generator=draw)
+    for value, times in zip(metric.replicate(counts).tolist(), counts.tolist(), strict=True):
+        shares = [
+            sum(n for n, y in zip(times, labels.tolist(), strict=True) if y == c) / sum(times)
+            for c in range(3)
+        ]
+        one = sum(share**2 for share in shares)
+        wanted = 0
+        for answer in answers:
+            kinds = {True: [0, 0], False: [0, 0]}
+            for i, n in enumerate(times):
+                if first == 1 and i == 0:
+                    continue  # alone in the first batch
+                kind = kinds[bool(labels[other[i]] == labels[i])]
+                kind[0] += n * (answer[i] == labels[i].item())
+                kind[1] += n
+            wanted += (one * kinds[True][0] / kinds[True][1]) / 2
+            wanted += ((1 - one) * kinds[False][0] / kinds[False][1]) / 2
+        assert value == pytest.approx(wanted)
+    everyone = torch.ones(1, 31, dtype=torch.int64)
+    assert metric.replicate(everyone).item() == pytest.approx(metric.compute().mean.item())

@@ -67,16 +67,28 @@ def test_forward_gives_the_batch_and_adds_to_the_total() -> None:
     assert values(metric) == pytest.approx(by_hand(data[:1]))
 
 
-def test_states_of_ranks_add_up() -> None:
+def test_states_of_ranks_are_joined() -> None:
     # What torchmetrics does over ranks: each state is reduced by the function it declares.
     first, second, joined = (PathwayAccuracy(CLASSES, DRAWS) for _ in range(3))
     data = batches(2)
     first.update(*data[0])
     second.update(*data[1])
     for name, reduce in joined._reductions.items():
-        setattr(joined, name, reduce(torch.stack([getattr(first, name), getattr(second, name)])))
+        setattr(joined, name, reduce([*getattr(first, name), *getattr(second, name)]))
     joined._update_count = 1
     assert values(joined) == pytest.approx(by_hand(data))
+
+
+def test_resamples_are_recomputed_with_images_repeated() -> None:
+    data = [*batches(), *batches(1, batch=2)]
+    metric = PathwayAccuracy(CLASSES, DRAWS)
+    for batch in data:
+        metric.update(*batch)
+    logits, labels = torch.cat([x for x, _ in data], 1), torch.cat([y for _, y in data])
+    counts = torch.randint(3, (5, len(labels)), generator=torch.Generator().manual_seed(1))
+    for value, times in zip(metric.replicate(counts).tolist(), counts, strict=True):
+        repeated = torch.arange(len(labels)).repeat_interleave(times)
+        assert value == pytest.approx(by_hand([(logits[:, repeated], labels[repeated])])[0])
 
 
 def test_half_precision_logits_and_narrow_labels() -> None:
@@ -106,7 +118,7 @@ def test_bad_input_is_refused() -> None:
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
             metric.update(*arguments)
-    assert metric.total == 0
+    assert metric.seen == 0
     for name, arguments in (("num_classes", (0,)), ("draws", (4, 0))):
         with pytest.raises(ValueError, match=f"{name}: got 0"):
             PathwayAccuracy(*arguments)
