@@ -66,15 +66,18 @@ class FilterIndex(NamedTuple):
         without_field: why not, in a line; empty where there is a field.
         owner: ``[N]`` int64, the class that a filter stands for by ``ownership``; -1: none.
         owned: ``[N]`` float32, how much of the filter that class has, in [0, 1].
-        mutual_information: ``[K, N]`` float32, between the map's mean and each class, nats.
+        constant: ``[N]`` bool, filters whose map's mean is the same in all images but for rounding,
+            as of those that never fire.
+        mutual_information: ``[K, N]`` float32, between the map's mean and each class, nats; 0 of
+            constant filters, of which an estimate is noise.
         estimator: of it: "knn", or "histogram" where there were too many images to keep.
         class_means: ``[K, N]`` float32, the mean over the images of a class of the map's mean; NaN
             of a class without images.
         class_counts: ``[K]`` int64, images of each class.
         neighbours: ``[N, n]`` int64, the filters whose map's mean goes along most with it over the
             images, the nearest first, n at most N - 1.
-        correlations: ``[N, n]`` float32, their correlation (Pearson's) with it; 0 where either is
-            constant.
+        correlations: ``[N, n]`` float32, their correlation (Pearson's) with it; 0 where either
+            filter is constant.
     """
 
     by_activation: TopImages
@@ -87,6 +90,7 @@ class FilterIndex(NamedTuple):
     without_field: str
     owner: Tensor
     owned: Tensor
+    constant: Tensor
     mutual_information: Tensor
     estimator: str
     class_means: Tensor
@@ -320,6 +324,7 @@ class _Pass:
         owned = torch.zeros(len(owner))
         if ownership is not None:
             owned = ownership.cpu().float().amax(0)
+        constant = self.sums.constant()
         nearest, correlations = self.sums.nearest(neighbours)
         return FilterIndex(
             by_activation=self._ranked(self.by_activation),
@@ -332,7 +337,8 @@ class _Pass:
             without_field=self.without_field,
             owner=owner,
             owned=owned,
-            mutual_information=self.information.matrix().float(),
+            constant=constant,
+            mutual_information=self.information.matrix().where(~constant, 0).float(),
             estimator=self.information.estimator,
             class_means=(self.sums.by_class / self.sums.counts[:, None]).float(),
             class_counts=self.sums.counts,
@@ -411,11 +417,17 @@ class _Sums:
         self.mean += between * (batch / both)
         self.seen = both
 
+    def deviations(self) -> Tensor:
+        """Standard deviation of each filter over the images, ``[N]``."""
+        return (self.products.diagonal() / self.seen).sqrt()
+
+    def constant(self) -> Tensor:
+        """Which filters do not vary but for rounding, ``[N]`` bool."""
+        return self.deviations() <= _ROUNDING * self.mean.abs()
+
     def nearest(self, count: int) -> tuple[Tensor, Tensor]:
         """Of each filter those it correlates with most: indices and correlations ``[N, n]``."""
-        deviations = (self.products.diagonal() / self.seen).sqrt()
-        varies = deviations > _ROUNDING * self.mean.abs()
-        scale = deviations.where(varies, torch.inf)
+        scale = self.deviations().where(~self.constant(), torch.inf)
         correlations = self.products / self.seen / (scale[:, None] * scale)
         # In single precision, that equal filters be equal.
         correlations = correlations.clamp(-1, 1).float().fill_diagonal_(-torch.inf)

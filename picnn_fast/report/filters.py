@@ -17,6 +17,7 @@ with extra("report"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Ellipse, Rectangle
+    from matplotlib.ticker import MaxNLocator
 
 _COLUMNS = 9
 _BARS = 6
@@ -129,10 +130,15 @@ def _heading(index: FilterIndex, number: int, class_names: Sequence[str]) -> str
     owner, stands = int(index.owner[number]), "no class"
     if owner >= 0:
         stands = f"{class_names[owner]} ({float(index.owned[number]):.2f})"
-    seen = "each position may depend on the whole image"
-    if index.field is not None:
-        seen = "box: where the pixels that its peak depends on end; circle: most of their weight"
-    return f"filter {number} stands for {stands}; of {index.num_images} images\n{seen}"
+    seen = [f"of {index.num_images} images"]
+    if index.constant[number]:
+        seen.append("its mean is the same in all of them: it tells nothing of the classes")
+    if index.field is None:
+        seen.append("each position may depend on the whole image")
+    else:
+        seen.append("box: where the pixels end that its peak depends on, if within the image")
+        seen.append("circle: most of their weight")
+    return f"filter {number} stands for {stands}\n{'; '.join(seen)}"
 
 
 def _image(
@@ -198,6 +204,7 @@ def _finish(axis: Axes, names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), shown, fontsize=8, **AS_IT_IS)
     axis.set_ylim(max(len(names), 2) - 0.4, -0.6)
     axis.tick_params(axis="x", labelsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -229,7 +236,7 @@ def _information(axis: Axes, index: FilterIndex, number: int, class_names: Seque
     values, chosen = most.values[:_BARS].tolist(), most.indices[:_BARS].tolist()
     axis.barh(range(len(values)), values, height=0.7, **_FIRED)
     _finish(axis, [class_names[i] for i in chosen])
-    axis.set_xlim(0, max(*values, 1e-3) * 1.05)
+    axis.set_xlim(0, max(*values, 0.01) * 1.05)
     axis.set_title("mutual information with a class, nats", fontsize=9)
 
 

@@ -88,6 +88,9 @@ def test_of_every_method_it_is_what_sorting_everything_gives(method, backbone):
     pooled = maps.flatten(2).mean(2)
     ours = index.mutual_information
     plain = functional.mutual_information(pooled, labels, CLASSES).float()
+    varies = pooled.double().std(0, correction=0) > 1e-6 * pooled.mean(0).abs()
+    assert torch.equal(index.constant, ~varies)
+    plain[:, ~varies] = 0
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
     assert index.estimator == "knn"
     for c in range(CLASSES):
@@ -205,6 +208,8 @@ def test_neighbours_are_those_that_correlate_most_with_means_far_from_0():
         assert index.correlations[i].tolist() == pytest.approx([-v for v, _ in wanted], abs=1e-5)
     assert index.correlations[5].tolist() == [0, 0, 0]
     assert index.neighbours[5].tolist() == [0, 1, 2]
+    assert index.constant.tolist() == [False] * 5 + [True]
+    assert index.mutual_information[:, 5].tolist() == [0, 0, 0]
 
 
 def test_parts_are_those_under_the_middle_of_the_field_of_the_peak():

@@ -120,6 +120,18 @@ def test_without_fields_no_box_is_drawn_and_it_says_so(made):
     assert any("may depend on the whole image" in t.get_text() for t in figure.findobj(Text))
 
 
+def test_of_a_constant_filter_it_says_so(made):
+    index, images = made
+    for constant in (False, True):
+        flags = torch.full_like(index.constant, constant)
+        (heading,) = (
+            t
+            for t in _page((index._replace(constant=flags), images)).findobj(Text)
+            if t.get_text().startswith("filter 5 stands")
+        )
+        assert ("the same in all of them" in heading.get_text()) == constant
+
+
 def test_a_single_filter_has_no_neighbours(made):
     index, images = made
     alone = index._replace(
