@@ -176,6 +176,24 @@ def test_equal_values_go_by_the_lower_index_whatever_the_batches(size):
     torch.testing.assert_close(index.correlations, whole.correlations)
 
 
+def test_where_a_filter_added_most_is_where_it_takes_least_if_its_weight_is_negative():
+    model, pictures = _identity(), _whole_numbers(12)
+    with torch.no_grad():
+        model.head[2].bias[0] = 8  # of the class against which most filters speak
+    index = filter_index(model, [(pictures, torch.arange(12) % CLASSES)], top=5)
+    ranking, negative = index.by_contribution, 0
+    for i in range(4):
+        for place in range(5):
+            m, chosen = ranking.images[i, place], ranking.predicted[i, place]
+            weight = model.head[2].weight[chosen, i].item()
+            terms = [weight * value for value in pictures[m, i].flatten().tolist()]
+            at = terms.index(max(terms))
+            assert ranking.positions[i, place].tolist() == [at // 4, at % 4]
+            assert ranking.values[i, place].item() == pytest.approx(sum(terms) / 16)
+            negative += weight < 0
+    assert negative
+
+
 def test_fewer_images_than_asked_for_are_all_there():
     pictures, labels = images(5)
     index = filter_index(network(), [(pictures, labels)], top=9)
