@@ -424,6 +424,9 @@ def test_explain_shows_filters_and_draws_a_picture_of_each_image(capsys, tmp_pat
         assert Image.open(said["picture"]).width > 1000
     status, out, _ = _main(capsys, *arguments, "--target", "not cow")
     assert (status, "the logit of not cow" in out, "without them" in out) == (0, True, True)
+    pages = rf"^  picnn-fast explain {one_category} --filter( \d+){{3}}   shows"
+    assert re.search(pages, out, re.MULTILINE)
+    assert not list(tmp_path.glob("filter_index*"))  # an image is explained without an index
 
 
 @pytest.mark.parametrize(
@@ -443,6 +446,57 @@ def test_explain_refuses_in_a_line(capsys, tmp_path, one_category, arguments, st
     got, _, err = _main(capsys, "explain", *named, "--output", tmp_path / "shown")
     assert (got, message in err, err.count("\n")) == (status, True, 1), err
     assert not (tmp_path / "shown").exists()
+
+
+def test_explain_draws_a_page_of_a_filter_out_of_an_index_that_is_made_once(
+    capsys, monkeypatch, tmp_path, one_category
+):
+    from picnn_fast.training import filter_index
+
+    output = tmp_path / "shown"
+    arguments = ("explain", one_category, "--filter", 3, 17, 3, "--output", output)
+    status, out, err = _main(capsys, *arguments, "--json", "--accelerator", "cpu")
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert list(told) == ["3", "17"]
+    for number, by_network in told.items():
+        said = by_network["icnn"]
+        assert (said["images"], said["split"]) == (12, "test")
+        for ranking in ("by_activation", "by_contribution"):
+            assert len(said[ranking]) == 9
+            values = [seen["value"] for seen in said[ranking]]
+            assert values == sorted(values, reverse=True)
+            assert {seen["class"] for seen in said[ranking]} <= {"cow", "not cow"}
+        assert Path(said["picture"]) == output / f"filter-{number}-icnn.png"
+        assert Image.open(said["picture"]).width > 1000
+
+    def passed(*arguments, **named):
+        raise AssertionError("a second pass over the images")
+
+    monkeypatch.setattr(filter_index, "filter_index", passed)
+    status, out, err = _main(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert "icnn, 12 images of the test split" in out
+    assert "filter-17-icnn.png: filter 17 on a page" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--filter", 96), "filter: got 96, want one of the 96 of"),
+        (("--filter", -1), "filter: got -1, want one of the 96 of"),
+        (("--filter", "a"), "filter"),
+        (("image.png", "--filter", 1), "images: got 1 beside --filter, want none"),
+        (("--filter", 1, "--target", "cow"), "target: got one beside --filter"),
+        (("--filter", 1, "--split", "all"), "split"),
+    ],
+)
+def test_explain_refuses_filters_in_a_line(capsys, tmp_path, one_category, arguments, message):
+    output = tmp_path / "shown"
+    status, _, err = _main(capsys, "explain", one_category, *arguments, "--output", output)
+    assert (status, message in err, err.count("\n")) == (2, True, 1), err
+    assert not output.exists()
+    assert not list(tmp_path.glob("filter_index*"))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from picnn_fast.data.image_folder import ImageFolderDataModule
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.part_animals import PartAnimals, part_animals
 from picnn_fast.data.parts import PartDataModule, PartDataset, PartSample
+from picnn_fast.data.splits import Batches, shown_image
 from picnn_fast.data.voc_part import VOCPart, voc_part
 
 __all__ = [
     "CUB200",
     "DATA",
     "AnimalPart",
+    "Batches",
     "DigitsDataModule",
     "ImageFolderDataModule",
     "PartAnimals",
@@ -23,6 +25,7 @@ __all__ = [
     "PartSample",
     "SeededDataModule",
     "VOCPart",
+    "shown_image",
 ]
 
 # Called as ``DATA[name](batch_size=…, seed=…, …)``; what else it takes are the data set's options.

@@ -1,13 +1,25 @@
-"""Explanations of single images: Grad-CAM, on captum, and what each filter adds to a logit."""
+"""What filters see and carry: Grad-CAM, on captum, shares of a logit, an index of all filters."""
 
-from picnn_fast.explain.contributions import FilterGroup, ImageExplanation, explain_image
+from picnn_fast.explain.contributions import (
+    ContributionMaps,
+    FilterGroup,
+    ImageExplanation,
+    contribution_maps,
+    explain_image,
+)
+from picnn_fast.explain.filter_index import FilterIndex, TopImages, filter_index
 from picnn_fast.explain.grad_cam import PathwayGradCam, grad_cam, pathway_grad_cam
 
 __all__ = [
+    "ContributionMaps",
     "FilterGroup",
+    "FilterIndex",
     "ImageExplanation",
     "PathwayGradCam",
+    "TopImages",
+    "contribution_maps",
     "explain_image",
+    "filter_index",
     "grad_cam",
     "pathway_grad_cam",
 ]

@@ -12,6 +12,28 @@ from picnn_fast.ops import checks
 _ROUNDING = 1e-4
 
 
+class ContributionMaps(NamedTuple):
+    """What every filter adds to one logit of each image, position by position.
+
+    Attributes:
+        logits: ``[B, K]``.
+        target: ``[B]`` int64, the class whose logit it is.
+        maps: of the target layer, ``[B, N, h, w]`` or as the network's ``channel_dim`` says.
+        terms: ``[B, N, h, w]``, or ``[B, N, T]`` of T tokens: maps times the gradient of the logit.
+        offset: ``[B]``, the logit where every filter is at 0.
+        exact: ``[B]`` bool, whether offset and terms sum up to the logit.
+        bypass: what reaches the head past the filters, or None.
+    """
+
+    logits: Tensor
+    target: Tensor
+    maps: Tensor
+    terms: Tensor
+    offset: Tensor
+    exact: Tensor
+    bypass: Tensor | None
+
+
 class FilterGroup(NamedTuple):
     """The filters that stand for one class.
 
@@ -51,6 +73,69 @@ class ImageExplanation(NamedTuple):
     groups: list[FilterGroup]
 
 
+def contribution_maps(
+    network: InterpretableNetwork, images: Tensor, *, target: int | None = None
+) -> ContributionMaps:
+    """What each filter adds to a logit at each position: its map times the logit's gradient.
+
+    Where the head is linear behind the maps these terms and the offset are the logit; else they
+    are its first order. Parameters keep the gradients that they have.
+
+    Args:
+        network: in eval mode.
+        images: ``[B, C, H, W]`` as the network takes them, on its device.
+        target: the class of the logit; None: of each image the one predicted.
+
+    Raises:
+        TypeError: arguments of the wrong kind.
+        ValueError: no batch of images, or a target that is no class.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.explain import contribution_maps
+        >>> from picnn_fast.models import make_interpretable
+        >>> network = make_interpretable("small-resnet", num_classes=10).eval()
+        >>> seen = contribution_maps(network, torch.rand(2, 1, 8, 8))
+        >>> total = seen.offset + seen.terms.sum((1, 2, 3))
+        >>> torch.allclose(total, seen.logits.amax(1), atol=1e-5)
+        True
+    """
+    if not isinstance(network, InterpretableNetwork):
+        raise TypeError(
+            f"network: got {type(network).__name__}, want an interpretable network, as of"
+            " make_interpretable"
+        )
+    checks.floating("images", images)
+    if images.ndim != 4:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, want [B, C, H, W]")
+    if target is not None:
+        checks.integer("target", target, 0)
+        if target >= network.num_classes:
+            raise ValueError(f"target: got {target}, want a class in [0, {network.num_classes})")
+    # Gradients whatever the caller's mode is.
+    with torch.inference_mode(False):
+        with torch.no_grad():
+            maps, bypass = network.encode(images.detach().clone())
+        with torch.enable_grad():
+            maps = maps.detach().requires_grad_()
+            logits = network.head_logits(maps, bypass=bypass)
+            chosen = (
+                logits.argmax(1)
+                if target is None
+                else logits.new_tensor([target] * len(logits), dtype=torch.int64)
+            )
+            (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), maps)
+    with torch.no_grad():
+        maps, logits = maps.detach(), logits.detach()
+        terms = (maps * gradient).movedim(network.channel_dim, 1)
+        picked = chosen[:, None]
+        offset = network.head_logits(torch.zeros_like(maps), bypass=bypass).gather(1, picked)[:, 0]
+        added = terms.reshape(len(terms), network.num_filters, -1).sum(2)
+        gap = (offset + added.sum(1) - logits.gather(1, picked)[:, 0]).abs()
+        exact = gap <= _ROUNDING * (added.abs().sum(1) + offset.abs())
+    return ContributionMaps(logits, chosen, maps, terms, offset, exact, bypass)
+
+
 def explain_image(
     network: InterpretableNetwork, image: Tensor, *, target: int | None = None
 ) -> ImageExplanation:
@@ -81,51 +166,46 @@ def explain_image(
         >>> sum(len(group.filters) for group in seen.groups)
         128
     """
-    if not isinstance(network, InterpretableNetwork):
-        raise TypeError(
-            f"network: got {type(network).__name__}, want an interpretable network, as of"
-            " make_interpretable"
-        )
     checks.floating("image", image)
     batch = image[None] if image.ndim == 3 else image
     if batch.ndim != 4 or len(batch) != 1:
         raise ValueError(f"image: got shape {tuple(image.shape)}, want one image [C, H, W]")
-    if target is not None:
-        checks.integer("target", target, 0)
-        if target >= network.num_classes:
-            raise ValueError(f"target: got {target}, want a class in [0, {network.num_classes})")
-    # Gradients whatever the caller's mode is.
-    with torch.inference_mode(False), torch.enable_grad():
-        maps, bypass = network.encode(batch.detach().clone())
-        maps = maps.detach().requires_grad_()
-        logits = network.head_logits(maps, bypass=bypass)
-        chosen = int(logits.argmax()) if target is None else target
-        (gradient,) = torch.autograd.grad(logits[0, chosen], maps)
+    seen = contribution_maps(network, batch, target=target)
     with torch.no_grad():
-        maps, logits = maps.detach(), logits.detach()[0]
-        terms = (maps * gradient).movedim(network.channel_dim, 1)[0]
-        contributions = terms.reshape(network.num_filters, -1).sum(1)
-        offset = network.head_logits(torch.zeros_like(maps), bypass=bypass)[0, chosen]
-        gap = (offset + contributions.sum() - logits[chosen]).abs()
-        scale = contributions.abs().sum() + offset.abs()
+        contributions = seen.terms.reshape(network.num_filters, -1).sum(1)
         groups = []
         for owner, filters in _by_owner(network, contributions):
-            mask = torch.ones(1, network.num_filters, device=maps.device)
+            mask = torch.ones(1, network.num_filters, device=batch.device)
             mask[0, filters] = 0
-            without = network.head_logits(maps, mask, bypass)[0]
+            without = network.head_logits(seen.maps, mask, seen.bypass)[0]
             groups.append(FilterGroup(owner, filters, float(contributions[filters].sum()), without))
     groups.sort(key=lambda group: -group.contribution)
-    exact = bool(gap <= _ROUNDING * scale)
-    return ImageExplanation(logits, chosen, contributions, float(offset), exact, maps[0], groups)
+    return ImageExplanation(
+        seen.logits[0],
+        int(seen.target),
+        contributions,
+        float(seen.offset),
+        bool(seen.exact),
+        seen.maps[0],
+        groups,
+    )
+
+
+def owners(network: InterpretableNetwork) -> Tensor:
+    """The class that each filter stands for: ``[N]`` int64, -1 where it stands for none.
+
+    It is the one that ``ownership`` gives most of the filter to, the first of several.
+    """
+    ownership = network.ownership()
+    if ownership is None:
+        return torch.full((network.num_filters,), -1)
+    most, owner = ownership.max(0)
+    return owner.where(most > 0, -1)
 
 
 def _by_owner(
     network: InterpretableNetwork, contributions: Tensor
 ) -> list[tuple[int | None, Tensor]]:
     order = contributions.argsort(descending=True, stable=True)
-    ownership = network.ownership()
-    if ownership is None:
-        return [(None, order)]
-    most, owner = ownership.to(order.device).max(0)
-    owner = owner.where(most > 0, -1)[order]
+    owner = owners(network).to(order.device)[order]
     return [(c if c >= 0 else None, order[owner == c]) for c in owner.unique().tolist()]

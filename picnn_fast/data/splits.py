@@ -1,0 +1,96 @@
+"""The images of a split in order: as a network takes them, and as they are shown."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.data.parts import PartDataModule, PartSample
+from picnn_fast.ops import checks
+
+SPLITS = ("train", "test")
+
+
+class Batches:
+    """The images of a split, in order, none augmented, as networks trained on the data take them.
+
+    Iterating yields images ``[B, C, H, W]`` and labels ``[B]``, on the CPU, and of a
+    ``PartDataModule`` the masks of its parts too, ``[B, P, S, S]`` bool. Its length is in batches.
+
+    Args:
+        data: set up.
+        split: "train", without the images held out to validate on, or "test".
+
+    Attributes:
+        num_images: of the split.
+        part_names: P names; empty where the data has no part masks.
+
+    Raises:
+        ValueError: another split.
+
+    Example:
+        >>> from picnn_fast.data import Batches, DigitsDataModule
+        >>> batches = Batches(DigitsDataModule(batch_size=100), "test")
+        >>> len(batches), batches.num_images, [len(labels) for _, labels in batches]
+        (4, 360, [100, 100, 100, 60])
+    """
+
+    def __init__(self, data: SeededDataModule, split: str = "test") -> None:
+        checks.one_of("split", split, SPLITS)
+        self.part_names: list[str] = []
+        self._data = data
+        self._loader: DataLoader[Any]
+        if isinstance(data, PartDataModule):
+            self.part_names = list(data.part_sets[split].part_names)
+            self._loader = data.part_loader(split)
+        else:
+            self._loader = data.test_dataloader() if split == "test" else data.train_images()
+        self.num_images: int = len(self._loader.dataset)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self._loader:
+            pair, masks = batch, []
+            if isinstance(batch, PartSample):
+                fields: Any = batch
+                pair = [fields.image, fields.label]
+                masks = [fields.part_masks] if self.part_names else []
+            # What Lightning does around the transfer.
+            pair = self._data.on_before_batch_transfer(pair, 0)
+            images, labels = self._data.on_after_batch_transfer(list(pair), 0)
+            yield images, labels, *masks
+
+
+def shown_image(data: SeededDataModule, split: str, index: int) -> Tensor:
+    """An image of a split as it is shown: ``[C, H, W]`` float32, in [0, 1].
+
+    Args:
+        data: set up.
+        split: "train" or "test".
+        index: as in the order of ``Batches``.
+
+    Raises:
+        IndexError: there is no such image.
+        TypeError: an index that is no int.
+        ValueError: another split, or an index below 0.
+
+    Example:
+        >>> from picnn_fast.data import DigitsDataModule, shown_image
+        >>> shown_image(DigitsDataModule(), "test", 0).shape
+        torch.Size([1, 8, 8])
+    """
+    checks.one_of("split", split, SPLITS)
+    checks.integer("index", index, 0)
+    images = data.test_set
+    if split == "train":
+        images = data.train_set if data.plain_train_set is None else data.plain_train_set
+    image: Tensor = images[index][0]
+    if data.test_transform is None:  # normalised on its way to the network alone
+        return image
+    assert data.mean is not None
+    assert data.std is not None
+    return (image * data.std + data.mean).clamp(0, 1)
