@@ -518,6 +518,7 @@ def _explain(arguments: Sequence[str]) -> int:
     )
     check_range("filters", args["filters"], 1)
     told: dict[str, dict[str, Any]] = {}
+    written: set[str] = set()
     for name, checkpoint, network, _, data in trained:
         names = list(data.class_names)
         if args["target"] is not None and args["target"] not in names:
@@ -530,7 +531,9 @@ def _explain(arguments: Sequence[str]) -> int:
         for path, (taken, shown) in images.items():
             seen = explain_image(network.eval(), taken, target=target)
             args["output"].mkdir(parents=True, exist_ok=True)
-            picture = args["output"] / f"{path.stem}-{name.replace(os.sep, '-')}.png"
+            picture = args["output"] / _distinct(
+                f"{path.stem}-{name.replace(os.sep, '-')}.png", written
+            )
             plot_explanation(
                 shown,
                 seen,
@@ -548,6 +551,20 @@ def _explain(arguments: Sequence[str]) -> int:
     else:
         _print_explanations(told)
     return 0
+
+
+def _distinct(name: str, taken: set[str]) -> str:
+    """A file name of this command's own, numbered where another image or network took it.
+
+    Upper and lower case are alike, as on some file systems.
+    """
+    stem, suffix = os.path.splitext(name)
+    number = 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{stem}-{number}{suffix}"
+    taken.add(name.lower())
+    return name
 
 
 def _explained(seen: Any, names: Sequence[str], filters: int) -> dict[str, Any]:

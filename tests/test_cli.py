@@ -203,10 +203,43 @@ def test_doctor_and_help_need_torch_and_numpy_alone(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_module_is_the_command():
-    command = [sys.executable, "-m", "picnn_fast", "--version"]
+@pytest.mark.parametrize("module", [("-m", "picnn_fast"), ("-mpicnn_fast",)])
+def test_module_is_the_command_and_does_not_wait_for_torch_either(module):
+    command = [sys.executable, "-X", "importtime", *module, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"picnn-fast {__version__}"
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "picnn_fast.cli" in imported
+    assert not {"torch", "numpy"} & imported
+
+
+@pytest.mark.parametrize("module", [("-m", "own"), ("own.py",)])
+def test_a_module_of_a_users_own_has_the_whole_package(tmp_path, module):
+    (tmp_path / "own.py").write_text("import picnn_fast; print('PICNN' in vars(picnn_fast))")
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *module],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "True"
+
+
+def test_what_the_command_runs_has_the_whole_package_when_it_asks(tmp_path):
+    names = ", ".join(picnn_fast.__all__)
+    code = (
+        f"from picnn_fast import {names}\n"
+        "import picnn_fast\n"
+        "assert picnn_fast.losses is losses and picnn_fast.PICNN is PICNN\n"
+        "assert not hasattr(picnn_fast, 'no_such_name')\n"
+        "print(PICNN.__name__, functional.__name__)\n"
+    )
+    done = _script(tmp_path, code)
+    assert (done.stderr, done.stdout) == ("", "PICNN picnn_fast.functional\n")
 
 
 def test_flags_override_yaml(capsys, monkeypatch, tmp_path):
@@ -424,6 +457,24 @@ def test_explain_shows_filters_and_draws_a_picture_of_each_image(capsys, tmp_pat
         assert Image.open(said["picture"]).width > 1000
     status, out, _ = _main(capsys, *arguments, "--target", "not cow")
     assert (status, "the logit of not cow" in out, "without them" in out) == (0, True, True)
+
+
+def test_explain_draws_images_of_one_name_beside_each_other(capsys, tmp_path, one_category):
+    images = [tmp_path / name for name in ("a/one.png", "b/one.png", "c/ONE.png", "c/one-2.png")]
+    for shade, path in enumerate(images):
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((32, 32), 30 + 10 * shade).convert("RGB").save(path)
+    output = tmp_path / "shown"
+    arguments = ("explain", one_category, *images, images[0], "--output", output, "--json")
+    status, out, _ = _main(capsys, *arguments)
+    assert status == 0
+    told = json.loads(out)
+    assert list(told) == [str(path) for path in images]
+    pictures = [said["icnn"]["picture"] for said in told.values()]
+    assert len({picture.lower() for picture in pictures}) == len(images)
+    assert sorted(pictures) == sorted(str(path) for path in output.iterdir())
+    assert pictures[0] == str(output / "one-icnn.png")
+    assert len({Path(picture).read_bytes() for picture in pictures}) == len(images)
 
 
 @pytest.mark.parametrize(
