@@ -82,7 +82,9 @@ class Throughput(Metric):
         images = self._images
         if images is None:
             return Speed(*torch.full((3,), torch.nan, device=self.device))
-        with torch.no_grad():
+        # What networks draw as they run leaves torch's generators as they were.
+        devices = [images.device] if images.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
             for run in self._pair * _WARM_UP:
                 _seconds(run, images)
             took: tuple[list[float], list[float]] = ([], [])

@@ -74,6 +74,16 @@ def test_a_network_beside_itself_has_next_to_no_overhead() -> None:
     assert speed.images_per_second > 0
 
 
+def test_what_a_network_draws_is_not_taken_from_the_users_generator() -> None:
+    metric = Throughput(rounds=2)
+    metric.update(torch.rand_like, torch.rand_like, torch.zeros(2, 1, 2, 2))
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    metric.compute()
+    assert torch.equal(torch.rand(3), wanted)
+
+
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_nothing_timed_gives_nan() -> None:
     assert all(math.isnan(value.item()) for value in Throughput().compute())
