@@ -496,6 +496,126 @@ def test_explain_refuses_in_a_line(capsys, tmp_path, one_category, arguments, st
     assert not (tmp_path / "shown").exists()
 
 
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A user's module in the working directory, and a trained state dict of its network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "nothing")  # puts the path back afterwards
+    name = f"own_{tmp_path.name}".replace("-", "_")
+    Path(f"{name}.py").write_text(
+        "from torch import nn\n"
+        "def network():\n"
+        "    maps = nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU()\n"
+        "    head = nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(48, 10)\n"
+        "    return nn.Sequential(*maps, *head)\n"
+    )
+    torch.manual_seed(0)
+    data = DATA["digits"](seed=0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 12, 3, padding=1),
+        torch.nn.BatchNorm2d(12),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveMaxPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, 10),
+    )
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for images, labels in data.train_dataloader():
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    torch.save(network.state_dict(), "trained.pt")
+    yield name, network.eval(), data
+    sys.modules.pop(name, None)
+
+
+def test_a_plain_network_of_ones_own_is_measured_as_it_is(capsys, own_module):
+    name, network, data = own_module
+    arguments = ("evaluate", "--model", f"{name}:network", "--weights", "trained.pt")
+    status, out, err = _main(capsys, *arguments, "--data", "digits", "--json", "--seed", 3)
+    assert (status, err) == (0, "")
+    ((row, values),) = json.loads(out).items()
+    images, labels = (torch.cat(x) for x in zip(*data.test_dataloader(), strict=True))
+    logits = network(images)
+    assert row == f"{name}:network"
+    assert values["acc1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert 0.5 < values["acc1"] < 1
+    assert 0 < values["mis"] < 0.4
+    again = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert values["negative_log_likelihood"] == pytest.approx(again, rel=1e-4)
+    status, out, _ = _main(capsys, *arguments, "--data", "digits", "--layer", "1")
+    assert status == 0
+    assert f"{name}:network, as it is, by 12 filters of layer 1" in out
+    repeated = _main(capsys, *arguments, "--data", "digits", "--json", "--seed", 3)[1]
+    assert json.loads(repeated)[row] == values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "{own}", "runs/train"), "model: got '{own}' beside runs/train, want one of"),
+        (("--model", "{own}"), "data: got nothing with --model, want --data NAME"),
+        (("--model", "{own}", "--data", "folder"), "data.root: got nothing, want"),
+        (("--model", "{own}", "--data.validation", 0), "data: got nothing with --model"),
+        (
+            ("--model", "{own}", "--data", "digits", "--data.image_size", 3),
+            "data.image_size: data digits has no such option, want",
+        ),
+        (("--model", "null", "--data", "digits"), "model: got null, want the name of a network"),
+        (("--model", "resnet18", "--data", "digits"), "data: got images of 1 channels with"),
+        (("--model", "{own}s", "--data", "digits"), "did you mean 'network'?"),
+        (("runs/train", "--layer", "1"), "layer: got '1' with a run, want it with --model alone"),
+        (("runs/train", "--weights", "a.pt"), "weights: got 'a.pt' with a run"),
+    ],
+)
+def test_what_is_no_model_to_measure_is_refused_in_a_line(capsys, own_module, arguments, message):
+    own = f"{own_module[0]}:network"
+    given = [str(argument).format(own=own) for argument in arguments]
+    status, out, err = _main(capsys, "evaluate", *given)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message.format(own=own) in err
+
+
+def test_images_are_made_as_the_library_says_unless_options_say_otherwise(
+    capsys, monkeypatch, tmp_path
+):
+    timm = pytest.importorskip("timm")
+    from picnn_fast.training import plain
+
+    for split in ("train", "test"):
+        for name in ("boat", "car"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.effect_noise((90, 80), 50 + i).convert("RGB").save(folder / f"{i}.png")
+    made = []
+
+    def seen(model, data, **options):
+        made.append(data)
+        return measured(model, data, **options)
+
+    measured = plain.plain_network
+    monkeypatch.setattr(plain, "plain_network", seen)
+    told = dataclasses.replace(
+        timm.get_pretrained_cfg("test_resnet"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        input_size=(3, 64, 64),
+        crop_pct=0.8,
+    )
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: told)
+    arguments = ["evaluate", "--model", "timm:test_resnet", "--weights", "random", "--data"]
+    arguments += ["folder", "--data.root", tmp_path, "--accelerator", "cpu", "--json"]
+    status, out, err = _main(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["timm:test_resnet"]["acc1"] >= 0
+    status, _, _ = _main(capsys, *arguments, "--data.image-size", 96, "--data.std", "[1, 1, 1]")
+    assert status == 0
+    first, second = (data.test_set[0][0] for data in made)
+    assert (first.shape, second.shape) == ((3, 64, 64), (3, 96, 96))
+    assert (made[0].mean.flatten().tolist(), made[1].std.flatten().tolist()) == ([0.5] * 3, [1] * 3)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

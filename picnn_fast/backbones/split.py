@@ -257,9 +257,8 @@ def split(network: nn.Module, layer: str) -> Split:
 def last_maps(network: nn.Module, images: Tensor) -> str:
     """The layer behind which ``split`` finds a network's last convolutional maps.
 
-    Of the last convolution that yields maps of several positions, and of the modules and functions
-    behind it whose maps are as large, it is the last that everything passes through: its
-    activation, or the block that it ends.
+    From the last convolution that yields maps of several positions it goes on, by what everything
+    passes through, as long as maps stay as large: to its activation, or the block that it ends.
 
     Args:
         network: images to logits, in eval mode.
@@ -286,16 +285,20 @@ def last_maps(network: nn.Module, images: Tensor) -> str:
         )
     last = (spread or convolutions)[-1]
     size = ran[last][2][2:]
-    errors = []
-    for name, _, shape in reversed(ran[last:]):
-        if len(shape) == 4 and shape[2:] == size:
-            try:
-                split(network, name)
-            except ValueError as error:
-                errors.append(error)
-            else:
-                return name
-    raise errors[-1]
+    found, error = None, None
+    for name, _, shape in ran[last:]:
+        try:
+            split(network, name)
+        except ValueError as refused:
+            error = error or refused
+            continue
+        if len(shape) != 4 or shape[2:] != size:
+            break
+        found = name
+    if found is None:
+        assert error is not None
+        raise error
+    return found
 
 
 def _ran(network: nn.Module, images: Tensor) -> list[tuple[str, nn.Module | None, tuple[int, ...]]]:

@@ -45,6 +45,9 @@ class STD(InterpretableNetwork):
             that the head starts with, where it is the same and takes less; "auto": late where
             possible.
 
+    Attributes:
+        layer: of ``as_std``: the layer whose maps are measured; else None.
+
     Raises:
         TypeError, ValueError: see ``InterpretableNetwork``.
 
@@ -64,6 +67,8 @@ class STD(InterpretableNetwork):
         >>> model.head_logits(model.filter_maps(images), complement).shape
         torch.Size([2, 4])
     """
+
+    layer: str | None = None
 
     def __init__(
         self,
@@ -190,4 +195,5 @@ def as_std(
             f"network: cut in two it yields logits that differ by {change.item():.2g}, want one"
             " that computes the same whenever it is run, or a pair (features, head) of modules"
         )
+    model.layer = None if parts is None else parts.layer
     return model

@@ -113,21 +113,22 @@ def trained(network: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("build", "filters"),
+    ("build", "filters", "layer"),
     [
-        (Scores, 6),
-        (lambda: cifar_resnet(20, 3, 5), 64),
-        (lambda: small_cnn(3, 5), 96),
+        (Scores, 6, "relu_1"),
+        (lambda: cifar_resnet(20, 3, 5), 64, "features"),
+        (lambda: small_cnn(3, 5), 96, "features"),
     ],
 )
-def test_a_plain_network_keeps_its_logits_its_weights_and_its_layers(build, filters) -> None:
+def test_a_plain_network_keeps_its_logits_its_weights_and_its_layers(build, filters, layer) -> None:
     torch.manual_seed(0)
     network = trained(build())
     before = copy.deepcopy(network).eval()
     shown = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     model = as_std(network, shown[:1], num_classes=5)
     assert isinstance(model, STD)
-    assert (model.num_filters, model.num_classes, model.training) == (filters, 5, False)
+    assert (model.num_filters, model.num_classes, model.layer) == (filters, 5, layer)
+    assert not model.training
     with torch.no_grad():
         torch.testing.assert_close(model(shown).logits, before(shown))
         torch.testing.assert_close(model.discriminator()(shown), before(shown))
