@@ -367,8 +367,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from picnn_fast.training.options import check_range
     from picnn_fast.training.run import reading_images, try_image
 
+    of_model = any(token.partition("=")[0] == "--model" for token in arguments)
+
     def add(parser: Any) -> None:
-        _add_path(parser)
+        _add_path(parser, nargs="*" if of_model else None)
+        _add_model(parser)
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
         )
@@ -386,13 +389,16 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
     if not launch(None).first:  # one of several processes measures, so that no image counts twice
         return 0
-    args, trained = _of_trained(
+    args, trained = (_of_model if of_model else _of_trained)(
         arguments,
         prog="picnn-fast evaluate",
         description="Measure trained networks on a test split: of other data of the same"
-        " classes, where --data says so, else of the data of the training.",
+        " classes, where --data says so, else of the data of the training. --model NAME in place of"
+        " a run measures any plain classifier on the images that --data names.",
         add=add,
     )
+    if not of_model:
+        _check_no_model(args)
     check_range("draws", args["draws"], 1)
     figures = {}
     for name, checkpoint, network, options, data in trained:
@@ -411,6 +417,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
     else:
         rows = {name: [values] for name, values in figures.items()}
         _print_table(rows, f"Test split of {options.data['name']}")
+        if of_model:
+            of = "" if network.layer is None else f" of layer {network.layer}"
+            print(printable(f"  {args['model']}, as it is, by {network.num_filters} filters{of}"))
     return 0
 
 
@@ -422,10 +431,11 @@ class _Trained(NamedTuple):
     data: Any
 
 
-def _add_path(parser: Any) -> None:
+def _add_path(parser: Any, nargs: str | None = None) -> None:
     parser.add_argument(
         "path",
         metavar="RUN_OR_CHECKPOINT",
+        nargs=nargs,
         help="folder of a run, a demo or a comparison, or a .ckpt",
     )
 
@@ -489,6 +499,78 @@ def _with_data(
         yield _Trained(name, checkpoint, network, options, data)
 
 
+def _add_model(parser: Any) -> None:
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="in place of a run: a plain classifier, trained anywhere. timm:NAME; a network of"
+        " torchvision's, as resnet50; or module:function, which makes one. Images are made as the"
+        " two libraries say, unless options of --data say otherwise",
+    )
+    parser.add_argument(
+        "--layer",
+        type=str | None,
+        default=None,
+        help="of --model: the module whose maps are measured; null: its last convolutional maps",
+    )
+    parser.add_argument(
+        "--weights",
+        type=str | None,
+        default=None,
+        help="of --model; null: the library's trained ones, or the function's own. Or other ones by"
+        " the library's name for them; a state dict (.pth, .pt, .safetensors); random",
+    )
+
+
+def _check_no_model(args: Mapping[str, Any]) -> None:
+    from picnn_fast.training.options import ConfigError
+
+    for name in ("layer", "weights"):
+        if args[name] is not None:
+            raise ConfigError(f"{name}: got {args[name]!r} with a run, want it with --model alone")
+
+
+def _of_model(
+    arguments: Sequence[str], **described: Any
+) -> tuple[dict[str, Any], Iterator[_Trained]]:
+    """The arguments of a command on a plain classifier, and this, with its data."""
+    from picnn_fast.training.options import GROUPS, ConfigError, Options, parse
+    from picnn_fast.training.plain import data_defaults, plain_network
+    from picnn_fast.training.run import build_data, reading_images
+
+    described |= {"common": False, "groups": ("data",)}
+    rest, _ = _without_data(arguments)
+    args = parse(rest, **described)
+    model, flags = args["model"], [token.partition("=")[0] for token in arguments]
+    if args["path"]:
+        raise ConfigError(f"model: got {model!r} beside {args['path'][0]}, want one of the two")
+    if model is not None and not {"--data", "--data.name"} & {*flags}:
+        raise ConfigError(
+            "data: got nothing with --model, want --data NAME, the images to measure it on; one of"
+            f" {', '.join(GROUPS['data'].rows)}"
+        )
+    if model is None:
+        raise ConfigError("model: got null, want the name of a network, or module:function")
+
+    def as_trained(names: Mapping[str, str]) -> dict[str, Any]:
+        told = data_defaults(model, args["weights"], names["data"])
+        sized = {"__data.image_size", "__data.test_crop"}
+        if sized & {flag.replace("-", "_") for flag in flags}:
+            told.pop("resize", None)  # it goes with the library's size
+        return {"data": {"name": names["data"], **told}}
+
+    args = parse(arguments, recipe=as_trained, **described)
+    given = {name: args[name] for name in ("batch_size", "seed") if args[name] is not None}
+    options = Options(data=args["data"], **given)
+    data = build_data(options)
+    with reading_images():
+        network = plain_network(
+            model, data, weights=args["weights"], layer=args["layer"], seed=options.seed
+        )
+    return args, iter([_Trained(model, Path(model), network, options, data)])
+
+
 def _explain(arguments: Sequence[str]) -> int:
     from picnn_fast.data.photographs import read_image
     from picnn_fast.explain import explain_image
@@ -549,6 +631,7 @@ def _explain(arguments: Sequence[str]) -> int:
         return _explain_filters(args, trained)
     check_range("filters", args["filters"], 1)
     told: dict[str, dict[str, Any]] = {}
+    written: set[str] = set()
     for name, checkpoint, network, _, data in trained:
         names = list(data.class_names)
         if args["target"] is not None and args["target"] not in names:
@@ -561,7 +644,9 @@ def _explain(arguments: Sequence[str]) -> int:
         for path, (taken, shown) in images.items():
             seen = explain_image(network.eval(), taken, target=target)
             args["output"].mkdir(parents=True, exist_ok=True)
-            picture = args["output"] / f"{path.stem}-{name.replace(os.sep, '-')}.png"
+            picture = args["output"] / _distinct(
+                f"{path.stem}-{name.replace(os.sep, '-')}.png", written
+            )
             plot_explanation(
                 shown,
                 seen,
@@ -720,6 +805,20 @@ def _print_filters(told: Mapping[str, Mapping[str, Any]]) -> None:
         console.print("  #: the image's place in the split, from 0")
         for number, one in said.items():
             console.print(printable(f"  {one['picture']}: filter {number} on a page"))
+
+
+def _distinct(name: str, taken: set[str]) -> str:
+    """A file name of this command's own, numbered where another image or network took it.
+
+    Upper and lower case are alike, as on some file systems.
+    """
+    stem, suffix = os.path.splitext(name)
+    number = 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{stem}-{number}{suffix}"
+    taken.add(name.lower())
+    return name
 
 
 def _explained(seen: Any, names: Sequence[str], filters: int) -> dict[str, Any]:

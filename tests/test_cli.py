@@ -203,10 +203,43 @@ def test_doctor_and_help_need_torch_and_numpy_alone(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_module_is_the_command():
-    command = [sys.executable, "-m", "picnn_fast", "--version"]
+@pytest.mark.parametrize("module", [("-m", "picnn_fast"), ("-mpicnn_fast",)])
+def test_module_is_the_command_and_does_not_wait_for_torch_either(module):
+    command = [sys.executable, "-X", "importtime", *module, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"picnn-fast {__version__}"
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "picnn_fast.cli" in imported
+    assert not {"torch", "numpy"} & imported
+
+
+@pytest.mark.parametrize("module", [("-m", "own"), ("own.py",)])
+def test_a_module_of_a_users_own_has_the_whole_package(tmp_path, module):
+    (tmp_path / "own.py").write_text("import picnn_fast; print('PICNN' in vars(picnn_fast))")
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *module],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "True"
+
+
+def test_what_the_command_runs_has_the_whole_package_when_it_asks(tmp_path):
+    names = ", ".join(picnn_fast.__all__)
+    code = (
+        f"from picnn_fast import {names}\n"
+        "import picnn_fast\n"
+        "assert picnn_fast.losses is losses and picnn_fast.PICNN is PICNN\n"
+        "assert not hasattr(picnn_fast, 'no_such_name')\n"
+        "print(PICNN.__name__, functional.__name__)\n"
+    )
+    done = _script(tmp_path, code)
+    assert (done.stderr, done.stdout) == ("", "PICNN picnn_fast.functional\n")
 
 
 def test_flags_override_yaml(capsys, monkeypatch, tmp_path):
@@ -429,6 +462,24 @@ def test_explain_shows_filters_and_draws_a_picture_of_each_image(capsys, tmp_pat
     assert not list(tmp_path.glob("filter_index*"))  # an image is explained without an index
 
 
+def test_explain_draws_images_of_one_name_beside_each_other(capsys, tmp_path, one_category):
+    images = [tmp_path / name for name in ("a/one.png", "b/one.png", "c/ONE.png", "c/one-2.png")]
+    for shade, path in enumerate(images):
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((32, 32), 30 + 10 * shade).convert("RGB").save(path)
+    output = tmp_path / "shown"
+    arguments = ("explain", one_category, *images, images[0], "--output", output, "--json")
+    status, out, _ = _main(capsys, *arguments)
+    assert status == 0
+    told = json.loads(out)
+    assert list(told) == [str(path) for path in images]
+    pictures = [said["icnn"]["picture"] for said in told.values()]
+    assert len({picture.lower() for picture in pictures}) == len(images)
+    assert sorted(pictures) == sorted(str(path) for path in output.iterdir())
+    assert pictures[0] == str(output / "one-icnn.png")
+    assert len({Path(picture).read_bytes() for picture in pictures}) == len(images)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -497,6 +548,126 @@ def test_explain_refuses_filters_in_a_line(capsys, tmp_path, one_category, argum
     assert (status, message in err, err.count("\n")) == (2, True, 1), err
     assert not output.exists()
     assert not list(tmp_path.glob("filter_index*"))
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A user's module in the working directory, and a trained state dict of its network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "nothing")  # puts the path back afterwards
+    name = f"own_{tmp_path.name}".replace("-", "_")
+    Path(f"{name}.py").write_text(
+        "from torch import nn\n"
+        "def network():\n"
+        "    maps = nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU()\n"
+        "    head = nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(48, 10)\n"
+        "    return nn.Sequential(*maps, *head)\n"
+    )
+    torch.manual_seed(0)
+    data = DATA["digits"](seed=0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 12, 3, padding=1),
+        torch.nn.BatchNorm2d(12),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveMaxPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, 10),
+    )
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for images, labels in data.train_dataloader():
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    torch.save(network.state_dict(), "trained.pt")
+    yield name, network.eval(), data
+    sys.modules.pop(name, None)
+
+
+def test_a_plain_network_of_ones_own_is_measured_as_it_is(capsys, own_module):
+    name, network, data = own_module
+    arguments = ("evaluate", "--model", f"{name}:network", "--weights", "trained.pt")
+    status, out, err = _main(capsys, *arguments, "--data", "digits", "--json", "--seed", 3)
+    assert (status, err) == (0, "")
+    ((row, values),) = json.loads(out).items()
+    images, labels = (torch.cat(x) for x in zip(*data.test_dataloader(), strict=True))
+    logits = network(images)
+    assert row == f"{name}:network"
+    assert values["acc1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert 0.5 < values["acc1"] < 1
+    assert 0 < values["mis"] < 0.4
+    again = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert values["negative_log_likelihood"] == pytest.approx(again, rel=1e-4)
+    status, out, _ = _main(capsys, *arguments, "--data", "digits", "--layer", "1")
+    assert status == 0
+    assert f"{name}:network, as it is, by 12 filters of layer 1" in out
+    repeated = _main(capsys, *arguments, "--data", "digits", "--json", "--seed", 3)[1]
+    assert json.loads(repeated)[row] == values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "{own}", "runs/train"), "model: got '{own}' beside runs/train, want one of"),
+        (("--model", "{own}"), "data: got nothing with --model, want --data NAME"),
+        (("--model", "{own}", "--data", "folder"), "data.root: got nothing, want"),
+        (("--model", "{own}", "--data.validation", 0), "data: got nothing with --model"),
+        (
+            ("--model", "{own}", "--data", "digits", "--data.image_size", 3),
+            "data.image_size: data digits has no such option, want",
+        ),
+        (("--model", "null", "--data", "digits"), "model: got null, want the name of a network"),
+        (("--model", "resnet18", "--data", "digits"), "data: got images of 1 channels with"),
+        (("--model", "{own}s", "--data", "digits"), "did you mean 'network'?"),
+        (("runs/train", "--layer", "1"), "layer: got '1' with a run, want it with --model alone"),
+        (("runs/train", "--weights", "a.pt"), "weights: got 'a.pt' with a run"),
+    ],
+)
+def test_what_is_no_model_to_measure_is_refused_in_a_line(capsys, own_module, arguments, message):
+    own = f"{own_module[0]}:network"
+    given = [str(argument).format(own=own) for argument in arguments]
+    status, out, err = _main(capsys, "evaluate", *given)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message.format(own=own) in err
+
+
+def test_images_are_made_as_the_library_says_unless_options_say_otherwise(
+    capsys, monkeypatch, tmp_path
+):
+    timm = pytest.importorskip("timm")
+    from picnn_fast.training import plain
+
+    for split in ("train", "test"):
+        for name in ("boat", "car"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.effect_noise((90, 80), 50 + i).convert("RGB").save(folder / f"{i}.png")
+    made = []
+
+    def seen(model, data, **options):
+        made.append(data)
+        return measured(model, data, **options)
+
+    measured = plain.plain_network
+    monkeypatch.setattr(plain, "plain_network", seen)
+    told = dataclasses.replace(
+        timm.get_pretrained_cfg("test_resnet"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        input_size=(3, 64, 64),
+        crop_pct=0.8,
+    )
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: told)
+    arguments = ["evaluate", "--model", "timm:test_resnet", "--weights", "random", "--data"]
+    arguments += ["folder", "--data.root", tmp_path, "--accelerator", "cpu", "--json"]
+    status, out, err = _main(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["timm:test_resnet"]["acc1"] >= 0
+    status, _, _ = _main(capsys, *arguments, "--data.image-size", 96, "--data.std", "[1, 1, 1]")
+    assert status == 0
+    first, second = (data.test_set[0][0] for data in made)
+    assert (first.shape, second.shape) == ((3, 64, 64), (3, 96, 96))
+    assert (made[0].mean.flatten().tolist(), made[1].std.flatten().tolist()) == ([0.5] * 3, [1] * 3)
 
 
 @pytest.mark.parametrize(

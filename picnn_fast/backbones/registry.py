@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from picnn_fast._extras import extra
 from picnn_fast.backbones.networks import (
@@ -18,7 +18,7 @@ from picnn_fast.backbones.networks import (
     vgg_m,
     vgg_s,
 )
-from picnn_fast.backbones.split import Split, split, split_halves
+from picnn_fast.backbones.split import Split, last_maps, split, split_halves
 from picnn_fast.backbones.weights import is_weights_file, load_weights_file
 from picnn_fast.ops import checks
 
@@ -45,7 +45,9 @@ def _of_torchvision(name: str, layer: str, family: str) -> Row:
     return Row(partial(torchvision_network, name), layer, f"torchvision.models.{family}")
 
 
-def torchvision_network(name: str, image_channels: int = 3, weights: Any = None) -> nn.Module:
+def torchvision_network(
+    name: str, image_channels: int = 3, weights: Any = None, num_classes: int | None = None
+) -> nn.Module:
     """A network of torchvision's.
 
     Args:
@@ -53,6 +55,7 @@ def torchvision_network(name: str, image_channels: int = 3, weights: Any = None)
         image_channels: 3 for colour; another number makes a first convolution of its own.
         weights: None, or trained ones: a name such as "DEFAULT" or "IMAGENET1K_V1", or a member of
             the network's ``WeightsEnum``. Those that are not cached are downloaded by torchvision.
+        num_classes: K, without trained weights; None: as many as torchvision's own.
 
     Raises:
         ValueError: weights that the network has not, that cannot be downloaded, or with images that
@@ -77,8 +80,9 @@ def torchvision_network(name: str, image_channels: int = 3, weights: Any = None)
                 f"weights: got {weights!r},{checks.did_you_mean(weights, names)} want one of"
                 f" {', '.join(map(repr, names))}; {_OR_FILE}"
             ) from None
+    classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        network: nn.Module = get_model(name, weights=verified)
+        network: nn.Module = get_model(name, weights=verified, **classes)
     except OSError as error:
         raise _not_downloaded(name, weights, error) from error
     if image_channels != 3:
@@ -86,7 +90,12 @@ def torchvision_network(name: str, image_channels: int = 3, weights: Any = None)
     return network
 
 
-def timm_network(name: str, image_channels: int = 3, weights: str | None = None) -> nn.Module:
+def timm_network(
+    name: str,
+    image_channels: int = 3,
+    weights: str | None = None,
+    num_classes: int | None = None,
+) -> nn.Module:
     """A network of timm's.
 
     Args:
@@ -94,6 +103,7 @@ def timm_network(name: str, image_channels: int = 3, weights: str | None = None)
         image_channels: 3 for colour; of trained weights timm makes those for another number.
         weights: None, or trained ones: "DEFAULT", or a name that timm has, as "in12k_ft_in1k".
             Those that are not cached are downloaded by timm.
+        num_classes: K, without trained weights; None: as many as timm's own.
 
     Raises:
         ValueError: a name or weights that timm has not, or weights that cannot be downloaded.
@@ -108,7 +118,8 @@ def timm_network(name: str, image_channels: int = 3, weights: str | None = None)
         raise ValueError(f"backbone: got {TIMM + name!r},{hint} want a model of timm's")
     network: nn.Module
     if weights is None:
-        network = timm.create_model(name, in_chans=image_channels)
+        classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        network = timm.create_model(name, in_chans=image_channels, **classes)
         return network
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
     if weights not in ("DEFAULT", *known):
@@ -242,7 +253,7 @@ def cut(
         layer = row.layer if layer is None else layer
         parts = split_halves(network) if layer is None else split(network, layer)
         if file:
-            load_weights_file(network, parts, Path(weights))
+            load_weights_file(network, Path(weights), without=parts.replaced())
         return parts
 
     checks.left_out(
@@ -252,17 +263,40 @@ def cut(
         stem=(stem, "default"),
     )
     if isinstance(backbone, nn.Module):
-        if layer is None:
-            layer = _layer_of(backbone)
-        if layer is not None:
-            return split(backbone, layer)
-        if all(hasattr(backbone, name) for name in ("forward_features", "forward_head")):
-            return split_halves(backbone)
+        known = _cut_known(backbone, layer)
+        if known is not None:
+            return known
     raise TypeError(
         f"backbone: got {type(backbone).__name__}, want a name such as 'resnet18', a module with"
         " layer=, the name of the layer behind which it is cut, or a pair (features, head) of"
         " modules"
     )
+
+
+def cut_trained(network: nn.Module, images: Tensor, layer: str | None = None) -> Split:
+    """A network, whatever it is of, cut in two to be measured as it is.
+
+    Args:
+        network: images to logits, in eval mode.
+        images: ``[B, C, H, W]`` as it takes them.
+        layer: as ``cut`` takes it; of networks of no known family None is ``last_maps``.
+
+    Raises:
+        TypeError, ValueError: see ``split`` and ``last_maps``.
+    """
+    known = _cut_known(network, layer)
+    return split(network, last_maps(network, images)) if known is None else known
+
+
+def _cut_known(network: nn.Module, layer: str | None) -> Split | None:
+    """A network cut where it is known to be, or None."""
+    if layer is None:
+        layer = _layer_of(network)
+    if layer is not None:
+        return split(network, layer)
+    if all(hasattr(network, name) for name in ("forward_features", "forward_head")):
+        return split_halves(network)
+    return None
 
 
 def _row(name: str) -> Row:

@@ -1,9 +1,12 @@
 """Any network cut in two behind a named layer: its features, and a new head like its classifier."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
+import math
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +24,7 @@ _LAYERS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     torch.relu: (nn.ReLU, ()),
     "relu": (nn.ReLU, ()),
     F.dropout: (nn.Dropout, ("p", "training", "inplace")),
+    F.dropout2d: (nn.Dropout2d, ("p", "training", "inplace")),
     F.max_pool2d: (nn.MaxPool2d, (*_WINDOW, "dilation", "ceil_mode", "return_indices")),
     F.avg_pool2d: (nn.AvgPool2d, (*_WINDOW, "ceil_mode", "count_include_pad")),
     F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
@@ -49,9 +53,13 @@ class Split:
     image_size: tuple[int, int] = (224, 224)
     num_features: int | None = None
 
-    def channel_dim(self) -> int:
-        """The filter axis of the maps: the last of tokens ``[B, T, N]`` and ``[B, h, w, N]``."""
-        shape = self._shape or ()
+    def channel_dim(self, shape: Sequence[int] | None = None) -> int:
+        """The filter axis of the maps: the last of tokens ``[B, T, N]`` and ``[B, h, w, N]``.
+
+        Args:
+            shape: of maps, where some have been made.
+        """
+        shape = (self._shape or ()) if shape is None else shape
         last = len(shape) == 4 and shape[1] != self.num_features == shape[3]
         return -1 if len(shape) == 3 or last else 1
 
@@ -81,6 +89,12 @@ class Split:
         convolutions = (m for m in self.features.modules() if isinstance(m, nn.Conv2d))
         image_channels = next((convolution.in_channels for convolution in convolutions), 3)
         return _output_shape(self.features, (image_channels, *self.image_size))
+
+    def own_head(self) -> nn.Module:
+        """The classifier as it is: the network's own layers, and behind the features its logits."""
+        if isinstance(self.classifier, fx.GraphModule):
+            return self.classifier
+        return nn.Sequential(*self.classifier)
 
     def replaced(self) -> list[nn.Linear]:
         """The layers in whose place ``head`` puts new ones."""
@@ -240,6 +254,93 @@ def split(network: nn.Module, layer: str) -> Split:
     )
 
 
+def last_maps(network: nn.Module, images: Tensor) -> str:
+    """The layer behind which ``split`` finds a network's last convolutional maps.
+
+    From the last convolution that yields maps of several positions it goes on, by what everything
+    passes through, as long as maps stay as large: to its activation, or the block that it ends.
+
+    Args:
+        network: images to logits, in eval mode.
+        images: ``[B, C, H, W]`` as it takes them.
+
+    Raises:
+        ValueError: no convolution, or one that others bypass; see ``split``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from picnn_fast.backbones import last_maps
+        >>> layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> last_maps(nn.Sequential(*layers, nn.Linear(8, 5)), torch.randn(1, 3, 16, 16))
+        '1'
+    """
+    ran = _ran(network, images)
+    convolutions = [i for i, (_, module, _) in enumerate(ran) if isinstance(module, nn.Conv2d)]
+    spread = [i for i in convolutions if math.prod(ran[i][2][2:]) > 1]
+    if not convolutions:
+        raise ValueError(
+            f"layer: got None with a {type(network).__name__} that runs no nn.Conv2d, want the name"
+            " of the layer whose maps are meant"
+        )
+    last = (spread or convolutions)[-1]
+    size = ran[last][2][2:]
+    found, error = None, None
+    for name, _, shape in ran[last:]:
+        try:
+            split(network, name)
+        except ValueError as refused:
+            error = error or refused
+            continue
+        if len(shape) != 4 or shape[2:] != size:
+            break
+        found = name
+    if found is None:
+        assert error is not None
+        raise error
+    return found
+
+
+def _ran(network: nn.Module, images: Tensor) -> list[tuple[str, nn.Module | None, tuple[int, ...]]]:
+    """What a network runs on images, in order, by the names that ``split`` takes.
+
+    Returns:
+        Names of modules and of functions, the module or None, and the shape of the tensor it
+        yields; what yields something else is left out.
+    """
+    ran: list[tuple[str, nn.Module | None, tuple[int, ...]]] = []
+
+    def note(name: str, module: nn.Module | None, output: object) -> None:
+        if isinstance(output, Tensor):
+            ran.append((name, module, tuple(output.shape)))
+
+    class Noting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            output = super().run_node(n)
+            if n.op in ("call_function", "call_method"):
+                note(n.name, None, output)
+            return output
+
+    run: Any = network
+    # A network that no trace can follow everywhere may still be cut behind a module.
+    with contextlib.suppress(Exception):
+        run = Noting(fx.GraphModule(network, _Tracer(network, None).trace(network))).run
+    hooks = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: note(name, module, output)
+        )
+        for name, module in network.named_modules()
+        if name
+    ]
+    try:
+        with torch.no_grad():
+            run(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
+
+
 def split_halves(network: nn.Module) -> Split:
     """Cut a network between its ``forward_features`` and ``forward_head``, which timm's have.
 
@@ -295,7 +396,7 @@ class _Halves(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, network: nn.Module, layer: str) -> None:
+    def __init__(self, network: nn.Module, layer: str | None) -> None:
         super().__init__()
         self.layer = layer
         self.behind = layer not in dict(network.named_modules())
@@ -306,7 +407,7 @@ class _Tracer(fx.Tracer):
         if module_qualified_name == self.layer:
             self.behind = True
             return True
-        if self.layer.startswith(f"{module_qualified_name}."):
+        if self.layer is not None and self.layer.startswith(f"{module_qualified_name}."):
             return False
         holds_linear = any(isinstance(part, nn.Linear) for part in m.modules())
         if self.behind and holds_linear:
@@ -396,16 +497,29 @@ def _graph_module(
     """The steps of ``nodes``, the last of which is the output; ``entry`` is an input of theirs."""
     graph = fx.Graph()
     made = {} if entry is None else {entry: graph.placeholder("maps")}
+    root: dict[str, Any] = {}
     for node in nodes:
         # Its argument ``training`` is a constant of the trace: it would not follow ``eval()``.
-        if "training" in getattr(getattr(node.target, "__code__", None), "co_varnames", ()):
+        follows = "training" not in getattr(
+            getattr(node.target, "__code__", None), "co_varnames", ()
+        )
+        layers = None if follows else _as_layers(node, network)
+        if layers is not None:
+            (root[node.name],) = layers
+            made[node] = graph.call_module(node.name, (made[node.all_input_nodes[0]],))
+            continue
+        if not follows:
             raise ValueError(
                 f"backbone: got a {type(network).__name__} whose forward calls the function"
-                f" {node.name!r}, want the layer in its place (such as nn.Dropout); {_PAIR}"
+                f" {node.name!r}, want the layer in its place (such as nn.BatchNorm2d); {_PAIR}"
             )
+        if node.op in ("call_module", "get_attr"):
+            root[str(node.target)] = operator.attrgetter(str(node.target))(network)
         made[node] = graph.node_copy(node, made.__getitem__)
     graph.output(made[nodes[-1]])
-    return fx.GraphModule(network, graph)
+    module = fx.GraphModule(root, graph)
+    module.training = network.training
+    return module
 
 
 def _norm_of(layer: nn.Module, channels: int, num_filters: int) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Trained weights from a file, into a network whose classifier is made anew."""
+"""Trained weights from a file, into a network, or into one whose classifier is made anew."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from picnn_fast._extras import extra
-from picnn_fast.backbones.split import Split
 
 _SUFFIXES = (".pt", ".pth", ".safetensors")
 _WRAPPED = ("state_dict", "model_state_dict", "model")
@@ -23,24 +22,25 @@ def is_weights_file(weights: Any) -> bool:
     return isinstance(weights, str) and (os.sep in weights or weights.endswith(_SUFFIXES))
 
 
-def load_weights_file(network: nn.Module, parts: Split, path: str | Path) -> None:
-    """Load a state dict into a network that is cut, but for the layers whose place new ones take.
+def load_weights_file(
+    network: nn.Module, path: str | Path, *, without: Sequence[nn.Module] = ()
+) -> None:
+    """Load a state dict into a network.
 
     Args:
         network: the whole.
-        parts: the same, cut.
         path: a file of ``torch.save``, read without running code, or of safetensors. Its state dict
             may be the value of "state_dict", "model_state_dict" or "model", and its keys may begin
             with "module.", as those of ``DataParallel``.
+        without: layers that are not loaded: those whose place new ones take.
 
     Raises:
         ValueError: no such file, or one that is not of this network.
         ImportError: safetensors is missing for a file of it.
     """
     state = _read(Path(path))
-    replaced = parts.replaced()
     anew = tuple(
-        f"{name}." for name, layer in network.named_modules() if any(layer is r for r in replaced)
+        f"{name}." for name, layer in network.named_modules() if any(layer is r for r in without)
     )
     own = {k: v for k, v in network.state_dict().items() if not k.startswith(anew)}
     given = {k: v for k, v in state.items() if not k.startswith(anew)}
@@ -55,7 +55,7 @@ def load_weights_file(network: nn.Module, parts: Split, path: str | Path) -> Non
             for more in (len(keys) - _MOST_NAMED,)
         ]
         raise ValueError(
-            f"weights: {path} {' and '.join(found)}, want the state dict of this backbone"
+            f"weights: {path} {' and '.join(found)}, want the state dict of this network"
         )
     for key, value in own.items():
         if key in given and given[key].shape != value.shape:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from picnn_fast.data.loading import readers
+from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.matlab import read_struct
 from picnn_fast.data.matlab_reader import is_hdf5
 from picnn_fast.data.parts import PartDataModule, PartSample
@@ -221,6 +221,8 @@ def animal_part(
     augment: bool = True,
     validation: float = 0.1,
     validation_seed: int = 0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
     num_workers: int | None = None,
 ) -> PartDataModule:
     """ILSVRC 2013 DET Animal-Part with its landmarks, see ``AnimalPart``.
@@ -237,6 +239,8 @@ def animal_part(
         augment: flip half of the training images left to right.
         validation: share of the training images held out to validate on.
         validation_seed: of the choice of the images held out.
+        mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
+        std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
@@ -263,5 +267,7 @@ def animal_part(
         flip=augment,
         validation=validation,
         validation_seed=validation_seed,
+        mean=mean,
+        std=std,
         num_workers=readers(num_workers),
     )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import readers
+from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.parts import PartDataModule, PartSample
 from picnn_fast.data.photographs import (
     Photograph,
@@ -176,6 +176,8 @@ def cub(
     augment: bool = True,
     validation: float = 0.1,
     validation_seed: int = 0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
     num_workers: int | None = None,
 ) -> PartDataModule:
     """Birds of CUB-200-2011 with their landmarks, see ``CUB200``.
@@ -189,6 +191,8 @@ def cub(
         augment: flip half of the training images left to right.
         validation: share of the training images held out to validate on.
         validation_seed: of the choice of the images held out.
+        mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
+        std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
@@ -202,5 +206,7 @@ def cub(
         flip=augment,
         validation=validation,
         validation_seed=validation_seed,
+        mean=mean,
+        std=std,
         num_workers=readers(num_workers),
     )

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from picnn_fast.data.loading import readers
+from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.parts import PartDataModule, PartDataset, PartSample, bounding_boxes, centres
 from picnn_fast.ops import checks
 
@@ -476,6 +476,8 @@ def part_animals(
     augment: bool = True,
     validation: float = 0.1,
     validation_seed: int = 0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
     num_workers: int | None = None,
 ) -> PartDataModule:
     """Drawn animals with their parts annotated, see ``PartAnimals``.
@@ -489,6 +491,8 @@ def part_animals(
         augment: flip half of the training images left to right.
         validation: share of the training images held out to validate on.
         validation_seed: of the choice of the images held out.
+        mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
+        std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
         num_workers: processes that read images; None: 0, they are in memory.
 
     Raises:
@@ -504,5 +508,7 @@ def part_animals(
         flip=augment,
         validation=validation,
         validation_seed=validation_seed,
+        mean=mean,
+        std=std,
         num_workers=readers(num_workers, in_memory=True),
     )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from picnn_fast.data.loading import readers
+from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.matlab import read_struct
 from picnn_fast.data.parts import PartDataModule, PartSample, bounding_boxes, centres
 from picnn_fast.data.photographs import (
@@ -234,6 +234,8 @@ def voc_part(
     max_shift: int = 0,
     validation: float = 0.1,
     validation_seed: int = 0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
     num_workers: int | None = None,
 ) -> PartDataModule:
     """Animals of PASCAL VOC Part with their parts, see ``VOCPart``.
@@ -253,6 +255,8 @@ def voc_part(
         max_shift: training images move by up to this many pixels along each axis, filled with 0.
         validation: share of the training images held out to validate on.
         validation_seed: of the choice of the images held out.
+        mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
+        std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
@@ -281,5 +285,7 @@ def voc_part(
         max_shift=max_shift,
         validation=validation,
         validation_seed=validation_seed,
+        mean=mean,
+        std=std,
         num_workers=readers(num_workers),
     )

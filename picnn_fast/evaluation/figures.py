@@ -14,13 +14,16 @@ from picnn_fast.backbones.receptive_field import ReceptiveField, receptive_field
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule
 from picnn_fast.evaluation.observation import Observation
+from picnn_fast.losses import cross_entropy
 from picnn_fast.metrics import (
+    CalibrationError,
     LocationInstability,
     MaskLeakage,
     MeanOverImages,
     MutualInformationScore,
     PartInterpretability,
     PathwayAccuracy,
+    Throughput,
 )
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.csg import CSG
@@ -286,6 +289,27 @@ def _location_instability(
     )
 
 
+def _throughput(network: InterpretableNetwork, data: object, draws: int) -> Metric:
+    return Throughput()
+
+
+def _update_throughput(metric: Any, seen: Observation) -> None:
+    metric.update(seen.network, seen.network.discriminator(), seen.images)
+
+
+def _timed(heading: str, meaning: str, reading: str, **more: Any) -> Figure:
+    """Of wall-clock time, which another run does not repeat."""
+    return Figure(
+        heading=heading,
+        meaning=meaning,
+        reading=reading,
+        metric=_throughput,
+        update=_update_throughput,
+        when="asked",
+        **more,
+    )
+
+
 FIGURES: dict[str, Figure] = {
     "acc1": Figure(
         heading="ACC1",
@@ -351,6 +375,29 @@ FIGURES: dict[str, Figure] = {
         ),
         metric=lambda network, data, draws: MutualInformationScore(network.num_classes),
         update=lambda metric, seen: metric.update(seen.pooled, seen.labels),
+    ),
+    "calibration_error": Figure(
+        heading="ECE",
+        meaning="expected calibration error: accuracy apart from confidence, in 15 bins of it",
+        better="lower",
+        reading=(
+            "Lower is better: 0 where as many images are right as their confidence says, as of a"
+            " guess at chance that knows it is one; a plain network trained to the end is often"
+            " surer than it is right."
+        ),
+        metric=lambda network, data, draws: CalibrationError(network.num_classes),
+        update=lambda metric, seen: metric.update(seen.logits, seen.labels),
+    ),
+    "negative_log_likelihood": Figure(
+        heading="NLL",
+        meaning="negative log-likelihood of the true class, nats",
+        better="lower",
+        reading=(
+            "Lower is better: chance gives the logarithm of the number of classes, a plain network"
+            " is trained to give less, and mistakes that it is sure of add much."
+        ),
+        metric=lambda network, data, draws: MeanOverImages(),
+        update=lambda metric, seen: metric.update(cross_entropy(seen.logits, seen.labels)),
     ),
     "density": Figure(
         heading="L1-density",
@@ -435,6 +482,29 @@ FIGURES: dict[str, Figure] = {
         metric=lambda network, data, draws: MeanOverImages(),
         update=_more_errors,
         needs=_needs_performer,
+    ),
+    "throughput": _timed(
+        "images/s",
+        "of one forward pass of the network, by the clock",
+        "Higher is better: that of the plain network in it is as much as there is to reach, and"
+        " there is no chance in it.",
+        better="higher",
+        part="images_per_second",
+    ),
+    "throughput_plain": _timed(
+        "… plain",
+        "of the plain network in it, its discriminator",
+        "Higher is better: the mark that the network is compared with, and there is no chance in"
+        " it.",
+        better="higher",
+        part="plain_images_per_second",
+    ),
+    "overhead": _timed(
+        "overhead",
+        "how many times as long as its discriminator the network takes",
+        "Lower is better: 1 is as fast as the plain network in it, and there is no chance in it.",
+        better="lower",
+        part="overhead",
     ),
 }
 

@@ -4,12 +4,15 @@ from picnn_fast._extras import extra
 
 with extra("train"):
     from picnn_fast.metrics.bootstrap import MeanOverImages, PerImageMetric, resampled_means
+    from picnn_fast.metrics.calibration import CalibrationError
     from picnn_fast.metrics.leakage import MaskLeakage
     from picnn_fast.metrics.mutual_information import MutualInformationScore
     from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
     from picnn_fast.metrics.pathway import MeanOverDraws, PathwayAccuracy
+    from picnn_fast.metrics.throughput import Speed, Throughput
 
 __all__ = [
+    "CalibrationError",
     "LocationInstability",
     "MaskLeakage",
     "MeanOverDraws",
@@ -18,5 +21,7 @@ __all__ = [
     "PartInterpretability",
     "PathwayAccuracy",
     "PerImageMetric",
+    "Speed",
+    "Throughput",
     "resampled_means",
 ]

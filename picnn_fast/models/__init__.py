@@ -8,7 +8,7 @@ from picnn_fast.models.factory import METHODS, make_interpretable
 from picnn_fast.models.iccnn import ICCNN
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
-from picnn_fast.models.std import STD
+from picnn_fast.models.std import STD, as_std
 
 __all__ = [
     "CSG",
@@ -20,5 +20,6 @@ __all__ = [
     "Correspondence",
     "Explainer",
     "InterpretableNetwork",
+    "as_std",
     "make_interpretable",
 ]

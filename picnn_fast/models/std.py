@@ -1,14 +1,20 @@
 """STD: the ordinary network that interpretable ones are compared with."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from picnn_fast.backbones import cut_trained
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
+from picnn_fast.ops import checks
+
+# Of the greatest logit: what cutting a network may change by rounding alone.
+_ROUNDING = 1e-3
 
 
 class STDOutput(NamedTuple):
@@ -39,6 +45,9 @@ class STD(InterpretableNetwork):
             that the head starts with, where it is the same and takes less; "auto": late where
             possible.
 
+    Attributes:
+        layer: of ``as_std``: the layer whose maps are measured; else None.
+
     Raises:
         TypeError, ValueError: see ``InterpretableNetwork``.
 
@@ -58,6 +67,8 @@ class STD(InterpretableNetwork):
         >>> model.head_logits(model.filter_maps(images), complement).shape
         torch.Size([2, 4])
     """
+
+    layer: str | None = None
 
     def __init__(
         self,
@@ -110,3 +121,79 @@ class STD(InterpretableNetwork):
 
     def options(self) -> Mapping[str, object]:
         return {"masks_late": self.masked_head.late, "channel_dim": self.channel_dim}
+
+
+def as_std(
+    network: Any, images: Tensor, *, num_classes: int | None = None, layer: str | None = None
+) -> STD:
+    """A plain classifier, trained anywhere, to be measured as it is.
+
+    Nothing of it is made anew: its layers are used in place and its logits stay what they are. As
+    of any STD the correspondence matrix is random, drawn from torch's generator, so that ACC2 and
+    ACC3 are those of filters dropped at random.
+
+    Args:
+        network: images to logits, a module that ``torch.fx`` can trace down to ``layer``, or that
+            has ``forward_features`` and ``forward_head``, as timm's; or a pair ``(features,
+            head)`` of modules: images to maps, maps to logits. It is left in eval mode, in which
+            alone it is to be used.
+        images: ``[B, C, H, W]`` as the network takes them, to try it on.
+        num_classes: K, where it has to be that; None: as many as the logits have.
+        layer: name of the module whose maps are measured, as "layer4", see
+            ``picnn_fast.backbones.split``. None: between the halves of timm's networks, where
+            torchvision's of known families are cut, else the last convolutional maps
+            (``picnn_fast.backbones.last_maps``).
+
+    Returns:
+        An STD of N filters, the channels of those maps, on the device of the network.
+
+    Raises:
+        TypeError: no module, or one that yields no maps.
+        ValueError: no such layer, one that others bypass, a network that cannot be traced, another
+            number of classes, or logits that the cut would change.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from picnn_fast.models import as_std
+        >>> layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> network = nn.Sequential(*layers, nn.Linear(8, 5))
+        >>> model = as_std(network, torch.randn(1, 3, 16, 16))
+        >>> model.num_filters, model.num_classes
+        (8, 5)
+    """
+    parts = None
+    if isinstance(network, tuple | list) and len(network) == 2:
+        checks.left_out("a pair (features, head)", layer=(layer, None))
+        features, head = network
+        for name, module in (("features", features), ("head", head)):
+            checks.module(name, module)
+            module.eval()
+    else:
+        checks.module("network", network)
+        network.eval()
+        parts = cut_trained(network, images, layer)
+        features, head = parts.features, parts.own_head()
+    with torch.no_grad():
+        maps = features(images)
+        checks.tensor("features", maps)
+        # A head may write to what it is given.
+        logits = head(maps.clone()) if parts is None else network(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"network: yielded {got}, want logits [B, K]")
+    classes = logits.shape[1]
+    if num_classes not in (None, classes):
+        raise ValueError(f"num_classes: got {num_classes}, want {classes}, those of the network")
+    channel_dim = 1 if parts is None else parts.channel_dim(maps.shape)
+    model = STD(features, head, classes, maps.shape[channel_dim], channel_dim=channel_dim)
+    model = model.to(images.device).eval()
+    with torch.no_grad():
+        change = (model.head_logits(maps) - logits).abs().max()
+    if change > _ROUNDING * logits.abs().max():
+        raise ValueError(
+            f"network: cut in two it yields logits that differ by {change.item():.2g}, want one"
+            " that computes the same whenever it is run, or a pair (features, head) of modules"
+        )
+    model.layer = None if parts is None else parts.layer
+    return model

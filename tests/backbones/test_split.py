@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from picnn_fast import make_interpretable
-from picnn_fast.backbones import ResidualBlock, split, split_halves
+from picnn_fast.backbones import ResidualBlock, cut_trained, last_maps, split, split_halves
 
 
 class Functional(nn.Module):
@@ -123,6 +123,19 @@ def test_branches_become_graphs_of_the_same_layers() -> None:
         make_interpretable(network, "std", layer="act", num_classes=3, num_filters=7)
 
 
+def test_dropout_among_branches_follows_the_mode() -> None:
+    network = DroppingBranches()
+    parts = split(network.train(), "act")
+    same(network, parts, 6)  # in eval mode
+    images = torch.randn(2, 3, 16, 16)
+    half = parts.features.train()
+    assert not torch.equal(half(images), half(images))
+    head = parts.own_head().train()
+    maps = half.eval()(images)
+    assert not torch.equal(head(maps), head(maps))
+    torch.testing.assert_close(head.eval()(maps), network.eval()(images))
+
+
 def test_what_cannot_be_traced_is_cut_between_its_halves() -> None:
     network = Halves()
     parts = split_halves(network)
@@ -161,7 +174,14 @@ class TwoOutputs(nn.Sequential):
 
 class DroppingBranches(Branched):
     def forward(self, images: Tensor) -> Tensor:
-        maps = F.dropout(self.stem(images), 0.5, self.training)
+        maps = F.dropout2d(self.stem(images), 0.5, self.training)
+        maps = self.act(self.left(maps) + self.right(maps))
+        return self.fc(F.dropout(maps.mean((2, 3)) + maps.amax((2, 3)), 0.5, self.training))
+
+
+class NormingBranches(Branched):
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.instance_norm(F.alpha_dropout(self.stem(images), 0.5, self.training))
         return self.fc(self.act(self.left(maps) + self.right(maps)).mean((2, 3)))
 
 
@@ -183,7 +203,7 @@ CONV = nn.Conv2d(3, 6, 3)
             ValueError,
             r"backbone: got a TwoOutputs whose forward yields a",
         ),
-        (DroppingBranches(), "act", ValueError, r"backbone: got .* calls the function 'dropout'"),
+        (NormingBranches(), "act", ValueError, r"backbone: got .* the function 'alpha_dropout'"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_in_a_line(network, layer, error, message) -> None:
@@ -237,3 +257,118 @@ def test_the_axis_of_the_channels_is_checked() -> None:
     assert (parts.channels(), parts.channels(-3)) == (6, 6)
     with pytest.raises(ValueError, match=r"^channel_dim: got 4, want an axis of maps of 4 axes"):
         parts.channels(4)
+
+
+class Tutorial(nn.Module):
+    """Two convolutions as tutorials write them, in a network that another holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(6 * 4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.pool(F.relu(self.conv1(images)))
+        maps = self.pool(F.relu(self.conv2(maps)))
+        return F.log_softmax(self.fc(torch.flatten(maps, 1)), dim=1)
+
+
+class Holding(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.backbone = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone(images)
+
+
+class Squeezed(nn.Module):
+    """The last convolutions see a single position; one before them is the last of maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 6, 3), nn.SiLU(inplace=True)
+        self.pool, self.wide, self.fc = nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.wide(self.pool(self.act(self.conv(images)))).flatten(1))
+
+
+class Deciding(nn.Module):
+    """What comes before the maps is a module that decides by values, which no trace can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        halves = Halves()
+        self.body, self.norm, self.fc = _Body(halves), nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.norm(self.body(images)).mean((2, 3)))
+
+
+class _Body(nn.Module):
+    def __init__(self, halves: Halves) -> None:
+        super().__init__()
+        self.halves = halves
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.halves.forward_features(images)
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        (Functional(), "block"),
+        (Branched(), "act"),
+        (Tutorial(), "relu_1"),
+        (Holding(Tutorial()), "relu_1"),
+        (Holding(Functional()), "backbone.block"),
+        (Squeezed(), "act"),
+        (Deciding(), "norm"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "0"),
+    ],
+)
+def test_the_last_maps_are_found_behind_the_last_convolution(network, layer) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    network.eval()
+    assert last_maps(network, images) == layer
+    parts = cut_trained(network, images)
+    logits = parts.own_head().eval()(parts.features.eval()(images))
+    torch.testing.assert_close(logits, network(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("resnet18", "layer4"),
+        ("vgg11", "features.19"),
+        ("densenet121", "relu"),
+        ("mobilenet_v2", "features"),
+        ("googlenet", "inception5b"),
+    ],
+)
+def test_the_last_maps_of_known_networks_are_where_they_are_cut(name: str, layer: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    network = models.get_model(name, weights=None, **options).eval()
+    assert last_maps(network, torch.randn(1, 3, 64, 64)) == layer
+
+
+def test_maps_that_others_bypass_or_that_are_none_are_refused_in_a_line() -> None:
+    class Bypassed(Tutorial):
+        def forward(self, images: Tensor) -> Tensor:
+            maps = F.relu(self.conv2(self.pool(F.relu(self.conv1(images)))))
+            return self.fc(self.pool(maps).flatten(1)) + images.mean((1, 2, 3))[:, None]
+
+    images = torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"^layer: got 'conv2', which 'mean' gets round; want"):
+        last_maps(Bypassed().eval(), images)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    with pytest.raises(ValueError, match=r"^layer: got None with a Sequential that runs no nn.Con"):
+        last_maps(linear, images)
+
+
+def test_looking_for_the_last_maps_leaves_no_hook() -> None:
+    network = Tutorial().eval()
+    last_maps(network, torch.randn(1, 3, 16, 16))
+    assert not any(module._forward_hooks for module in network.modules())

@@ -106,7 +106,7 @@ class Harmful:
         (
             {"a": torch.ones(1)},
             r".*weights.pth lacks features.0.weight, features.1.weight, features.1.bias and \d+"
-            r" more and holds a, want the state dict of this backbone$",
+            r" more and holds a, want the state dict of this network$",
         ),
     ],
 )

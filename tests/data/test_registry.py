@@ -112,6 +112,23 @@ def test_validation_images_are_of_training_and_never_of_the_test_split(make):
     assert data.validation_source == f"{held} of the {images} training images, seed 0"
 
 
+def test_images_are_normalised_as_the_options_say(make):
+    if make.row == "digits":  # one grey value, scaled to [0, 1]
+        return
+    mean, std = (0.5, 0.25, 0.0), (0.5, 1.0, 2.0)
+    made = [make(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), make(mean=mean, std=std)]
+    plain, normalised = (
+        data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)[0] for data in made
+    )
+    shape = (3, 1, 1)
+    wanted = (plain - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    torch.testing.assert_close(normalised, wanted)
+    assert plain.min() >= 0
+    assert plain.max() <= 1
+    with pytest.raises(ValueError, match=r"^std: got \(1, 0, 1\), want values > 0"):
+        make(std=(1, 0, 1))
+
+
 def test_every_class_is_validated_on(make):
     data = make(validation=0.1)
     labels = {int(label) for _, label in data.validation_set}

@@ -54,7 +54,7 @@ def digits():
 def test_every_record_is_a_number_or_says_why_not(digits):
     values = evaluate(*digits)
     read_figures(values)
-    absent = {name for name in FIGURES if isinstance(values[name], str)}
+    absent = {name for name in default_figures() if isinstance(values[name], str)}
     assert absent == PARTS | PERFORMER | {"density"}
     assert {name for name in values if name not in FIGURES} == {
         "acc2_standard_error",
@@ -85,6 +85,35 @@ def test_mis_of_the_test_split_is_scikit_learns(digits):
     ]
     expected = np.stack(rows).max(0).mean()
     assert evaluate(network, data)["mis"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_is_of_the_confidence_in_all_test_images(digits):
+    network, data = digits
+    values = evaluate(network, data, figures=["calibration_error", "negative_log_likelihood"])
+    logits = torch.cat([network(images).logits for images, _ in data.test_dataloader()])
+    labels = torch.cat([labels for _, labels in data.test_dataloader()])
+    probabilities = logits.double().softmax(1)
+    confidence, predicted = probabilities.max(1)
+    error = 0.0
+    for low in range(15):
+        held = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        error += ((predicted == labels).double() - confidence)[held].sum().abs().item() / 360
+    assert values["calibration_error"] == pytest.approx(error, abs=1e-6)
+    own = probabilities[torch.arange(360), labels]
+    assert values["negative_log_likelihood"] == pytest.approx(-own.log().mean().item())
+
+
+def test_speed_is_measured_where_it_is_asked_for_and_draws_nothing(digits):
+    names = ["throughput", "throughput_plain", "overhead"]
+    assert not set(names) & set(default_figures())
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    values = evaluate(*digits, figures=names)
+    assert torch.equal(torch.rand(3), wanted)
+    assert list(values) == names
+    ratio = values["throughput_plain"] / values["throughput"]
+    assert values["overhead"] == pytest.approx(ratio, rel=0.5)
 
 
 def test_a_method_without_ownership_has_no_figure_that_needs_it(digits, monkeypatch):
@@ -195,7 +224,8 @@ def test_a_figure_that_is_new_is_not_available_of_figures_written_before():
     written = {"acc1": 0.5, "acc2": 0.25, "acc2_standard_error": 0.125, "gone": "whatever"}
     figures = read_figures(written)
     assert {name: figures[name] for name in written} == written
-    assert all(figures[name].startswith("n/a: ") for name in FIGURES.keys() - written.keys())
+    new = set(default_figures()) - written.keys()
+    assert all(figures[name].startswith("n/a: ") for name in new)
     assert format_figure(figures, "mis") == "n/a"
 
 
