@@ -1,5 +1,10 @@
 """The figures a trained network is measured by: one record each, and the loop that walks them."""
 
+from picnn_fast.evaluation.callbacks import (
+    FiguresCallback,
+    MutualInformationCallback,
+    log_figures,
+)
 from picnn_fast.evaluation.figures import (
     FIGURES,
     Figure,
@@ -16,11 +21,14 @@ __all__ = [
     "FIGURES",
     "Figure",
     "Figures",
+    "FiguresCallback",
+    "MutualInformationCallback",
     "Observation",
     "default_figures",
     "evaluate",
     "format_figure",
     "format_figures",
+    "log_figures",
     "pool",
     "read_figures",
     "sharing",

@@ -42,6 +42,8 @@ def evaluate(
 ) -> Figures:
     """Figures of ``FIGURES`` of a network, on the test split of ``data``.
 
+    Of several processes each measures the whole split by itself.
+
     Args:
         network: left on ``device``, in eval mode.
         data: set up.
@@ -68,6 +70,9 @@ def evaluate(
     reasons = {name: FIGURES[name].needs(network, data) for name in names}
     groups = sharing(name for name in names if reasons[name] is None)
     metrics = {first: FIGURES[first].metric(network, data, draws).to(device) for first in groups}
+    for metric in metrics.values():
+        # Of several processes each sees the whole split: joined, images would count several times.
+        metric.distributed_available_fn = lambda: False
     parts = isinstance(data, PartDataModule)
     samples: Any = data.part_sets["test"] if parts else data.test_set  # type: ignore[attr-defined]
     chosen = {first: _spread(len(samples), FIGURES[first].images) for first in groups}

@@ -112,6 +112,18 @@ class MaskLeakage(PerImageMetric):
                     self._kept[0][place], self._kept[1][place] = maps[at], labels[at]
         self._seen += len(maps)
 
+    def forward(self, *args: Any, **kwargs: Any) -> MeanOverDraws:
+        """Add a batch as ``update`` does, and return the value of this batch alone.
+
+        Raises:
+            TypeError, ValueError: as ``update`` does. The metric is then as it was before.
+        """
+        # Not in the metric itself, which would forget the images that others are paired with.
+        alone = type(self)(self.num_classes, self.draws, seed=self.seed, sync_on_compute=False)
+        alone.to(self.device).update(*args, **kwargs)
+        self.update(*args, **kwargs)
+        return alone.compute()
+
     def _draw(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self._generator))
 

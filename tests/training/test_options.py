@@ -448,6 +448,34 @@ def test_the_published_recipe_is_what_the_authors_code_does():
     assert (options.optimizer["name"], options.optimizer["weight_decay"]) == ("adam", 1e-4)
 
 
+def test_the_published_recipe_of_iccnn_is_what_the_authors_code_does():
+    folder = Path(__file__).parents[2] / "configs"
+    words = ("--data.root=x", "--backbone.weights", "trained.pth")
+    options = _parse("--config", str(folder / "iccnn-voc-part-published.yaml"), *words)
+    assert options.backbone["weights"] == str(Path("trained.pth").absolute())
+    assert (options.data["image_size"], options.data["augment"]) == (224, False)
+    assert (options.optimizer["name"], options.optimizer["lr"]) == ("adam", 1e-5)
+    assert options.optimizer["weight_decay"] == 0.0
+    # Of 3001 epochs 100 only group; a fall after every 125 that train.
+    assert (options.epochs, options.batch_size) == (3001 - 100, 16)
+    assert options.schedule_steps == list(range(125, options.epochs, 125))
+    assert (options.schedule, options.schedule_factor) == ("step", 0.6)
+    network = make_interpretable(
+        options.backbone["name"],
+        "iccnn",
+        num_classes=6,
+        layer=options.backbone["layer"],
+        insert_conv=options.insert_conv,
+        **options.arguments("method"),
+    )
+    assert network.num_filters == 256
+    assert network.groups.bincount().tolist() == [16] * 16
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert {convolution.padding_mode for convolution in convolutions} == {"replicate"}
+    assert (network.correlation_weight, network.class_weight) == (0.1, 0.1)
+    assert network.regroup_epochs == 100
+
+
 def test_the_published_recipe_of_csg_is_what_the_authors_code_does():
     folder = Path(__file__).parents[2] / "configs"
     options = _parse("--config", str(folder / "csg-voc-part-published.yaml"), "--data.root=x")
