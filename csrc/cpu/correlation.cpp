@@ -1,7 +1,7 @@
 // CPU operators of the correlation family. picnn_fast/reference/correlation.py is the definition.
 //
-// A thread works on whole images. A tile of an image's maps, about their means, is worked on in the
-// cache as rows of positions, whatever the layout: channels_last maps are transposed on their way.
+// A thread works on whole images, in the cache: map by map, or where filters are neighbours in
+// memory (channels_last) vector by vector of filters, each at one position.
 #include "../common/correlation.h"
 
 #include <torch/csrc/stable/library.h>
@@ -30,7 +30,7 @@ struct Arguments {
   Correlation c{};
   Storage type;
   int64_t counted;  // images
-  Tensor mean, groups;
+  Tensor mean, mean_by_position, groups;
   std::optional<Tensor> positive;
 
   Arguments(const Tensor& maps, const Tensor& mean_given, const Tensor& groups_given,
@@ -49,8 +49,9 @@ struct Arguments {
     groups = class_indices(groups_given, "groups", c.shape.filters, num_groups);
     c.groups = static_cast<const int64_t*>(groups.const_data_ptr());
     c.num_groups = num_groups;
-    // Neighbours in memory are read and written some lines at a time.
-    c.tile = c.maps_strides.position == 1 ? 32 : kMostFilters;
+    if (c.maps_strides.filter == 1 && c.maps_strides.position != 1) {
+      transpose_mean();
+    }
     counted = c.shape.batch;
     if (positive_given.has_value()) {
       check_shape(*positive_given, "positive", {c.shape.batch});
@@ -59,6 +60,36 @@ struct Arguments {
       c.positive = static_cast<const bool*>(positive->const_data_ptr());
       counted = std::count(c.positive, c.positive + c.shape.batch, true);
     }
+  }
+
+ private:
+  void transpose_mean() {
+    mean_by_position = torch::stable::new_empty(mean, {c.shape.positions, c.shape.filters});
+    c.mean_by_position = mean_by_position.const_data_ptr();
+    if (type == Storage::kDouble) {
+      transpose_to(static_cast<double*>(mean_by_position.mutable_data_ptr()));
+    } else {
+      transpose_to(static_cast<float*>(mean_by_position.mutable_data_ptr()));
+    }
+  }
+
+  template <typename A>
+  void transpose_to(A* to) const {
+    const auto [batch, filters, positions] = c.shape;
+    const A* from = static_cast<const A*>(c.mean);
+    constexpr int64_t kSquare = 16;  // a line of floats each way
+    const int64_t grain = std::max<int64_t>(1, kGrainElements / (kSquare * positions + 1));
+    const auto squares = [&, filters = filters, positions = positions](int64_t begin, int64_t end) {
+      const int64_t last = std::min(end * kSquare, filters);
+      for (int64_t i = begin * kSquare; i < last; i += kSquare) {
+        for (int64_t p = 0; p < positions; ++p) {
+          for (int64_t j = i; j < std::min(i + kSquare, last); ++j) {
+            to[p * filters + j] = from[j * positions + p];
+          }
+        }
+      }
+    };
+    torch::stable::parallel_for(0, (filters + kSquare - 1) / kSquare, grain, squares);
   }
 };
 

@@ -15,7 +15,9 @@ struct Correlation {
   MapsShape shape;
   const void* maps;
   Strides maps_strides;
-  const void* mean;       // A [C, P]
+  const void* mean;  // A [C, P]
+  // A [P, C] where filters are neighbours in memory, else null.
+  const void* mean_by_position;
   const int64_t* groups;  // [C], in [0, num_groups)
   int64_t num_groups;
   const bool* positive;  // [B], or null: all images count
@@ -26,18 +28,24 @@ struct Correlation {
   const void* total;
   void* grad;
   Strides grad_strides;
-  bool stream;   // write the gradient past the caches
-  int64_t tile;  // filters worked on together, at most kMostFilters
+  bool stream;  // write the gradient past the caches
 };
 
-constexpr int64_t kMostFilters = 64;
+constexpr int64_t kTile = 8;  // maps worked on together: as many as the first-level cache takes
 
 // A row of numbers of a map, with zeros up to whole vectors.
 PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 15) / 16 * 16; }
 
-// Numbers of type A that a thread needs to work in: a tile of maps, a row for each group, two more.
+// Numbers at a position, one a group, with zeros up to two whole vectors.
+inline int64_t table_width(int64_t num_groups) { return (num_groups + 31) / 32 * 32; }
+
+// Numbers of type A that a thread needs to work in: a tile of maps or a table for each position, a
+// row for each group, two more.
 inline int64_t correlation_scratch(const Correlation& c) {
-  return (c.tile + c.num_groups + 2) * padded_positions(c.shape.positions);
+  const int64_t padded = padded_positions(c.shape.positions);
+  const int64_t tables = c.shape.positions * table_width(c.num_groups);
+  const int64_t tile = kTile * padded;
+  return (tile < tables ? tables : tile) + (c.num_groups + 2) * padded;
 }
 
 struct CorrelationKernels {

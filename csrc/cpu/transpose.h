@@ -15,8 +15,8 @@ PICNN_FAST_HD Vector<A> interleave(Vector<A> a, Vector<A> b, std::integer_sequen
 #ifdef __clang__
   return __builtin_shufflevector(a, b, (kLane / 2 + kHalf + kLane % 2 * kLanes<A>)...);
 #else
-  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  return __builtin_shuffle(a, b, Vector<Index>{(kLane / 2 + kHalf + kLane % 2 * kLanes<A>)...});
+  return __builtin_shuffle(a, b,
+                           Vector<IndexOf<A>>{(kLane / 2 + kHalf + kLane % 2 * kLanes<A>)...});
 #endif
 }
 

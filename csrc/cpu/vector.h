@@ -23,16 +23,29 @@ constexpr int kLanes = kVectorBytes / sizeof(A);
 template <typename A, int kCount = kLanes<A>>
 using Vector __attribute__((vector_size(kCount * sizeof(A)))) = A;
 
+// Integers as wide as the lanes.
+template <typename A>
+using IndexOf = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
 template <typename A>
 PICNN_FAST_HD Vector<A> broadcast(A value) {
   return value - Vector<A>{};  // the one spelling that compilers make one instruction of
 }
+
+// Whole vectors of bits, for the type whose conversions compilers do not always make vectors of.
+using Wide __attribute__((vector_size(kVectorBytes))) = uint32_t;
+using Narrow __attribute__((vector_size(kVectorBytes / 2))) = uint16_t;
 
 template <typename A, typename T>
 PICNN_FAST_HD Vector<A> load(const T* from) {
   Vector<A> vector;
   if constexpr (std::is_same_v<T, A>) {
     std::memcpy(&vector, from, sizeof(vector));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    Narrow bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    const Wide wide = __builtin_convertvector(bits, Wide) << 16;
+    std::memcpy(&vector, &wide, sizeof(vector));
   } else {
     A array[kLanes<A>];  // loops over the elements of a vector type do not vectorise
     for (int l = 0; l < kLanes<A>; ++l) {
@@ -47,6 +60,13 @@ template <typename A, typename T>
 PICNN_FAST_HD void store(const Vector<A>& vector, T* to) {
   if constexpr (std::is_same_v<T, A>) {
     std::memcpy(to, &vector, sizeof(vector));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    Wide bits;  // as narrow() has it
+    std::memcpy(&bits, &vector, sizeof(bits));
+    const Wide rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const Wide nan = (Wide)((bits & 0x7FFFFFFFu) > 0x7F800000u);
+    const Narrow half = __builtin_convertvector((nan & 0x7FC0u) | (~nan & rounded), Narrow);
+    std::memcpy(to, &half, sizeof(half));
   } else {
     A array[kLanes<A>];
     std::memcpy(array, &vector, sizeof(vector));
@@ -54,6 +74,23 @@ PICNN_FAST_HD void store(const Vector<A>& vector, T* to) {
       to[l] = narrow<T>(array[l]);
     }
   }
+}
+
+// Lanes of two vectors by their numbers, those of `b` after those of `a`.
+template <typename A>
+PICNN_FAST_HD Vector<A> shuffle(const Vector<A>& a, const Vector<A>& b,
+                                const Vector<IndexOf<A>>& lanes) {
+#ifdef __clang__
+  A both[2 * kLanes<A>], values[kLanes<A>];
+  std::memcpy(both, &a, sizeof(a));
+  std::memcpy(both + kLanes<A>, &b, sizeof(b));
+  for (int l = 0; l < kLanes<A>; ++l) {
+    values[l] = both[lanes[l]];
+  }
+  return load<A>(values);
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
 }
 
 // All lanes in one, by halves: lane l is joined with lane l + kCount / 2, and so on.
