@@ -102,10 +102,53 @@ def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encodi
 
     _, out = _written(monkeypatch, encoding, table)
     assert "Test split of [/x] [red]" in out
+    heads = [line for line in out.splitlines() if "[bold]" in line]
+    assert len(heads) == 1
     for row, name in enumerate(names):
-        (line,) = [line for line in out.splitlines() if f" {name} " in line and ".125" in line]
-        assert line.count(f"{row}.125") == len(FIGURES) - 1
-        assert f"(n/a: [/{row}] is gone)" in out
+        assert f" {name} " in out
+        assert out.count(f" {row}.125 ") == len(FIGURES) - 1
+        assert f"(n/a: [/{row}] is gone)" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(("columns", "runs"), [(40, 2), (60, 3), (80, 7), (200, 5)])
+def test_no_line_of_a_table_is_wider_than_the_terminal_and_nothing_is_cut(
+    capsys, monkeypatch, columns, runs
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    figures = {
+        f"runs/of-a-name-that-is-rather-long-{run}": {
+            "acc1": run + 0.125,
+            "acc1_interval": [run + 0.0625, run + 0.1875],
+            "acc2": run + 0.25,
+            "acc2_standard_error": 0.03125,
+            "acc2_interval": [run + 0.2, run + 0.3],
+        }
+        for run in range(runs)
+    }
+    cli._print_table({k: [v] for k, v in figures.items()}, "Test split")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    for run in range(runs):
+        for text in (
+            f"{run}.125",
+            f"[{run + 0.0625:.3f}, {run + 0.1875:.3f}]",
+            f"{run}.250 ± 0.031",
+            f"[{run}.200, {run}.300]",
+        ):
+            assert out.count(f" {text} ") == 1
+    words = " ".join(out.split())
+    for name in ("acc1", "acc2"):
+        assert FIGURES[name].reading in words
+    assert "not here" not in words
+
+
+def test_differences_are_shown_with_their_sign(capsys):
+    apart = {"acc1": 0.25, "acc1_interval": [-0.05, 0.55], "acc3": -0.5, "acc2": "n/a: none"}
+    cli._print_table({"b − a": [apart]}, "Differences", notes=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("ACC1 ↑ " in line and "+0.250 [-0.050, +0.550] " in line for line in lines)
+    assert any("ACC3 ↓ " in line and " -0.500 " in line for line in lines)
+    assert not any("accuracy" in line for line in lines)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["doctor"]])
@@ -742,7 +785,10 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
 
     status, out, _ = _main(capsys, "evaluate", output, "--json", "--accelerator", "cpu")
     assert status == 0
-    assert json.loads(out) == metrics
+    measured = json.loads(out)
+    apart = measured.pop("picnn − std")
+    assert measured == metrics
+    assert apart["acc1"] == pytest.approx(metrics["picnn"]["acc1"] - metrics["std"]["acc1"])
     status, _, err = _main(capsys, "evaluate", output, "--seed", 2**32)
     assert (status, "seed: got 4294967296, want" in err) == (2, True)
     status, out, _ = _main(capsys, "evaluate", output / "picnn" / "last.ckpt", "--seed", 3)
@@ -936,7 +982,7 @@ def test_a_reading_process_that_is_killed_while_measuring_is_told_in_a_line(
     def killed(*arguments, **options):
         raise RuntimeError(f"DataLoader worker {text}")
 
-    monkeypatch.setattr(evaluation, "evaluate", killed)
+    monkeypatch.setattr(evaluation, "measure", killed)
     status, _, err = _main(capsys, "evaluate", of_folder, "--accelerator", "cpu")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "data.num_workers: a process that reads images was killed (7)" in err
