@@ -229,7 +229,10 @@ def differences(first: Sequence[Measurement], second: Sequence[Measurement]) -> 
         >>> data = DATA["digits"]()
         >>> one, other = (
         ...     measure(
-        ...         picnn_fast.make_interpretable("small-cnn", method, num_classes=10), data,
+        ...         picnn_fast.make_interpretable(
+        ...             "small-resnet", method, num_classes=10, num_filters=10
+        ...         ),
+        ...         data,
         ...         figures=["acc1"],
         ...     )
         ...     for method in ("std", "picnn")
