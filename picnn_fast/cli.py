@@ -214,7 +214,13 @@ def _print_table(
         f"not here: {', '.join(names)}{''.join(f' ({reason})' for reason in reasons)}"
         for reasons, names in missing.items()
     ]
-    for note in said:
+    brackets = any(interval for row in cells.values() for _, interval in row.values())
+    spread = any("±" in text for row in cells.values() for text, _ in row.values())
+    legend = ["[ ]: 95 % of resamples of the test images"] * brackets
+    if spread:
+        several = any(len(runs) > 1 for runs in rows.values())
+        legend += [f"±: standard {'deviation over seeds' if several else 'error over masks drawn'}"]
+    for note in ["; ".join(legend)] * bool(legend) + said:
         print(textwrap.fill(note, console.width, initial_indent="  ", subsequent_indent="    "))
 
 
@@ -425,7 +431,7 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    from picnn_fast.evaluation import measure
+    from picnn_fast.evaluation import FIGURES, measure
     from picnn_fast.training.launch import device_of, launch
     from picnn_fast.training.options import check_range
     from picnn_fast.training.run import reading_images, try_image
@@ -440,7 +446,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
             nargs="+",
             type=str,
             default=None,
-            help="names of figures as in the JSON, or all; null: all but those that cost much",
+            help=f"all, or some of {', '.join(FIGURES)}; null: those that cost little",
         )
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
@@ -453,7 +459,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
             "--resamples",
             type=int,
             default=1000,
-            help="of the images, for intervals of 95 %%; 0: none",
+            help="of the test images, for intervals of 95 percent; 0: none",
         )
         parser.add_argument(
             "--accelerator",
@@ -519,8 +525,6 @@ def _evaluate(arguments: Sequence[str]) -> int:
     data = {run.options.data["name"] for run in runs.values()}
     images = sorted({measurement.images for measurement in measured.values()})
     title = f"Test split of {', '.join(sorted(data))}, {' and '.join(map(str, images))} images"
-    if args["resamples"] > 0:
-        title += "; [95 % of resamples of the images]"
     _print_table(rows, title)
     if apart:
         _print_table({k: [v] for k, v in apart.items()}, "Differences on these images", notes=False)
