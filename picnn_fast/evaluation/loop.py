@@ -27,8 +27,8 @@ with extra("train"):
 
 DRAWS = 8
 RESAMPLES = 1000
-# Of ``Measurement.seconds``: the forward pass that all figures share.
-FORWARD = "forward"
+# Of ``Measurement.seconds``: the images that are read, and the forward pass that figures share.
+IMAGES, FORWARD = "images", "forward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Measurement:
     Attributes:
         figures: as ``evaluate`` returns them.
         replicates: by figure, its value in each resample of the images, ``[R]`` float64 on the CPU.
-        seconds: wall time by figure, and of the forward pass, ``"forward"``; what several figures
-            are parts of, or need of a batch, is counted with the first of them.
+        seconds: wall time by figure, of reading images, ``"images"``, and of the forward pass,
+            ``"forward"``; what several figures are parts of, or need of a batch, is counted with
+            the first of them.
         images: how many the test split has.
         split: a number that tells these test images, as they were read, and their labels from
             others.
@@ -146,7 +147,8 @@ def measure(
         read[:] = 0, 0
         count = 0
         loader = data.part_loader("test") if parts else data.test_dataloader()  # type: ignore[attr-defined]
-        for number, batch in enumerate(track(loader, title, transient=True, disable=not progress)):
+        shown = track(loader, title, transient=True, disable=not progress)
+        for number, batch in enumerate(clock.each(IMAGES, shown)):
             for i, values in enumerate(batch[:2]):
                 read[i] = zlib.crc32(values.contiguous().numpy(), read[i])
             images, labels, annotated = _on_device(batch, data, device)
@@ -265,6 +267,9 @@ def differences(first: Sequence[Measurement], second: Sequence[Measurement]) -> 
     return found
 
 
+_NONE_LEFT = object()
+
+
 class _Clock:
     """Wall time by what took it."""
 
@@ -277,6 +282,16 @@ class _Clock:
         start = self._now()
         yield
         self.seconds[name] += self._now() - start
+
+    def each(self, name: str, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, with the time until each is there."""
+        walk = iter(items)
+        while True:
+            with self(name):
+                item = next(walk, _NONE_LEFT)
+            if item is _NONE_LEFT:
+                return
+            yield item
 
     def _now(self) -> float:
         if self._device.type == "cuda":

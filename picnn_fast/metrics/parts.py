@@ -14,6 +14,8 @@ from picnn_fast.ops import checks
 # Elements that compute() works on at a time.
 _BLOCK = 2**22
 _MEMORY_LIMIT = 2**32
+# Elements of resamples that are worked on at a time: few enough for a cache.
+_RESAMPLED = 2**20
 # Resamples of a figure that costs much.
 _FEWEST = 100
 # Standard deviations of how many images a resample draws of some, which are at most their root.
@@ -231,42 +233,45 @@ class LocationInstability(_PartMetric):
             TypeError, ValueError: counts of another dtype or shape.
         """
         self.check_counts(counts)
-        counts = counts.to(self.device, self.wide)
-        best = torch.full((len(counts), self.num_filters), math.inf, dtype=self.wide)
-        best = best.to(self.device)
-        for _, images, filters, (distances, held, order) in self._ranked():
-            drawn = counts[:, images]
+        times = counts.T.to(self.device, torch.float32, copy=True)  # [M, R]: whole numbers
+        best = torch.full((self.num_filters, len(counts)), math.inf, device=self.device)
+        for _, images, filters, ranked in self._ranked():
+            drawn = times[images]
             ranks = min(len(images), self._ranks)
-            rows = max(1, _BLOCK // distances[..., :ranks].numel())
+            some = max(1, _RESAMPLED // (self.num_landmarks * ranks * len(counts)))
             values = [
-                self._resampled(part, distances, held, order, ranks) for part in drawn.split(rows)
+                self._resampled(drawn, *part, ranks)
+                for part in zip(*(x.split(some) for x in ranked), strict=True)
             ]
-            best[:, filters] = torch.minimum(best[:, filters], torch.cat(values))
-        return best.where(best < math.inf, math.nan).nanmean(1)
+            best[filters] = torch.minimum(best[filters], torch.cat(values))
+        return best.to(self.wide).where(best < math.inf, math.nan).nanmean(0)
 
     def _resampled(
-        self, counts: Tensor, distances: Tensor, held: Tensor, order: Tensor, ranks: int
+        self, drawn: Tensor, distances: Tensor, held: Tensor, order: Tensor, ranks: int
     ) -> Tensor:
-        """Mean deviation ``[R, n]`` over landmarks, infinite where there is none.
+        """Mean deviation ``[n, R]`` over landmarks, infinite where there is none.
 
         Args:
-            counts: ``[R, M]`` of the category's images.
+            drawn: ``[M, R]``, how often each of the category's images is drawn.
             distances, held, order: ``[n, L, M]`` as of ``_ranked``.
             ranks: how many of M to look at first.
         """
-        drawn = counts[:, order[..., :ranks]] * held[..., :ranks]
-        upto = drawn.cumsum(-1)
+        times = drawn[order[..., :ranks]]  # [n, L, ranks, R]
+        upto = times.cumsum(-2)
         # A landmark that few images show is at its end before.
-        if ranks < order.shape[-1] and ((upto[..., -1] < self.images) & held[..., ranks]).any():
-            return self._resampled(counts, distances, held, order, order.shape[-1])
-        taken = torch.minimum(drawn, (self.images - (upto - drawn)).clamp_min(0))
-        count = taken.sum(-1)
-        # About a value near the mean, so that squares lose no digits.
-        about = distances[..., :ranks] - distances[..., :1]
-        first, second = ((taken * power).sum(-1) for power in (about, about.square()))
+        short = upto[..., -1, :] < self.images
+        if ranks < order.shape[-1] and (short & held[..., ranks, None]).any():
+            return self._resampled(drawn, distances, held, order, order.shape[-1])
+        room = upto.sub_(times).neg_().add_(self.images).clamp_(min=0)
+        taken = torch.minimum(times, room, out=room)
+        shown = held[..., :ranks].float()
+        # About a value near the mean, so that squares lose no digits; 0 where nothing is shown,
+        # which comes last.
+        about = (distances[..., :ranks] - distances[..., :1]).float() * shown
+        count, first, second = (torch.stack([shown, about, about.square()], -2) @ taken).unbind(-2)
         squares = (second - first * first / count).clamp_min(0)
         deviations = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
-        return deviations.nanmean(-1).nan_to_num(math.inf)
+        return deviations.nanmean(1).nan_to_num(math.inf)
 
     def _ranked(self) -> Iterator[tuple[int, Tensor, slice, tuple[Tensor, Tensor, Tensor]]]:
         """By category and block of n filters, the M images of the category by their peaks.

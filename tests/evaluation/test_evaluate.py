@@ -161,7 +161,7 @@ def test_the_time_of_each_figure_is_told(digits, monkeypatch):
     )
     monkeypatch.setitem(FIGURES, "slow", slow)
     found = measure(*digits, figures=["slow", "p", *names])
-    assert found.seconds.keys() == {"forward", "slow", names[0]}
+    assert found.seconds.keys() == {"images", "forward", "slow", names[0]}
     assert 0.12 < found.seconds["slow"] < 1
     assert found.seconds["forward"] > 0
     assert "slow" in found.replicates
