@@ -180,14 +180,17 @@ def _part_metric(
     kind: type[LocationInstability] | type[PartInterpretability],
     names: str,
     layers: Layers = _filters,
+    filters: int | None = None,
 ) -> Callable[[InterpretableNetwork, PartDataModule, int], Metric]:
+    """Of so many filters; None: as many as the layers have."""
+
     def metric(network: InterpretableNetwork, data: PartDataModule, draws: int) -> Metric:
         of = layers(network)
         assert not isinstance(of, str)
         count = len(getattr(data.part_sets["test"], names))
         # Of one category's images alone, where one was singled out (ICNN, tables 1 and 3).
         classes = 1 if data.category is not None else data.num_classes
-        return kind(of[1], count, _field(of[0], data), num_classes=classes)
+        return kind(filters or of[1], count, _field(of[0], data), num_classes=classes)
 
     return metric
 
@@ -197,8 +200,8 @@ def _maps(seen: Observation) -> Tensor:
 
 
 def _middle(seen: Observation) -> Tensor:
-    """Maps that peak in the middle of every image."""
-    maps = torch.zeros_like(seen.maps)
+    """The maps of a filter that peaks in the middle of every image."""
+    maps = torch.zeros_like(seen.maps[:, :1])
     maps[..., maps.shape[2] // 2, maps.shape[3] // 2] = 1
     return maps
 
@@ -273,14 +276,15 @@ def _location_instability(
     reading: str,
     look: Callable[[Observation], Tensor] = _maps,
     layers: Layers = _filters,
+    filters: int | None = None,
 ) -> Figure:
-    """Of the maps that ``look`` makes of an observation, which are those of ``layers``."""
+    """Of the maps that ``look`` makes of an observation, as those of ``layers``."""
     return Figure(
         heading=heading,
         meaning=meaning,
         better="lower",
         reading=reading,
-        metric=_part_metric(LocationInstability, "landmark_names", layers),
+        metric=_part_metric(LocationInstability, "landmark_names", layers, filters),
         update=_update_parts("landmarks", look),
         needs=_needs_parts("landmark", layers),
     )
@@ -458,6 +462,7 @@ FIGURES: dict[str, Figure] = {
         "A mark to beat, lower than chance: a plain network, and others, that do not lie below"
         " it say nothing of parts.",
         _middle,
+        filters=1,  # others would be the same
     ),
     "location_instability_random": _location_instability(
         "… at random",

@@ -235,14 +235,12 @@ class LocationInstability(_PartMetric):
         self.check_counts(counts)
         times = counts.T.to(self.device, torch.float32, copy=True)  # [M, R]: whole numbers
         best = torch.full((self.num_filters, len(counts)), math.inf, device=self.device)
-        for _, images, filters, ranked in self._ranked():
+        for _, images, filters, (distances, held, order) in self._ranked():
             drawn = times[images]
             ranks = min(len(images), self._ranks)
             some = max(1, _RESAMPLED // (self.num_landmarks * ranks * len(counts)))
-            values = [
-                self._resampled(drawn, *part, ranks)
-                for part in zip(*(x.split(some) for x in ranked), strict=True)
-            ]
+            blocks = zip(distances.split(some), held.split(some), order.split(some), strict=True)
+            values = [self._resampled(drawn, *block, ranks) for block in blocks]
             best[filters] = torch.minimum(best[filters], torch.cat(values))
         return best.to(self.wide).where(best < math.inf, math.nan).nanmean(0)
 
