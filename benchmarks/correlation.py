@@ -17,7 +17,6 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.filter_loss import SETS, Shape, describe
 from benchmarks.harness import Effort
-from benchmarks.mutual_information import resident
 from picnn_fast import functional
 
 GROUPS = 16
@@ -160,21 +158,13 @@ def extra_memory(candidate: str, shape: Shape, device: torch.device) -> float:
     few = Case((2, 2, 2, 2, *shape[4:]), device, sets=1)
     few.step(getattr(few, candidate))  # loads what is loaded once
     case = Case(shape, device, sets=1)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        # The kernel's own mark of the peak starts afresh from here.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-    case.step(getattr(case, candidate))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
-    return (peak - before) / case.maps().nbytes
+    extra = harness.extra_bytes(lambda: case.step(getattr(case, candidate)), device)
+    return extra / case.maps().nbytes
 
 
 def bench_memory(shape: Shape, device: torch.device) -> dict[str, Any] | None:
     """Extra memory of each candidate; on the CPU where Linux tells it."""
-    if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+    if not harness.tells_memory(device):
         return None
     spawn = multiprocessing.get_context("spawn")
     multiples = {}

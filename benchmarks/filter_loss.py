@@ -22,7 +22,6 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.harness import Effort
-from benchmarks.mutual_information import resident
 from picnn_fast import PartTemplate, functional
 from picnn_fast.reference import filter_loss as reference
 
@@ -243,23 +241,14 @@ def extra_memory(candidate: str, shape: Shape, device: torch.device) -> float:
     few.loss(functions[candidate](few))  # loads what is loaded once
     case = Case(shape, device, sets=1)
     function = functions[candidate](case)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        # The kernel's own mark of the peak starts afresh from here.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-    case.loss(function)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
-    return (peak - before) / case.maps().nbytes
+    return harness.extra_bytes(lambda: case.loss(function), device) / case.maps().nbytes
 
 
 def bench_memory(
     candidates: tuple[str, ...], shape: Shape, device: torch.device
 ) -> dict[str, Any] | None:
     """Extra memory of each candidate; on the CPU where Linux tells it."""
-    if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+    if not harness.tells_memory(device):
         return None
     spawn = multiprocessing.get_context("spawn")
     multiples = {}

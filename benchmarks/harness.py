@@ -224,6 +224,32 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
+def _resident(field: str) -> int:
+    """Bytes of this process: "VmRSS", resident now; "VmHWM", the most there has been."""
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+def tells_memory(device: torch.device) -> bool:
+    """Whether ``extra_bytes`` can be had: on a GPU, and on the CPU under Linux."""
+    return device.type == "cuda" or Path("/proc/self/clear_refs").exists()
+
+
+def extra_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Memory that a call takes at its peak, beyond what is held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    # The kernel's own mark of the peak starts afresh from here.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
 def training_step(
     method: str,
     backbone: str,

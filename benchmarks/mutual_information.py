@@ -23,12 +23,10 @@ weights times one-hot labels; "scatter", ``index_add`` of the two weights of a s
 
 import itertools
 import multiprocessing
-import re
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -201,13 +199,6 @@ def bench_knn(shape: KnnShape, device: torch.device) -> list[dict[str, Any]]:
     return entries
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: "VmRSS", resident now; "VmHWM", the most there has been."""
-    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1)) * 1024
-
-
 def peak_memory(
     estimator: Estimator, samples: int, filters: int, classes: int, device: torch.device
 ) -> float:
@@ -218,21 +209,18 @@ def peak_memory(
     few = pooled_maps(100, 2, 2, device)
     functional.mutual_information(*few, 2, estimator=estimator)  # loads what is loaded once
     activations, labels = pooled_maps(samples, filters, classes, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        before = resident("VmRSS")
-    functional.mutual_information(activations, labels, classes, estimator=estimator)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
-    return (peak - before) / activations.nbytes + 1
+    extra = harness.extra_bytes(
+        lambda: functional.mutual_information(activations, labels, classes, estimator=estimator),
+        device,
+    )
+    return extra / activations.nbytes + 1
 
 
 def bench_memory(
     estimators: tuple[Estimator, ...], shape: KnnShape, device: torch.device
 ) -> list[dict[str, Any]]:
     """Peak memory of each estimator with the most classes; on the CPU where Linux tells it."""
-    if device.type == "cpu" and not Path("/proc/self/status").exists():
+    if not harness.tells_memory(device):
         return []
     size = (shape.samples, shape.filters, shape.classes[-1])
     spawn = multiprocessing.get_context("spawn")

@@ -15,6 +15,7 @@ import platform
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from picnn_fast._terminal import printable
 from picnn_fast._version import __version__
 
 if TYPE_CHECKING:
+    from picnn_fast.evaluation import Figures, Measurement, Value
     from picnn_fast.training.run_folder import RunFolder
 
 # What a shell reports of a process ended by Ctrl-C and by SIGTERM.
@@ -164,18 +166,26 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     return *ours, OSError, ImportError
 
 
-def _print_table(rows: Mapping[str, Sequence[Mapping[str, float | str]]], title: str) -> None:
-    """A row each for the figures of a run, or of several whose mean and spread are shown."""
-    from picnn_fast.evaluation import FIGURES, format_figures
+def _print_table(
+    rows: Mapping[str, Sequence[Mapping[str, "Value"]]], title: str, *, notes: bool = True
+) -> None:
+    """Figures one below the other, beside them the run, or several whose mean and spread are shown.
+
+    Args:
+        rows: name to the figures of its runs.
+        title: over the table.
+        notes: say below what each figure is and how it is read; else the values are differences.
+    """
+    from picnn_fast.evaluation import FIGURES
 
     with extra("train"):
         from rich.console import Console
         from rich.table import Table
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("", overflow="fold", min_width=min(max(map(len, rows)), 12))
-    had: list[str] = []
-    notes: list[tuple[str, tuple[str, ...]]] = []
+    # Names are taken as they are: one may hold what rich would take for a style or an emoji.
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     missing: dict[tuple[str, ...], list[str]] = {}
+    said: list[str] = []
+    cells: dict[str, dict[str, tuple[str, str]]] = {}
     for key, figure in FIGURES.items():
         values = [run[key] for runs in rows.values() for run in runs if key in run]
         if not values:  # not asked for
@@ -184,22 +194,81 @@ def _print_table(rows: Mapping[str, Sequence[Mapping[str, float | str]]], title:
         if all(isinstance(value, str) for value in values):
             missing.setdefault(reasons, []).append(figure.heading)
             continue
-        had.append(key)
-        notes.append((f"{figure.heading}: {figure.meaning}. {figure.reading}", reasons))
         arrow = {"higher": "↑", "lower": "↓"}[figure.better]
-        # A narrow terminal breaks headings, and neither numbers nor names are cut.
-        widest = max(len(format_figures(runs, key)) for runs in rows.values())
-        table.add_column(
-            f"{figure.heading} {arrow}", justify="right", overflow="fold", min_width=widest
-        )
-    for name, runs in rows.items():
-        table.add_row(printable(name), *(format_figures(runs, key) for key in had))
-    # Names are taken as they are: one may hold what rich would take for a style or an emoji.
-    console = Console(soft_wrap=True, markup=False, emoji=False)
-    console.print(table)
-    notes += [(f"not here: {', '.join(names)}", reasons) for reasons, names in missing.items()]
-    for note, reasons in notes:
-        console.print(f"  {note}", *(f"({reason})" for reason in reasons))
+        cells[f"{figure.heading} {arrow}"] = {
+            name: _cell(runs, key, sign=not notes) for name, runs in rows.items()
+        }
+        reason = "".join(f" ({reason})" for reason in reasons)
+        said.append(f"{figure.heading}: {figure.meaning}. {figure.reading}{reason}")
+    for names, between in _columns(cells, console.width):
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("")
+        for name in names:
+            table.add_column(printable(name), justify="right", overflow="fold")
+        for heading, row in cells.items():
+            table.add_row(heading, *(between.join(filter(None, row[name])) for name in names))
+        console.print(table)
+    if not notes:
+        return
+    said += [
+        f"not here: {', '.join(names)}{''.join(f' ({reason})' for reason in reasons)}"
+        for reasons, names in missing.items()
+    ]
+    brackets = any(interval for row in cells.values() for _, interval in row.values())
+    spread = any("±" in text for row in cells.values() for text, _ in row.values())
+    legend = ["[ ]: 95 % of resamples of the test images"] * brackets
+    if spread:
+        several = any(len(runs) > 1 for runs in rows.values())
+        legend += [f"±: standard {'deviation over seeds' if several else 'error over masks drawn'}"]
+    for note in ["; ".join(legend)] * bool(legend) + said:
+        print(textwrap.fill(note, console.width, initial_indent="  ", subsequent_indent="    "))
+
+
+def _cell(runs: Sequence[Mapping[str, "Value"]], key: str, *, sign: bool) -> tuple[str, str]:
+    """A figure for a table, and its interval; of a difference with its sign."""
+    from picnn_fast.evaluation import format_figures, format_interval
+
+    text = format_figures(runs, key)
+    if sign and not text.startswith(("-", "n/a")):
+        text = f"+{text}"
+    return text, format_interval(runs[0], key, sign=sign) if len(runs) == 1 else ""
+
+
+def _columns(
+    cells: Mapping[str, Mapping[str, tuple[str, str]]], width: int
+) -> Iterator[tuple[list[str], str]]:
+    """Which columns go into one table, so that none is cut, and what joins figure and interval.
+
+    An interval stands beside its figure where all columns then fit into the width, else below it.
+    """
+    of_column: dict[str, list[tuple[str, str]]] = {}
+    for row in cells.values():
+        for name, cell in row.items():
+            of_column.setdefault(name, []).append(cell)
+    edge = 3  # a line between columns, and a space on each side of it
+    left = width - max(map(len, cells), default=0) - edge - 1
+
+    def widths(between: str) -> dict[str, int]:
+        return {
+            name: edge
+            + max(
+                min(len(printable(name)), 12),
+                *(max(map(len, between.join(filter(None, cell)).split("\n"))) for cell in column),
+            )
+            for name, column in of_column.items()
+        }
+
+    between = " " if sum(widths(" ").values()) <= left else "\n"
+    names: list[str] = []
+    taken = 0
+    for name, wide in widths(between).items():
+        if names and taken + wide > left:
+            yield names, between
+            names, taken = [], 0
+        names.append(name)
+        taken += wide
+    if names:
+        yield names, between
 
 
 def _add_overwrite(parser: Any) -> None:
@@ -362,7 +431,7 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    from picnn_fast.evaluation import evaluate
+    from picnn_fast.evaluation import FIGURES, measure
     from picnn_fast.training.launch import device_of, launch
     from picnn_fast.training.options import check_range
     from picnn_fast.training.run import reading_images, try_image
@@ -370,8 +439,15 @@ def _evaluate(arguments: Sequence[str]) -> int:
     of_model = any(token.partition("=")[0] == "--model" for token in arguments)
 
     def add(parser: Any) -> None:
-        _add_path(parser, nargs="*" if of_model else None)
+        _add_path(parser, nargs="*" if of_model else "+")
         _add_model(parser)
+        parser.add_argument(
+            "--figures",
+            nargs="+",
+            type=str,
+            default=None,
+            help=f"all, or some of {', '.join(FIGURES)}; null: those that cost little",
+        )
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
         )
@@ -380,10 +456,19 @@ def _evaluate(arguments: Sequence[str]) -> int:
         )
         parser.add_argument("--draws", type=int, default=8, help="masks drawn for each image")
         parser.add_argument(
+            "--resamples",
+            type=int,
+            default=1000,
+            help="of the test images, for intervals of 95 percent; 0: none",
+        )
+        parser.add_argument(
             "--accelerator",
             type=Literal["auto", "cpu", "gpu", "mps"],
             default="auto",
             help="device type",
+        )
+        parser.add_argument(
+            "--output", type=Path | None, default=None, help="folder of metrics.json and .csv"
         )
         parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
@@ -393,34 +478,142 @@ def _evaluate(arguments: Sequence[str]) -> int:
         arguments,
         prog="picnn-fast evaluate",
         description="Measure trained networks on a test split: of other data of the same"
-        " classes, where --data says so, else of the data of the training. --model NAME in place of"
-        " a run measures any plain classifier on the images that --data names.",
+        " classes, where --data says so, else of the data of the training. Several are measured"
+        " side by side, seeds of one method as their mean and standard deviation, and what they"
+        " differ by from the ordinary network (std), else from the first, with its interval."
+        " --model NAME in place of runs measures any plain classifier on the images that --data"
+        " names.",
         add=add,
     )
     if not of_model:
         _check_no_model(args)
     check_range("draws", args["draws"], 1)
-    figures = {}
-    for name, checkpoint, network, options, data in trained:
+    check_range("resamples", args["resamples"], 0)
+    figures = _figures(args["figures"])
+    _check_output(args["output"])
+    runs: dict[str, _Trained] = {}
+    measured: dict[str, Measurement] = {}
+    told: list[str] = []
+    for run in trained:
         with reading_images():
-            try_image(network, data, f"the network in {checkpoint}")
-            figures[name] = evaluate(
-                network,
-                data,
-                seed=options.seed,
+            try_image(run.network, run.data, f"the network in {run.checkpoint}")
+            measured[run.name] = measure(
+                run.network,
+                run.data,
+                figures=figures,
+                resamples=args["resamples"],
+                seed=run.options.seed,
                 draws=args["draws"],
                 device=device_of(args["accelerator"]),
                 progress=sys.stdout.isatty() and not args["json"],
             )
-    if args["json"]:
-        print(json.dumps(figures, indent=2))
-    else:
-        rows = {name: [values] for name, values in figures.items()}
-        _print_table(rows, f"Test split of {options.data['name']}")
         if of_model:
-            of = "" if network.layer is None else f" of layer {network.layer}"
-            print(printable(f"  {args['model']}, as it is, by {network.num_filters} filters{of}"))
+            layer, filters = run.network.layer, run.network.num_filters
+            of = "" if layer is None else f" of layer {layer}"
+            told.append(f"{args['model']}, as it is, by {filters} filters{of}")
+        runs[run.name] = run._replace(network=None, data=None)
+    groups = _seeds_together(runs)
+    rows = {label: [measured[name].figures for name in names] for label, names in groups.items()}
+    base = next((r for r, names in groups.items() if runs[names[0]].plain), next(iter(groups)))
+    apart = _apart({label: [measured[n] for n in names] for label, names in groups.items()}, base)
+    content = {name: measurement.figures for name, measurement in measured.items()} | apart
+    if args["output"] is not None:
+        _write_figures(args["output"], content)
+    if args["json"]:
+        print(json.dumps(content, indent=2))
+        return 0
+    data = {run.options.data["name"] for run in runs.values()}
+    images = sorted({measurement.images for measurement in measured.values()})
+    title = f"Test split of {', '.join(sorted(data))}, {' and '.join(map(str, images))} images"
+    _print_table(rows, title)
+    if apart:
+        _print_table({k: [v] for k, v in apart.items()}, "Differences on these images", notes=False)
+    elif len(groups) > 1:
+        print("  no differences: the runs were measured on other test images")
+    if args["output"] is not None:
+        told.append(f"{args['output']}: metrics.json, metrics.csv")
+    for line in told:
+        print(printable(f"  {line}"))
     return 0
+
+
+def _figures(names: Sequence[str] | None) -> list[str] | None:
+    """Names of figures; None: those of every evaluation.
+
+    Raises:
+        ConfigError: a name that there is not.
+    """
+    from picnn_fast.evaluation import FIGURES
+    from picnn_fast.ops.checks import did_you_mean
+    from picnn_fast.training.options import ConfigError
+
+    for name in names or ():
+        if name not in FIGURES and name != "all":
+            raise ConfigError(
+                f"figures: got {name!r},{did_you_mean(name, FIGURES)} want all, or some of"
+                f" {', '.join(FIGURES)}"
+            )
+    if names is None:
+        return None
+    return list(FIGURES) if "all" in names else list(names)
+
+
+def _check_output(folder: Path | None) -> None:
+    """
+    Raises:
+        ConfigError: it holds a run, whose own figures lie there, or is no folder.
+    """
+    from picnn_fast.training.options import ConfigError
+    from picnn_fast.training.run_folder import RECORD
+
+    if folder is None:
+        return
+    if (folder / RECORD).exists():
+        raise ConfigError(f"output: got {folder}, which holds a run, want another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output: got {folder}, which is no folder")
+
+
+def _write_figures(folder: Path, figures: Mapping[str, "Figures"]) -> None:
+    from picnn_fast.evaluation import as_csv
+    from picnn_fast.training.run_folder import write_atomically, write_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", figures)
+    rows = [{"name": name, **values} for name, values in figures.items()]
+    write_atomically(folder / "metrics.csv", as_csv(rows, ("name",)))
+
+
+def _seeds_together(runs: Mapping[str, "_Trained"]) -> dict[str, list[str]]:
+    """Names of runs by the row that they are in: those of one method that other seeds trained."""
+    groups: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        options = {k: v for k, v in run.options.identity().items() if k != "seed"}
+        groups.setdefault(json.dumps(options, sort_keys=True), []).append(name)
+    rows: dict[str, list[str]] = {}
+    for names in groups.values():
+        seeds = [runs[name].seed for name in names]
+        labels = {name.removesuffix(f"-{seed}") for name, seed in zip(names, seeds, strict=True)}
+        label = labels.pop() if len(labels) == 1 else runs[names[0]].options.method["name"]
+        if len(names) == 1 or len(set(seeds)) < len(names) or label in rows:
+            rows |= {name: [name] for name in names}
+        else:
+            rows[label] = names
+    return rows
+
+
+def _apart(groups: Mapping[str, Sequence["Measurement"]], base: str) -> dict[str, "Figures"]:
+    """What rows differ from one of them by; nothing where the images are not the same."""
+    from picnn_fast.evaluation import differences
+
+    every = [run for runs in groups.values() for run in runs]
+    if len({(run.images, run.split) for run in every}) > 1:
+        return {}
+    return {
+        f"{name} − {base}": differences(runs, groups[base])
+        for name, runs in groups.items()
+        if name != base
+    }
 
 
 class _Trained(NamedTuple):
@@ -429,6 +622,12 @@ class _Trained(NamedTuple):
     network: Any
     options: Any
     data: Any
+    seed: int  # of the training
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the ordinary network, which others are compared with."""
+        return bool(self.options.method["name"] == "std")
 
 
 def _add_path(parser: Any, nargs: str | None = None) -> None:
@@ -464,13 +663,14 @@ def _with_data(
 ) -> Iterator[_Trained]:
     import dataclasses
 
-    from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
+    from picnn_fast.training.checkpoint import load_checkpoint
     from picnn_fast.training.options import ConfigError, few, parse
     from picnn_fast.training.run import build_data
 
-    path = Path(args["path"])
-    for checkpoint in find_checkpoints(path):
+    paths = args["path"] if isinstance(args["path"], list) else [args["path"]]
+    for name, checkpoint in _named(paths).items():
         network, options, class_names = load_checkpoint(checkpoint)
+        seed = options.seed
         if of_data is not None:
             # What is not given is as in the training.
             defaults = {"data": options.data}
@@ -494,9 +694,27 @@ def _with_data(
                 f"data: {options.data['name']} has other classes ({few(data.class_names)}) than"
                 f" {checkpoint} was trained on ({few(class_names)})"
             )
-        name = str(checkpoint.parent.relative_to(path)) if path.is_dir() else "."
         name = options.method["name"] if name == "." else name
-        yield _Trained(name, checkpoint, network, options, data)
+        yield _Trained(name, checkpoint, network, options, data, seed)
+
+
+def _named(paths: Sequence[str]) -> dict[str, Path]:
+    """The checkpoints of runs by name: of one path within it, of several from where they part."""
+    from picnn_fast.training.checkpoint import find_checkpoints
+
+    found = {p.resolve(): p for path in paths for p in find_checkpoints(path)}
+    if len(paths) == 1:
+        path = Path(paths[0])
+        return {
+            str(p.parent.relative_to(path)) if path.is_dir() else ".": p for p in found.values()
+        }
+    folders = [checkpoint.parent for checkpoint in found]
+    if len(set(folders)) < len(folders):  # files of one folder
+        folders = [checkpoint.with_suffix("") for checkpoint in found]
+    top = os.path.commonpath(folders) if len(folders) > 1 else str(folders[0].parent)
+    return {
+        os.path.relpath(folder, top): p for folder, p in zip(folders, found.values(), strict=True)
+    }
 
 
 def _add_model(parser: Any) -> None:
@@ -568,7 +786,7 @@ def _of_model(
         network = plain_network(
             model, data, weights=args["weights"], layer=args["layer"], seed=options.seed
         )
-    return args, iter([_Trained(model, Path(model), network, options, data)])
+    return args, iter([_Trained(model, Path(model), network, options, data, options.seed)])
 
 
 def _explain(arguments: Sequence[str]) -> int:
@@ -632,7 +850,7 @@ def _explain(arguments: Sequence[str]) -> int:
     check_range("filters", args["filters"], 1)
     told: dict[str, dict[str, Any]] = {}
     written: set[str] = set()
-    for name, checkpoint, network, _, data in trained:
+    for name, checkpoint, network, _, data, _ in trained:
         names = list(data.class_names)
         if args["target"] is not None and args["target"] not in names:
             raise ConfigError(f"target: got {args['target']!r}, want one of {', '.join(names)}")
@@ -686,7 +904,7 @@ def _explain_filters(args: Mapping[str, Any], trained: Iterator[_Trained]) -> in
     numbers = list(dict.fromkeys(args["filter"]))
     device = device_of(args["accelerator"])
     told: dict[str, dict[str, Any]] = {}
-    for name, checkpoint, network, options, data in trained:
+    for name, checkpoint, network, options, data, _ in trained:
         for number in numbers:
             if not 0 <= number < network.num_filters:
                 raise ConfigError(

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import functools
 import io
@@ -102,10 +103,53 @@ def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encodi
 
     _, out = _written(monkeypatch, encoding, table)
     assert "Test split of [/x] [red]" in out
+    heads = [line for line in out.splitlines() if "[bold]" in line]
+    assert len(heads) == 1
     for row, name in enumerate(names):
-        (line,) = [line for line in out.splitlines() if f" {name} " in line and ".125" in line]
-        assert line.count(f"{row}.125") == len(FIGURES) - 1
-        assert f"(n/a: [/{row}] is gone)" in out
+        assert f" {name} " in out
+        assert out.count(f" {row}.125 ") == len(FIGURES) - 1
+        assert f"(n/a: [/{row}] is gone)" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(("columns", "runs"), [(40, 2), (60, 3), (80, 7), (200, 5)])
+def test_no_line_of_a_table_is_wider_than_the_terminal_and_nothing_is_cut(
+    capsys, monkeypatch, columns, runs
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    figures = {
+        f"runs/of-a-name-that-is-rather-long-{run}": {
+            "acc1": run + 0.125,
+            "acc1_interval": [run + 0.0625, run + 0.1875],
+            "acc2": run + 0.25,
+            "acc2_standard_error": 0.03125,
+            "acc2_interval": [run + 0.2, run + 0.3],
+        }
+        for run in range(runs)
+    }
+    cli._print_table({k: [v] for k, v in figures.items()}, "Test split")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    for run in range(runs):
+        for text in (
+            f"{run}.125",
+            f"[{run + 0.0625:.3f}, {run + 0.1875:.3f}]",
+            f"{run}.250 ± 0.031",
+            f"[{run}.200, {run}.300]",
+        ):
+            assert out.count(f" {text} ") == 1
+    words = " ".join(out.split())
+    for name in ("acc1", "acc2"):
+        assert FIGURES[name].reading in words
+    assert "not here" not in words
+
+
+def test_differences_are_shown_with_their_sign(capsys):
+    apart = {"acc1": 0.25, "acc1_interval": [-0.05, 0.55], "acc3": -0.5, "acc2": "n/a: none"}
+    cli._print_table({"b − a": [apart]}, "Differences", notes=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("ACC1 ↑ " in line and "+0.250 [-0.050, +0.550] " in line for line in lines)
+    assert any("ACC3 ↓ " in line and " -0.500 " in line for line in lines)
+    assert not any("accuracy" in line for line in lines)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["doctor"]])
@@ -438,6 +482,112 @@ def test_evaluation_on_other_classes_says_that_they_differ(capsys, one_category)
     assert "was trained on (2: not cow, cow)" in err
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A folder as of compare, of untrained networks: std and picnn of two seeds each."""
+    from picnn_fast.training import checkpoint, run
+
+    folder = tmp_path_factory.mktemp("compared")
+    for method in ("picnn", "std"):
+        for seed in (0, 1):
+            config = Options(
+                method=method,
+                backbone="small-resnet",
+                data={"name": "digits", "max_shift": 0},
+                num_filters=20,
+                seed=seed,
+                accelerator="cpu",
+            )
+            made = run.assemble(config, folder, progress=False)
+            content = {"state_dict": made.module.state_dict()}
+            saving = checkpoint.SaveOptions(config, made.data)
+            saving.on_save_checkpoint(made.trainer, made.module, content)
+            path = folder / f"{method}-{seed}" / "last.ckpt"
+            path.parent.mkdir()
+            torch.save(content, path)
+    return folder
+
+
+def test_seeds_of_a_method_are_one_column_and_compared_with_the_ordinary_network(
+    capsys, tmp_path, compared
+):
+    arguments = ("evaluate", compared, "--figures", "acc1", "mis", "--resamples", 50)
+    arguments += ("--accelerator", "cpu", "--output", tmp_path / "figures")
+    status, out, err = _main(capsys, *arguments)
+    assert (status, err) == (0, "")
+    head, *lines = [line for line in out.splitlines() if "│" in line or "┃" in line]
+    assert [name.strip() for name in head.split("┃")[1:-1]] == ["", "picnn", "std"]
+    assert " ± " in next(line for line in lines if " ACC1 ↑ " in line)
+    assert any("picnn − std" in line for line in lines)
+    written = json.loads((tmp_path / "figures" / "metrics.json").read_text())
+    assert list(written) == ["picnn-0", "picnn-1", "std-0", "std-1", "picnn − std"]
+    for figure in ("acc1", "mis"):
+        values = {name: of[figure] for name, of in written.items()}
+        mean = (values["picnn-0"] + values["picnn-1"] - values["std-0"] - values["std-1"]) / 2
+        assert values["picnn − std"] == pytest.approx(mean)
+        low, high = written["picnn − std"][f"{figure}_interval"]
+        assert low <= high
+    rows = list(csv.DictReader((tmp_path / "figures" / "metrics.csv").open(encoding="utf-8")))
+    assert [row["name"] for row in rows] == list(written)
+    for row in rows:
+        of = written[row["name"]]
+        assert [float(row[f"mis{end}"]) for end in ("", "_low", "_high")] == [
+            of["mis"],
+            *of["mis_interval"],
+        ]
+    status, out, _ = _main(capsys, *arguments, "--json")
+    assert (status, json.loads(out)) == (0, written)
+
+
+def test_runs_are_measured_side_by_side_and_compared_with_the_first(capsys, compared):
+    names = ["picnn-1", "picnn-0", "picnn-1"]  # one of them twice
+    arguments = ("evaluate", *(compared / name for name in names), "--accelerator", "cpu")
+    arguments += ("--figures", "acc1", "--draws", 1)
+    measured = json.loads(_main(capsys, *arguments, "--json")[1])
+    assert list(measured) == ["picnn-1", "picnn-0"]  # seeds of one method: nothing to compare
+    other = compared / "std-0" / "last.ckpt"
+    files = (compared / "picnn-1" / "last.ckpt", compared / "picnn-0", other)
+    arguments = ("evaluate", *files, "--accelerator", "cpu", "--figures", "acc1", "--json")
+    assert list(json.loads(_main(capsys, *arguments, "--resamples", 0)[1])) == [
+        "picnn-1",
+        "picnn-0",
+        "std-0",
+        "picnn − std-0",
+    ]
+
+
+def test_other_test_images_are_not_compared(capsys, one_category, compared):
+    files = (compared / "std-0", one_category, "--figures", "acc1", "--accelerator", "cpu")
+    status, out, _ = _main(capsys, "evaluate", *files)
+    assert (status, "no differences: the runs were measured on other test images" in out) == (
+        0,
+        True,
+    )
+    assert " − " not in out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--figures", "acc4"), "figures: got 'acc4', did you mean 'acc3'? want all, or some of"),
+        (("--figures", "mis", "misd"), "figures: got 'misd', did you mean 'mis'? want all, or"),
+        (("--resamples", -1), "resamples: got -1, want an integer >= 0"),
+        (("--resamples", "many"), "resamples: got 'many', want an integer"),
+        (("--output", "{folder}"), "output: got {folder}, which holds a run, want another folder"),
+        (("--output", "{file}"), "output: got {file}, which is no folder"),
+    ],
+)
+def test_bad_options_of_a_comparison_are_refused_before_anything_is_measured(
+    capsys, tmp_path, compared, option, message
+):
+    (tmp_path / "run.json").write_text("{}")
+    names = {"folder": str(tmp_path), "file": str(tmp_path / "run.json")}
+    option = [str(word).format(**names) for word in option]
+    status, out, err = _main(capsys, "evaluate", compared, *option)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message.format(**names) in err
+
+
 def test_explain_shows_filters_and_draws_a_picture_of_each_image(capsys, tmp_path, one_category):
     images = [tmp_path / f"{name}.png" for name in ("one", "two")]
     for shade, path in enumerate(images):
@@ -742,7 +892,10 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
 
     status, out, _ = _main(capsys, "evaluate", output, "--json", "--accelerator", "cpu")
     assert status == 0
-    assert json.loads(out) == metrics
+    measured = json.loads(out)
+    apart = measured.pop("picnn − std")
+    assert measured == metrics
+    assert apart["acc1"] == pytest.approx(metrics["picnn"]["acc1"] - metrics["std"]["acc1"])
     status, _, err = _main(capsys, "evaluate", output, "--seed", 2**32)
     assert (status, "seed: got 4294967296, want" in err) == (2, True)
     status, out, _ = _main(capsys, "evaluate", output / "picnn" / "last.ckpt", "--seed", 3)
@@ -936,7 +1089,7 @@ def test_a_reading_process_that_is_killed_while_measuring_is_told_in_a_line(
     def killed(*arguments, **options):
         raise RuntimeError(f"DataLoader worker {text}")
 
-    monkeypatch.setattr(evaluation, "evaluate", killed)
+    monkeypatch.setattr(evaluation, "measure", killed)
     status, _, err = _main(capsys, "evaluate", of_folder, "--accelerator", "cpu")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "data.num_workers: a process that reads images was killed (7)" in err

@@ -5,30 +5,37 @@ from picnn_fast.evaluation.callbacks import (
     MutualInformationCallback,
     log_figures,
 )
-from picnn_fast.evaluation.figures import (
-    FIGURES,
-    Figure,
-    default_figures,
+from picnn_fast.evaluation.figures import FIGURES, Figure, default_figures, sharing
+from picnn_fast.evaluation.loop import Measurement, differences, evaluate, measure
+from picnn_fast.evaluation.observation import Observation, pool
+from picnn_fast.evaluation.values import (
+    Figures,
+    Value,
+    as_csv,
     format_figure,
     format_figures,
+    format_interval,
     read_figures,
-    sharing,
 )
-from picnn_fast.evaluation.loop import Figures, evaluate
-from picnn_fast.evaluation.observation import Observation, pool
 
 __all__ = [
     "FIGURES",
     "Figure",
     "Figures",
     "FiguresCallback",
+    "Measurement",
     "MutualInformationCallback",
     "Observation",
+    "Value",
+    "as_csv",
     "default_figures",
+    "differences",
     "evaluate",
     "format_figure",
     "format_figures",
+    "format_interval",
     "log_figures",
+    "measure",
     "pool",
     "read_figures",
     "sharing",

@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.evaluation.figures import FIGURES
-from picnn_fast.evaluation.loop import Figures, evaluate
+from picnn_fast.evaluation.loop import evaluate
 from picnn_fast.evaluation.observation import pool
+from picnn_fast.evaluation.values import Figures
 from picnn_fast.metrics import MutualInformationScore
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from picnn_fast.metrics import (
     LocationInstability,
     MaskLeakage,
     MeanOverImages,
-    MutualInformationScore,
+    MutualInformationEstimates,
     PartInterpretability,
     PathwayAccuracy,
     Throughput,
@@ -35,8 +34,6 @@ with extra("train"):
 MOST_MAP_BYTES = 3 << 29
 # Above it the pattern of a mask names the class, and a run says so.
 MOST_LEAKAGE = 0.9
-NOT_AVAILABLE = "n/a: "
-STANDARD_ERROR = "_standard_error"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,14 +180,17 @@ def _part_metric(
     kind: type[LocationInstability] | type[PartInterpretability],
     names: str,
     layers: Layers = _filters,
+    filters: int | None = None,
 ) -> Callable[[InterpretableNetwork, PartDataModule, int], Metric]:
+    """Of so many filters; None: as many as the layers have."""
+
     def metric(network: InterpretableNetwork, data: PartDataModule, draws: int) -> Metric:
         of = layers(network)
         assert not isinstance(of, str)
         count = len(getattr(data.part_sets["test"], names))
         # Of one category's images alone, where one was singled out (ICNN, tables 1 and 3).
         classes = 1 if data.category is not None else data.num_classes
-        return kind(of[1], count, _field(of[0], data), num_classes=classes)
+        return kind(filters or of[1], count, _field(of[0], data), num_classes=classes)
 
     return metric
 
@@ -200,8 +200,8 @@ def _maps(seen: Observation) -> Tensor:
 
 
 def _middle(seen: Observation) -> Tensor:
-    """Maps that peak in the middle of every image."""
-    maps = torch.zeros_like(seen.maps)
+    """The maps of a filter that peaks in the middle of every image."""
+    maps = torch.zeros_like(seen.maps[:, :1])
     maps[..., maps.shape[2] // 2, maps.shape[3] // 2] = 1
     return maps
 
@@ -276,14 +276,15 @@ def _location_instability(
     reading: str,
     look: Callable[[Observation], Tensor] = _maps,
     layers: Layers = _filters,
+    filters: int | None = None,
 ) -> Figure:
-    """Of the maps that ``look`` makes of an observation, which are those of ``layers``."""
+    """Of the maps that ``look`` makes of an observation, as those of ``layers``."""
     return Figure(
         heading=heading,
         meaning=meaning,
         better="lower",
         reading=reading,
-        metric=_part_metric(LocationInstability, "landmark_names", layers),
+        metric=_part_metric(LocationInstability, "landmark_names", layers, filters),
         update=_update_parts("landmarks", look),
         needs=_needs_parts("landmark", layers),
     )
@@ -307,6 +308,27 @@ def _timed(heading: str, meaning: str, reading: str, **more: Any) -> Figure:
         update=_update_throughput,
         when="asked",
         **more,
+    )
+
+
+def _estimates(network: InterpretableNetwork, data: object, draws: int) -> Metric:
+    return MutualInformationEstimates(network.num_classes)
+
+
+def _update_estimates(metric: Metric, seen: Observation) -> None:
+    metric.update(seen.pooled, seen.labels)
+
+
+def _information(heading: str, meaning: str, reading: str, part: str) -> Figure:
+    """By one estimator, of activations that all of them share."""
+    return Figure(
+        heading=heading,
+        meaning=meaning,
+        better="higher",
+        reading=reading,
+        metric=_estimates,
+        update=_update_estimates,
+        part=part,
     )
 
 
@@ -364,17 +386,33 @@ FIGURES: dict[str, Figure] = {
         " its class gives ACC1.",
         lambda seen: seen.pseudo_label_masks,
     ),
-    "mis": Figure(
-        heading="MIS",
-        meaning="mutual information score, nats",
-        better="higher",
-        reading=(
-            "Higher is better: by chance, of filters that tell nothing of the classes, about 0, of"
-            " one that tells a class from all others its entropy, 0.33 with ten classes of one"
-            " size, and a plain network lies between them."
-        ),
-        metric=lambda network, data, draws: MutualInformationScore(network.num_classes),
-        update=lambda metric, seen: metric.update(seen.pooled, seen.labels),
+    "mis": _information(
+        "MIS",
+        "mutual information score by nearest neighbours, nats",
+        "Higher is better: by chance, of filters that tell nothing of the classes, about 0, of one"
+        " that tells a class from all others its entropy, 0.33 with ten classes of one size, and a"
+        " plain network lies between them.",
+        "knn",
+    ),
+    "mis_histogram": _information(
+        "… histogram",
+        "the same by counts in bins",
+        "Higher is better: chance gives about 32 / images too much, and a plain network what MIS"
+        " says and somewhat more.",
+        "histogram",
+    ),
+    "mis_miller_madow": _information(
+        "… Miller-Madow",
+        "the same with what it is too high by taken off",
+        "Higher is better: chance gives about 0, and a plain network what MIS says or somewhat"
+        " less.",
+        "miller_madow",
+    ),
+    "mis_soft_histogram": _information(
+        "… soft histogram",
+        "by counts shared out between the two nearest bins, as it can be trained by",
+        "Higher is better: chance gives somewhat above 0, and a plain network about what MIS says.",
+        "soft_histogram",
     ),
     "calibration_error": Figure(
         heading="ECE",
@@ -424,6 +462,7 @@ FIGURES: dict[str, Figure] = {
         "A mark to beat, lower than chance: a plain network, and others, that do not lie below"
         " it say nothing of parts.",
         _middle,
+        filters=1,  # others would be the same
     ),
     "location_instability_random": _location_instability(
         "… at random",
@@ -507,55 +546,3 @@ FIGURES: dict[str, Figure] = {
         part="overhead",
     ),
 }
-
-
-def read_figures(values: object) -> dict[str, float | str]:
-    """Figures that were written down; one that is new since then is "n/a", if every run has it.
-
-    Raises:
-        ValueError: values that are not those ``evaluate`` returns.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"got {type(values).__name__}, want a mapping of figures")
-    if FIGURES.keys().isdisjoint(values):
-        raise ValueError(f"got no figure, want a mapping of {', '.join(FIGURES)}")
-    for name in FIGURES.keys() & values.keys():
-        value = values[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number and not (isinstance(value, str) and value.startswith(NOT_AVAILABLE)):
-            raise ValueError(f"{name} is {value!r}, want a number, or text {NOT_AVAILABLE!r}…")
-    return {**dict.fromkeys(default_figures(), f"{NOT_AVAILABLE}not measured then"), **values}
-
-
-def format_figure(values: Mapping[str, float | str], name: str) -> str:
-    """One figure for a table: three decimals, its standard error, or "n/a"."""
-    value = values.get(name, NOT_AVAILABLE)
-    if isinstance(value, str):
-        return NOT_AVAILABLE.rstrip(": ")
-    error = values.get(name + STANDARD_ERROR)
-    return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
-
-
-def format_figures(runs: Sequence[Mapping[str, float | str]], name: str) -> str:
-    """One figure of several runs for a table: their mean ± the standard deviation, or "n/a".
-
-    Of a single run as ``format_figure``.
-    """
-    if len(runs) == 1:
-        return format_figure(runs[0], name)
-    values = [run.get(name, NOT_AVAILABLE) for run in runs]
-    numbers = [value for value in values if not isinstance(value, str)]
-    if len(numbers) < len(runs):
-        return NOT_AVAILABLE.rstrip(": ")
-    return f"{statistics.fmean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
-
-
-def as_numbers(name: str, value: Tensor | Iterable[Tensor]) -> dict[str, float | str]:
-    """What a metric computed, by name: the value, its standard error, or why there is none."""
-    mean, *spread = [value] if isinstance(value, Tensor) else value
-    if mean.isnan():
-        return {name: f"{NOT_AVAILABLE}too few images of it to tell"}
-    values: dict[str, float | str] = {name: mean.item()}
-    if spread and not spread[0].isnan():
-        values[name + STANDARD_ERROR] = spread[0].item()
-    return values

@@ -5,6 +5,7 @@ how often each of the M images seen, in the order of ``update``, is drawn in eac
 it gives what ``compute`` would of those images, with a leading axis ``[R]``.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,81 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from picnn_fast.ops import checks
+
+# Counts that are drawn at a time: 128 MiB.
+_BLOCK = 2**24
+
+
+def draw_counts(images: int, resamples: int, *, seed: int = 0) -> Iterator[Tensor]:
+    """Resamples of images: as many of them, drawn with replacement.
+
+    Args:
+        images: M, at least 1.
+        resamples: R, at least 1.
+        seed: the first of two numbers of resamples are the same with one seed.
+
+    Yields:
+        Counts ``[r, M]`` int64, how often each image is drawn in each resample; R in all, in blocks
+        of bounded size.
+
+    Example:
+        >>> from picnn_fast.metrics.bootstrap import draw_counts
+        >>> [counts.sum(1).tolist() for counts in draw_counts(5, 3)]
+        [[5, 5, 5]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    most = max(1, _BLOCK // images)
+    for first in range(0, resamples, most):
+        rows = min(most, resamples - first)
+        drawn = torch.randint(images, (rows, images), generator=generator)
+        drawn += images * torch.arange(rows)[:, None]
+        yield drawn.view(-1).bincount(minlength=rows * images).view(rows, images)
+
+
+def check_counts(counts: Tensor, images: int) -> None:
+    """Refuse what are no counts of so many images.
+
+    Raises:
+        TypeError: no tensor of int64.
+        ValueError: of another shape than ``[R, M]``.
+    """
+    checks.tensor("counts", counts)
+    if counts.dtype != torch.int64:
+        raise TypeError(f"counts: got dtype {counts.dtype}, want torch.int64")
+    if counts.ndim != 2 or counts.shape[1] != images:
+        raise ValueError(
+            f"counts: got shape {tuple(counts.shape)}, want [resamples, {images}], the images seen"
+        )
+
+
+def percentile_interval(values: Tensor, level: float = 0.95) -> tuple[float, float] | None:
+    """Where the middle ``level`` of the values lies.
+
+    Args:
+        values: ``[R]`` of the resamples; NaN where one has no value.
+        level: share in (0, 1).
+
+    Returns:
+        The least and the greatest; None where fewer than half of the resamples have a value.
+
+    Source:
+        Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.metrics.bootstrap import percentile_interval
+        >>> percentile_interval(torch.arange(101.0), 0.5)
+        (25.0, 75.0)
+    """
+    if checks.positive("level", level) >= 1:
+        raise ValueError(f"level: got {level}, want a share below 1")
+    values = values.cpu().double()
+    values = values[~values.isnan()] if 2 * values.isnan().sum() <= len(values) else values[:0]
+    if len(values) == 0:
+        return None
+    ends = values.new_tensor([(1 - level) / 2, (1 + level) / 2])
+    low, high = values.quantile(ends).tolist()
+    return low, high
 
 
 class PerImageMetric(Metric):
@@ -28,6 +104,9 @@ class PerImageMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
+
+    #: Resamples that ``replicate`` is to be asked for, at most; fewer where each costs much.
+    most_resamples: int | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -67,19 +146,8 @@ class PerImageMetric(Metric):
         return self
 
     def check_counts(self, counts: Tensor) -> None:
-        """
-        Raises:
-            TypeError: counts that are no tensor of int64.
-            ValueError: of another shape than ``[R, M]``.
-        """
-        checks.tensor("counts", counts)
-        if counts.dtype != torch.int64:
-            raise TypeError(f"counts: got dtype {counts.dtype}, want torch.int64")
-        if counts.ndim != 2 or counts.shape[1] != self.seen:
-            raise ValueError(
-                f"counts: got shape {tuple(counts.shape)}, want [resamples, {self.seen}], the"
-                " images seen"
-            )
+        """Refuse what are no counts ``[R, M]`` of the images seen, see ``check_counts``."""
+        check_counts(counts, self.seen)
 
     def _no_rows(self, name: str) -> Tensor:
         shape, dtype = self._shapes[name]

@@ -1,7 +1,7 @@
 """Whether filters stand for object parts: location instability and part interpretability."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from picnn_fast.ops import checks
 # Elements that compute() works on at a time.
 _BLOCK = 2**22
 _MEMORY_LIMIT = 2**32
+# Elements of resamples that are worked on at a time: few enough for a cache.
+_RESAMPLED = 2**20
+# Resamples of a figure that costs much.
+_FEWEST = 100
+# Standard deviations of how many images a resample draws of some, which are at most their root.
+_MARGIN = 8
 # A pixel whose centre lies on the rim of a round field belongs to it, whatever the rounding.
 _RIM = 1 + 1e-9
 
@@ -101,7 +107,9 @@ class LocationInstability(_PartMetric):
     Of equal peaks (a filter that does not fire peaks at 0) the image seen first counts, and that
     of the lower rank. Batches of any size give the same, bit for bit, and so do ranks together
     where no peaks are equal. Of every image the peaks, their places and the landmarks are kept in
-    single precision, ``12 · N + 8 · L + 8`` bytes, however many categories there are.
+    single precision, ``12 · N + 8 · L + 8`` bytes, however many categories there are. Resamples
+    cost what they look at, N · L · about 200 images a category: some 10^9 places are looked at in
+    all, but 100 resamples at least.
 
     Args:
         num_filters: N.
@@ -156,6 +164,17 @@ class LocationInstability(_PartMetric):
         self._deviations = torch.empty(0)
         self._categories = torch.empty(0)
 
+    @property
+    def _ranks(self) -> int:
+        """By then next to every resample has drawn ``images`` of the images with highest peaks."""
+        return self.images + _MARGIN * math.isqrt(self.images)
+
+    @property
+    def most_resamples(self) -> int:  # type: ignore[override]
+        """Such that a billion places are looked at, or 100."""
+        images = self.rows("labels").bincount().clamp_max(self._ranks).sum()
+        return max(_FEWEST, 10**9 // max(1, self.num_filters * self.num_landmarks * int(images)))
+
     def update(self, maps: Tensor, landmarks: Tensor, labels: Tensor | None = None) -> None:
         """Add a batch of images.
 
@@ -177,19 +196,16 @@ class LocationInstability(_PartMetric):
 
     def compute(self) -> Tensor:
         """Location instability, a share of the diagonal; float64 on the metric's device."""
-        peaks, centres, landmarks, labels = map(
-            self.rows, ("peaks", "centres", "landmarks", "labels")
-        )
         shape = (self.num_filters, self.num_classes, self.num_landmarks)
         self._deviations = torch.full(shape, math.nan, dtype=torch.float64)
-        for c in labels.unique().tolist():
-            images = (labels == c).nonzero()[:, 0]
-            some = max(1, _BLOCK // (self.num_landmarks * len(images)))
-            for first in range(0, self.num_filters, some):
-                filters = slice(first, first + some)
-                self._deviations[filters, c] = self._deviation(
-                    peaks[images, filters], centres[images, filters], landmarks[images]
-                )
+        for c, _, filters, ranked in self._ranked():
+            distances, held = (x[..., : self.images].cpu() for x in ranked[:2])
+            distances = distances.double()
+            count = held.sum(-1)
+            mean = distances.sum(-1) / count
+            squares = ((distances - mean[..., None]) ** 2).where(held, 0.0).sum(-1)
+            deviations = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
+            self._deviations[filters, c] = deviations
         of_category = self._deviations.nanmean(-1).nan_to_num(math.inf)
         least, category = of_category.min(1)
         counts = least < math.inf
@@ -207,28 +223,80 @@ class LocationInstability(_PartMetric):
         self.compute()
         return self._categories
 
-    def _deviation(self, peaks: Tensor, centres: Tensor, landmarks: Tensor) -> Tensor:
-        """D ``[n, L]`` of some filters over M images of one category, float64 on the CPU.
+    def replicate(self, counts: Tensor) -> Tensor:
+        """The metric of each resample ``[R]``, with images as often as they are drawn.
 
         Args:
-            peaks: ``[M, n]``.
-            centres: ``[M, n, 2]`` of the peaks' fields.
-            landmarks: ``[M, L, 2]``.
+            counts: ``[R, M]`` int64, how often each image seen is drawn.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
         """
-        shown = ~landmarks.isnan().any(-1).T
-        scores = peaks.T[:, None].where(shown, -math.inf)  # [n, L, M]
-        scores, order = scores.sort(stable=True, descending=True)
-        held, order = scores[..., : self.images] > -math.inf, order[..., : self.images]
-        filters, points = (torch.arange(count, device=order.device) for count in order.shape[:2])
-        offsets = centres[order, filters[:, None, None]] - landmarks[order, points[:, None]]
+        self.check_counts(counts)
+        times = counts.T.to(self.device, torch.float32, copy=True)  # [M, R]: whole numbers
+        best = torch.full((self.num_filters, len(counts)), math.inf, device=self.device)
+        for _, images, filters, (distances, held, order) in self._ranked():
+            drawn = times[images]
+            ranks = min(len(images), self._ranks)
+            some = max(1, _RESAMPLED // (self.num_landmarks * ranks * len(counts)))
+            blocks = zip(distances.split(some), held.split(some), order.split(some), strict=True)
+            values = [self._resampled(drawn, *block, ranks) for block in blocks]
+            best[filters] = torch.minimum(best[filters], torch.cat(values))
+        return best.to(self.wide).where(best < math.inf, math.nan).nanmean(0)
+
+    def _resampled(
+        self, drawn: Tensor, distances: Tensor, held: Tensor, order: Tensor, ranks: int
+    ) -> Tensor:
+        """Mean deviation ``[n, R]`` over landmarks, infinite where there is none.
+
+        Args:
+            drawn: ``[M, R]``, how often each of the category's images is drawn.
+            distances, held, order: ``[n, L, M]`` as of ``_ranked``.
+            ranks: how many of M to look at first.
+        """
+        times = drawn[order[..., :ranks]]  # [n, L, ranks, R]
+        upto = times.cumsum(-2)
+        # A landmark that few images show is at its end before.
+        short = upto[..., -1, :] < self.images
+        if ranks < order.shape[-1] and (short & held[..., ranks, None]).any():
+            return self._resampled(drawn, distances, held, order, order.shape[-1])
+        room = upto.sub_(times).neg_().add_(self.images).clamp_(min=0)
+        taken = torch.minimum(times, room, out=room)
+        shown = held[..., :ranks].float()
+        # About a value near the mean, so that squares lose no digits; 0 where nothing is shown,
+        # which comes last.
+        about = (distances[..., :ranks] - distances[..., :1]).float() * shown
+        count, first, second = (torch.stack([shown, about, about.square()], -2) @ taken).unbind(-2)
+        squares = (second - first * first / count).clamp_min(0)
+        deviations = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
+        return deviations.nanmean(1).nan_to_num(math.inf)
+
+    def _ranked(self) -> Iterator[tuple[int, Tensor, slice, tuple[Tensor, Tensor, Tensor]]]:
+        """By category and block of n filters, the M images of the category by their peaks.
+
+        Yields:
+            category, its images ``[M]``, the filters, and of these ``[n, L, M]`` from the highest
+            peak down: the distance from the landmark, a share of the diagonal, 0 where the image
+            does not show it; whether it does; which of the M images it is.
+        """
+        names = ("peaks", "centres", "landmarks", "labels")
+        peaks, centres, landmarks, labels = map(self.rows, names)
         diagonal = math.hypot(*self.receptive_field.image_size)
-        distances = (offsets.norm(dim=-1) / diagonal).where(held, 0.0).cpu().double()
-        held = held.cpu()
-        count = held.sum(-1)
-        mean = distances.sum(-1) / count
-        squares = ((distances - mean[..., None]) ** 2).where(held, 0.0).sum(-1)
-        deviations: Tensor = (squares / (count - 1)).sqrt().where(count > 1, math.nan)
-        return deviations
+        for c in labels.unique().tolist():
+            images = (labels == c).nonzero()[:, 0]
+            points = landmarks[images]
+            shown = ~points.isnan().any(-1).T
+            some = max(1, _BLOCK // (self.num_landmarks * len(images)))
+            for first in range(0, self.num_filters, some):
+                filters = slice(first, first + some)
+                scores = peaks[images, filters].T[:, None].where(shown, -math.inf)
+                scores, order = scores.sort(stable=True, descending=True)
+                held = scores > -math.inf
+                row, column = (torch.arange(n, device=order.device) for n in order.shape[:2])
+                offsets = centres[images[order], first + row[:, None, None]]
+                offsets = offsets - points[order, column[:, None]]
+                distances = (offsets.norm(dim=-1) / diagonal).where(held, 0.0).to(self.wide)
+                yield c, images, filters, (distances, held, order)
 
     def _check(self, maps: Tensor, landmarks: Tensor, labels: Tensor | None = None) -> None:
         self._check_maps(maps, labels)
@@ -269,7 +337,8 @@ class PartInterpretability(_PartMetric):
     below the maps.
 
     Order, batches and ranks make no difference. All maps and masks are kept, ``4 · N · h · w +
-    P · H · W / 8`` bytes an image, for the threshold is not known before the last image.
+    P · H · W / 8`` bytes an image, for the threshold is not known before the last image; then N · P
+    bytes more say which parts were found.
 
     Args:
         num_filters: N.
@@ -342,6 +411,7 @@ class PartInterpretability(_PartMetric):
         self.add_rows("masks", num_parts, math.ceil(pixels / 8), dtype=torch.uint8)
         self._association = torch.empty(0)
         self._categories = torch.empty(0)
+        self._found = self._shown = torch.empty(0)
 
     def update(self, maps: Tensor, part_masks: Tensor, labels: Tensor | None = None) -> None:
         """Add a batch of images.
@@ -370,15 +440,51 @@ class PartInterpretability(_PartMetric):
         """
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():
             category = self._category()
-            hits, shown = self._hits(category, self._thresholds(category))
-        hits, shown, category = hits.cpu(), shown.cpu(), category.cpu()
-        # No image: there is no category, and no part is shown.
-        showing = shown[category.clamp_min(0)].where(category[:, None] >= 0, 0)
-        self._association = (hits.double() / showing).where(showing > 0, math.nan)
+            self._found, self._shown = self._hits(category, self._thresholds(category))
+            self._categories = category.cpu()
+            everyone = torch.ones(1, len(self._shown), dtype=self.wide, device=self.device)
+            self._association = self._associations(everyone)[0].cpu().double()
         best = self._association.nan_to_num(-1).amax(1)
         self._per_filter = best.where(best >= 0, math.nan)
-        self._categories = category
         return self._mean()
+
+    def replicate(self, counts: Tensor) -> Tensor:
+        """The metric of each resample ``[R]``: the share of its images whose part a filter finds.
+
+        A filter's threshold and category stay those of all images, so that its regions do: of so
+        many positions the top share ends where it does, whichever images are drawn.
+
+        Args:
+            counts: ``[R, M]`` int64, how often each image seen is drawn.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
+        """
+        self.check_counts(counts)
+        self.compute()
+        counts = counts.to(self.device, self.wide)
+        rows = max(1, _BLOCK // (self.num_filters * self.num_parts))
+        best = [self._associations(part).nan_to_num(-1).amax(2) for part in counts.split(rows)]
+        values = torch.cat(best)
+        return values.where(values >= 0, math.nan).nanmean(1)
+
+    def _associations(self, counts: Tensor) -> Tensor:
+        """P_{f,k} ``[R, N, P]`` of images so often ``[R, M]``; NaN where none shows the part."""
+        size = (len(counts), self.num_filters, self.num_parts)
+        labels, category = self.rows("labels"), self._categories.to(counts.device)
+        showing = counts.new_zeros(size)
+        for c in category.unique().tolist():  # -1 where there is no image, and none shows a part
+            images = labels == c
+            showing[:, category == c] = (counts[:, images] @ self._shown[images].to(counts))[
+                :, None
+            ]
+        hits = counts.new_zeros(size)
+        some = max(1, _BLOCK // self.num_filters // self.num_parts)
+        for first in range(0, counts.shape[1], some):
+            images = slice(first, first + some)
+            found = self._found[images].flatten(1).to(counts)
+            hits += (counts[:, images] @ found).view(size)
+        return (hits / showing).where(showing > 0, math.nan)
 
     def association(self) -> Tensor:
         """P_{f,k} ``[N, P]``, float64 on the CPU; NaN where no image shows the part."""
@@ -430,21 +536,21 @@ class PartInterpretability(_PartMetric):
         return thresholds
 
     def _hits(self, category: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-        """Images with association ``[N, P]``, and images that show the part ``[K, P]``."""
-        hits = torch.zeros(self.num_filters, self.num_parts, dtype=torch.int64, device=self.device)
-        shown = torch.zeros(self.num_classes, self.num_parts, dtype=torch.int64, device=self.device)
+        """Whether an image has an association ``[M, N, P]``, and shows the part ``[M, P]``."""
+        size = (self.seen, self.num_filters, self.num_parts)
+        hits = torch.zeros(size, dtype=torch.bool, device=self.device)
+        shown = torch.zeros(size[::2], dtype=torch.bool, device=self.device)
         down, across = self._round_field()
         columns = self.receptive_field.map_size[1]
         strides = self.receptive_field.stride
         height, width = self.receptive_field.image_size
         some = max(1, _BLOCK // (height * width))
         batches = zip(*map(_batches, (self.maps, self.masks, self.labels)), strict=True)
-        for maps, masks, label in (
-            (m[i], p[i], y[i]) for m, p, y in batches for i in range(len(m))
-        ):
+        images = ((m[i], p[i], y[i]) for m, p, y in batches for i in range(len(m)))
+        for image, (maps, masks, label) in enumerate(images):
             parts = _unpacked(masks, height * width).float()
             area = parts.sum(1)
-            shown[label] += area > 0
+            shown[image] = area > 0
             valid = (maps.flatten(1) > thresholds[:, None]) & (category == label)[:, None]
             fired = valid.any(1).nonzero()[:, 0]
             for filters in fired.split(some):
@@ -461,7 +567,7 @@ class PartInterpretability(_PartMetric):
                 # Whole numbers, exact in single precision below 2**24; their ratio in double.
                 overlap = covered @ parts.T
                 union = covered.sum(1, keepdim=True) + area - overlap
-                hits[filters] += (overlap.double() / union.double() > self.iou) & (area > 0)
+                hits[image, filters] = (overlap.double() / union.double() > self.iou) & (area > 0)
         return hits, shown
 
     def _round_field(self) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,17 @@ def grid(minimum: Tensor, maximum: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     return least + shift, first >> shift
 
 
-def _bins_of(x: Tensor, minimum: Tensor, maximum: Tensor, bins: int) -> Tensor:
-    """Bin of each x ``[M, N]`` (float64) on the grid of its filter, int64."""
+def bins_of(x: Tensor, minimum: Tensor, maximum: Tensor, bins: int) -> Tensor:
+    """Bin of each x on the grid of its filter.
+
+    Args:
+        x: ``[M, N]`` float64.
+        minimum, maximum: ``[N]`` float64, the range of each filter, in which its x lie.
+        bins: at least 2.
+
+    Returns:
+        ``[M, N]`` int64 in [0, bins).
+    """
     exponent, first = grid(minimum, maximum, bins)
     # By way of the smallest exponent, whose power of two is a normal number.
     least = smallest_exponent(minimum, maximum)
@@ -132,7 +141,7 @@ def histogram_update(
     new_minimum, new_maximum = torch.minimum(minimum, least), torch.maximum(maximum, most)
     new_counts = widen(counts, minimum, maximum, new_minimum, new_maximum)
     row = torch.arange(filters, device=counts.device) * bins
-    cell = (row + _bins_of(x, new_minimum, new_maximum, bins)) * classes + labels[:, None]
+    cell = (row + bins_of(x, new_minimum, new_maximum, bins)) * classes + labels[:, None]
     cell = cell.reshape(-1)
     new_counts.view(-1).index_add_(0, cell, torch.ones_like(cell))
     good = column < 0
@@ -211,6 +220,22 @@ def soft_histogram_backward(
     slope = (flat[cell + classes] - flat[cell]) / width
     grad = torch.where(inside, slope, torch.where(t.isnan(), t, 0))
     return torch.empty_like(activations).copy_(grad)
+
+
+def log_ratios(counts: Tensor) -> Tensor:
+    """What a sample of each cell adds to the plug-in estimate: log p(b, y) / p(b) p(y).
+
+    Args:
+        counts: ``[N, bins, K]``, hard or soft.
+
+    Returns:
+        ``[N, bins, K]`` float64, in nats; 0 where no sample is.
+    """
+    counts = counts.double()
+    some = counts > 0
+    total = counts.sum((1, 2), keepdim=True)
+    apart = counts.sum(2, keepdim=True) * counts.sum(1, keepdim=True)
+    return torch.where(some, counts * total / torch.where(some, apart, 1), 1.0).log()
 
 
 def _information(joint: Tensor, first: Tensor, second: Tensor, total: Tensor) -> Tensor:

@@ -88,23 +88,40 @@ def _ross(values: Tensor, labels: Tensor, n_neighbors: int) -> Tensor:
     A label's n samples look for k = min(n_neighbors, n - 1) neighbours among themselves; m counts
     the samples of all labels nearer than the k-th. Labels with one sample are left out.
     """
-    sizes = torch.bincount(labels)
-    samples = int(sizes[sizes > 1].sum())
+    counted = torch.bincount(labels)[labels] > 1
+    samples = int(counted.sum())
     if samples == 0:
         return values.new_full((values.shape[0],), torch.nan)
+    terms = ross_terms(values, labels, n_neighbors)[:, counted]
+    mutual_information = terms.mean(1) + terms.new_tensor(samples).digamma()
+    return torch.where(values.isfinite().all(1), mutual_information.clamp_min(0), torch.nan)
+
+
+def ross_terms(values: Tensor, labels: Tensor, n_neighbors: int) -> Tensor:
+    """What each sample adds to Ross's estimate: psi(k) - psi(n) - psi(m).
+
+    Args:
+        values: ``[N, M]`` float64, finite, filters as ``prepare`` gives them.
+        labels: ``[M]`` int64, at least 0.
+        n_neighbors: k >= 1.
+
+    Returns:
+        ``[N, M]`` float64; NaN for the sample of a label that has no other.
+    """
+    sizes = torch.bincount(labels)
+    terms = torch.full_like(values, torch.nan)
     everyone = values[:, sizes[labels] > 1].sort().values
-    total = torch.zeros_like(values[:, 0])
     for label in (sizes > 1).nonzero().flatten():
-        own = values[:, labels == label].sort().values
+        members = (labels == label).nonzero().flatten()
+        own, order = values[:, members].sort()
         size = own.shape[1]
         k = min(n_neighbors, size - 1)
         # Which search scikit-learn's NearestNeighbors chooses: they round differently.
         distance = _rounded_distance(own, k) if k >= size // 2 else _distance(own, k)
         m = _count_within(everyone, own, torch.nextafter(distance, torch.zeros_like(distance)))
         constant = torch.tensor([k, size], dtype=torch.float64, device=values.device).digamma()
-        total += size * (constant[0] - constant[1]) - m.double().digamma().sum(1)
-    mutual_information = total / samples + total.new_tensor(samples).digamma()
-    return torch.where(values.isfinite().all(1), mutual_information.clamp_min(0), torch.nan)
+        terms.scatter_(1, members[order], constant[0] - constant[1] - m.double().digamma())
+    return terms
 
 
 def _distance(own: Tensor, k: int) -> Tensor:

@@ -1,15 +1,13 @@
 """Several methods side by side: each trained from several seeds, everything else alike."""
 
-import csv
 import dataclasses
-import io
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from picnn_fast.evaluation import FIGURES, Figures
+from picnn_fast.evaluation import Figures, as_csv
 from picnn_fast.models.factory import METHODS
 from picnn_fast.ops import checks
 from picnn_fast.training.checkpoint import CHECKPOINT
@@ -249,13 +247,4 @@ def train_part(
 def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The figures of every run as JSON and as CSV."""
     write_json(folder / METRICS, {"runs": rows})
-    every = dict.fromkeys(key for row in rows for key in row)
-    # The order of the tables, each with its standard error behind it.
-    columns = ["method", "seed"]
-    for figure in FIGURES:
-        columns += [key for key in every if key == figure or key.startswith(f"{figure}_standard")]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / TABLE, text.getvalue())
+    write_atomically(folder / TABLE, as_csv(rows, ("method", "seed")))

@@ -1,6 +1,7 @@
 """FIGURES, and the loop that walks them over a test split."""
 
 import dataclasses
+import time
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -15,14 +16,22 @@ from picnn_fast.data import DATA
 from picnn_fast.evaluation import (
     FIGURES,
     Figure,
+    as_csv,
     default_figures,
+    differences,
     evaluate,
     figures,
     format_figure,
     format_figures,
+    measure,
     read_figures,
 )
-from picnn_fast.metrics import LocationInstability, MeanOverDraws, PartInterpretability
+from picnn_fast.metrics import (
+    LocationInstability,
+    MeanOverDraws,
+    PartInterpretability,
+    draw_counts,
+)
 from picnn_fast.models import make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 
@@ -56,13 +65,106 @@ def test_every_record_is_a_number_or_says_why_not(digits):
     read_figures(values)
     absent = {name for name in default_figures() if isinstance(values[name], str)}
     assert absent == PARTS | PERFORMER | {"density"}
+    drawn = {"acc2", "acc3", "leakage", "pseudo_label_leakage"}
     assert {name for name in values if name not in FIGURES} == {
-        "acc2_standard_error",
-        "acc3_standard_error",
-        "leakage_standard_error",
-        "pseudo_label_leakage_standard_error",
+        *(f"{name}_standard_error" for name in drawn),
+        *(f"{name}_interval" for name in set(default_figures()) - absent),
     }
     assert values["location_instability"] == "n/a: the data has no part annotations"
+
+
+def test_an_interval_is_that_of_images_drawn_again(digits):
+    """A loop that repeats each image's answer as often as it is drawn."""
+    network, data = digits
+    right = []
+    with torch.no_grad():
+        for images, labels in data.test_dataloader():
+            right += (network.eval()(images).logits.argmax(1) == labels).tolist()
+    found = measure(network, data, figures=["acc1"], resamples=200)
+    (counts,) = draw_counts(len(right), 200)
+    each = []
+    for times in counts.tolist():
+        drawn = [r for r, n in zip(right, times, strict=True) for _ in range(n)]
+        each.append(sum(drawn) / len(drawn))
+    assert found.replicates["acc1"].tolist() == pytest.approx(each)
+    assert found.figures["acc1_interval"] == pytest.approx(np.percentile(each, [2.5, 97.5]))
+    assert found.images == 360
+
+
+def test_without_resamples_there_are_no_intervals(digits):
+    for values in (
+        evaluate(*digits, figures=["acc1", "mis"], intervals=False),
+        measure(*digits, figures=["acc1", "mis"], resamples=0).figures,
+    ):
+        assert list(values) == ["acc1", "mis"]
+    with_them = evaluate(*digits, figures=["acc1", "mis"])
+    assert [k for k in with_them if k in FIGURES] == ["acc1", "mis"]
+    assert values.items() <= with_them.items()
+
+
+def test_every_part_figure_has_an_interval_that_holds_it():
+    values = evaluate(_network(), _animals(test_images=36))
+    for name in PARTS:
+        low, high = values[f"{name}_interval"]
+        assert low <= high
+    assert values["part_interpretability_interval"][0] <= values["part_interpretability"]
+
+
+def test_a_figure_of_weights_alone_has_no_interval(digits):
+    network = make_interpretable("small-resnet", "csg", num_classes=10, num_filters=8)
+    assert list(evaluate(network, digits[1], figures=["density"])) == ["density"]
+
+
+def test_differences_are_paired_by_image(digits):
+    network, data = digits
+    torch.manual_seed(1)
+    other = make_interpretable("small-resnet", "std", num_classes=10, num_filters=8)
+    names = ["acc1", "mis", "density", "p"]
+    one, two = (measure(n, data, figures=names, resamples=100) for n in (network, other))
+    apart = differences([one], [two])
+    assert apart.keys() == {"acc1", "mis", "acc1_interval", "mis_interval"}
+    assert apart["acc1"] == one.figures["acc1"] - two.figures["acc1"]
+    each = (one.replicates["mis"] - two.replicates["mis"]).tolist()
+    assert apart["mis_interval"] == pytest.approx(np.percentile(each, [2.5, 97.5]))
+    itself = differences([one, two], [two, one])
+    for name in ("acc1", "mis"):
+        assert itself[name] == 0
+        assert itself[f"{name}_interval"] == [0, 0]
+    mean = differences([one, two], [two])
+    assert mean["mis"] == pytest.approx(apart["mis"] / 2)
+    assert mean["mis_interval"] == pytest.approx([end / 2 for end in apart["mis_interval"]])
+
+
+def test_other_images_are_not_compared(digits):
+    network, data = digits
+    one = measure(network, data, figures=["acc1"])
+    same = measure(network, DATA["digits"](batch_size=7, seed=4), figures=["acc1"])
+    assert one.split == same.split
+    changed = DATA["digits"](batch_size=64)
+    images, labels = changed.test_set[:]
+    images = images.clone()
+    images[5, 0, 3, 3] += 1e-3
+    changed.test_set = torch.utils.data.TensorDataset(images, labels)
+    other = measure(network, changed, figures=["acc1"])
+    assert other.split != one.split
+    with pytest.raises(ValueError, match="got 1 and 1 measurements of 2 sets of test images"):
+        differences([one], [other])
+    with pytest.raises(ValueError, match="got 0 and 1 measurements"):
+        differences([], [one])
+
+
+def test_the_time_of_each_figure_is_told(digits, monkeypatch):
+    names = _recorded(monkeypatch)
+    slow = dataclasses.replace(
+        FIGURES["acc1"],
+        update=lambda metric, seen: (time.sleep(0.02), metric.update(seen.logits, seen.labels)),
+    )
+    monkeypatch.setitem(FIGURES, "slow", slow)
+    found = measure(*digits, figures=["slow", "p", *names])
+    assert found.seconds.keys() == {"images", "forward", "slow", names[0]}
+    assert 0.12 < found.seconds["slow"] < 1
+    assert found.seconds["forward"] > 0
+    assert "slow" in found.replicates
 
 
 def test_figures_repeat_with_the_seed_whatever_was_drawn_before(digits):
@@ -209,7 +311,7 @@ def test_a_record_added_is_measured_and_shown(digits, monkeypatch):
             return torch.tensor(0.25)
 
     record = dataclasses.replace(
-        FIGURES["mis"], metric=lambda *a: Fixed(), update=lambda metric, seen: None
+        FIGURES["acc1"], metric=lambda *a: Fixed(), update=lambda metric, seen: None
     )
     monkeypatch.setitem(FIGURES, "quarter", record)
     values = evaluate(*digits)
@@ -245,6 +347,18 @@ def test_figures_of_several_runs_are_written_as_mean_and_standard_deviation():
     assert [format_figures(runs, name) for name in ("acc3", "mis")] == ["n/a", "n/a"]
     one = {"acc2": 0.5, "acc2_standard_error": 0.0125}
     assert format_figures([one], "acc2") == "0.500 ± 0.013"
+
+
+def test_figures_as_csv_are_in_the_order_of_the_tables_with_their_intervals():
+    rows = [
+        {"method": "a", "mis": 0.25, "acc2": 0.5, "acc2_standard_error": 0.125, "more": 1},
+        {"method": "b", "acc2": "n/a: none", "mis": 0.75, "mis_interval": [0.5, 1.0]},
+    ]
+    assert as_csv(rows, ["method"]) == (
+        "method,acc2,acc2_standard_error,mis,mis_low,mis_high\n"
+        "a,0.5,0.125,0.25,,\n"
+        "b,n/a: none,,0.75,0.5,1.0\n"
+    )
 
 
 def test_the_density_is_that_of_the_gate(digits):
@@ -355,7 +469,8 @@ def test_what_is_asked_for_is_measured_alone_and_only_then(digits, monkeypatch):
     names = _recorded(monkeypatch)
     assert not set(names) & evaluate(*digits).keys()
     assert not set(names) & set(default_figures())
-    assert list(evaluate(*digits, figures=["mis", "acc1"])) == ["mis", "acc1"]
+    named = evaluate(*digits, figures=["mis", "acc1"], intervals=False)
+    assert list(named) == ["mis", "acc1"]
     with pytest.raises(ValueError, match=r"figures: got 'acc4', want one of .*did you mean 'acc"):
         evaluate(*digits, figures=["acc4"])
     assert read_figures({"acc1": 0.5}).keys() == set(default_figures())
@@ -376,9 +491,19 @@ def test_every_figure_says_how_it_is_read():
         assert figure.better in reading.lower(), name
 
 
-@pytest.mark.parametrize("values", [None, [], {}, {"acc1": "high"}, dict.fromkeys(FIGURES, True)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        [],
+        {},
+        {"acc1": "high"},
+        dict.fromkeys(FIGURES, True),
+        {"acc1": 1.0, "acc1_interval": [1.0]},
+    ],
+)
 def test_what_are_no_figures_is_refused(values):
-    with pytest.raises(ValueError, match="want a"):
+    with pytest.raises(ValueError, match=r"want (a|two)"):
         read_figures(values)
 
 

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picnn_fast.metrics import MeanOverImages, resampled_means
+from picnn_fast.metrics import (
+    MeanOverImages,
+    bootstrap,
+    draw_counts,
+    percentile_interval,
+    resampled_means,
+)
 
 
 @given(
@@ -85,3 +91,39 @@ def test_what_are_no_values_or_counts_is_refused():
     ):
         with pytest.raises(error, match=message):
             metric.replicate(counts)
+
+
+def test_counts_are_those_of_as_many_images_drawn_with_replacement(monkeypatch):
+    (counts,) = draw_counts(40, 500)
+    assert (counts.shape, counts.dtype) == ((500, 40), torch.int64)
+    assert (counts.sum(1) == 40).all()
+    # An image is drawn a binomial number of times, 40 draws of 1 / 40.
+    zero = (counts == 0).double().mean().item()
+    assert zero == pytest.approx((1 - 1 / 40) ** 40, abs=0.01)
+    assert counts.double().var().item() == pytest.approx(1 - 1 / 40, abs=0.03)
+    monkeypatch.setattr(bootstrap, "_BLOCK", 100)
+    blocks = list(draw_counts(40, 500))
+    assert [len(block) for block in blocks] == [2] * 250
+    assert torch.equal(torch.cat(blocks), counts)
+    assert torch.equal(next(draw_counts(40, 1)), counts[:1])
+    assert not torch.equal(next(draw_counts(40, 2, seed=1)), counts[:2])
+
+
+def test_an_interval_holds_the_middle_of_the_values():
+    values = torch.arange(1000.0)[torch.randperm(1000)]
+    assert percentile_interval(values) == pytest.approx((0.025 * 999, 0.975 * 999))
+    some = torch.cat([values, torch.full((1000,), math.nan)])
+    assert percentile_interval(some) == percentile_interval(values)
+    assert percentile_interval(torch.cat([some, some[-1:]])) is None
+    with pytest.raises(ValueError, match="level: got 1, want a share below 1"):
+        percentile_interval(values, 1)
+
+
+def test_intervals_of_means_hold_the_truth_about_as_often_as_they_say():
+    draw, held = torch.Generator().manual_seed(0), 0
+    for trial in range(300):
+        values = torch.rand(60, generator=draw, dtype=torch.float64)
+        (counts,) = draw_counts(60, 400, seed=trial)
+        low, high = percentile_interval(resampled_means(values, counts))
+        held += low <= 0.5 <= high
+    assert held / 300 == pytest.approx(0.95, abs=0.04)

@@ -161,13 +161,110 @@ def test_part_interpretability_is_that_of_a_slow_loop(
         assert math.isnan(value) if part < 0 else row.index(value) == part
 
 
+@given(
+    seed=st.integers(0, 9999),
+    images=st.integers(2, 14),
+    classes=st.integers(1, 3),
+    most=st.integers(2, 5),
+)
+def test_resamples_of_location_instability_are_those_of_images_that_are_repeated(
+    seed: int, images: int, classes: int, most: int
+) -> None:
+    maps, landmarks, _, labels = example(seed, images, classes)
+    metric = LocationInstability(FILTERS, LANDMARKS, FIELD, num_classes=classes, images=most)
+    for batch in batches(4, maps, landmarks, labels):
+        metric.update(*batch)
+    counts = torch.randint(4, (3, images), generator=torch.Generator().manual_seed(seed))
+    counts[0] = 1
+    wanted = []
+    for times in counts:
+        rows = torch.arange(images).repeat_interleave(times)
+        values = instability_by_hand(maps[rows], landmarks[rows], labels[rows], classes, most)
+        wanted.append(torch.tensor(values, dtype=torch.float64).nanmean())
+    got = metric.replicate(counts)
+    same(got, torch.stack(wanted))
+    same(got[:1], metric.compute()[None])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_resamples_that_draw_few_of_the_highest_peaks_look_further(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, landmarks, _, labels = example(5, 40, 1)
+    metric = LocationInstability(FILTERS, LANDMARKS, FIELD, images=ranks)
+    metric.update(maps, landmarks, labels)
+    monkeypatch.setattr("picnn_fast.metrics.parts._MARGIN", 0)
+    counts = torch.zeros(2, 40, dtype=torch.int64)
+    counts[0, 20:], counts[1, ::7] = 1, 2
+    wanted = []
+    for times in counts:
+        rows = torch.arange(40).repeat_interleave(times)
+        values = instability_by_hand(maps[rows], landmarks[rows], labels[rows], 1, ranks)
+        wanted.append(torch.tensor(values, dtype=torch.float64).nanmean())
+    same(metric.replicate(counts), torch.stack(wanted))
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 9999), images=st.integers(1, 8), size=st.integers(1, 6))
+def test_resamples_of_part_interpretability_are_those_of_images_that_are_repeated(
+    seed: int, images: int, size: int
+) -> None:
+    """Maps of 0 and 1, so that the threshold is 0 of any images, and one category."""
+    maps, _, masks, labels = example(seed, images, 1)
+    maps = (maps > 2).float()
+    maps[:, :, 0, 0] = 1  # more than the share that is valid
+    metric = PartInterpretability(FILTERS, PARTS, FIELD, top=0.999, iou=0.04)
+    for batch in batches(size, maps, masks, labels):
+        metric.update(*batch)
+    counts = torch.randint(4, (3, images), generator=torch.Generator().manual_seed(seed))
+    counts[0] = 1
+    wanted = []
+    for times in counts:
+        rows = torch.arange(images).repeat_interleave(times)
+        if len(rows) == 0:
+            wanted.append(math.nan)
+            continue
+        table = interpretability_by_hand(maps[rows], masks[rows], labels[rows], 1, 0.999, 0.04)
+        best = [max((p for p in row if p == p), default=math.nan) for row in table]
+        wanted.append(torch.tensor(best, dtype=torch.float64).nanmean().item())
+    same(metric.replicate(counts), wanted)
+    same(metric.replicate(counts)[:1], metric.compute()[None])
+
+
+def test_resamples_of_part_interpretability_keep_threshold_and_category() -> None:
+    maps, _, masks, labels = example(2, 12, 2)
+    metric = PartInterpretability(FILTERS, PARTS, FIELD, num_classes=2, top=0.1, iou=0.04)
+    metric.update(maps, masks, labels)
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(3, (5, 12), generator=draw)
+    found, tables = metric.association(), []
+    for times in counts.tolist():
+        table = torch.full_like(found, math.nan)
+        for f, c in enumerate(metric.categories().tolist()):
+            for k in range(PARTS):
+                hits = of = 0
+                for i, n in enumerate(times):
+                    if labels[i] == c and masks[i, k].any():
+                        of += n
+                        hits += n * int(metric._found[i, f, k])
+                table[f, k] = hits / of if of else math.nan
+        tables.append(table.nan_to_num(-1).amax(1))
+    best = torch.stack(tables)
+    same(metric.replicate(counts), best.where(best >= 0, math.nan).nanmean(1))
+    assert 0 < metric._found.sum() < metric._found.numel()
+
+
 def test_small_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     maps, _, masks, labels = example(0, 9, 2)
     metric = PartInterpretability(FILTERS, PARTS, FIELD, num_classes=2, top=0.2)
     metric.update(maps, masks, labels)
     wanted = metric.association()
     metric.update(maps[:0], masks[:0], labels[:0])
+    counts = torch.randint(3, (4, 9), generator=torch.Generator().manual_seed(0))
+    resampled = metric.replicate(counts)
     monkeypatch.setattr("picnn_fast.metrics.parts._BLOCK", 1)
+    same(metric.replicate(counts), resampled)
+    metric._computed = None
     same(metric.association(), wanted)
     assert wanted.max() > 0
 
@@ -178,7 +275,11 @@ def test_small_blocks_give_the_same_deviations(monkeypatch: pytest.MonkeyPatch) 
     metric.update(maps, landmarks, labels)
     wanted = metric.deviations()
     metric.update(maps[:0], landmarks[:0], labels[:0])
+    counts = torch.randint(3, (4, 9), generator=torch.Generator().manual_seed(0))
+    resampled = metric.replicate(counts)
     monkeypatch.setattr("picnn_fast.metrics.parts._BLOCK", 1)
+    same(metric.replicate(counts), resampled)
+    metric._computed = None
     assert torch.equal(metric.deviations().nan_to_num(-1), wanted.nan_to_num(-1))
     assert wanted.nan_to_num().max() > 0
 

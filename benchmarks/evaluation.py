@@ -1,0 +1,150 @@
+"""What does each figure of an evaluation cost beside the forward pass?
+
+    python -m benchmarks.evaluation [--device cuda] [--smoke]
+
+PICNN over ResNet-18 with 512 filters, untrained, measured on drawn animals of 64 pixels, which have
+classes, landmarks, masks of parts and of the object: every figure of an evaluation, with intervals,
+then each of those to be asked for in an evaluation of its own, with the passes over the data that
+it needs. Wall time by figure, and the memory that an evaluation takes at its peak beyond network
+and images. On 2 cores some 10 minutes.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+import picnn_fast
+from benchmarks import harness
+from picnn_fast.data import DATA
+from picnn_fast.evaluation import FIGURES, Measurement, default_figures, sharing
+from picnn_fast.evaluation import measure as measure_figures
+from picnn_fast.evaluation.loop import FORWARD, IMAGES
+
+IMAGES_MEASURED, SIZE, FILTERS, BATCH = 10_000, 64, 512, 100
+
+
+def measured(network: Any, data: Any, names: list[str], device: torch.device) -> dict[str, Any]:
+    """One evaluation: seconds in all and by what took them, and memory beyond what was held."""
+    found: list[Measurement] = []
+
+    def call() -> None:
+        found.append(measure_figures(network, data, figures=names, device=device))
+
+    start = time.perf_counter()
+    extra = harness.extra_bytes(call, device) if harness.tells_memory(device) else call()
+    total = time.perf_counter() - start
+    figures = found[0].figures
+    return {
+        "total": total,
+        "seconds": found[0].seconds,
+        "bytes": extra,
+        "not_available": {n: v for n, v in figures.items() if isinstance(v, str)},
+        "resamples": {n: len(values) for n, values in found[0].replicates.items()},
+    }
+
+
+def run(
+    device: torch.device,
+    *,
+    smoke: bool,
+    measure: Callable[[dict[str, Any], str], AbstractContextManager[None]],
+) -> dict[str, Any]:
+    images, size, filters = (60, 64, 12) if smoke else (IMAGES_MEASURED, SIZE, FILTERS)
+    data = DATA["part-animals"](
+        batch_size=BATCH, image_size=size, train_images=12, test_images=images
+    )
+    data.setup()
+    torch.manual_seed(0)
+    network = picnn_fast.make_interpretable(
+        "resnet18", "picnn", num_classes=data.num_classes, num_filters=filters
+    )
+    network.to(device)
+    results: dict[str, Any] = {"images": images, "size": size, "filters": filters, "asked": []}
+    with measure(results, "figures of every evaluation"):
+        results["run"] = measured(network, data, default_figures(), device)
+    asked = [name for name in FIGURES if name not in default_figures()]
+    for first, names in sharing(asked).items():
+        reason = FIGURES[first].needs(network, data)
+        if reason is not None:
+            results["asked"].append({"figures": names, "not_available": reason})
+            continue
+        with measure(results, first):
+            entry = measured(network, data, names, device)
+            results["asked"].append({"figures": names, "images": FIGURES[first].images, **entry})
+    return results
+
+
+def _heading(names: list[str]) -> str:
+    return ", ".join(FIGURES[name].heading if name in FIGURES else name for name in names)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 0.95 else f"{1000 * value:.0f} ms"
+
+
+def report(results: dict[str, Any]) -> str:
+    """Markdown tables: figures of every evaluation, and those to be asked for."""
+    run = results.get("run")
+    tables = []
+    if run is not None:
+        forward = run["seconds"][FORWARD]
+        groups = sharing(name for name in default_figures() if name not in run["not_available"])
+        rows = [
+            ["reading images", _seconds(run["seconds"][IMAGES]), "", ""],
+            ["forward pass", _seconds(forward), "1.00", ""],
+        ]
+        for first, names in groups.items():
+            seconds = run["seconds"].get(first, 0.0)
+            count = run["resamples"].get(first)
+            rows.append(
+                [
+                    _heading(names),
+                    _seconds(seconds),
+                    f"{seconds / forward:.2f}",
+                    "" if count is None else str(count),
+                ]
+            )
+        rows.append(["*all*", _seconds(run["total"]), f"{run['total'] / forward:.2f}", ""])
+        shape = f"{results['images']} images of {results['size']} pixels"
+        header = [f"{shape}, {results['filters']} filters", "time", "of the forward pass"]
+        tables.append(harness.table([*header, "resamples"], rows))
+        if run["bytes"] is not None:
+            tables.append(f"At its peak it took {run['bytes'] / 2**20:.0f} MiB.")
+    rows = [
+        [
+            _heading(entry["figures"]),
+            "all" if entry["images"] is None else str(entry["images"]),
+            _seconds(entry["seconds"].get(entry["figures"][0], 0.0)),
+            _seconds(entry["total"]),
+            "" if entry["bytes"] is None else f"{entry['bytes'] / 2**20:.0f} MiB",
+        ]
+        for entry in results["asked"]
+        if "seconds" in entry
+    ]
+    if rows:
+        header = ["to be asked for", "images", "time", "with reading and forward passes", "peak"]
+        tables.append(harness.table(header, rows))
+    return "\n\n".join(tables)
+
+
+SECTION = """
+## What figures cost
+
+PICNN over ResNet-18 with untrained weights on drawn animals, each figure with its update of every
+batch, what it computes at the end and its resamples; what several figures need of a batch counts
+with the first of them. Figures that stand together share what they keep. Those to be asked for are
+measured each in an evaluation of its own.
+
+<results: evaluation-*.json>
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    harness.command_line("evaluation", __doc__.splitlines()[0], run, report, arguments)
+
+
+if __name__ == "__main__":
+    main()
