@@ -780,7 +780,7 @@ def _of_model(
 
     args = parse(arguments, recipe=as_trained, **described)
     given = {name: args[name] for name in ("batch_size", "seed") if args[name] is not None}
-    options = Options(data=args["data"], **given)
+    options = Options(method="std", data=args["data"], **given)
     data = build_data(options)
     with reading_images():
         network = plain_network(

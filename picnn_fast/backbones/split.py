@@ -296,8 +296,10 @@ def last_maps(network: nn.Module, images: Tensor) -> str:
             break
         found = name
     if found is None:
-        assert error is not None
-        raise error
+        raise ValueError(
+            "layer: got None, want the name of the layer whose maps are meant: none is found behind"
+            f" the last convolution of {type(network).__name__} ({error})"
+        )
     return found
 
 

@@ -162,29 +162,27 @@ def as_std(
         >>> model.num_filters, model.num_classes
         (8, 5)
     """
-    parts = None
-    if isinstance(network, tuple | list) and len(network) == 2:
+    pair = isinstance(network, tuple | list) and len(network) == 2
+    named = dict(zip(("features", "head"), network, strict=True)) if pair else {"network": network}
+    for name, module in named.items():
+        checks.module(name, module)
+        module.eval()
+    if pair:
         checks.left_out("a pair (features, head)", layer=(layer, None))
-        features, head = network
-        for name, module in (("features", features), ("head", head)):
-            checks.module(name, module)
-            module.eval()
-    else:
-        checks.module("network", network)
-        network.eval()
-        parts = cut_trained(network, images, layer)
-        features, head = parts.features, parts.own_head()
+    whole = nn.Sequential(*network) if pair else network
     with torch.no_grad():
-        maps = features(images)
-        checks.tensor("features", maps)
-        # A head may write to what it is given.
-        logits = head(maps.clone()) if parts is None else network(images)
+        logits = whole(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"network: yielded {got}, want logits [B, K]")
     classes = logits.shape[1]
     if num_classes not in (None, classes):
         raise ValueError(f"num_classes: got {num_classes}, want {classes}, those of the network")
+    parts = None if pair else cut_trained(network, images, layer)
+    features, head = network if parts is None else (parts.features, parts.own_head())
+    with torch.no_grad():
+        maps = features(images)
+    checks.tensor("features", maps)
     channel_dim = 1 if parts is None else parts.channel_dim(maps.shape)
     model = STD(features, head, classes, maps.shape[channel_dim], channel_dim=channel_dim)
     model = model.to(images.device).eval()

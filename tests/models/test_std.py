@@ -184,6 +184,7 @@ def test_what_is_no_plain_classifier_is_refused_in_a_line() -> None:
             return self.fc(maps.mean((2, 3)) + torch.randn(()))
 
     shown = images()
+    model = build(STD)
     pair = (nn.Conv2d(3, 4, 3), nn.Flatten())
     cases = [
         ((3, shown), {}, TypeError, r"^network: got int, want a torch.nn.Module$"),
@@ -191,6 +192,7 @@ def test_what_is_no_plain_classifier_is_refused_in_a_line() -> None:
         ((Scores(), shown), {"layer": "conv3"}, ValueError, r"^layer: got 'conv3', did you mean"),
         ((Tuple(), shown), {}, ValueError, r"^network: yielded \(4, 5, 1\), want logits \[B, K\]$"),
         ((Noisy(), shown), {}, ValueError, r"^network: cut in two it yields logits that differ by"),
+        ((model, shown), {}, ValueError, r"^network: yielded STDOutput, want logits \[B, K\]$"),
         ((pair, shown), {"layer": "0"}, ValueError, r"^layer: got '0' with a pair"),
         (((nn.ReLU(), 3), shown), {}, TypeError, r"^head: got int"),
     ]
