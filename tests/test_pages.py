@@ -125,7 +125,7 @@ def test_files_that_the_pages_name_are_there(page):
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     links = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", prose)
-    folders = "picnn_fast|tests|csrc|benchmarks|docs|triton_kernels|configs"
+    folders = "picnn_fast|tests|csrc|benchmarks|docs|triton_kernels|configs|examples"
     names = re.findall(rf"`((?:{folders})(?:/[\w.<>]+)*)`", prose)
     for name in names:
         assert (ROOT / name.replace("<family>", "masking")).exists(), name

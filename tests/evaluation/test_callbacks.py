@@ -27,6 +27,7 @@ from picnn_fast.evaluation import (
 )
 from picnn_fast.metrics import MutualInformationScore
 from picnn_fast.models import METHODS, make_interpretable
+from picnn_fast.training.module import InterpretableModule
 from tests.ranks import run_ranks
 
 CLASSES = 3
@@ -289,6 +290,19 @@ def test_the_score_is_logged_every_so_many_epochs_and_may_choose_the_checkpoint(
     assert seen[-1][0] == pytest.approx(_expected(module, seed=5).compute().item(), abs=1e-6)
     assert best.best_model_score == max(value for value, _ in seen)
     assert not module.model[1]._forward_hooks
+
+
+def test_a_layer_of_our_own_module_is_measured_too():
+    network = make_interpretable("small-resnet", "picnn", num_classes=CLASSES, num_filters=7)
+    module = InterpretableModule(network)
+    callback = MutualInformationCallback("network.features", CLASSES, name="val/mis")
+    (logged,) = _trainer(callbacks=[callback]).validate(module, _loader(), verbose=False)
+    images, labels = _images()
+    metric = MutualInformationScore(CLASSES)
+    with torch.no_grad():
+        metric.update(network.eval().filter_maps(images).mean((2, 3)), labels)
+    assert logged["val/mis"] == pytest.approx(metric.compute().item(), abs=1e-6)
+    assert {"val/acc1", "val/acc2", "val/acc3"} < logged.keys()
 
 
 def test_two_layers_and_their_options_are_measured_side_by_side():
