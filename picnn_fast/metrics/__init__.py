@@ -5,14 +5,35 @@ from picnn_fast._extras import extra
 with extra("train"):
     from picnn_fast.metrics.bootstrap import MeanOverImages, PerImageMetric, resampled_means
     from picnn_fast.metrics.calibration import CalibrationError
+    from picnn_fast.metrics.class_means import ClassMeans
+    from picnn_fast.metrics.detection import Detection, DetectionError
+    from picnn_fast.metrics.filter_cosine import (
+        InterClassCorrelation,
+        filter_cosines,
+        filter_redundancy,
+    )
+    from picnn_fast.metrics.gate_similarity import GateSimilarities, GateSimilarity
     from picnn_fast.metrics.leakage import MaskLeakage
     from picnn_fast.metrics.mutual_information import MutualInformationScore
     from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
     from picnn_fast.metrics.pathway import MeanOverDraws, PathwayAccuracy
+    from picnn_fast.metrics.removal import (
+        FilterRemoval,
+        RemovalAccuracies,
+        most_active_filters,
+        owned_filters,
+    )
     from picnn_fast.metrics.throughput import Speed, Throughput
 
 __all__ = [
     "CalibrationError",
+    "ClassMeans",
+    "Detection",
+    "DetectionError",
+    "FilterRemoval",
+    "GateSimilarities",
+    "GateSimilarity",
+    "InterClassCorrelation",
     "LocationInstability",
     "MaskLeakage",
     "MeanOverDraws",
@@ -21,7 +42,12 @@ __all__ = [
     "PartInterpretability",
     "PathwayAccuracy",
     "PerImageMetric",
+    "RemovalAccuracies",
     "Speed",
     "Throughput",
+    "filter_cosines",
+    "filter_redundancy",
+    "most_active_filters",
+    "owned_filters",
     "resampled_means",
 ]
