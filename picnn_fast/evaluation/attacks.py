@@ -264,8 +264,8 @@ def adversarial_detection(
         progress: show a progress bar.
 
     Returns:
-        Errors ``[L, seeds]``, a row a number of training samples, NaN where the images do not
-        suffice; accuracy before and after the attack; the attack's success.
+        Errors of every number of training samples and seed, accuracy before and after the attack,
+        and the attack's success.
 
     Raises:
         ImportError: adversarial-robustness-toolbox is not installed.
@@ -298,4 +298,5 @@ def adversarial_detection(
         track(batches, "attacking", transient=True, disable=not progress)
     ):
         metric.update(some.to(device), of.to(device), seed=derive_seed(seed, number))
-    return metric.detection()
+    found: Detection = metric.compute()
+    return found

@@ -43,7 +43,7 @@ def removal_ownership(network: InterpretableNetwork) -> Tensor | None:
 @torch.no_grad()
 def confusion_without(
     network: InterpretableNetwork,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     removed: Sequence[Sequence[int]],
 ) -> Confusions:
     """Confusion matrices after the filters of chosen classes are removed.
@@ -54,7 +54,7 @@ def confusion_without(
     Args:
         network: in eval mode.
         batches: images ``[B, C, H, W]`` as the network takes them, and labels ``[B]``, on any
-            device; anything that can be iterated twice, such as a loader.
+            device; what can be iterated twice, such as ``data.Batches`` of a split.
         removed: sets of classes: ``[[0], [0, 5]]`` removes the filters of class 0, then those of 0
             and 5.
 
@@ -85,7 +85,7 @@ def confusion_without(
         chosen = [owned_filters(ownership, some) for some in removed]
     else:
         seen = ClassMeans(classes, network.num_filters)
-        for some, labels in batches:
+        for some, labels, *_ in batches:
             maps = network.filter_maps(some.to(device))
             seen.update(pool(maps, network.channel_dim), labels)
         means = seen.compute()
@@ -93,7 +93,7 @@ def confusion_without(
     masks = torch.stack(chosen).cpu()
     kept = (~masks).to(device)
     matrices = torch.zeros(1 + len(masks), classes, classes, dtype=torch.int64)
-    for some, labels in batches:
+    for some, labels, *_ in batches:
         maps, bypass = network.encode(some.to(device))
         for matrix, mask in zip(matrices, [None, *kept.to(maps.dtype)], strict=True):
             expanded = None if mask is None else mask.expand(len(maps), -1)

@@ -6,7 +6,7 @@ with extra("train"):
     from picnn_fast.metrics.bootstrap import MeanOverImages, PerImageMetric, resampled_means
     from picnn_fast.metrics.calibration import CalibrationError
     from picnn_fast.metrics.class_means import ClassMeans
-    from picnn_fast.metrics.detection import Detection, DetectionError
+    from picnn_fast.metrics.detection import TRAINING_SAMPLES, Detection, DetectionError
     from picnn_fast.metrics.filter_cosine import (
         InterClassCorrelation,
         filter_cosines,
@@ -26,6 +26,7 @@ with extra("train"):
     from picnn_fast.metrics.throughput import Speed, Throughput
 
 __all__ = [
+    "TRAINING_SAMPLES",
     "CalibrationError",
     "ClassMeans",
     "Detection",

@@ -1,22 +1,19 @@
 """What filters do for the images of a class: their mean activations, kept so as to resample."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
-from torchmetrics.utilities.distributed import gather_all_tensors
 
+from picnn_fast.metrics.bootstrap import PerImageMetric
 from picnn_fast.ops import checks
 
 
-class ClassMeans(Metric):
+class ClassMeans(PerImageMetric):
     """Mean activation of each filter over the images of each class: a base for metrics of it.
 
     All activations are kept in single precision, 4 · N bytes an image, so that images can be drawn
-    again (``replicate`` of the metrics made of it).
+    again.
 
     Args:
         num_classes: K.
@@ -35,81 +32,62 @@ class ClassMeans(Metric):
         [[1.0], [4.0]]
     """
 
-    is_differentiable = False
-    full_state_update = False
+    higher_is_better: bool | None = None
 
-    pooled: list[Tensor]
+    activations: list[Tensor]
     labels: list[Tensor]
 
     def __init__(self, num_classes: int, num_filters: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_classes = checks.integer("num_classes", num_classes, 1)
         self.num_filters = checks.integer("num_filters", num_filters, 1)
-        for name in ("pooled", "labels"):
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_rows("activations", num_filters, dtype=torch.float32)
+        self.add_rows("labels", dtype=torch.int64)
 
-    def update(self, pooled: Tensor, labels: Tensor) -> None:
+    def update(self, activations: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
         Args:
-            pooled: ``[B, N]`` maps averaged over their positions, any floating dtype.
+            activations: ``[B, N]`` maps averaged over their positions, any floating dtype.
             labels: ``[B]`` integers in [0, K).
 
         Raises:
             TypeError: not tensors, or of the wrong dtype.
             ValueError: of another shape, or labels out of range.
         """
-        checks.pooled("pooled", pooled)
-        if pooled.shape[1] != self.num_filters:
-            raise ValueError(f"pooled: got {pooled.shape[1]} filters, want {self.num_filters}")
-        checks.labels("labels", labels, len(pooled), self.num_classes)
-        # Copies: the caller may write into both before they are read again.
-        self.pooled.append(pooled.detach().to(self.device, torch.float32, copy=True))
-        self.labels.append(labels.to(self.device, torch.int64, copy=True))
+        checks.pooled("activations", activations)
+        if activations.shape[1] != self.num_filters:
+            raise ValueError(
+                f"activations: got {activations.shape[1]} filters, want {self.num_filters}"
+            )
+        checks.labels("labels", labels, len(activations), self.num_classes)
+        self.append(activations=activations, labels=labels)
 
     def compute(self) -> Any:
-        """``[K, N]`` of the images seen so far, float64 on the CPU; NaN of a class without."""
-        return self.class_means()[0]
+        """``[K, N]``, float64 on the CPU; NaN of a class without images."""
+        return self.means(None)[0]
 
-    def class_means(self, counts: Tensor | None = None) -> Tensor:
-        """Of the images seen so far, or of resamples of them.
+    def means(self, counts: Tensor | None, counted: Tensor | None = None) -> Tensor:
+        """Of resamples of the images, or of the images seen.
 
         Args:
-            counts: ``[R, M]`` integers: how often each resample holds each image, in order; None:
-                each once, R = 1.
+            counts: ``[R, M]`` int64, how often each image seen is drawn; None: each once, R = 1.
+            counted: ``[M]`` bool, the images that count; None: all.
 
         Returns:
-            ``[R, K, N]`` float64 on the CPU; NaN for a class without images.
+            ``[R, K, N]`` float64 on the CPU; NaN of a class without images.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
         """
-        labels = dim_zero_cat([*self._nothing()["labels"], *_batches(self.labels)]).cpu()
-        pooled = dim_zero_cat([*self._nothing()["pooled"], *_batches(self.pooled)]).cpu()
-        weights = torch.ones(1, len(labels)) if counts is None else counts.cpu()
+        labels, activations = self.rows("labels").cpu(), self.rows("activations").cpu()
+        weights = torch.ones(1, len(labels))
+        if counts is not None:
+            self.check_counts(counts)
+            weights = counts.cpu()
         means = torch.empty(len(weights), self.num_classes, self.num_filters, dtype=torch.float64)
         for c in range(self.num_classes):
-            members = labels == c
+            members = labels == c if counted is None else (labels == c) & counted.cpu()
             weight = weights[:, members].double()
-            means[:, c] = weight @ pooled[members].double() / weight.sum(1, keepdim=True)
+            means[:, c] = weight @ activations[members].double() / weight.sum(1, keepdim=True)
         return means
-
-    def _nothing(self) -> dict[str, list[Tensor]]:
-        """The states of no image."""
-        return {
-            "pooled": [torch.empty(0, self.num_filters, device=self.device)],
-            "labels": [torch.empty(0, dtype=torch.int64, device=self.device)],
-        }
-
-    def _sync_dist(
-        self,
-        dist_sync_fn: Callable[..., Any] = gather_all_tensors,
-        process_group: Any = None,
-    ) -> None:
-        # Ranks gather tensors of one shape and dtype, also from one without images.
-        if not self.labels:
-            for name, state in self._nothing().items():
-                setattr(self, name, state)
-        super()._sync_dist(dist_sync_fn, process_group)
-
-
-def _batches(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """Tensors of a state that is a list, or was joined over ranks."""
-    return [state] if isinstance(state, Tensor) else state

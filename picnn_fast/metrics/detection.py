@@ -17,27 +17,30 @@ TREES = 100
 
 
 class Detection(NamedTuple):
-    """Errors of a detector of attacked images.
+    """Errors of a detector of attacked images, and what came of the attack.
 
     Attributes:
-        errors: ``[L, seeds]`` shares of wrongly told samples, a row a number of training samples;
-            NaN where the images do not suffice.
-        samples: ``[L]`` int64, those numbers.
+        error: of the detector at the most training samples for which the images suffice: its mean
+            over the seeds, and the standard error of that; NaN where they suffice for none.
+        success: of the attack: the share of images classified rightly that no longer are.
+        accuracy: of the network, on the images as they are.
+        attacked_accuracy: on the attacked ones.
         attacked: images that were attacked.
         used: images of these that the detector was trained or tested on, each with its attacked
             copy.
-        accuracy: of the network, on the images as they are.
-        attacked_accuracy: on the attacked ones.
-        success: share of the images classified rightly that no longer are once attacked.
+        samples: ``[L]`` int64, numbers of training samples.
+        errors: ``[L, seeds]`` shares of wrongly told samples, a row a number of training samples;
+            NaN where the images do not suffice.
     """
 
-    errors: Tensor
-    samples: Tensor
-    attacked: Tensor
-    used: Tensor
+    error: MeanOverDraws
+    success: Tensor
     accuracy: Tensor
     attacked_accuracy: Tensor
-    success: Tensor
+    attacked: Tensor
+    used: Tensor
+    samples: Tensor
+    errors: Tensor
 
 
 class DetectionError(Metric):
@@ -56,7 +59,7 @@ class DetectionError(Metric):
 
     Args:
         samples: numbers of training samples, even, half of them attacked; an error is computed of
-            each for which the images suffice, ``compute`` gives that of the greatest.
+            each for which the images suffice.
         seeds: how often images are drawn to be tested or trained on.
         all_attacked: count images whatever came of the attack.
         **kwargs: of ``torchmetrics.Metric``.
@@ -74,7 +77,8 @@ class DetectionError(Metric):
         >>> metric = DetectionError(samples=[8], seeds=2)
         >>> logits, labels = torch.eye(2)[torch.arange(10) % 2], torch.arange(10) % 2
         >>> metric.update(torch.zeros(10, 3), torch.ones(10, 3), logits, 1 - logits, labels)
-        >>> metric.compute().mean.item(), metric.detection().success.item()
+        >>> found = metric.compute()
+        >>> found.error.mean.item(), found.success.item()
         (0.0, 1.0)
     """
 
@@ -104,7 +108,6 @@ class DetectionError(Metric):
         self.all_attacked = all_attacked
         for name in ("normal", "adversarial", "right"):
             self.add_state(name, [], dist_reduce_fx="cat")
-        self._detection: Detection | None = None
 
     def update(
         self,
@@ -144,23 +147,8 @@ class DetectionError(Metric):
         right = [(value.argmax(1) == labels) for value in (logits, adversarial_logits)]
         self.right.append(torch.stack(right, 1).to(self.device, torch.uint8))
 
-    def compute(self) -> MeanOverDraws:
-        """Mean over the seeds and its standard error, at the most training samples that there are.
-
-        Scalars in [0, 1], float64 on the CPU; NaN where the images suffice for none.
-        """
-        self._detection = self._detect()
-        errors = self._detection.errors
-        enough = ~errors.isnan().any(1)
-        return MeanOverDraws.of(errors[enough][-1] if enough.any() else errors[0])
-
-    def detection(self) -> Detection:
-        """The errors of every number of samples and seed, and what became of the attack."""
-        self.compute()
-        assert self._detection is not None
-        return self._detection
-
-    def _detect(self) -> Detection:
+    def compute(self) -> Detection:
+        """Of all images; shares in [0, 1], float64 on the CPU."""
         right = dim_zero_cat(self.right).cpu().bool()
         fooled = right[:, 0] & ~right[:, 1]
         used = torch.ones_like(fooled) if self.all_attacked else fooled
@@ -168,16 +156,19 @@ class DetectionError(Metric):
         states = (self.normal, self.adversarial)
         features = torch.stack([dim_zero_cat(state).cpu()[used] for state in states], 1).numpy()
         seeds = range(self.seeds)
-        errors = [[_error(features, count, seed) for seed in seeds] for count in self.samples]
+        rows = [[_error(features, count, seed) for seed in seeds] for count in self.samples]
+        errors = torch.tensor(rows, dtype=torch.float64)
+        enough = ~errors.isnan().any(1)
         accuracy, attacked_accuracy = right.double().mean(0)
         return Detection(
-            torch.tensor(errors, dtype=torch.float64),
-            torch.tensor(self.samples),
-            torch.tensor(len(right)),
-            used.sum(),
-            accuracy,
-            attacked_accuracy,
-            fooled.sum().double() / right[:, 0].sum(),
+            error=MeanOverDraws.of(errors[enough][-1] if enough.any() else errors[0]),
+            success=fooled.sum().double() / right[:, 0].sum(),
+            accuracy=accuracy,
+            attacked_accuracy=attacked_accuracy,
+            attacked=torch.tensor(len(right)),
+            used=used.sum(),
+            samples=torch.tensor(self.samples),
+            errors=errors,
         )
 
 

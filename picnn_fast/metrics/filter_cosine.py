@@ -125,16 +125,21 @@ class InterClassCorrelation(ClassMeans):
 
     def compute(self) -> Tensor:
         """A scalar in [-1, 1], float64 on the CPU; NaN of images of fewer than two classes."""
-        return self.replicate(None)[0]
+        return self._values(None)[0]
 
-    def replicate(self, counts: Tensor | None) -> Tensor:
-        """The value of resamples of the images, ``[R]``.
+    def replicate(self, counts: Tensor) -> Tensor:
+        """The value of each resample ``[R]``.
 
         Args:
-            counts: ``[R, M]`` integers: how often each resample holds each image seen, in order;
-                None: each once, R = 1.
+            counts: ``[R, M]`` int64, how often each image seen is drawn.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
         """
-        means = self.class_means(counts)
+        return self._values(counts)
+
+    def _values(self, counts: Tensor | None) -> Tensor:
+        means = self.means(counts)
         shown = ~means.isnan().any(-1)  # [R, K]
         groups = means.argsort(dim=-1, descending=True, stable=True)[..., : self.filters_per_class]
         members = torch.zeros_like(means).scatter_(-1, groups, 1.0) * shown[..., None]

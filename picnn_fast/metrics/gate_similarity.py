@@ -47,14 +47,16 @@ class GateSimilarity(ClassMeans):
         >>> import torch
         >>> from picnn_fast.metrics import GateSimilarity
         >>> metric = GateSimilarity(torch.eye(2))
-        >>> pooled = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> activations = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
         >>> logits, labels = torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, 1])
-        >>> metric.update(pooled, logits, labels)
+        >>> metric.update(activations, logits, labels)
         >>> tuple(round(value.item(), 3) for value in metric.compute())
         (1.0, 0.0)
     """
 
     higher_is_better = True
+
+    right: list[Tensor]
 
     def __init__(self, ownership: Tensor, **kwargs: Any) -> None:
         checks.floating("ownership", ownership)
@@ -63,17 +65,17 @@ class GateSimilarity(ClassMeans):
                 f"ownership: got shape {tuple(ownership.shape)}, want [classes, filters], at least"
                 " two classes"
             )
-        # Classes of their own for images that are classified wrongly.
-        super().__init__(2 * len(ownership), ownership.shape[1], **kwargs)
+        super().__init__(*ownership.shape, **kwargs)
+        self.add_rows("right", dtype=torch.uint8)
         self._rows = F.normalize(ownership.detach().to("cpu", torch.float64), dim=1)
 
     def update(  # type: ignore[override]
-        self, pooled: Tensor, logits: Tensor, labels: Tensor
+        self, activations: Tensor, logits: Tensor, labels: Tensor
     ) -> None:
         """Add a batch.
 
         Args:
-            pooled: ``[B, N]`` maps averaged over their positions, any floating dtype.
+            activations: ``[B, N]`` maps averaged over their positions, any floating dtype.
             logits: ``[B, K]`` by which the images are classified.
             labels: ``[B]`` integers in [0, K).
 
@@ -82,16 +84,15 @@ class GateSimilarity(ClassMeans):
             ValueError: of another shape, or labels out of range.
         """
         classes = len(self._rows)
-        checks.tensor("pooled", pooled)
+        checks.tensor("activations", activations)
         checks.floating("logits", logits)
-        if tuple(logits.shape) != (len(pooled), classes):
+        if tuple(logits.shape) != (len(activations), classes):
             raise ValueError(
-                f"logits: got shape {tuple(logits.shape)}, want {(len(pooled), classes)}: the batch"
-                " of pooled and the classes of ownership"
+                f"logits: got shape {tuple(logits.shape)}, want {(len(activations), classes)}: the"
+                " batch of activations and the classes of ownership"
             )
-        checks.labels("labels", labels, len(pooled), classes)
-        labels = labels.to(torch.int64)
-        super().update(pooled, labels + classes * (logits.argmax(1) != labels))
+        super().update(activations, labels)
+        self.append(right=logits.argmax(1) == labels)
 
     def matrices(self) -> GateSimilarities:
         """S_TP and S_FN ``[K, K]``: a row a class of images, a column a row of the gate.
@@ -103,21 +104,24 @@ class GateSimilarity(ClassMeans):
 
     def compute(self) -> GateSimilarities:
         """Scalars in [-2, 2], float64 on the CPU; NaN where no class has such images."""
-        return GateSimilarities(*(each[0] for each in self.replicate(None)))
+        return GateSimilarities(*(_dominance(each)[0] for each in self._matrices(None)))
 
-    def replicate(self, counts: Tensor | None) -> GateSimilarities:
-        """The values of resamples of the images, ``[R]``.
+    def replicate(self, counts: Tensor) -> GateSimilarities:
+        """The values of each resample, ``[R]``.
 
         Args:
-            counts: ``[R, M]`` integers: how often each resample holds each image seen, in order;
-                None: each once, R = 1.
+            counts: ``[R, M]`` int64, how often each image seen is drawn.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
         """
         return GateSimilarities(*map(_dominance, self._matrices(counts)))
 
-    def _matrices(self, counts: Tensor | None) -> tuple[Tensor, ...]:
+    def _matrices(self, counts: Tensor | None) -> list[Tensor]:
         """Of both kinds of images, ``[R, K, K]``."""
-        directions = F.normalize(self.class_means(counts), dim=-1)
-        return (directions @ self._rows.T).chunk(2, 1)
+        right = self.rows("right").bool()
+        means = [self.means(counts, kind) for kind in (right, ~right)]
+        return [F.normalize(each, dim=-1) @ self._rows.T for each in means]
 
 
 def _dominance(similarities: Tensor) -> Tensor:

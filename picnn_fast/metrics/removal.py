@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
+from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.class_means import ClassMeans
 from picnn_fast.ops import checks
 
@@ -88,7 +87,7 @@ class RemovalAccuracies(NamedTuple):
     others: Tensor
 
 
-class FilterRemoval(Metric):
+class FilterRemoval(PerImageMetric):
     """Accuracy without the filters of a class, on its images and on those of the others.
 
     Filters are removed class by class. Those of a class are the ones ``owned_filters`` gives or,
@@ -121,9 +120,7 @@ class FilterRemoval(Metric):
         (0.0, 1.0)
     """
 
-    is_differentiable = False
     higher_is_better = None  # of the one accuracy lower is better, of the other higher
-    full_state_update = False
 
     right: list[Tensor]
     labels: list[Tensor]
@@ -154,28 +151,28 @@ class FilterRemoval(Metric):
         self._ownership = ownership
         self._seen = ClassMeans(num_classes, num_filters, sync_on_compute=False)
         self._removed: Tensor | None = None
-        for name in ("right", "labels"):
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_rows("right", len(self.classes), dtype=torch.uint8)
+        self.add_rows("labels", dtype=torch.int64)
 
     def reset(self) -> None:
         super().reset()
         self._seen.reset()
         self._removed = None
 
-    def prepare(self, pooled: Tensor, labels: Tensor) -> None:
+    def prepare(self, activations: Tensor, labels: Tensor) -> None:
         """Show a batch of images before the first ``update``, where there is no ownership.
 
         Each of several processes removes the filters that its own images activate most.
 
         Args:
-            pooled: ``[B, N]`` maps averaged over their positions, any floating dtype.
+            activations: ``[B, N]`` maps averaged over their positions, any floating dtype.
             labels: ``[B]`` integers in [0, K).
 
         Raises:
             TypeError: not tensors, or of the wrong dtype.
             ValueError: of another shape, or labels out of range.
         """
-        self._seen.update(pooled, labels)
+        self._seen.update(activations, labels)
         self._removed = None
 
     def removed(self) -> Tensor:
@@ -213,28 +210,31 @@ class FilterRemoval(Metric):
         checks.labels("labels", labels, len(maps), self.num_classes)
         kept = (~self.removed()).to(maps.device, maps.dtype)
         predicted = [classify(maps, mask.expand(len(maps), -1)).argmax(1) for mask in kept]
-        right = torch.stack(predicted, 1) == labels[:, None]
-        self.right.append(right.to(self.device, torch.uint8))
-        self.labels.append(labels.to(self.device, torch.int64, copy=True))
+        self.append(right=torch.stack(predicted, 1) == labels[:, None], labels=labels)
 
     def compute(self) -> RemovalAccuracies:
-        """Scalars in [0, 1], float64 on the CPU; NaN where no image is of such a class."""
-        return RemovalAccuracies(*(each[0] for each in self.replicate(None)))
+        """Scalars in [0, 1], float64; NaN where no image is of such a class."""
+        return RemovalAccuracies(*(each[0] for each in self._values(None)))
 
-    def replicate(self, counts: Tensor | None) -> RemovalAccuracies:
-        """The values of resamples of the images, ``[R]``.
+    def replicate(self, counts: Tensor) -> RemovalAccuracies:
+        """The values of each resample, ``[R]``.
 
         Args:
-            counts: ``[R, M]`` integers: how often each resample holds each image seen, in order;
-                None: each once, R = 1.
+            counts: ``[R, M]`` int64, how often each image seen is drawn.
+
+        Raises:
+            TypeError, ValueError: counts of another dtype or shape.
         """
-        right = dim_zero_cat(self.right).cpu().double()
-        own = (dim_zero_cat(self.labels).cpu()[:, None] == torch.tensor(self.classes)).double()
-        weights = torch.ones(1, len(own)) if counts is None else counts.cpu()
-        weights = weights.double()
-        return RemovalAccuracies(
-            *(((weights @ (right * kind)) / (weights @ kind)).nanmean(1) for kind in (own, 1 - own))
-        )
+        self.check_counts(counts)
+        return self._values(counts)
+
+    def _values(self, counts: Tensor | None) -> RemovalAccuracies:
+        right, labels = self.rows("right").to(self.wide), self.rows("labels")
+        own = labels[:, None] == torch.tensor(self.classes, device=labels.device)
+        if counts is None:
+            counts = torch.ones(1, len(labels), dtype=torch.int64)
+        each = [resampled_means(right.where(kind, torch.nan), counts) for kind in (own, ~own)]
+        return RemovalAccuracies(*(values.nanmean(1) for values in each))
 
 
 def _indices(classes: Sequence[int], num_classes: int) -> list[int]:

@@ -52,7 +52,7 @@ def _fooled(logits, attacked, labels):
 def test_errors_are_those_of_a_forest_that_never_saw_an_image_it_is_tested_on():
     data = _data()
     normal, adversarial, *_ = data
-    found = _metric(data, samples=[12, 40], seeds=2, all_attacked=True).detection()
+    found = _metric(data, samples=[12, 40], seeds=2, all_attacked=True).compute()
     for row, count in enumerate((12, 40)):
         for seed in range(2):
             expected = _by_hand(normal, adversarial, range(IMAGES), count, seed)
@@ -63,16 +63,16 @@ def test_attacks_that_failed_are_left_out_unless_all_are_asked_for():
     data = _data(1)
     normal, adversarial, logits, attacked, labels = data
     used = _fooled(logits, attacked, labels)
-    found = _metric(data, samples=[4], seeds=1).detection()
+    found = _metric(data, samples=[4], seeds=1).compute()
     assert 4 <= found.used.item() == len(used) < IMAGES
     assert found.errors.item() == pytest.approx(_by_hand(normal, adversarial, used, 4, 0))
-    assert _metric(data, samples=[4], seeds=1, all_attacked=True).detection().used == IMAGES
+    assert _metric(data, samples=[4], seeds=1, all_attacked=True).compute().used == IMAGES
 
 
 def test_accuracy_and_success_stand_beside():
     data = _data(2)
     *_, logits, attacked, labels = data
-    found = _metric(data, samples=[4], seeds=1).detection()
+    found = _metric(data, samples=[4], seeds=1).compute()
     right = [(logits[i].argmax() == labels[i]).item() for i in range(IMAGES)]
     after = [(attacked[i].argmax() == labels[i]).item() for i in range(IMAGES)]
     assert found.attacked == IMAGES
@@ -86,16 +86,16 @@ def test_accuracy_and_success_stand_beside():
 def test_the_value_is_of_the_most_training_samples_that_the_images_give():
     data = _data()
     metric = _metric(data, samples=[500, 20], seeds=3, all_attacked=True)
-    found = metric.detection()
+    found = metric.compute()
     assert found.samples.tolist() == [20, 500]
     assert found.errors[1].isnan().all()
     expected = MeanOverDraws.of(found.errors[0])
-    assert metric.compute() == expected
+    assert found.error == expected
     assert expected.standard_error > 0
 
 
 def test_too_few_images_give_no_value():
-    assert _metric(_data(), seeds=1).compute().mean.isnan()
+    assert _metric(_data(), seeds=1).compute().error.mean.isnan()
 
 
 def test_bad_input_is_refused_by_name():

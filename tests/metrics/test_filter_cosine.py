@@ -124,7 +124,7 @@ def test_a_resample_is_the_value_of_its_images():
 
 def test_class_means_of_no_image_are_nan_and_batches_are_copied():
     seen = ClassMeans(2, 3)
-    assert seen.class_means().isnan().all()
+    assert seen.means(None).isnan().all()
     pooled, labels = torch.ones(2, 3), torch.tensor([0, 1])
     seen.update(pooled, labels)
     pooled.zero_()
@@ -138,9 +138,9 @@ def test_states_of_ranks_join():
     first.update(pooled[:13], labels[:13])
     second.update(pooled[13:], labels[13:])
     whole.update(pooled, labels)
-    for name in ("pooled", "labels"):
+    for name in ("activations", "labels"):
         setattr(first, name, torch.cat([*getattr(first, name), *getattr(second, name)]))
-    torch.testing.assert_close(first.class_means()[0], whole.compute(), equal_nan=True)
+    torch.testing.assert_close(first.means(None)[0], whole.compute(), equal_nan=True)
 
 
 def test_bad_input_is_refused_by_name():
@@ -156,7 +156,11 @@ def test_bad_input_is_refused_by_name():
     metric = InterClassCorrelation(torch.eye(2), 2)
     pooled, labels = torch.ones(3, 2), torch.tensor([0, 1, 1])
     cases += [
-        (lambda: metric.update(pooled[:, :1], labels), ValueError, "pooled: got 1 filters, want 2"),
+        (
+            lambda: metric.update(pooled[:, :1], labels),
+            ValueError,
+            "activations: got 1 filters",
+        ),
         (lambda: metric.update(pooled, labels + 1), ValueError, "labels: got values"),
         (lambda: metric.update(pooled, labels[:2]), ValueError, "labels: got shape"),
     ]

@@ -113,8 +113,8 @@ def test_bad_input_is_refused_by_name():
     cases = [
         ((pooled, logits[:, :2], labels), ValueError, "logits: got shape"),
         ((pooled, logits, labels + 1), ValueError, "labels: got values"),
-        ((pooled[:, 1:], logits, labels), ValueError, "pooled: got 6 filters"),
-        ((None, logits, labels), TypeError, "pooled: got NoneType"),
+        ((pooled[:, 1:], logits, labels), ValueError, "activations: got 6 filters"),
+        ((None, logits, labels), TypeError, "activations: got NoneType"),
     ]
     for arguments, error, message in cases:
         with pytest.raises(error, match=f"^{message}"):

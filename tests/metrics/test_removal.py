@@ -139,7 +139,11 @@ def test_bad_input_is_refused_by_name():
         (lambda: FilterRemoval(4, FILTERS, classes=2), TypeError, "classes: got int"),
         (lambda: owned_filters(ownership[0], [0]), ValueError, "ownership: got shape"),
         (lambda: most_active_filters(ownership, [0], 1.5), ValueError, "share: got 1.5"),
-        (lambda: FilterRemoval(4, 3).prepare(maps.mean((2, 3)), labels), ValueError, "pooled: got"),
+        (
+            lambda: FilterRemoval(4, 3).prepare(maps.mean((2, 3)), labels),
+            ValueError,
+            "activations: got",
+        ),
         (lambda: metric.update(maps, labels + 4, classify), ValueError, "labels: got values"),
     ]
     for call, error, message in cases:
