@@ -209,7 +209,7 @@ def test_every_requirement_is_tested_at_its_lower_bound() -> None:
     project = settings["project"]
     extras = project["optional-dependencies"]
     required = settings["build-system"]["requires"] + project["dependencies"]
-    for extra in ("train", "report", "timm", "docs"):
+    for extra in ("train", "report", "timm", "attacks", "docs"):
         required += extras[extra]
     claimed = {}
     for requirement in map(Requirement, required):

@@ -1,5 +1,6 @@
 """The figures a trained network is measured by: one record each, and the loop that walks them."""
 
+from picnn_fast.evaluation.attacks import Attack, adversarial_detection, convolution_means
 from picnn_fast.evaluation.callbacks import (
     FiguresCallback,
     MutualInformationCallback,
@@ -8,6 +9,7 @@ from picnn_fast.evaluation.callbacks import (
 from picnn_fast.evaluation.figures import FIGURES, Figure, default_figures, sharing
 from picnn_fast.evaluation.loop import Measurement, differences, evaluate, measure
 from picnn_fast.evaluation.observation import Observation, pool
+from picnn_fast.evaluation.removal import Confusions, confusion_without, removal_ownership
 from picnn_fast.evaluation.values import (
     Figures,
     Value,
@@ -20,6 +22,8 @@ from picnn_fast.evaluation.values import (
 
 __all__ = [
     "FIGURES",
+    "Attack",
+    "Confusions",
     "Figure",
     "Figures",
     "FiguresCallback",
@@ -27,7 +31,10 @@ __all__ = [
     "MutualInformationCallback",
     "Observation",
     "Value",
+    "adversarial_detection",
     "as_csv",
+    "confusion_without",
+    "convolution_means",
     "default_figures",
     "differences",
     "evaluate",
@@ -38,5 +45,6 @@ __all__ = [
     "measure",
     "pool",
     "read_figures",
+    "removal_ownership",
     "sharing",
 ]

@@ -157,7 +157,10 @@ def measure(
             yield slice(count, count + len(labels)), seen
             count += len(labels)
 
-    prepared = {first: FIGURES[first].prepare for first in groups}
+    prepared = {
+        first: FIGURES[first].prepare if FIGURES[first].prepares(network) else None
+        for first in groups
+    }
     updates = {first: FIGURES[first].update for first in groups}
     for title, tell in (("preparing", prepared), ("evaluating", updates)):
         if title == "preparing" and not any(tell.values()):

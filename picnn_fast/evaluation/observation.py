@@ -81,6 +81,11 @@ class Observation:
         """Of the target layer, ``[B, N, h, w]`` or as the network's ``channel_dim`` says."""
         return self._encoded[0]
 
+    @property
+    def bypass(self) -> Tensor | None:
+        """What reaches the head past the filters, see ``InterpretableNetwork.encode``."""
+        return self._encoded[1]
+
     @cached_property
     def pooled(self) -> Tensor:
         """Spatial means of the maps, ``[B, N]``."""
@@ -89,7 +94,7 @@ class Observation:
     @cached_property
     def logits(self) -> Tensor:
         """``[B, K]`` of all filters: the pathway of ACC1."""
-        return self.network.head_logits(self.maps, bypass=self._encoded[1])
+        return self.network.head_logits(self.maps, bypass=self.bypass)
 
     @cached_property
     def performed(self) -> Performed:

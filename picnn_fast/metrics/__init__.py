@@ -12,6 +12,14 @@ with extra("train"):
         resampled_means,
     )
     from picnn_fast.metrics.calibration import CalibrationError
+    from picnn_fast.metrics.class_means import ClassMeans
+    from picnn_fast.metrics.detection import TRAINING_SAMPLES, Detection, DetectionError
+    from picnn_fast.metrics.filter_cosine import (
+        InterClassCorrelation,
+        filter_cosines,
+        filter_redundancy,
+    )
+    from picnn_fast.metrics.gate_similarity import GateSimilarities, GateSimilarity
     from picnn_fast.metrics.leakage import MaskLeakage
     from picnn_fast.metrics.mutual_information import MutualInformationScore
     from picnn_fast.metrics.mutual_information_estimates import (
@@ -20,10 +28,24 @@ with extra("train"):
     )
     from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
     from picnn_fast.metrics.pathway import MeanOverDraws, PathwayAccuracy
+    from picnn_fast.metrics.removal import (
+        FilterRemoval,
+        RemovalAccuracies,
+        most_active_filters,
+        owned_filters,
+    )
     from picnn_fast.metrics.throughput import Speed, Throughput
 
 __all__ = [
+    "TRAINING_SAMPLES",
     "CalibrationError",
+    "ClassMeans",
+    "Detection",
+    "DetectionError",
+    "FilterRemoval",
+    "GateSimilarities",
+    "GateSimilarity",
+    "InterClassCorrelation",
     "LocationInstability",
     "MaskLeakage",
     "MeanOverDraws",
@@ -33,11 +55,16 @@ __all__ = [
     "PartInterpretability",
     "PathwayAccuracy",
     "PerImageMetric",
+    "RemovalAccuracies",
     "ScoreEstimates",
     "Speed",
     "Throughput",
     "check_counts",
     "draw_counts",
+    "filter_cosines",
+    "filter_redundancy",
+    "most_active_filters",
+    "owned_filters",
     "percentile_interval",
     "resampled_means",
 ]

@@ -9,6 +9,7 @@ from picnn_fast.models.iccnn import ICCNN
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD, as_std
+from picnn_fast.models.weights import filter_weights
 
 __all__ = [
     "CSG",
@@ -21,5 +22,6 @@ __all__ = [
     "Explainer",
     "InterpretableNetwork",
     "as_std",
+    "filter_weights",
     "make_interpretable",
 ]

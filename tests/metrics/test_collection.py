@@ -6,6 +6,9 @@ from torchmetrics import MetricCollection
 
 from picnn_fast.backbones import ReceptiveField
 from picnn_fast.metrics import (
+    FilterRemoval,
+    GateSimilarity,
+    InterClassCorrelation,
     LocationInstability,
     MaskLeakage,
     MutualInformationScore,
@@ -26,6 +29,9 @@ def _metrics():
         "leakage": MaskLeakage(CLASSES),
         "instability": LocationInstability(FILTERS, LANDMARKS, field, num_classes=CLASSES),
         "parts": PartInterpretability(FILTERS, PARTS, field, num_classes=CLASSES),
+        "c_ic": InterClassCorrelation(torch.eye(FILTERS), CLASSES),
+        "gate": GateSimilarity(torch.eye(CLASSES, FILTERS)),
+        "removal": FilterRemoval(CLASSES, FILTERS, ownership=torch.eye(CLASSES, FILTERS)),
     }
 
 
@@ -55,6 +61,9 @@ TAKES = {
     "leakage": ["maps", "masks", "classify"],
     "instability": ["maps", "landmarks"],
     "parts": ["maps", "part_masks"],
+    "c_ic": ["activations"],
+    "gate": ["activations", "logits"],
+    "removal": ["maps", "classify"],
 }
 
 
