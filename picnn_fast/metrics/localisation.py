@@ -521,11 +521,10 @@ def region_ious(regions: Tensor, masks: Tensor) -> Tensor:
         ``[…]`` float64 (float32 on MPS); NaN where the mask is empty.
     """
     dtype = torch.float32 if regions.device.type == "mps" else torch.float64
-    masks = masks.to(regions.device)
-    overlap, union, area = (
-        pixels.sum((-2, -1)).to(dtype) for pixels in (regions & masks, regions | masks, masks)
-    )
-    return (overlap / union).where(area > 0, math.nan)
+    # Sums of 0 and 1 are exact in single precision below 2**24, and far quicker than of bool.
+    covered, shown = (x.to(regions.device).flatten(-2).float() for x in (regions, masks))
+    overlap, region, area = (x.sum(-1).to(dtype) for x in (covered * shown, covered, shown))
+    return (overlap / (region + area - overlap)).where(area > 0, math.nan)
 
 
 @lru_cache(maxsize=8)
