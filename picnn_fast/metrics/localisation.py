@@ -164,9 +164,6 @@ class GradMapLocalisation(SaliencyLocalisation):
                 [2, 1]])
     """
 
-    class_sums: Tensor
-    class_images: Tensor
-
     def __init__(
         self,
         num_filters: int,
@@ -180,10 +177,9 @@ class GradMapLocalisation(SaliencyLocalisation):
         self.num_filters = checks.integer("num_filters", num_filters, 1)
         self.num_classes = checks.integer("num_classes", num_classes, 1)
         self.filters = min(checks.integer("filters", filters, 1), num_filters)
-        sums = torch.zeros(num_classes, num_filters, dtype=self.wide)
-        self.register_buffer("class_sums", sums, persistent=False)
-        images = torch.zeros(num_classes, dtype=torch.int64)
-        self.register_buffer("class_images", images, persistent=False)
+        # On the device that the first images are added on; MPS has no double precision to move.
+        self._sums: Tensor | None = None
+        self._images = torch.zeros(num_classes, dtype=torch.int64)
 
     def prepare(self, pooled: Tensor, labels: Tensor) -> None:
         """Add a batch to the class means.
@@ -200,10 +196,12 @@ class GradMapLocalisation(SaliencyLocalisation):
         if pooled.shape[1] != self.num_filters:
             raise ValueError(f"pooled: got {pooled.shape[1]} filters, want {self.num_filters}")
         checks.labels("labels", labels, len(pooled), self.num_classes)
+        if self._sums is None:
+            shape = (self.num_classes, self.num_filters)
+            self._sums = torch.zeros(shape, dtype=self.wide, device=self.device)
         labels = labels.to(self.device, torch.int64)
-        pooled = pooled.detach().to(self.device, self.class_sums.dtype)
-        self.class_sums.index_add_(0, labels, pooled)
-        self.class_images.index_add_(0, labels, torch.ones_like(labels))
+        self._sums.index_add_(0, labels, pooled.detach().to(self._sums))
+        self._images += labels.bincount(minlength=self.num_classes).cpu()
 
     def top_filters(self, labels: Tensor) -> Tensor:
         """Of each label's class the filters of the greatest mean activation.
@@ -219,16 +217,13 @@ class GradMapLocalisation(SaliencyLocalisation):
             ValueError: labels out of range, or of which ``prepare`` saw no image.
         """
         checks.labels("labels", labels, labels.numel(), self.num_classes)
-        labels = labels.to(self.device, torch.int64)
-        checks.holds(
-            "labels",
-            (self.class_images[labels] > 0).all(),
-            lambda: "a class of which prepare() saw no image",
-            "classes that it saw",
-        )
+        if self._sums is None or not (self._images[labels.cpu().long()] > 0).all():
+            raise ValueError(
+                "labels: got a class of which prepare() saw no image, want classes that it saw"
+            )
         # Means of one class lie in the order of its sums.
-        order = self.class_sums.argsort(dim=1, descending=True, stable=True)
-        chosen: Tensor = order[:, : self.filters][labels]
+        order = self._sums.argsort(dim=1, descending=True, stable=True)
+        chosen: Tensor = order[:, : self.filters][labels.to(self.device, torch.int64)]
         return chosen
 
 
