@@ -10,6 +10,7 @@ from picnn_fast.data.loading import derive_seed
 from picnn_fast.data.parts import PartSample
 from picnn_fast.functional import bernoulli_mask
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.gradients import class_activation
 
 # Numbers that keep apart what is drawn for one batch.
 _PSEUDO_LABEL, _PSEUDO_LABEL_MASK, _LABEL_MASK = range(3)
@@ -95,6 +96,12 @@ class Observation:
     def logits(self) -> Tensor:
         """``[B, K]`` of all filters: the pathway of ACC1."""
         return self.network.head_logits(self.maps, bypass=self.bypass)
+
+    @cached_property
+    def class_activation(self) -> Tensor:
+        """The class activation map of each image's label, ``[B, h, w]`` of either sign."""
+        maps, bypass = self._encoded
+        return class_activation(self.network, maps, self.labels[:, None], bypass)[:, 0]
 
     @cached_property
     def performed(self) -> Performed:

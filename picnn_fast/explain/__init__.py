@@ -9,17 +9,20 @@ from picnn_fast.explain.contributions import (
 )
 from picnn_fast.explain.filter_index import FilterIndex, TopImages, filter_index
 from picnn_fast.explain.grad_cam import PathwayGradCam, grad_cam, pathway_grad_cam
+from picnn_fast.explain.localisation import LocalisationExamples, localisation_examples
 
 __all__ = [
     "ContributionMaps",
     "FilterGroup",
     "FilterIndex",
     "ImageExplanation",
+    "LocalisationExamples",
     "PathwayGradCam",
     "TopImages",
     "contribution_maps",
     "explain_image",
     "filter_index",
     "grad_cam",
+    "localisation_examples",
     "pathway_grad_cam",
 ]

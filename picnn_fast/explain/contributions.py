@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.gradients import logit_gradients
 from picnn_fast.ops import checks
 
 # Of the greatest contribution: what rounding leaves between the logit and the sum.
@@ -112,21 +113,15 @@ def contribution_maps(
         checks.integer("target", target, 0)
         if target >= network.num_classes:
             raise ValueError(f"target: got {target}, want a class in [0, {network.num_classes})")
-    # Gradients whatever the caller's mode is.
-    with torch.inference_mode(False):
-        with torch.no_grad():
-            maps, bypass = network.encode(images.detach().clone())
-        with torch.enable_grad():
-            maps = maps.detach().requires_grad_()
-            logits = network.head_logits(maps, bypass=bypass)
-            chosen = (
-                logits.argmax(1)
-                if target is None
-                else logits.new_tensor([target] * len(logits), dtype=torch.int64)
-            )
-            (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), maps)
-    with torch.no_grad():
-        maps, logits = maps.detach(), logits.detach()
+    with torch.inference_mode(False), torch.no_grad():
+        maps, bypass = network.encode(images.detach().clone())
+        logits = network.head_logits(maps, bypass=bypass)
+        chosen = (
+            logits.argmax(1)
+            if target is None
+            else logits.new_tensor([target] * len(logits), dtype=torch.int64)
+        )
+        gradient = logit_gradients(network, maps, chosen[:, None], bypass)[:, 0]
         terms = (maps * gradient).movedim(network.channel_dim, 1)
         picked = chosen[:, None]
         offset = network.head_logits(torch.zeros_like(maps), bypass=bypass).gather(1, picked)[:, 0]

@@ -21,6 +21,13 @@ with extra("train"):
     )
     from picnn_fast.metrics.gate_similarity import GateSimilarities, GateSimilarity
     from picnn_fast.metrics.leakage import MaskLeakage
+    from picnn_fast.metrics.localisation import (
+        ActivMapLocalisation,
+        CAMLocalisation,
+        GradMapLocalisation,
+        Localisation,
+        SaliencyLocalisation,
+    )
     from picnn_fast.metrics.mutual_information import MutualInformationScore
     from picnn_fast.metrics.mutual_information_estimates import (
         MutualInformationEstimates,
@@ -28,6 +35,7 @@ with extra("train"):
     )
     from picnn_fast.metrics.parts import LocationInstability, PartInterpretability
     from picnn_fast.metrics.pathway import MeanOverDraws, PathwayAccuracy
+    from picnn_fast.metrics.pointing_game import PointingGame
     from picnn_fast.metrics.removal import (
         FilterRemoval,
         RemovalAccuracies,
@@ -38,6 +46,8 @@ with extra("train"):
 
 __all__ = [
     "TRAINING_SAMPLES",
+    "ActivMapLocalisation",
+    "CAMLocalisation",
     "CalibrationError",
     "ClassMeans",
     "Detection",
@@ -45,7 +55,9 @@ __all__ = [
     "FilterRemoval",
     "GateSimilarities",
     "GateSimilarity",
+    "GradMapLocalisation",
     "InterClassCorrelation",
+    "Localisation",
     "LocationInstability",
     "MaskLeakage",
     "MeanOverDraws",
@@ -55,7 +67,9 @@ __all__ = [
     "PartInterpretability",
     "PathwayAccuracy",
     "PerImageMetric",
+    "PointingGame",
     "RemovalAccuracies",
+    "SaliencyLocalisation",
     "ScoreEstimates",
     "Speed",
     "Throughput",

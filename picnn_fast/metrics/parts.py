@@ -9,6 +9,7 @@ from torch import Tensor
 
 from picnn_fast.backbones import ReceptiveField
 from picnn_fast.metrics.bootstrap import PerImageMetric
+from picnn_fast.metrics.thresholds import kth_greatest
 from picnn_fast.ops import checks
 
 # Elements that compute() works on at a time.
@@ -396,8 +397,8 @@ class PartInterpretability(_PartMetric):
     ) -> None:
         super().__init__(num_filters, receptive_field, num_classes, **kwargs)
         self.num_parts = checks.integer("num_parts", num_parts, 1)
-        self.top = _share("top", top)
-        self.iou = _share("iou", iou)
+        self.top = checks.share("top", top)
+        self.iou = checks.share("iou", iou)
         if diameter is not None and checks.positive("diameter", diameter) < math.sqrt(2):
             raise ValueError(
                 f"diameter: got {diameter}, want at least √2 pixels, which hold one, or None"
@@ -524,15 +525,8 @@ class PartInterpretability(_PartMetric):
             if total == 0:
                 continue
             valid = min(max(round(self.top * total), 1), total - 1)
-            for filters in (category == c).nonzero()[:, 0].split(max(1, _BLOCK // total)):
-                values = torch.cat(
-                    [
-                        maps[images[:, None], filters].movedim(1, 0).flatten(1)
-                        for maps, images in zip(batches, rows, strict=True)
-                    ],
-                    1,
-                )
-                thresholds[filters] = values.kthvalue(total - valid, 1).values
+            filters = (category == c).nonzero()[:, 0]
+            thresholds[filters] = kth_greatest(batches, valid + 1, images=rows, filters=filters)
         return thresholds
 
     def _hits(self, category: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
@@ -635,9 +629,3 @@ def _unpacked(packed: Tensor, pixels: int) -> Tensor:
     """``[P, ⌈HW/8⌉]`` uint8 to ``[P, HW]`` of 0 and 1, uint8."""
     bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (bits & 1).flatten(1)[:, :pixels]
-
-
-def _share(name: str, value: float) -> float:
-    if checks.positive(name, value) >= 1:
-        raise ValueError(f"{name}: got {value}, want a number above 0 and below 1")
-    return float(value)

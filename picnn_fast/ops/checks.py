@@ -42,6 +42,13 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
+def share(name: str, value: float) -> float:
+    """A number in (0, 1)."""
+    if positive(name, value) >= 1:
+        raise ValueError(f"{name}: got {value}, want a number above 0 and below 1")
+    return float(value)
+
+
 def _number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: got {type(value).__name__}, want a number")

@@ -37,6 +37,7 @@ from picnn_fast.models.base import InterpretableNetwork
 
 PERFORMER = {"location_instability_performer", "location_instability_top", "p", "more_errors"}
 PARTS = {name for name in FIGURES if name.startswith(("location", "part"))} - PERFORMER
+OBJECTS = {"activmap_iou", "activmap_ap30", "cam_iou", "cam_ap30"}
 
 
 def _animals(**options):
@@ -64,7 +65,8 @@ def test_every_record_is_a_number_or_says_why_not(digits):
     values = evaluate(*digits)
     read_figures(values)
     absent = {name for name in default_figures() if isinstance(values[name], str)}
-    assert absent == PARTS | PERFORMER | {"density"}
+    # Of a network that is not trained too few are right.
+    assert absent == PARTS | PERFORMER | OBJECTS | {"density", "pointing_game"}
     drawn = {"acc2", "acc3", "leakage", "pseudo_label_leakage"}
     assert {name for name in values if name not in FIGURES} == {
         *(f"{name}_standard_error" for name in drawn),
