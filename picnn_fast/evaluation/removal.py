@@ -96,7 +96,7 @@ def confusion_without(
     for some, labels, *_ in batches:
         maps, bypass = network.encode(some.to(device))
         for matrix, mask in zip(matrices, [None, *kept.to(maps.dtype)], strict=True):
-            expanded = None if mask is None else mask.expand(len(maps), -1)
-            predicted = network.head_logits(maps, expanded, bypass).argmax(1).cpu()
+            repeated = None if mask is None else mask.repeat(len(maps), 1)
+            predicted = network.head_logits(maps, repeated, bypass).argmax(1).cpu()
             matrix += multiclass_confusion_matrix(predicted, labels.cpu(), classes)
     return Confusions(matrices[0], matrices[1:], masks)

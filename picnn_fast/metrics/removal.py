@@ -209,7 +209,7 @@ class FilterRemoval(PerImageMetric):
         checks.floating("maps", maps)
         checks.labels("labels", labels, len(maps), self.num_classes)
         kept = (~self.removed()).to(maps.device, maps.dtype)
-        predicted = [classify(maps, mask.expand(len(maps), -1)).argmax(1) for mask in kept]
+        predicted = [classify(maps, mask.repeat(len(maps), 1)).argmax(1) for mask in kept]
         self.append(right=torch.stack(predicted, 1) == labels[:, None], labels=labels)
 
     def compute(self) -> RemovalAccuracies:
