@@ -356,6 +356,9 @@ class ActivMapLocalisation(PerImageMetric):
     def replicate(self, counts: Tensor) -> Localisation:
         """Of each resample, ``[R]``, by the thresholds of all images.
 
+        A filter's class is chosen anew in each. The best of several gains by chance, so that of few
+        images resamples lie above the value itself.
+
         Args:
             counts: ``[R, M]`` int64, how often each image seen is drawn.
 

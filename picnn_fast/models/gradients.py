@@ -48,6 +48,16 @@ def class_activation(
     Source:
         Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, eq. 2;
         Selvaraju et al., "Grad-CAM", ICCV 2017, eq. 1-2 and section 3.1.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.explain import class_activation
+        >>> from picnn_fast.models import make_interpretable
+        >>> network = make_interpretable("small-resnet", num_classes=10).eval()
+        >>> maps, bypass = network.encode(torch.rand(2, 1, 8, 8))
+        >>> targets = torch.tensor([[3, 4, 5], [7, 8, 9]])  # three classes each
+        >>> class_activation(network, maps, targets, bypass).shape == (2, 3, *maps.shape[2:])
+        True
     """
     weights = logit_gradients(network, maps, targets, bypass).mean((3, 4))
     return torch.einsum("btn,bnhw->bthw", weights, maps.detach())
@@ -70,6 +80,15 @@ def filter_saliency(network: InterpretableNetwork, images: Tensor, filters: Tens
     Source:
         Liang et al., "Training Interpretable Convolutional Neural Networks by Differentiating
         Class-Specific Filters", ECCV 2020, section 5.1 (GradMap), after Simonyan et al., 2013.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.explain import filter_saliency
+        >>> from picnn_fast.models import make_interpretable
+        >>> network = make_interpretable("small-resnet", num_classes=10).eval()
+        >>> filters = torch.tensor([[0, 5], [5, 9]])  # two each
+        >>> filter_saliency(network, torch.rand(2, 1, 8, 8), filters).shape
+        torch.Size([2, 2, 8, 8])
     """
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().requires_grad_()
@@ -87,6 +106,14 @@ def class_saliency(network: InterpretableNetwork, images: Tensor, labels: Tensor
 
     Returns:
         ``[B, H, W]``, at least 0.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.explain import class_saliency
+        >>> from picnn_fast.models import make_interpretable
+        >>> network = make_interpretable("small-resnet", num_classes=10).eval()
+        >>> class_saliency(network, torch.rand(2, 1, 8, 8), torch.tensor([3, 7])).shape
+        torch.Size([2, 8, 8])
     """
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().requires_grad_()

@@ -116,6 +116,17 @@ def test_activmap_takes_thresholds_of_all_images_before_any_is_looked_at(animals
     assert values["activmap_ap30"] == pytest.approx(sum(shares) / 4)
 
 
+def test_each_has_an_interval_about_it(animals):
+    values = evaluate(_network(6), animals, figures=[*MASKED, *ASKED])
+    assert list(values) == [n for name in (*MASKED, *ASKED) for n in (name, f"{name}_interval")]
+    for name in (*MASKED, *ASKED):
+        low, high = values[f"{name}_interval"]
+        assert 0 <= low < high <= 1
+        # A resample's best class is chosen anew: of few images an ActivMap gains by that.
+        assert values[name] <= high
+        assert low <= values[name] or name in MASKED[:2]
+
+
 def test_gradients_of_filters_are_taken_only_where_they_are_asked_for(animals):
     names = default_figures()
     assert set(names).isdisjoint(ASKED)
