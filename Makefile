@@ -44,6 +44,7 @@ bench: $(VENV)/.built ## measure, and write benchmarks/results and benchmarks/RE
 	$(BIN)/python -m benchmarks.compare
 	$(BIN)/python -m benchmarks.parts
 	$(BIN)/python -m benchmarks.explainer
+	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.report
 
 gpu: ## with PYTHON's own packages (torch, pytest …): gpu-parity, gpu-bench, gpu-bench-more
