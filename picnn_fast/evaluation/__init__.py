@@ -1,15 +1,15 @@
 """The figures a trained network is measured by: one record each, and the loop that walks them."""
 
-from picnn_fast.evaluation.attacks import Attack, adversarial_detection, convolution_means
 from picnn_fast.evaluation.callbacks import (
     FiguresCallback,
     MutualInformationCallback,
     log_figures,
 )
 from picnn_fast.evaluation.figures import FIGURES, Figure, default_figures, sharing
+from picnn_fast.evaluation.figures.attacks import Attack, adversarial_detection, convolution_means
+from picnn_fast.evaluation.figures.removal import Confusions, confusion_without, removal_ownership
 from picnn_fast.evaluation.loop import Measurement, differences, evaluate, measure
 from picnn_fast.evaluation.observation import Observation, pool
-from picnn_fast.evaluation.removal import Confusions, confusion_without, removal_ownership
 from picnn_fast.evaluation.values import (
     Figures,
     Value,

@@ -300,7 +300,7 @@ def test_a_category_without_test_images_has_no_part_figures():
 
 
 def test_maps_too_many_to_keep_are_not_kept(monkeypatch):
-    monkeypatch.setattr(figures, "MOST_MAP_BYTES", 1000)
+    monkeypatch.setattr(figures.parts, "MOST_MAP_BYTES", 1000)
     values = evaluate(_network(), _animals())
     assert values["part_interpretability"].startswith("n/a: the maps of 12 images would take more")
     assert isinstance(values["location_instability"], float)

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import derive_seed
-from picnn_fast.metrics import Detection, DetectionError
+from picnn_fast.data.loading import SeededDataModule, derive_seed
+from picnn_fast.evaluation.figures.record import Figure
+from picnn_fast.evaluation.observation import Observation
+from picnn_fast.metrics import TRAINING_SAMPLES, Detection, DetectionError
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.ops import checks
 
 with extra("train"):
     from rich.progress import track
+    from torchmetrics import Metric
 
 ATTACKS = ("fgsm", "pgd", "cw")
 EPSILON = 8 / 255
@@ -24,6 +27,8 @@ WEIGHT = 1.0  # c of Carlini and Wagner
 ITERATIONS = 10  # each with a line search
 # How far rounding may take a pixel out of [0, 1].
 _ROUNDING = 1e-3
+# Of the test split; the attack of Carlini and Wagner takes many times as long as the others.
+MOST_ATTACKED = {"fgsm": 4000, "pgd": 4000, "cw": 2000}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -307,3 +312,63 @@ def adversarial_detection(
         metric.update(some.to(device), of.to(device), seed=derive_seed(seed, number))
     found: Detection = metric.compute()
     return found
+
+
+def _needs_detection(network: InterpretableNetwork, data: SeededDataModule) -> str | None:
+    images = len(data.test_set)  # type: ignore[arg-type]
+    if network.num_classes < 2:
+        return "there is no other class to attack towards"
+    if not any(isinstance(x, _CONVOLUTIONS) for x in network.modules()):
+        return "there is no convolution"
+    if images < TRAINING_SAMPLES[0]:
+        return f"the test split has {images} images, want at least {TRAINING_SAMPLES[0]}"
+    return None
+
+
+def _update_detection(metric: Any, seen: Observation) -> None:
+    metric.update(seen.images, seen.labels, seed=seen.seed)
+
+
+def _detection(name: str, attack: str) -> dict[str, Figure]:
+    """Of images attacked in one way: whether they are told, and whether the attack succeeds."""
+
+    def metric(network: InterpretableNetwork, data: SeededDataModule, draws: int) -> Metric:
+        return AttackDetection(Attack(network, name, mean=data.mean, std=data.std))
+
+    shared: Any = {
+        "metric": metric,
+        "update": _update_detection,
+        "needs": _needs_detection,
+        "when": "asked",
+        "images": MOST_ATTACKED[name],
+        "better": "lower",
+    }
+    return {
+        f"detection_{name}": Figure(
+            heading=f"detection {name}",
+            meaning=f"error of a forest that tells images attacked by {attack}, where it succeeded",
+            reading=(
+                "Lower is better: chance is 0.5, and a plain network's is the mark to beat; of the"
+                " most training samples, 2000 at most, that the images give."
+            ),
+            part="error",
+            **shared,
+        ),
+        f"attack_{name}": Figure(
+            heading=f"… {name} succeeds",
+            meaning="share of images classified rightly that no longer are once attacked",
+            reading=(
+                "Lower is better: 0 where no attack succeeds, of a plain network it is often near"
+                " 1, and there is no chance in it."
+            ),
+            part="success",
+            **shared,
+        ),
+    }
+
+
+FIGURES: dict[str, Figure] = {
+    **_detection("fgsm", "FGSM"),
+    **_detection("pgd", "PGD"),
+    **_detection("cw", "Carlini and Wagner"),
+}

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from picnn_fast.data import DATA, SeededDataModule
-from picnn_fast.evaluation import FIGURES, default_figures, evaluate, localisation
+from picnn_fast.evaluation import FIGURES, default_figures, evaluate
+from picnn_fast.evaluation.figures import localisation
 from picnn_fast.explain import grad_cam
 from picnn_fast.metrics.localisation import region_ious, saliency_maps
 from picnn_fast.models import make_interpretable

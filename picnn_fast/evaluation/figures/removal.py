@@ -1,18 +1,20 @@
-"""Confusion matrices of a network without the filters of some classes (CSG, figure 5)."""
+"""A network without the filters of some classes (CSG, figure 5)."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
-from picnn_fast.evaluation.observation import pool
-from picnn_fast.metrics import ClassMeans, most_active_filters, owned_filters
+from picnn_fast.evaluation.figures.record import Figure
+from picnn_fast.evaluation.observation import Observation, pool
+from picnn_fast.metrics import ClassMeans, FilterRemoval, most_active_filters, owned_filters
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.std import STD
 
 with extra("train"):
+    from torchmetrics import Metric
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 
@@ -100,3 +102,55 @@ def confusion_without(
             predicted = network.head_logits(maps, repeated, bypass).argmax(1).cpu()
             matrix += multiclass_confusion_matrix(predicted, labels.cpu(), classes)
     return Confusions(matrices[0], matrices[1:], masks)
+
+
+def _removal(network: InterpretableNetwork, data: object, draws: int) -> Metric:
+    ownership = removal_ownership(network)
+    return FilterRemoval(network.num_classes, network.num_filters, ownership=ownership)
+
+
+def _prepare_removal(metric: Any, seen: Observation) -> None:
+    metric.prepare(seen.pooled, seen.labels)
+
+
+def _update_removal(metric: Any, seen: Observation) -> None:
+    def classify(maps: Tensor, mask: Tensor) -> Tensor:
+        return seen.network.head_logits(maps, mask, seen.bypass)
+
+    metric.update(seen.maps, seen.labels, classify)
+
+
+def _of_removal(heading: str, meaning: str, reading: str, **more: Any) -> Figure:
+    """Without the filters of one class after another."""
+    return Figure(
+        heading=heading,
+        meaning=meaning,
+        reading=reading,
+        metric=_removal,
+        update=_update_removal,
+        prepare=_prepare_removal,
+        prepares=lambda network: removal_ownership(network) is None,
+        **more,
+    )
+
+
+FIGURES: dict[str, Figure] = {
+    "removed_class": _of_removal(
+        "removed",
+        "accuracy of a class without its filters, mean over classes, 20 at most",
+        "Lower is better: 0 where a class cannot be told without its filters, chance is 1 /"
+        " classes, ACC1 what it stays at where it owns none by more than a half, and a plain"
+        " network without the tenth that it activates most lies between them.",
+        better="lower",
+        part="removed",
+    ),
+    "removed_others": _of_removal(
+        "… others",
+        "accuracy of all other classes without those filters",
+        "Higher is better: chance is 1 / classes, ACC1 as much as there is to reach, and a plain"
+        " network, of whose filters a tenth is gone, lies between them; chance, too, where a class"
+        " owns all filters.",
+        better="higher",
+        part="others",
+    ),
+}
