@@ -185,7 +185,7 @@ def _print_table(
     console = Console(soft_wrap=True, markup=False, emoji=False)
     missing: dict[tuple[str, ...], list[str]] = {}
     said: list[str] = []
-    cells: dict[str, dict[str, tuple[str, str]]] = {}
+    cells: list[tuple[str, dict[str, tuple[str, str]]]] = []
     for key, figure in FIGURES.items():
         values = [run[key] for runs in rows.values() for run in runs if key in run]
         if not values:  # not asked for
@@ -195,9 +195,8 @@ def _print_table(
             missing.setdefault(reasons, []).append(figure.heading)
             continue
         arrow = {"higher": "↑", "lower": "↓"}[figure.better]
-        cells[f"{figure.heading} {arrow}"] = {
-            name: _cell(runs, key, sign=not notes) for name, runs in rows.items()
-        }
+        row = {name: _cell(runs, key, sign=not notes) for name, runs in rows.items()}
+        cells.append((f"{figure.heading} {arrow}", row))
         reason = "".join(f" ({reason})" for reason in reasons)
         said.append(f"{figure.heading}: {figure.meaning}. {figure.reading}{reason}")
     for names, between in _columns(cells, console.width):
@@ -205,7 +204,7 @@ def _print_table(
         table.add_column("")
         for name in names:
             table.add_column(printable(name), justify="right", overflow="fold")
-        for heading, row in cells.items():
+        for heading, row in cells:
             table.add_row(heading, *(between.join(filter(None, row[name])) for name in names))
         console.print(table)
     if not notes:
@@ -214,8 +213,9 @@ def _print_table(
         f"not here: {', '.join(names)}{''.join(f' ({reason})' for reason in reasons)}"
         for reasons, names in missing.items()
     ]
-    brackets = any(interval for row in cells.values() for _, interval in row.values())
-    spread = any("±" in text for row in cells.values() for text, _ in row.values())
+    shown = [cell for _, row in cells for cell in row.values()]
+    brackets = any(interval for _, interval in shown)
+    spread = any("±" in text for text, _ in shown)
     legend = ["[ ]: 95 % of resamples of the test images"] * brackets
     if spread:
         several = any(len(runs) > 1 for runs in rows.values())
@@ -235,18 +235,18 @@ def _cell(runs: Sequence[Mapping[str, "Value"]], key: str, *, sign: bool) -> tup
 
 
 def _columns(
-    cells: Mapping[str, Mapping[str, tuple[str, str]]], width: int
+    cells: Sequence[tuple[str, Mapping[str, tuple[str, str]]]], width: int
 ) -> Iterator[tuple[list[str], str]]:
     """Which columns go into one table, so that none is cut, and what joins figure and interval.
 
     An interval stands beside its figure where all columns then fit into the width, else below it.
     """
     of_column: dict[str, list[tuple[str, str]]] = {}
-    for row in cells.values():
+    for _, row in cells:
         for name, cell in row.items():
             of_column.setdefault(name, []).append(cell)
     edge = 3  # a line between columns, and a space on each side of it
-    left = width - max(map(len, cells), default=0) - edge - 1
+    left = width - max((len(heading) for heading, _ in cells), default=0) - edge - 1
 
     def widths(between: str) -> dict[str, int]:
         return {

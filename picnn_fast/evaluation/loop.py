@@ -5,7 +5,7 @@ import statistics
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -194,11 +194,12 @@ def measure(
             computed = metric.compute()
             for name in group:
                 values[name] = as_numbers(name, FIGURES[name].of(computed))
-            if resamples:
-                replicates |= _replicates(metric, group, int(chosen[first].sum()), resamples)
-    for name in replicates.keys() & values.keys():
-        interval = percentile_interval(replicates[name])
-        if interval is not None and isinstance(values[name][name], float):
+            had = {n: v for n in group if isinstance(v := values[n][n], float)}
+            if resamples and had:
+                replicates |= _replicates(metric, had, int(chosen[first].sum()), resamples)
+    for name, each in replicates.items():
+        interval = percentile_interval(each)
+        if interval is not None:
             values[name][name + INTERVAL] = list(interval)
     return Measurement(
         figures={key: value for name in names for key, value in values[name].items()},
@@ -260,11 +261,13 @@ def differences(first: Sequence[Measurement], second: Sequence[Measurement]) -> 
             continue
         found[name] = statistics.fmean(numbers[0]) - statistics.fmean(numbers[1])
         if all(name in run.replicates for run in every):
-            pairs = [
-                torch.stack([run.replicates[name] for run in runs]).mean(0)
+            # The first are the same where there are fewer, of a figure that costs much.
+            count = min(len(run.replicates[name]) for run in every)
+            sides = [
+                torch.stack([run.replicates[name][:count] for run in runs]).mean(0)
                 for runs in (first, second)
             ]
-            interval = percentile_interval(pairs[0] - pairs[1])
+            interval = percentile_interval(sides[0] - sides[1])
             if interval is not None:
                 found[name + INTERVAL] = list(interval)
     return found
@@ -302,18 +305,22 @@ class _Clock:
         return time.perf_counter()
 
 
-def _replicates(metric: Any, names: Sequence[str], images: int, count: int) -> dict[str, Tensor]:
-    """Values ``[R]`` of figures in resamples, where the metric that they are parts of has them."""
-    if not hasattr(metric, "replicate"):
-        return {}
+def _replicates(
+    metric: Any, figures: Mapping[str, float], images: int, count: int
+) -> dict[str, Tensor]:
+    """Values ``[R]`` in resamples of figures, where the metric that they are parts of has them."""
     images = getattr(metric, "seen", images)  # of one category, say
+    if not hasattr(metric, "replicate") or images == 0:
+        return {}
     count = min(count, getattr(metric, "most_resamples", None) or count)
     # Whatever the seed of what is drawn, for figures of several networks to be paired.
     blocks = [metric.replicate(counts) for counts in draw_counts(images, count)]
     values = {}
-    for name in names:
-        parts = [FIGURES[name].of(block) for block in blocks]
-        values[name] = torch.cat([part.cpu().double() for part in parts])
+    for name, value in figures.items():
+        each = torch.cat([FIGURES[name].of(block).cpu().double() for block in blocks])
+        if getattr(metric, "resamples_lie_aside", False):
+            each += value - each.nanmean()
+        values[name] = each
     return values
 
 

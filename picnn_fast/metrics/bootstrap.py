@@ -107,6 +107,9 @@ class PerImageMetric(Metric):
 
     #: Resamples that ``replicate`` is to be asked for, at most; fewer where each costs much.
     most_resamples: int | None = None
+    #: Whether resamples lie to one side of the figure, such as those of a least value among many:
+    #: an interval then has their spread about the figure.
+    resamples_lie_aside = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -141,6 +141,7 @@ class LocationInstability(_PartMetric):
     """
 
     higher_is_better = False
+    resamples_lie_aside = True  # the least over categories, of images that repeat one another
 
     peaks: list[Tensor]
     centres: list[Tensor]

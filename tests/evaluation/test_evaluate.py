@@ -109,8 +109,7 @@ def test_every_part_figure_has_an_interval_that_holds_it():
     values = evaluate(_network(), _animals(test_images=36))
     for name in PARTS:
         low, high = values[f"{name}_interval"]
-        assert low <= high
-    assert values["part_interpretability_interval"][0] <= values["part_interpretability"]
+        assert low <= values[name] <= high
 
 
 def test_a_figure_of_weights_alone_has_no_interval(digits):
@@ -136,6 +135,24 @@ def test_differences_are_paired_by_image(digits):
     mean = differences([one, two], [two])
     assert mean["mis"] == pytest.approx(apart["mis"] / 2)
     assert mean["mis_interval"] == pytest.approx([end / 2 for end in apart["mis_interval"]])
+
+
+def test_figures_of_which_one_costs_much_are_compared_by_the_resamples_that_both_have(digits):
+    one = measure(*digits, figures=["acc1"], resamples=100)
+    other = measure(*digits, figures=["acc1"], resamples=40)
+    assert torch.equal(one.replicates["acc1"][:40], other.replicates["acc1"])
+    assert differences([one], [other])["acc1_interval"] == [0, 0]
+
+
+def test_fewer_resamples_are_drawn_of_what_costs_much(monkeypatch):
+    monkeypatch.setattr(LocationInstability, "most_resamples", property(lambda self: 7))
+    found = measure(_network(), _animals(test_images=36), resamples=20)
+    counts = {name: len(each) for name, each in found.replicates.items()}
+    assert {counts[name] for name in PARTS if name.startswith("location")} == {7}
+    assert counts["acc1"] == counts["part_interpretability"] == 20
+    # Its resamples lie about the figure.
+    name = "location_instability"
+    assert found.replicates[name].mean().item() == pytest.approx(found.figures[name])
 
 
 def test_other_images_are_not_compared(digits):

@@ -186,6 +186,16 @@ def test_resamples_of_location_instability_are_those_of_images_that_are_repeated
     same(got[:1], metric.compute()[None])
 
 
+def test_few_resamples_are_wanted_where_each_looks_at_many_places() -> None:
+    maps, landmarks, _, labels = example(0, 50, 2)
+    metric = LocationInstability(FILTERS, LANDMARKS, FIELD, num_classes=2, images=4)
+    metric.update(maps, landmarks, labels)
+    ranks = sum(min(int((labels == c).sum()), 4 + 8 * 2) for c in range(2))
+    assert metric.most_resamples == 10**9 // (FILTERS * LANDMARKS * ranks)
+    metric.num_filters = 10**9
+    assert metric.most_resamples == 100
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_resamples_that_draw_few_of_the_highest_peaks_look_further(
     ranks: int, monkeypatch: pytest.MonkeyPatch
