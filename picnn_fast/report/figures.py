@@ -212,10 +212,11 @@ def plot_grad_cam(
     labels: Sequence[str],
     path: str | Path | None = None,
 ) -> Figure:
-    """Panels image | all filters | class filters | complementary filters, a block for each network.
+    """Panels image | all filters | class filters | the others | random ones, by network.
 
-    The colours of the three panels of one image share one scale, from 0 to their common maximum:
-    dark means that these filters say nothing for the class.
+    The colours of the four panels of one image share one scale, from 0 to their common maximum:
+    dark means that these filters say nothing for the class. Few filters are dark by their number
+    alone; the random ones are as many as the class's, and what those show beyond them counts.
 
     Args:
         images: ``[B, C, H, W]`` in [0, 1], grey or RGB, before they are normalised; see
@@ -235,17 +236,17 @@ def plot_grad_cam(
     batch = len(pixels)
     if len(labels) != batch:
         raise ValueError(f"labels: got {len(labels)} names, want {batch}, one for each of images")
-    titles = ("image", "all filters", "class filters", "complement")
+    titles = ("image", "all filters", "class filters", "the others", "as many random")
     figure = Figure(
-        figsize=(4.7 * len(rows) + 0.9, 1.1 * batch + 0.9), layout="constrained", dpi=DPI
+        figsize=(5.8 * len(rows) + 0.9, 1.1 * batch + 0.9), layout="constrained", dpi=DPI
     )
-    widths = [4.7] * len(rows) + [0.9]
+    widths = [5.8] * len(rows) + [0.9]
     *blocks, margin = figure.subfigures(
         1, len(widths), squeeze=False, width_ratios=widths, wspace=0.02
     )[0]
     for block, (title, cam) in zip(blocks, rows.items(), strict=True):
         block.suptitle(title, fontweight="bold", **AS_IT_IS)
-        axes = block.subplots(batch, 4, squeeze=False)
+        axes = block.subplots(batch, 5, squeeze=False)
         heats = [maps.detach().cpu().float().numpy() for maps in cam]
         for i in range(batch):
             peak = max(float(heat[i].max()) for heat in heats) or 1.0

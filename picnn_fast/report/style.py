@@ -12,6 +12,7 @@ from picnn_fast._extras import extra
 from picnn_fast.ops import checks
 
 with extra("report"):
+    from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -20,6 +21,8 @@ HEAT_COLOURS = "inferno"
 # Of a text that holds a name: a "$" in it is no mathematics.
 AS_IT_IS: dict[str, Any] = {"parse_math": False}
 _OVERSHOOT = 0.05
+# The image on the heat as a faint light, so that strokes stay visible where the heat is dark.
+_IMAGE_SHARE = 0.25
 _Image = npt.NDArray[np.float32]
 
 
@@ -67,8 +70,14 @@ def saved(figure: Figure, path: str | Path | None) -> Figure:
 def overlay(axis: Axes, pixels: _Image, heat: _Image) -> None:
     """Heat in [0, 1] in colours, with the image on it."""
     axis.imshow(heat, cmap=HEAT_COLOURS, vmin=0, vmax=1, interpolation="bilinear")
-    # The image on top as a faint light, so that strokes stay visible where the heat is dark.
-    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", alpha=0.25)
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", alpha=_IMAGE_SHARE)
+
+
+def overlaid(pixels: _Image, heat: _Image) -> _Image:
+    """The same as a picture ``[H, W, 3]`` in [0, 1], heat and image being of one size."""
+    colours = colormaps[HEAT_COLOURS](heat)[..., :3].astype(np.float32)
+    image = pixels if pixels.ndim == 3 else pixels[..., None]
+    return (1 - _IMAGE_SHARE) * colours + _IMAGE_SHARE * image
 
 
 def without_frame(axis: Axes) -> None:

@@ -1,0 +1,443 @@
+"""What ``picnn-fast report`` tells of some runs, gathered from their folders."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from picnn_fast._extras import extra
+from picnn_fast._terminal import printable
+from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.evaluation import FIGURES, Figures, format_figures
+from picnn_fast.explain import pathway_grad_cam
+from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.report.html import (
+    Cell,
+    FigureRow,
+    Gallery,
+    Network,
+    Report,
+    grad_cam_gallery,
+    render,
+)
+from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
+from picnn_fast.training.options import ConfigError, Options, few
+from picnn_fast.training.run import METRICS, build_data, read_history, read_metrics, reading_images
+from picnn_fast.training.run_folder import RECORD, write_atomically
+
+with extra("train"):
+    from rich.progress import track
+
+REPORT = "report.html"
+_NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
+IMAGES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """A network of a run, with what its folder holds of it."""
+
+    folder: Path
+    row: str
+    network: InterpretableNetwork
+    options: Options
+    class_names: list[str]
+    figures: Figures | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """Test images as they are shown, as the network takes them, and their classes."""
+
+    images: Tensor
+    taken: Tensor
+    labels: Tensor
+
+
+def write_report(
+    paths: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    images: int = IMAGES,
+    progress: bool = False,
+) -> Path:
+    """Write one HTML file about some runs, in place of an older one once it is whole.
+
+    Args:
+        paths: folders of runs, demos or comparisons, or checkpoints.
+        output: the file; None: report.html in the first of these folders.
+        images: test images that Grad-CAM shows of each network.
+        progress: show a bar.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: a path that holds no checkpoint.
+        RunFolderError: a checkpoint or a record that cannot be read.
+
+    Example:
+        >>> from picnn_fast.training.summary import write_report
+        >>> write_report(["runs/demo"])  # doctest: +SKIP
+        PosixPath('runs/demo/report.html')
+    """
+    page = render(summarise(paths, images=images, progress=progress))
+    if output is None:
+        first = Path(paths[0])
+        output = (first if first.is_dir() else first.parent) / REPORT
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page)
+    return path
+
+
+def summarise(
+    paths: Sequence[str | Path], *, images: int = IMAGES, progress: bool = False
+) -> Report:
+    """Gather the report of some runs; see ``write_report``."""
+    rows = _rows([Path(path) for path in paths])
+    data = _Data()
+    networks = [
+        _network(name, seeds[0], data, images)
+        for name, seeds in track(
+            rows.items(), "looking at the networks", transient=True, disable=not progress
+        )
+    ]
+    figures, missing = _figures(rows)
+    histories = {name: [read_history(one.folder) for one in seeds] for name, seeds in rows.items()}
+    return Report(
+        title=_title(rows),
+        summary=_summary(rows, data),
+        names=list(rows),
+        figures=figures,
+        missing=missing,
+        histories={
+            name: [run for run in runs if run] for name, runs in histories.items() if any(runs)
+        },
+        headings={f"val/{name}": figure.heading for name, figure in FIGURES.items()},
+        networks=networks,
+        provenance=_provenance([Path(path) for path in paths], rows),
+    )
+
+
+def _rows(paths: Sequence[Path]) -> dict[str, list[_Trained]]:
+    """The networks by their row of the table, in which seeds of the same options are one."""
+    groups: dict[str, list[_Trained]] = {}
+    for path in paths:
+        several = len(paths) > 1
+        for checkpoint in find_checkpoints(path):
+            trained = _read(checkpoint, path)
+            same = json.dumps(_without_seed(trained.options), sort_keys=True)
+            groups.setdefault(same, []).append(
+                dataclasses.replace(trained, row=f"{_named(path)}: {trained.row}")
+                if several
+                else trained
+            )
+    rows: dict[str, list[_Trained]] = {}
+    for seeds in groups.values():
+        name = seeds[0].row
+        number = 2
+        while name in rows:
+            name = f"{seeds[0].row} ({number})"
+            number += 1
+        rows[name] = seeds
+    return rows
+
+
+def _read(checkpoint: Path, path: Path) -> _Trained:
+    network, options, class_names = load_checkpoint(checkpoint)
+    folder = checkpoint.parent
+    figures = None
+    if (folder / METRICS).is_file():
+        method = options.method["name"]
+        figures = read_metrics(folder, [method])[method]
+    row = type(network).__name__
+    if _record(path).get("kind") == "compare":
+        row = folder.name.rpartition("-")[0]
+    names = [printable(name) for name in class_names]
+    return _Trained(folder, printable(row), network, options, names, figures)
+
+
+def _named(path: Path) -> str:
+    return printable(path.name or str(path))
+
+
+def _without_seed(options: Options) -> dict[str, Any]:
+    values = options.identity()
+    del values["seed"]
+    values["data"] = {k: v for k, v in values["data"].items() if k != "num_workers"}
+    return values
+
+
+class _Data:
+    """The data of the networks, each set once, or why it cannot be had."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, SeededDataModule | str] = {}
+        self._shown: dict[str, _Shown] = {}
+
+    def of(self, trained: _Trained) -> SeededDataModule | str:
+        key = self._key(trained)
+        if key not in self._made:
+            try:
+                self._made[key] = self._build(trained)
+            except (ConfigError, OSError) as error:
+                self._made[key] = f"the data cannot be read ({printable(str(error))})"
+        return self._made[key]
+
+    def shown(self, trained: _Trained, count: int) -> _Shown | str:
+        """Test images of as many classes, spread over the split."""
+        data = self.of(trained)
+        if isinstance(data, str):
+            return data
+        key = f"{self._key(trained)}/{count}"
+        if key not in self._shown:
+            try:
+                self._shown[key] = _choose(data, count)
+            except (ConfigError, OSError) as error:
+                return f"an image cannot be read ({printable(str(error))})"
+        return self._shown[key]
+
+    def _key(self, trained: _Trained) -> str:
+        return json.dumps([trained.options.data, trained.options.category], sort_keys=True)
+
+    def _build(self, trained: _Trained) -> SeededDataModule:
+        data = build_data(trained.options)
+        names = [printable(name) for name in data.class_names]
+        if names != trained.class_names:
+            raise ConfigError(
+                f"data: it has other classes ({few(names)}) than the network was trained on"
+                f" ({few(trained.class_names)})"
+            )
+        return data
+
+
+def _choose(data: SeededDataModule, count: int) -> _Shown:
+    """The first test images of different classes among those spread evenly over the split."""
+    total = len(data.test_set)  # type: ignore[arg-type]
+    looked_at = min(total, 8 * count)
+    chosen: dict[int, Tensor] = {}
+    with reading_images():
+        for place in range(looked_at):
+            image, label = data.test_set[place * total // looked_at]
+            pair: Any = [image[None], torch.as_tensor([int(label)])]
+            pair = data.on_before_batch_transfer(pair, 0)
+            taken, labels = data.on_after_batch_transfer(pair, 0)
+            chosen.setdefault(int(labels[0]), taken[0])
+            if len(chosen) == count:
+                break
+    order = sorted(chosen)
+    taken = torch.stack([chosen[label] for label in order])
+    images = taken if data.mean is None or data.std is None else taken * data.std + data.mean
+    return _Shown(images.clamp(0, 1), taken, torch.tensor(order))
+
+
+def _network(name: str, trained: _Trained, data: _Data, images: int) -> Network:
+    network = trained.network
+    ownership = network.ownership()
+    return Network(
+        name=name,
+        class_names=trained.class_names,
+        ownership=_no_ownership(network) if ownership is None else ownership,
+        ownership_meaning=network.ownership_meaning,
+        grad_cam=_grad_cam(trained, data, images),
+    )
+
+
+def _no_ownership(network: InterpretableNetwork) -> str:
+    return f"{type(network).__name__} gives no filter to a class"
+
+
+def _grad_cam(trained: _Trained, data: _Data, count: int) -> Gallery | str:
+    network = trained.network
+    if network.ownership() is None:
+        return _no_ownership(network)
+    if not network.draws_masks:
+        return f"{type(network).__name__} draws no masks of filters"
+    if network.channel_dim != 1:
+        return "the maps are not [B, N, h, w]"
+    shown = data.shown(trained, count)
+    if isinstance(shown, str):
+        return shown
+    if shown.images.shape[1] not in (1, 3):
+        return f"images of {shown.images.shape[1]} channels are not shown"
+    cam = pathway_grad_cam(network, shown.taken, shown.labels, seed=trained.options.seed)
+    with torch.no_grad():
+        maps, bypass = network.encode(shown.taken)
+        predicted = network.head_logits(maps, bypass=bypass).argmax(1)
+    labels, seen = (
+        [trained.class_names[i] for i in classes.tolist()] for classes in (shown.labels, predicted)
+    )
+    return grad_cam_gallery(shown.images, cam, labels, seen)
+
+
+def _figures(rows: Mapping[str, Sequence[_Trained]]) -> tuple[list[FigureRow], dict[str, str]]:
+    """A row for each figure that any network has, and of the others why none has it."""
+    measured = {
+        name: [one.figures for one in seeds if one.figures is not None]
+        for name, seeds in rows.items()
+    }
+    if not any(measured.values()):
+        return [], {}
+    shown: list[FigureRow] = []
+    missing: dict[str, str] = {}
+    for key, figure in FIGURES.items():
+        cells = [_cell(runs, key) for runs in measured.values()]
+        if all(cell.text == "n/a" for cell in cells):
+            missing[figure.heading] = "; ".join(dict.fromkeys(cell.detail for cell in cells))
+            continue
+        shown.append(
+            FigureRow(
+                heading=figure.heading,
+                meaning=figure.meaning,
+                better=figure.better,
+                reading="",
+                cells=_with_best(cells, figure.better),
+            )
+        )
+    return shown, missing
+
+
+def _cell(runs: Sequence[Figures], key: str) -> Cell:
+    if not runs:
+        return Cell(text="n/a", detail="not measured")
+    values = [run[key] for run in runs]
+    reasons = dict.fromkeys(v.partition(": ")[2] for v in values if isinstance(v, str))
+    if reasons:
+        return Cell(text="n/a", detail="; ".join(reasons))
+    text, _, spread = format_figures(runs, key).partition(" ± ")
+    details = []
+    if spread:
+        what = "standard error" if len(runs) == 1 else f"over {len(runs)} seeds"
+        details.append(f"± {spread} {what}")
+    interval: Any = runs[0].get(f"{key}_interval")
+    if len(runs) == 1 and interval is not None:
+        details.append(f"{interval[0]:.3f} to {interval[1]:.3f}")
+    return Cell(text=text, detail=", ".join(details))
+
+
+def _with_best(cells: Sequence[Cell], better: str) -> list[Cell]:
+    """The cells, the best of several marked, which may be more than one."""
+    values = [float(cell.text) for cell in cells if cell.text != "n/a"]
+    if len(values) < 2 or len(set(values)) == 1:
+        return list(cells)
+    best = (max if better == "higher" else min)(values)
+    return [
+        dataclasses.replace(cell, best=cell.text != "n/a" and float(cell.text) == best)
+        for cell in cells
+    ]
+
+
+def _title(rows: Mapping[str, Sequence[_Trained]]) -> str:
+    sets = dict.fromkeys(one.options.data["name"] for seeds in rows.values() for one in seeds)
+    return printable(f"{_listed(list(rows))} on {_listed(list(sets))}")
+
+
+def _summary(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> list[str]:
+    """What was trained, on what, and what was measured, in plain sentences."""
+    every = [one for seeds in rows.values() for one in seeds]
+    count = len(every)
+
+    def common(values: Sequence[Any]) -> Any:
+        return values[0] if all(value == values[0] for value in values) else None
+
+    backbone = common([one.options.backbone["name"] for one in every])
+    filters = common([one.network.num_filters for one in every])
+    epochs = common([one.options.epochs for one in every])
+    of = f"{_NUMBERS.get(count, str(count))} networks were" if count > 1 else "One network was"
+    trained = f"{of} trained"
+    if len(rows) > 1:
+        trained += f", {_listed(list(rows))}"
+        trained += ", several seeds of each," if count > len(rows) else ","
+    if backbone:
+        trained += f" on the backbone {backbone}"
+    if filters:
+        trained += f" with {filters} filters in the target layer"
+    if epochs:
+        trained += f", for {_count(epochs, 'epoch')}"
+    sentences = [f"{printable(trained)}. {_images(every, data)}"]
+    measured = {name: [s.figures for s in seeds if s.figures] for name, seeds in rows.items()}
+    said = []
+    for key in ("acc1", "acc3", "mis"):
+        cells = {name: _cell(runs, key) for name, runs in measured.items()}
+        values = [f"{name} {cell.text}" for name, cell in cells.items() if cell.text != "n/a"]
+        if values:
+            figure = FIGURES[key]
+            values = values if len(rows) > 1 else [values[0].rpartition(" ")[2]]
+            said.append(f"{figure.heading}, {figure.meaning}: {_listed(values)}")
+    if said:
+        sentences.append(f"On the test images: {'; '.join(said)}.")
+    return sentences
+
+
+def _images(every: Sequence[_Trained], data: _Data) -> str:
+    sets = {json.dumps(one.options.data, sort_keys=True): one for one in every}
+    if len(sets) > 1:
+        return "They differ in their data, so that their figures do not compare."
+    (one,) = sets.values()
+    module = data.of(one)
+    classes = f"{len(one.class_names)} classes"
+    if isinstance(module, str):
+        return f"The data, {one.options.data['name']}, has {classes}; its images are not here."
+    sizes = [f"{len(images):,}" for images in (module.train_set, module.test_set)]  # type: ignore[arg-type]
+    return (
+        f"They learned from {sizes[0]} images of {one.options.data['name']} in {classes}, and were"
+        f" measured on {sizes[1]} that took no part in it."
+        if len(every) > 1
+        else f"It learned from {sizes[0]} images of {one.options.data['name']} in {classes}, and"
+        f" was measured on {sizes[1]} that took no part in it."
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    """Names in a sentence, no more than so many."""
+    if len(names) > most:
+        return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a run noted about itself; nothing where it noted none."""
+    try:
+        content = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _provenance(
+    paths: Sequence[Path], rows: Mapping[str, Sequence[_Trained]]
+) -> dict[str, dict[str, str]]:
+    """Of each run what it noted, and the options of its networks."""
+    told: dict[str, dict[str, str]] = {}
+    for path in paths:
+        record = _record(path if path.is_dir() else path.parent)
+        made = record.get("provenance", {})
+        pairs = {"folder": str(path), "picnn_fast": record.get("version", "not noted")}
+        for key in ("command", "commit", "started", "finished"):
+            pairs[key] = made.get(key) or "not noted"
+        for key in ("versions", "hardware"):
+            for name, value in made.get(key, {}).items():
+                pairs[name] = ", ".join(value) or "none" if isinstance(value, list) else str(value)
+        told[str(path)] = {key: printable(str(value)) for key, value in pairs.items()}
+    for name, seeds in rows.items():
+        options = _flat(_without_seed(seeds[0].options))
+        options["seed"] = ", ".join(str(one.options.seed) for one in seeds)
+        told[f"Options of {name}"] = {k: printable(str(v)) for k, v in options.items()}
+    return told
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

@@ -1,0 +1,187 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from picnn_fast import cli
+from picnn_fast.evaluation import FIGURES
+from picnn_fast.training import checkpoint, run, run_folder, summary
+from picnn_fast.training.options import Options
+from picnn_fast.training.run_folder import RunFolder, write_json
+from picnn_fast.training.summary import summarise, write_report
+
+DIGITS = {"num_filters": 10, "accelerator": "cpu", "batch_size": 256}
+
+
+def make(folder, method="picnn", seed=0, figures=True, **changes):
+    """The folder of a run that was not trained: checkpoint, logs, figures."""
+    options = Options(method=method, seed=seed, **{"data": "digits", **DIGITS, **changes})
+    made = run.assemble(options, folder, progress=False)
+    content = {"state_dict": made.module.state_dict()}
+    saving = checkpoint.SaveOptions(options, made.data)
+    saving.on_save_checkpoint(made.trainer, made.module, content)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(content, folder / "last.ckpt")
+    (folder / "csv" / "version_0").mkdir(parents=True, exist_ok=True)
+    log = "epoch,step,train/loss,val/acc1\n0,1,2.0,0.5\n1,2,1.0,0.75\n"
+    (folder / "csv" / "version_0" / "metrics.csv").write_text(log)
+    if figures:
+        values = {**dict.fromkeys(FIGURES, "n/a: not here"), "acc1": 0.5 + 0.1 * seed, "mis": 0.25}
+        write_json(folder / "metrics.json", {made.options.method["name"]: values})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a comparison: two seeds of PICNN and of an ICCNN."""
+    folder = tmp_path_factory.mktemp("runs") / "compare"
+    with RunFolder(folder, "compare", {"seed": 0}).writing() as work:
+        for method in ("picnn", "iccnn"):
+            for seed in (0, 1):
+                make(work / f"{method}-{seed}", method, seed, num_filters=None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(runs):
+    return summarise([runs], images=3)
+
+
+def _cells(report, heading):
+    (row,) = [row for row in report.figures if row.heading == heading]
+    return dict(zip(report.names, row.cells, strict=True))
+
+
+def test_seeds_of_a_comparison_are_one_column(told):
+    assert told.names == ["iccnn", "picnn"]
+    cells = _cells(told, "ACC1")
+    assert (cells["picnn"].text, cells["picnn"].detail) == ("0.550", "± 0.071 over 2 seeds")
+    assert [len(told.histories[name]) for name in told.names] == [2, 2]
+    assert told.histories["picnn"][0][1] == {
+        "epoch": 1.0,
+        "step": 2.0,
+        "train/loss": 1.0,
+        "val/acc1": 0.75,
+    }
+
+
+def test_what_no_network_has_is_told_once_with_its_reason(told):
+    assert told.missing["ACC2"] == "not here"
+    assert not told.missing.keys() & {row.heading for row in told.figures}
+    assert len(told.missing) + len(told.figures) == len(FIGURES)
+
+
+def test_what_a_network_lacks_is_a_reason_and_no_picture(told):
+    iccnn, picnn = told.networks
+    assert iccnn.grad_cam == "ICCNN draws no masks of filters"
+    assert [row.heading for row in picnn.grad_cam.rows] == ["0", "1", "2"] or (
+        len({row.heading for row in picnn.grad_cam.rows}) == 3
+    )
+    assert all(len(row.pictures) == 5 for row in picnn.grad_cam.rows)
+    assert picnn.ownership.shape == (10, 128)
+
+
+def test_the_summary_says_what_was_trained_on_what_and_measured(told):
+    trained, figures = told.summary
+    assert trained.startswith("Four networks were trained, iccnn and picnn, several seeds of each,")
+    assert "1,295 images of digits in 10 classes" in trained
+    assert "measured on 360 that took no part" in trained
+    assert "ACC1, accuracy by all filters: iccnn 0.550 and picnn 0.550" in figures
+
+
+def test_the_record_of_a_run_is_its_provenance(told, runs):
+    pairs = told.provenance[str(runs)]
+    noted = json.loads((runs / "run.json").read_text())["provenance"]
+    assert pairs["command"] == noted["command"]
+    assert pairs["torch"] == torch.__version__.partition("+")[0]
+    assert pairs["started"] <= pairs["finished"]
+    assert told.provenance["Options of picnn"]["seed"] == "0, 1"
+    assert told.provenance["Options of picnn"]["method.name"] == "picnn"
+
+
+def test_the_best_of_a_figure_is_marked_unless_all_are_equal(tmp_path):
+    better, worse = make(tmp_path / "b", seed=2), make(tmp_path / "a", "std", seed=1)
+    report = summarise([worse, better], images=1)
+    assert report.names == ["a: STD", "b: PICNN"]
+    assert [cell.best for cell in _cells(report, "ACC1").values()] == [False, True]
+    assert [cell.best for cell in _cells(report, "MIS").values()] == [False, False]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_column_wherever_they_lie(tmp_path):
+    report = summarise([make(tmp_path / str(seed), seed=seed) for seed in (0, 1)], images=1)
+    assert report.names == ["0: PICNN"]
+    assert _cells(report, "ACC1")["0: PICNN"].detail == "± 0.071 over 2 seeds"
+
+
+def test_a_checkpoint_alone_has_a_report_that_says_what_is_missing(tmp_path):
+    make(tmp_path / "run", figures=False)
+    shutil.move(tmp_path / "run" / "last.ckpt", tmp_path / "alone.ckpt")
+    path = write_report([tmp_path / "alone.ckpt"], images=1)
+    assert path == tmp_path / "report.html"
+    text = path.read_text()
+    assert "no figure was measured of these runs" in text
+    assert "these folders hold no logs" in text
+
+
+def test_data_that_is_gone_costs_its_pictures_alone(tmp_path, monkeypatch):
+    folder = make(tmp_path / "run")
+
+    def gone(options):
+        raise run.ConfigError("data.root: x is missing")
+
+    monkeypatch.setattr(summary, "build_data", gone)
+    report = summarise([folder])
+    assert report.networks[0].grad_cam == "the data cannot be read (data.root: x is missing)"
+    assert "its images are not here" in report.summary[0]
+    assert _cells(report, "ACC1")["PICNN"].text == "0.500"
+
+
+def test_an_older_report_is_replaced_by_a_whole_one_alone(tmp_path, monkeypatch):
+    folder = make(tmp_path / "run")
+    (folder / "report.html").write_text("old")
+
+    def full(handle):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            write_report([folder], images=1)
+    assert (folder / "report.html").read_text() == "old"
+    write_report([folder], images=1)
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_the_command_writes_where_it_is_told_and_says_so(tmp_path, capsys):
+    folder = make(tmp_path / "run")
+    output = tmp_path / "pages" / "page.html"
+    assert cli.main(["report", str(folder), "--output", str(output), "--images", "2"]) == 0
+    assert f"{output}: open it in a browser" in capsys.readouterr().out
+    assert output.stat().st_size < 10_000_000
+    assert cli.main(["report", str(tmp_path / "none")]) == 1
+    assert "holds no last.ckpt; want a checkpoint" in capsys.readouterr().err
+    assert cli.main(["report", str(folder), "--images", "0"]) == 2
+    assert "images: got 0, want an integer >= 1" in capsys.readouterr().err
+
+
+def test_pixels_are_shown_as_before_they_were_normalised(tmp_path):
+    data = {"name": "part-animals", "image_size": 32, "train_images": 6, "test_images": 12}
+    folder = make(tmp_path / "run", backbone="small-cnn", data=data)
+    trained = summary._read(folder / "last.ckpt", folder)
+    shown = summary._Data().shown(trained, 3)
+    module = run.build_data(trained.options)
+    raw = torch.stack([module.test_set[i][0] for i in range(12)])
+    for image, taken in zip(shown.images, shown.taken, strict=True):
+        assert (raw - image).abs().amax((1, 2, 3)).min() < 1e-5
+        torch.testing.assert_close(module.normalise(image[None])[0], taken)
+    assert len(set(shown.labels.tolist())) == 3
+
+
+def test_options_are_told_apart_by_more_than_the_seed():
+    one = Options(seed=0, data="digits")
+    other = dataclasses.replace(one, seed=1, output="elsewhere")
+    assert summary._without_seed(one) == summary._without_seed(other)
+    assert summary._without_seed(one) != summary._without_seed(dataclasses.replace(one, epochs=2))
