@@ -792,8 +792,9 @@ def _of_model(
 
 
 def _report(arguments: Sequence[str]) -> int:
+    from picnn_fast.training.launch import device_of
     from picnn_fast.training.options import check_range, parse
-    from picnn_fast.training.summary import IMAGES, REPORT, write_report
+    from picnn_fast.training.summary import FILTERS, IMAGES, REPORT, write_report
 
     def add(parser: Any) -> None:
         parser.add_argument(
@@ -811,6 +812,19 @@ def _report(arguments: Sequence[str]) -> int:
         parser.add_argument(
             "--images", type=int, default=IMAGES, help="test images that Grad-CAM shows"
         )
+        parser.add_argument(
+            "--filters",
+            type=int,
+            default=FILTERS,
+            help="filters of each network whose images are shown; 0: none, and no pass over the"
+            " test images to find them",
+        )
+        parser.add_argument(
+            "--accelerator",
+            type=Literal["auto", "cpu", "gpu", "mps"],
+            default="auto",
+            help="device type that this pass runs on",
+        )
 
     args = parse(
         arguments,
@@ -823,8 +837,14 @@ def _report(arguments: Sequence[str]) -> int:
         add=add,
     )
     check_range("images", args["images"], 1)
+    check_range("filters", args["filters"], 0)
     path = write_report(
-        args["paths"], args["output"], images=args["images"], progress=sys.stdout.isatty()
+        args["paths"],
+        args["output"],
+        images=args["images"],
+        filters=args["filters"],
+        device=device_of(args["accelerator"]),
+        progress=sys.stdout.isatty(),
     )
     print(printable(f"  {path}: open it in a browser"))
     return 0

@@ -4,35 +4,26 @@ The page is a record, ``Report``, of plain data. Where something cannot be had, 
 the reason in its place, a text, and the page says so.
 """
 
-import base64
 import dataclasses
 import functools
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
-from torch.nn import functional as F
 
 from picnn_fast._extras import extra
-from picnn_fast.explain import PathwayGradCam
+from picnn_fast.report.galleries import Gallery, data_uri, heat_scale
 from picnn_fast.report.interactive import curves_chart, matrix_chart, shortened
-from picnn_fast.report.style import HEAT_COLOURS, displayed, overlaid
 
 with extra("report"):
     import jinja2
     from markupsafe import Markup
-    from matplotlib import colormaps
-    from PIL import Image
     from plotly.offline import get_plotlyjs
 
 # Of all matrices together, before they are written as text, which takes a third more.
 _MATRIX_BYTES = 1_800_000
 _MOST_EPOCHS_IN_A_TABLE = 30
-_TILE = 160  # pixels of a picture's longer side, at most
 _History = Sequence[Mapping[str, float]]
 
 
@@ -69,47 +60,6 @@ class FigureRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image of a gallery.
-
-    Attributes:
-        pixels: ``[H, W]`` grey or ``[H, W, 3]``, in [0, 1].
-        alt: what it shows, in words.
-        caption: below it.
-        box: left, top, right, bottom of a field to draw, as shares of the image's sides.
-    """
-
-    pixels: npt.NDArray[np.float32]
-    alt: str
-    caption: str = ""
-    box: tuple[float, float, float, float] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GalleryRow:
-    """Pictures that belong together, with what is said of them."""
-
-    heading: str
-    pictures: Sequence[Picture]
-    said: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """Rows of pictures.
-
-    Attributes:
-        rows: each with as many pictures as there are columns, where these have headings.
-        columns: a heading each; none where pictures have captions.
-        scale: what the colours of heat mean; empty where there is none.
-    """
-
-    rows: Sequence[GalleryRow]
-    columns: Sequence[str] = ()
-    scale: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
     """One trained network, ingredient by ingredient; a text says why there is none.
 
@@ -119,6 +69,8 @@ class Network:
         ownership: ``[K, N]`` in [0, 1], which filter stands for which class.
         ownership_meaning: what that matrix is.
         grad_cam: what all filters, those of the class, the others and a control see.
+        filters: images that single filters fire on most, and those they add most to.
+        peaks: where the filters' peaks fall on images.
     """
 
     name: str
@@ -126,6 +78,8 @@ class Network:
     ownership: Tensor | str
     ownership_meaning: str
     grad_cam: Gallery | str
+    filters: Gallery | str
+    peaks: Gallery | str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +147,7 @@ def render(report: Report) -> str:
         losses=_loss_curves(report),
         matrices=_matrices(report),
         plotly=Markup(get_plotlyjs()),
-        heat_scale=_heat_scale(),
+        heat_scale=heat_scale(),
     )
     return page.lstrip()
 
@@ -289,77 +243,3 @@ def _curves(
         "seeds": max(len(runs) for runs in lines.values()),
         "chart": curves_chart(lines, title, logarithmic=logarithmic),
     }
-
-
-def grad_cam_gallery(
-    images: Tensor, cam: PathwayGradCam, labels: Sequence[str], predicted: Sequence[str]
-) -> Gallery:
-    """Image, all filters, class filters, the others and the control, a row each image.
-
-    The colours of one image share one scale, from 0 to the highest value of its four maps.
-
-    Args:
-        images: ``[B, C, H, W]`` in [0, 1], grey or RGB.
-        cam: of these images.
-        labels, predicted: B names of classes.
-
-    Raises:
-        TypeError, ValueError: see ``displayed``.
-    """
-    rows = []
-    names = ("all filters", "the class's filters", "all the others", "as many at random")
-    for i, image in enumerate(displayed(images)):
-        heats = [maps[i].detach().cpu().float() for maps in cam]
-        peak = max(float(heat.max()) for heat in heats)
-        pictures = [Picture(pixels=_enlarged(image), alt=f"Test image of class {labels[i]}")]
-        for name, heat in zip(names, heats, strict=True):
-            share = float(heat.max()) / peak if peak > 0 else 0.0
-            pictures.append(
-                Picture(
-                    pixels=_on_image(image, heat / (peak or 1.0)),
-                    alt=f"Grad-CAM of class {labels[i]} through {name}: at most {share:.0%} of the"
-                    " row's highest value",
-                )
-            )
-        right = predicted[i] == labels[i]
-        said = "" if right else f"taken for {predicted[i]}"
-        rows.append(GalleryRow(heading=labels[i], pictures=pictures, said=said))
-    return Gallery(
-        rows=rows,
-        columns=("image", *names),
-        scale="Grad-CAM, share of the row's highest value",
-    )
-
-
-def _enlarged(image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Small images are shown with the pixels they have, larger."""
-    times = max(1, _TILE // max(image.shape[:2]))
-    return image.repeat(times, 0).repeat(times, 1)
-
-
-def _on_image(image: npt.NDArray[np.float32], heat: Tensor) -> npt.NDArray[np.float32]:
-    large = _enlarged(image)
-    smooth = F.interpolate(
-        heat[None, None], size=large.shape[:2], mode="bilinear", align_corners=False
-    )
-    return overlaid(large, smooth[0, 0].numpy())
-
-
-def data_uri(picture: Picture) -> str:
-    """A picture as the source of an ``<img>``: a JPEG in text."""
-    values = np.rint(255 * np.clip(picture.pixels, 0, 1)).astype(np.uint8)
-    image = Image.fromarray(values)
-    image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return _jpeg(image)
-
-
-def _jpeg(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _heat_scale() -> str:
-    """The colours of heat from 0 to 1, as a picture."""
-    colours = colormaps[HEAT_COLOURS](np.linspace(0, 1, 256))[None, :, :3].repeat(12, 0)
-    return _jpeg(Image.fromarray(np.rint(255 * colours).astype(np.uint8)))

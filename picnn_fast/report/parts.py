@@ -117,18 +117,12 @@ def plot_peak_heat_map(
     sigma = math.hypot(height, width) / 24 if radius is None else checks.positive("radius", radius)
     figure = Figure(figsize=(1.5 * len(pixels) + 1.0, 3.3), layout="constrained", dpi=DPI)
     axes = figure.subplots(2, len(pixels), squeeze=False)
-    y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     for above, below, image, places in zip(
         *axes, pixels, peaks.detach().cpu().float(), strict=True
     ):
-        places = places[~places.isnan().any(-1)]
-        down, across = (
-            (-((place[:, None] - axis) ** 2) / (2 * sigma**2)).exp()
-            for axis, place in ((y, places[:, 1]), (x, places[:, 0]))
-        )
-        heat = (down.T @ across).numpy()
+        heat = peak_density(places, height, width, sigma)
         above.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        overlay(below, image, heat / (float(heat.max()) or 1.0))
+        overlay(below, image, (heat / (float(heat.max()) or 1.0)).numpy())
         _bare(above)
         _bare(below)
     bar = figure.colorbar(
@@ -137,6 +131,22 @@ def plot_peak_heat_map(
     bar.set_label("density of peaks, share of the image's maximum", fontsize=8)
     bar.outline.set_visible(False)
     return saved(figure, path)
+
+
+def peak_density(peaks: Tensor, height: int, width: int, radius: float) -> Tensor:
+    """A normal distribution about each peak, added up: ``[height, width]``.
+
+    Args:
+        peaks: ``[N, 2]`` (x, y) in pixels; NaN for one to leave out.
+        height, width: of the image.
+        radius: standard deviation in pixels.
+    """
+    peaks = peaks[~peaks.isnan().any(-1)]
+    down, across = (
+        (-((place[:, None] - torch.arange(size) - 0.5) ** 2) / (2 * radius**2)).exp()
+        for size, place in ((height, peaks[:, 1]), (width, peaks[:, 0]))
+    )
+    return down.T @ across
 
 
 def plot_filter_images(

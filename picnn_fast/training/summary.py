@@ -11,42 +11,43 @@ from torch import Tensor
 
 from picnn_fast._extras import extra
 from picnn_fast._terminal import printable
+from picnn_fast.backbones import receptive_field
+from picnn_fast.data import Batches, shown_image
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.evaluation import FIGURES, Figures, format_figures
-from picnn_fast.explain import pathway_grad_cam
+from picnn_fast.explain import FilterIndex, pathway_grad_cam
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.report.html import (
-    Cell,
-    FigureRow,
-    Gallery,
-    Network,
-    Report,
-    grad_cam_gallery,
-    render,
-)
+from picnn_fast.report.galleries import Gallery, filter_gallery, grad_cam_gallery, peak_gallery
+from picnn_fast.report.html import Cell, FigureRow, Network, Report, render
 from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
+from picnn_fast.training.filter_index import kept_filter_index
 from picnn_fast.training.options import ConfigError, Options, few
 from picnn_fast.training.run import METRICS, build_data, read_history, read_metrics, reading_images
 from picnn_fast.training.run_folder import RECORD, write_atomically
 
 with extra("train"):
-    from rich.progress import track
+    pass
 
 REPORT = "report.html"
 _NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
 IMAGES = 6
+FILTERS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
     """A network of a run, with what its folder holds of it."""
 
-    folder: Path
+    checkpoint: Path
     row: str
     network: InterpretableNetwork
     options: Options
     class_names: list[str]
     figures: Figures | None
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ def write_report(
     output: str | Path | None = None,
     *,
     images: int = IMAGES,
+    filters: int = FILTERS,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Path:
     """Write one HTML file about some runs, in place of an older one once it is whole.
@@ -71,6 +74,9 @@ def write_report(
         paths: folders of runs, demos or comparisons, or checkpoints.
         output: the file; None: report.html in the first of these folders.
         images: test images that Grad-CAM shows of each network.
+        filters: of each network, whose top images are shown; 0 looks at no filter, which takes a
+            pass over the test images where no index of filters is kept beside the checkpoint.
+        device: to make such an index on.
         progress: show a bar.
 
     Returns:
@@ -85,7 +91,9 @@ def write_report(
         >>> write_report(["runs/demo"])  # doctest: +SKIP
         PosixPath('runs/demo/report.html')
     """
-    page = render(summarise(paths, images=images, progress=progress))
+    page = render(
+        summarise(paths, images=images, filters=filters, device=device, progress=progress)
+    )
     if output is None:
         first = Path(paths[0])
         output = (first if first.is_dir() else first.parent) / REPORT
@@ -96,17 +104,21 @@ def write_report(
 
 
 def summarise(
-    paths: Sequence[str | Path], *, images: int = IMAGES, progress: bool = False
+    paths: Sequence[str | Path],
+    *,
+    images: int = IMAGES,
+    filters: int = FILTERS,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> Report:
     """Gather the report of some runs; see ``write_report``."""
     rows = _rows([Path(path) for path in paths])
     data = _Data()
-    networks = [
-        _network(name, seeds[0], data, images)
-        for name, seeds in track(
-            rows.items(), "looking at the networks", transient=True, disable=not progress
-        )
-    ]
+    networks = []
+    for name, seeds in rows.items():
+        if progress:
+            print(f"looking at {name}", flush=True)
+        networks.append(_network(name, seeds[0], data, images, filters, device, progress))
     figures, missing = _figures(rows)
     histories = {name: [read_history(one.folder) for one in seeds] for name, seeds in rows.items()}
     return Report(
@@ -159,7 +171,7 @@ def _read(checkpoint: Path, path: Path) -> _Trained:
     if _record(path).get("kind") == "compare":
         row = folder.name.rpartition("-")[0]
     names = [printable(name) for name in class_names]
-    return _Trained(folder, printable(row), network, options, names, figures)
+    return _Trained(checkpoint, printable(row), network, options, names, figures)
 
 
 def _named(path: Path) -> str:
@@ -236,7 +248,15 @@ def _choose(data: SeededDataModule, count: int) -> _Shown:
     return _Shown(images.clamp(0, 1), taken, torch.tensor(order))
 
 
-def _network(name: str, trained: _Trained, data: _Data, images: int) -> Network:
+def _network(
+    name: str,
+    trained: _Trained,
+    data: _Data,
+    images: int,
+    filters: int,
+    device: torch.device | str,
+    progress: bool,
+) -> Network:
     network = trained.network
     ownership = network.ownership()
     return Network(
@@ -245,6 +265,8 @@ def _network(name: str, trained: _Trained, data: _Data, images: int) -> Network:
         ownership=_no_ownership(network) if ownership is None else ownership,
         ownership_meaning=network.ownership_meaning,
         grad_cam=_grad_cam(trained, data, images),
+        filters=_filters(trained, data, filters, device, progress),
+        peaks=_peaks(trained, data, images),
     )
 
 
@@ -275,6 +297,76 @@ def _grad_cam(trained: _Trained, data: _Data, count: int) -> Gallery | str:
     return grad_cam_gallery(shown.images, cam, labels, seen)
 
 
+def _filters(
+    trained: _Trained, data: _Data, count: int, device: torch.device | str, progress: bool
+) -> Gallery | str:
+    if count == 0:
+        return "no filters were asked for"
+    made = data.of(trained)
+    if isinstance(made, str):
+        return made
+    try:
+        with reading_images():
+            index = kept_filter_index(
+                trained.checkpoint,
+                trained.network,
+                trained.options,
+                made,
+                device=device,
+                progress=progress,
+            )
+            trained.network.cpu()
+            chosen = _standing(index, count)
+            images = {i: shown_image(made, "test", i) for i in index.images_of(chosen)}
+    except (ConfigError, OSError, ValueError) as error:
+        return printable(str(error))
+    if next(iter(images.values())).shape[0] not in (1, 3):
+        return f"images of {len(next(iter(images.values())))} channels are not shown"
+    parts = Batches(made, "test").part_names if index.by_activation.parts.shape[2] else []
+    names = [printable(part) for part in parts]
+    return filter_gallery(index, chosen, images, trained.class_names, names)
+
+
+def _standing(index: FilterIndex, count: int) -> list[int]:
+    """A filter each for so many classes, spread evenly.
+
+    It is the one that stands for the class most surely or, where none does by more than half, the
+    one that tells most about it.
+    """
+    count = min(count, index.num_filters)
+    information = index.mutual_information.clone()
+    sure = index.owned.where(index.owned > 0.5, -torch.inf)
+    chosen: list[int] = []
+    for label in torch.linspace(0, index.num_classes - 1, count).round().long().tolist():
+        own = sure.where(index.owner == label, -torch.inf)
+        best = own if own.max() > 0 else information[label]
+        chosen.append(int(best.argmax()))
+        sure[chosen[-1]] = -torch.inf
+        information[:, chosen[-1]] = -torch.inf
+    return chosen
+
+
+def _peaks(trained: _Trained, data: _Data, count: int) -> Gallery | str:
+    network = trained.network
+    if network.channel_dim != 1:
+        return "the maps are not [B, N, h, w]"
+    shown = data.shown(trained, count)
+    if isinstance(shown, str):
+        return shown
+    channels, height, width = shown.images.shape[1:]
+    if channels not in (1, 3):
+        return f"images of {channels} channels are not shown"
+    try:
+        field = receptive_field(network.features, (height, width), channels=channels)
+        with torch.no_grad():
+            activations, peaks = field.peaks(network.filter_maps(shown.taken))
+    except (TypeError, ValueError) as error:
+        return " ".join(str(error).split())
+    firing = peaks.where((activations > 0)[..., None], torch.nan)
+    labels = [trained.class_names[i] for i in shown.labels.tolist()]
+    return peak_gallery(shown.images, firing, labels)
+
+
 def _figures(rows: Mapping[str, Sequence[_Trained]]) -> tuple[list[FigureRow], dict[str, str]]:
     """A row for each figure that any network has, and of the others why none has it."""
     measured = {
@@ -295,7 +387,7 @@ def _figures(rows: Mapping[str, Sequence[_Trained]]) -> tuple[list[FigureRow], d
                 heading=figure.heading,
                 meaning=figure.meaning,
                 better=figure.better,
-                reading="",
+                reading=figure.reading,
                 cells=_with_best(cells, figure.better),
             )
         )
@@ -305,7 +397,7 @@ def _figures(rows: Mapping[str, Sequence[_Trained]]) -> tuple[list[FigureRow], d
 def _cell(runs: Sequence[Figures], key: str) -> Cell:
     if not runs:
         return Cell(text="n/a", detail="not measured")
-    values = [run[key] for run in runs]
+    values = [run.get(key, "n/a: not measured") for run in runs]
     reasons = dict.fromkeys(v.partition(": ")[2] for v in values if isinstance(v, str))
     if reasons:
         return Cell(text="n/a", detail="; ".join(reasons))

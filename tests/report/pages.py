@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 from picnn_fast.explain import PathwayGradCam
-from picnn_fast.report.html import Cell, FigureRow, Network, Report, grad_cam_gallery
+from picnn_fast.report.galleries import grad_cam_gallery, peak_gallery
+from picnn_fast.report.html import Cell, FigureRow, Network, Report
 
 HOSTILE = ('<script>alert("x")</script>', "a 'quoted' & <b>bold</b> \"name\"", "</script><!--")
 
@@ -28,6 +29,8 @@ def network(name="PICNN", classes=3, filters=12, names=None):
         ownership=ownership,
         ownership_meaning="gate, learned: what is let through",
         grad_cam=grad_cam_gallery(images, cam, names[:2], names[1:3]),
+        filters="no filters were asked for",
+        peaks=peak_gallery(images, 16 * draw(2, 12, 2), names[:2]),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from picnn_fast.explain import PathwayGradCam
-from picnn_fast.report.html import grad_cam_gallery, render
+from picnn_fast.report.galleries import grad_cam_gallery
+from picnn_fast.report.html import render
 from picnn_fast.report.interactive import curves_chart, matrix_chart, shortened
 from tests.report.pages import HOSTILE, draw, hostile, network, report
 

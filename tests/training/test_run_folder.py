@@ -236,9 +236,7 @@ def test_record_tells_what_made_the_run(tmp_path):
 def test_a_run_that_goes_on_was_started_when_it_first_was(tmp_path, monkeypatch):
     folder = _folder(tmp_path)
     monkeypatch.setattr(run_folder, "provenance", lambda: {"started": "first"})
-    with pytest.raises(KeyboardInterrupt), folder.writing() as work:
-        (work / "last.ckpt").write_text("half")
-        raise KeyboardInterrupt
+    _fail(folder, "last.ckpt")
     monkeypatch.setattr(run_folder, "provenance", lambda: {"started": "second"})
     with folder.writing():
         pass

@@ -1,13 +1,14 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from picnn_fast import cli
 from picnn_fast.evaluation import FIGURES
-from picnn_fast.training import checkpoint, run, run_folder, summary
+from picnn_fast.training import checkpoint, filter_index, run, run_folder, summary
 from picnn_fast.training.options import Options
 from picnn_fast.training.run_folder import RunFolder, write_json
 from picnn_fast.training.summary import summarise, write_report
@@ -148,7 +149,7 @@ def test_an_older_report_is_replaced_by_a_whole_one_alone(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.os, "fsync", full)
         with pytest.raises(OSError, match="no space"):
-            write_report([folder], images=1)
+            write_report([folder], images=1, filters=0)
     assert (folder / "report.html").read_text() == "old"
     write_report([folder], images=1)
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
@@ -178,6 +179,36 @@ def test_pixels_are_shown_as_before_they_were_normalised(tmp_path):
         assert (raw - image).abs().amax((1, 2, 3)).min() < 1e-5
         torch.testing.assert_close(module.normalise(image[None])[0], taken)
     assert len(set(shown.labels.tolist())) == 3
+
+
+def _index(owner, owned, information):
+    """What ``_standing`` reads of an index."""
+    return SimpleNamespace(
+        owner=torch.tensor(owner),
+        owned=torch.tensor(owned),
+        mutual_information=torch.tensor(information),
+        num_filters=len(owner),
+        num_classes=len(information),
+    )
+
+
+def test_a_filter_that_stands_for_the_class_is_shown_or_else_the_one_that_tells_most():
+    index = _index([0, 0, 1, -1], [0.6, 0.9, 0.4, 0.0], [[0.5, 0.1, 0.1, 0], [0.2, 0.9, 0.3, 0.4]])
+    assert summary._standing(index, 2) == [1, 3]  # 1 is taken, and no share of class 1 is half
+    assert summary._standing(index, 1) == [1]
+    assert len(set(summary._standing(index, 9))) == 4
+
+
+def test_filters_are_looked_at_once_and_only_where_asked(tmp_path, monkeypatch):
+    folder = make(tmp_path / "run")
+    first = summarise([folder], images=1, filters=2).networks[0].filters
+    assert [row.above.partition(" stands")[0][:6] for row in first.rows[::2]] == ["Filter"] * 2
+    monkeypatch.setattr(filter_index, "filter_index", None)  # a second pass would fail
+    again = summarise([folder], images=1, filters=2).networks[0].filters
+    assert [row.above for row in again.rows] == [row.above for row in first.rows]
+    assert summarise([folder], images=1, filters=0).networks[0].filters == (
+        "no filters were asked for"
+    )
 
 
 def test_options_are_told_apart_by_more_than_the_seed():
