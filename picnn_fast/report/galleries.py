@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from picnn_fast._extras import extra
-from picnn_fast.explain import FilterIndex, PathwayGradCam
+from picnn_fast.explain import FilterIndex, LocalisationExamples, PathwayGradCam
 from picnn_fast.ops import checks
 from picnn_fast.report.parts import peak_density
 from picnn_fast.report.style import HEAT_COLOURS, displayed, overlaid
@@ -130,11 +130,11 @@ def _on_image(image: _Pixels, heat: Tensor) -> _Pixels:
     return overlaid(large, smooth[0, 0].numpy())
 
 
-def data_uri(picture: Picture) -> str:
-    """A picture as the source of an ``<img>``: a JPEG in text."""
+def data_uri(picture: Picture, side: int = _TILE) -> str:
+    """A picture as the source of an ``<img>``: a JPEG in text, so many pixels long at most."""
     values = np.rint(255 * np.clip(picture.pixels, 0, 1)).astype(np.uint8)
     image = Image.fromarray(values)
-    image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return _jpeg(image)
 
 
@@ -291,3 +291,64 @@ def peak_gallery(images: Tensor, peaks: Tensor, labels: Sequence[str]) -> Galler
         for start in range(0, len(pictures), 6)
     ]
     return Gallery(rows=rows, scale="density of peaks, share of the image's highest value")
+
+
+def localisation_gallery(
+    images: Tensor, examples: LocalisationExamples, object_masks: Tensor, labels: Sequence[str]
+) -> Gallery:
+    """Image, class activation map and GradMap, each with the outline of the object.
+
+    Args:
+        images: ``[B, C, H, W]`` in [0, 1], grey or RGB.
+        examples: of these images.
+        object_masks: ``[B, H, W]`` bool.
+        labels: B names of classes.
+
+    Raises:
+        TypeError, ValueError: see ``displayed``.
+    """
+    rows = []
+    for i, image in enumerate(displayed(images)):
+        outline = _outline(object_masks[i].cpu())
+        pictures = [
+            Picture(
+                pixels=_outlined(_enlarged(image), outline),
+                alt=f"Test image of class {labels[i]} with the outline of the object",
+            )
+        ]
+        for name, heat, iou in (
+            ("CAM", examples.cam[i], float(examples.cam_ious[i])),
+            ("GradMap", examples.gradmap[i], float(examples.gradmap_ious[i])),
+        ):
+            heat = heat.detach().cpu().float().clamp_min(0)
+            told = "no object" if math.isnan(iou) else f"IoU {iou:.2f}"
+            shown = _on_image(image, heat / (float(heat.max()) or 1.0))
+            pictures.append(
+                Picture(
+                    pixels=_outlined(shown, outline),
+                    alt=f"{name} of class {labels[i]} with the outline of the object: {told}",
+                    caption=told,
+                )
+            )
+        rows.append(GalleryRow(heading=labels[i], pictures=pictures))
+    return Gallery(
+        rows=rows,
+        columns=("image", "CAM", "GradMap"),
+        scale="share of the picture's highest value",
+    )
+
+
+def _outline(mask: Tensor) -> Tensor:
+    """The edge of a mask ``[H, W]``: 1 just outside it, -1 just inside, 0 elsewhere."""
+    inside = mask.float()[None, None]
+    wide = F.max_pool2d(inside, 3, 1, 1)
+    narrow = -F.max_pool2d(-inside, 3, 1, 1)
+    return (wide - inside - (inside - narrow))[0, 0]
+
+
+def _outlined(image: _Pixels, outline: Tensor) -> _Pixels:
+    """A picture with a line, white without and black within, that is seen on any colour."""
+    times = image.shape[0] // outline.shape[0]
+    line = outline.numpy().repeat(times, 0).repeat(times, 1)[..., None]
+    colours = image if image.ndim == 3 else image[..., None].repeat(3, -1)
+    return np.where(line > 0, 1, np.where(line < 0, 0, colours)).astype(np.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from picnn_fast._extras import extra
 from picnn_fast.report.galleries import Gallery, data_uri, heat_scale
-from picnn_fast.report.interactive import curves_chart, matrix_chart, shortened
+from picnn_fast.report.interactive import confusion_chart, curves_chart, matrix_chart, shortened
 
 with extra("report"):
     import jinja2
@@ -23,6 +23,9 @@ with extra("report"):
 
 # Of all matrices together, before they are written as text, which takes a third more.
 _MATRIX_BYTES = 1_800_000
+# Pictures get smaller until the page is no larger than that.
+_MOST_BYTES = 9_500_000
+_SIDES = (160, 112, 80, 56)
 _MOST_EPOCHS_IN_A_TABLE = 30
 _History = Sequence[Mapping[str, float]]
 
@@ -60,6 +63,23 @@ class FigureRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Confusion matrices with all filters, and without those of one class.
+
+    Attributes:
+        complete: ``[K, K]`` images by their class, a row each, and by the class they are given.
+        without: class to the same without its filters.
+        removed: class to the number of these.
+        said: which filters count as a class's, in a sentence.
+    """
+
+    complete: Tensor
+    without: Mapping[int, Tensor]
+    removed: Mapping[int, int]
+    said: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
     """One trained network, ingredient by ingredient; a text says why there is none.
 
@@ -69,8 +89,10 @@ class Network:
         ownership: ``[K, N]`` in [0, 1], which filter stands for which class.
         ownership_meaning: what that matrix is.
         grad_cam: what all filters, those of the class, the others and a control see.
+        confusion: what is taken for what, without a class's filters too.
         filters: images that single filters fire on most, and those they add most to.
         peaks: where the filters' peaks fall on images.
+        localisation: what is seen of the class beside where the object is.
     """
 
     name: str
@@ -78,8 +100,10 @@ class Network:
     ownership: Tensor | str
     ownership_meaning: str
     grad_cam: Gallery | str
+    confusion: Confusion | str
     filters: Gallery | str
     peaks: Gallery | str
+    localisation: Gallery | str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +115,7 @@ class Report:
         summary: sentences in plain words: what was trained, on what, what was measured.
         names: of the networks, the columns of the summary; several seeds of one are one.
         figures: the rows of the summary.
-        missing: heading of a figure that no network has to the reason.
+        missing: why no network has some figures to their headings.
         histories: name to the values of each epoch of each of its seeds, see ``plot_curves``.
         headings: key of a figure in the histories to its name.
         networks: one a name, that of its first seed.
@@ -102,7 +126,7 @@ class Report:
     summary: Sequence[str]
     names: Sequence[str]
     figures: Sequence[FigureRow]
-    missing: Mapping[str, str]
+    missing: Mapping[str, Sequence[str]]
     histories: Mapping[str, Sequence[_History]]
     headings: Mapping[str, str]
     networks: Sequence[Network]
@@ -141,15 +165,20 @@ def render(report: Report) -> str:
         (True, True)
     """
     template = _environment().get_template("report.html.jinja")
-    page = template.render(
-        report=report,
-        curves=_figure_curves(report),
-        losses=_loss_curves(report),
-        matrices=_matrices(report),
-        plotly=Markup(get_plotlyjs()),
-        heat_scale=heat_scale(),
-    )
-    return page.lstrip()
+    content = {
+        "report": report,
+        "curves": _figure_curves(report),
+        "losses": _loss_curves(report),
+        "matrices": _matrices(report),
+        "confusions": _confusions(report),
+        "plotly": Markup(get_plotlyjs()),
+        "heat_scale": heat_scale(),
+    }
+    for side in _SIDES:
+        page = template.render(content, side=side).lstrip()
+        if len(page.encode()) < _MOST_BYTES:
+            break
+    return page
 
 
 @functools.cache
@@ -172,6 +201,19 @@ def _matrices(report: Report) -> dict[str, Any]:
         name: matrix_chart(network.ownership, network.class_names, _MATRIX_BYTES // len(shown))
         for name, network in shown.items()
         if isinstance(network.ownership, Tensor)
+    }
+
+
+def _confusions(report: Report) -> dict[str, Any]:
+    return {
+        network.name: confusion_chart(
+            network.confusion.complete,
+            network.confusion.without,
+            network.confusion.removed,
+            network.class_names,
+        )
+        for network in report.networks
+        if isinstance(network.confusion, Confusion)
     }
 
 

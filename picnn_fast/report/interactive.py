@@ -92,17 +92,7 @@ def _matrix_layout(scale: float) -> Json:
             zmin=0,
             zmax=scale,
             hovertemplate="filter %{x}<br>class %{y}<br>share %{z:.3f}<extra></extra>",
-            colorbar={
-                "orientation": "h",
-                "thickness": 10,
-                "len": 0.6,
-                "x": 0,
-                "xanchor": "left",
-                "y": 1.0,
-                "yanchor": "bottom",
-                "title": {"text": "share of the filter that the class keeps", "side": "top"},
-                "outlinewidth": 0,
-            },
+            colorbar=_bar("share of the filter that the class keeps"),
         ),
         row=1,
         col=1,
@@ -171,6 +161,124 @@ def _overview(values: npt.NDArray[np.float32], scale: float) -> Json:
         },
     )
     return _as_json(figure)
+
+
+def confusion_chart(
+    complete: Tensor,
+    without: Mapping[int, Tensor],
+    removed: Mapping[int, int],
+    class_names: Sequence[str],
+) -> Json:
+    """Confusion matrices with all filters and without those of a class, to be chosen on the page.
+
+    Of many classes a choice shows the one whose filters are removed and those that change most.
+
+    Args:
+        complete: ``[K, K]`` images by their class, a row each, and by the class they are given.
+        without: class to the same without its filters.
+        removed: class to the number of these.
+        class_names: K names.
+
+    Raises:
+        ValueError: matrices of another shape, or no class.
+    """
+    wanted = (len(class_names), len(class_names))
+    for name, matrix in (("complete", complete), *(("without", x) for x in without.values())):
+        if tuple(matrix.shape) != wanted:
+            raise ValueError(f"{name}: got shape {tuple(matrix.shape)}, want {wanted}")
+    if not without:
+        raise ValueError("without: got no class, want at least 1")
+    names = _unique(class_names)
+    choices = []
+    for label, matrix in without.items():
+        kept = _most_changed(complete, matrix, label)
+        columns = [names[i] for i in kept]
+        rest = len(names) - len(kept)
+        before, after = (_chosen(each, kept) for each in (complete, matrix))
+        choices.append(
+            {
+                "name": names[label],
+                "said": _told_of_removal(complete, matrix, label, removed[label], names),
+                "rows": columns,
+                "columns": [*columns, f"{rest} others"] if rest else columns,
+                "complete": before if rest else None,
+                "without": after,
+            }
+        )
+    # Of few classes it is the same for all choices, and in the page once.
+    shared = None if len(names) > MOST_ROWS else complete.tolist()
+    return {"choices": choices, "complete": shared, "figure": _confusion_layout()}
+
+
+def _most_changed(complete: Tensor, without: Tensor, label: int) -> list[int]:
+    """The classes to show, ascending: all of few."""
+    if len(complete) <= MOST_ROWS:
+        return list(range(len(complete)))
+    change = (complete - without).abs().sum(1)
+    change[label] = change.max() + 1
+    return sorted(change.argsort(descending=True, stable=True)[:_WINDOW].tolist())
+
+
+def _chosen(matrix: Tensor, kept: Sequence[int]) -> list[list[int]]:
+    rows = matrix[list(kept)]
+    columns = rows[:, list(kept)]
+    rest = rows.sum(1, keepdim=True) - columns.sum(1, keepdim=True)
+    whole = len(kept) == len(matrix)
+    shown: list[list[int]] = (columns if whole else np.hstack([columns, rest])).tolist()
+    return shown
+
+
+def _told_of_removal(
+    complete: Tensor, without: Tensor, label: int, removed: int, names: Sequence[str]
+) -> str:
+    """What the removal does to the class and to the others, in a sentence."""
+    own = [float(m[label, label]) / max(float(m[label].sum()), 1) for m in (complete, without)]
+    others = []
+    for matrix in (complete, without):
+        right = float(matrix.diagonal().sum() - matrix[label, label])
+        others.append(right / max(float(matrix.sum() - matrix[label].sum()), 1))
+    if removed == 0:
+        return f"No filter is class {names[label]}'s own: nothing is removed."
+    return (
+        f"Without {removed} filter{'' if removed == 1 else 's'} of class {names[label]}"
+        f" {own[1]:.0%} of its images are told right, {own[0]:.0%} with all filters;"
+        f" of all others {others[1]:.0%}, before {others[0]:.0%}."
+    )
+
+
+def _confusion_layout() -> Json:
+    figure = go.Figure(
+        go.Heatmap(
+            colorscale=_COLOURS,
+            zmin=0,
+            zmax=1,
+            colorbar=_bar("share of the images of the class"),
+            hovertemplate="of class %{y}, taken for %{x}<br>%{customdata} images, %{z:.0%} of the"
+            " class<extra></extra>",
+        )
+    )
+    category = {"type": "category", "showgrid": False, "zeroline": False, "automargin": True}
+    figure.update_layout(
+        margin={"l": 8, "r": 8, "t": 62, "b": 44},
+        xaxis={**category, "title": {"text": "taken for"}},
+        yaxis={**category, "title": {"text": "class"}, "autorange": "reversed"},
+    )
+    return _as_json(figure)
+
+
+def _bar(title: str) -> dict[str, Any]:
+    """The scale of colours above a heat map, where a narrow screen has room for it."""
+    return {
+        "orientation": "h",
+        "thickness": 10,
+        "len": 0.6,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.0,
+        "yanchor": "bottom",
+        "title": {"text": title, "side": "top"},
+        "outlinewidth": 0,
+    }
 
 
 def curves_chart(

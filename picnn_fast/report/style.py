@@ -14,7 +14,7 @@ from picnn_fast.ops import checks
 with extra("report"):
     from matplotlib import colormaps
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 DPI = 150
 HEAT_COLOURS = "inferno"
@@ -60,9 +60,28 @@ def displayed(images: Tensor) -> list[_Image]:
     return list(pixels.clamp(0, 1).movedim(1, -1).squeeze(-1).numpy())
 
 
-def saved(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, written to ``path`` where there is one."""
+def canvas(
+    ax: Axes | None, path: str | Path | None, size: tuple[float, float]
+) -> Figure | SubFigure:
+    """What to draw on: a new figure of so many inches, or the place of ``ax`` in its own.
+
+    Raises:
+        ValueError: axes that are no cell of a grid, or a file to write beside them.
+    """
+    if ax is None:
+        return Figure(figsize=size, layout="constrained", dpi=DPI)
     if path is not None:
+        raise ValueError(f"path: got {str(path)!r} beside ax, want one of the two")
+    figure, cell = ax.get_figure(), ax.get_subplotspec()
+    if figure is None or cell is None:
+        raise ValueError("ax: got axes that are no cell of a grid, want one of plt.subplots()")
+    ax.remove()
+    return figure.add_subfigure(cell)
+
+
+def saved(figure: Figure | SubFigure, path: str | Path | None) -> Figure | SubFigure:
+    """The figure, written to ``path`` where there is one."""
+    if path is not None and isinstance(figure, Figure):
         figure.savefig(path)
     return figure
 

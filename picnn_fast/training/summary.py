@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,26 @@ from torch import Tensor
 from picnn_fast._extras import extra
 from picnn_fast._terminal import printable
 from picnn_fast.backbones import receptive_field
-from picnn_fast.data import Batches, shown_image
+from picnn_fast.data import Batches, PartDataModule, shown_image
 from picnn_fast.data.loading import SeededDataModule
-from picnn_fast.evaluation import FIGURES, Figures, format_figures
-from picnn_fast.explain import FilterIndex, pathway_grad_cam
+from picnn_fast.evaluation import (
+    FIGURES,
+    Figures,
+    confusion_without,
+    format_figures,
+    format_interval,
+    removal_ownership,
+)
+from picnn_fast.explain import FilterIndex, localisation_examples, pathway_grad_cam
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.report.galleries import Gallery, filter_gallery, grad_cam_gallery, peak_gallery
-from picnn_fast.report.html import Cell, FigureRow, Network, Report, render
+from picnn_fast.report.galleries import (
+    Gallery,
+    filter_gallery,
+    grad_cam_gallery,
+    localisation_gallery,
+    peak_gallery,
+)
+from picnn_fast.report.html import Cell, Confusion, FigureRow, Network, Report, render
 from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
 from picnn_fast.training.filter_index import kept_filter_index
 from picnn_fast.training.options import ConfigError, Options, few
@@ -32,6 +45,8 @@ REPORT = "report.html"
 _NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
 IMAGES = 6
 FILTERS = 6
+_MOST_PICTURED = 8  # networks
+_MOST_REMOVED = 10  # classes whose filters are removed in turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +67,12 @@ class _Trained:
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """Test images as they are shown, as the network takes them, and their classes."""
+    """Test images as they are shown, as the network takes them, their classes and places."""
 
     images: Tensor
     taken: Tensor
     labels: Tensor
+    places: list[int]
 
 
 def write_report(
@@ -114,11 +130,14 @@ def summarise(
     """Gather the report of some runs; see ``write_report``."""
     rows = _rows([Path(path) for path in paths])
     data = _Data()
-    networks = []
+    networks: list[Network] = []
     for name, seeds in rows.items():
         if progress:
             print(f"looking at {name}", flush=True)
-        networks.append(_network(name, seeds[0], data, images, filters, device, progress))
+        reason = f"pictures are of the first {_MOST_PICTURED} networks alone"
+        pictured = _Pictured(data, images, filters, device, progress)
+        left_out = reason if len(networks) >= _MOST_PICTURED else None
+        networks.append(_network(name, seeds[0], pictured, left_out))
     figures, missing = _figures(rows)
     histories = {name: [read_history(one.folder) for one in seeds] for name, seeds in rows.items()}
     return Report(
@@ -145,7 +164,7 @@ def _rows(paths: Sequence[Path]) -> dict[str, list[_Trained]]:
             trained = _read(checkpoint, path)
             same = json.dumps(_without_seed(trained.options), sort_keys=True)
             groups.setdefault(same, []).append(
-                dataclasses.replace(trained, row=f"{_named(path)}: {trained.row}")
+                dataclasses.replace(trained, row=f"{trained.row} ({_named(path)})")
                 if several
                 else trained
             )
@@ -181,8 +200,11 @@ def _named(path: Path) -> str:
 def _without_seed(options: Options) -> dict[str, Any]:
     values = options.identity()
     del values["seed"]
-    values["data"] = {k: v for k, v in values["data"].items() if k != "num_workers"}
-    return values
+    return {**values, "data": _without_workers(options)}
+
+
+def _without_workers(options: Options) -> dict[str, Any]:
+    return {key: value for key, value in options.data.items() if key != "num_workers"}
 
 
 class _Data:
@@ -232,31 +254,35 @@ def _choose(data: SeededDataModule, count: int) -> _Shown:
     """The first test images of different classes among those spread evenly over the split."""
     total = len(data.test_set)  # type: ignore[arg-type]
     looked_at = min(total, 8 * count)
-    chosen: dict[int, Tensor] = {}
+    chosen: dict[int, tuple[int, Tensor]] = {}
     with reading_images():
         for place in range(looked_at):
-            image, label = data.test_set[place * total // looked_at]
+            number = place * total // looked_at
+            image, label = data.test_set[number]
             pair: Any = [image[None], torch.as_tensor([int(label)])]
             pair = data.on_before_batch_transfer(pair, 0)
             taken, labels = data.on_after_batch_transfer(pair, 0)
-            chosen.setdefault(int(labels[0]), taken[0])
+            chosen.setdefault(int(labels[0]), (number, taken[0]))
             if len(chosen) == count:
                 break
     order = sorted(chosen)
-    taken = torch.stack([chosen[label] for label in order])
-    images = taken if data.mean is None or data.std is None else taken * data.std + data.mean
-    return _Shown(images.clamp(0, 1), taken, torch.tensor(order))
+    places, images = zip(*(chosen[label] for label in order), strict=True)
+    taken = torch.stack(images)
+    shown = taken if data.mean is None or data.std is None else taken * data.std + data.mean
+    return _Shown(shown.clamp(0, 1), taken, torch.tensor(order), list(places))
 
 
-def _network(
-    name: str,
-    trained: _Trained,
-    data: _Data,
-    images: int,
-    filters: int,
-    device: torch.device | str,
-    progress: bool,
-) -> Network:
+class _Pictured(NamedTuple):
+    """What is shown of a network: so many images and filters, looked at on a device."""
+
+    data: _Data
+    images: int
+    filters: int
+    device: torch.device | str
+    progress: bool
+
+
+def _network(name: str, trained: _Trained, look: _Pictured, left_out: str | None) -> Network:
     network = trained.network
     ownership = network.ownership()
     return Network(
@@ -264,9 +290,11 @@ def _network(
         class_names=trained.class_names,
         ownership=_no_ownership(network) if ownership is None else ownership,
         ownership_meaning=network.ownership_meaning,
-        grad_cam=_grad_cam(trained, data, images),
-        filters=_filters(trained, data, filters, device, progress),
-        peaks=_peaks(trained, data, images),
+        grad_cam=left_out or _grad_cam(trained, look),
+        confusion=left_out or _confusion(trained, look),
+        filters=left_out or _filters(trained, look),
+        peaks=left_out or _peaks(trained, look),
+        localisation=left_out or _localisation(trained, look),
     )
 
 
@@ -274,7 +302,7 @@ def _no_ownership(network: InterpretableNetwork) -> str:
     return f"{type(network).__name__} gives no filter to a class"
 
 
-def _grad_cam(trained: _Trained, data: _Data, count: int) -> Gallery | str:
+def _grad_cam(trained: _Trained, look: _Pictured) -> Gallery | str:
     network = trained.network
     if network.ownership() is None:
         return _no_ownership(network)
@@ -282,7 +310,7 @@ def _grad_cam(trained: _Trained, data: _Data, count: int) -> Gallery | str:
         return f"{type(network).__name__} draws no masks of filters"
     if network.channel_dim != 1:
         return "the maps are not [B, N, h, w]"
-    shown = data.shown(trained, count)
+    shown = look.data.shown(trained, look.images)
     if isinstance(shown, str):
         return shown
     if shown.images.shape[1] not in (1, 3):
@@ -297,12 +325,46 @@ def _grad_cam(trained: _Trained, data: _Data, count: int) -> Gallery | str:
     return grad_cam_gallery(shown.images, cam, labels, seen)
 
 
-def _filters(
-    trained: _Trained, data: _Data, count: int, device: torch.device | str, progress: bool
-) -> Gallery | str:
-    if count == 0:
+def _confusion(trained: _Trained, look: _Pictured) -> Confusion | str:
+    network, made = trained.network, look.data.of(trained)
+    if isinstance(made, str):
+        return made
+    every = torch.linspace(0, network.num_classes - 1, min(network.num_classes, _MOST_REMOVED))
+    labels = every.round().int().tolist()
+    try:
+        with reading_images():
+            found = confusion_without(
+                network.to(look.device).eval(), _Pairs(made), [[label] for label in labels]
+            )
+    except (ConfigError, OSError, ValueError) as error:
+        return printable(str(error))
+    network.cpu()
+    said = "A class's filters are those of which it keeps more than half."
+    if removal_ownership(network) is None:
+        said = "A class's filters are the tenth that its images activate most."
+    return Confusion(
+        complete=found.complete,
+        without=dict(zip(labels, found.without, strict=True)),
+        removed=dict(zip(labels, found.removed.sum(1).tolist(), strict=True)),
+        said=said,
+    )
+
+
+class _Pairs:
+    """The test images and their labels in batches, as often as they are wanted."""
+
+    def __init__(self, data: SeededDataModule) -> None:
+        self.batches = Batches(data, "test")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, *_ in self.batches:
+            yield images, labels
+
+
+def _filters(trained: _Trained, look: _Pictured) -> Gallery | str:
+    if look.filters == 0:
         return "no filters were asked for"
-    made = data.of(trained)
+    made = look.data.of(trained)
     if isinstance(made, str):
         return made
     try:
@@ -312,11 +374,11 @@ def _filters(
                 trained.network,
                 trained.options,
                 made,
-                device=device,
-                progress=progress,
+                device=look.device,
+                progress=look.progress,
             )
             trained.network.cpu()
-            chosen = _standing(index, count)
+            chosen = _standing(index, look.filters)
             images = {i: shown_image(made, "test", i) for i in index.images_of(chosen)}
     except (ConfigError, OSError, ValueError) as error:
         return printable(str(error))
@@ -346,11 +408,11 @@ def _standing(index: FilterIndex, count: int) -> list[int]:
     return chosen
 
 
-def _peaks(trained: _Trained, data: _Data, count: int) -> Gallery | str:
+def _peaks(trained: _Trained, look: _Pictured) -> Gallery | str:
     network = trained.network
     if network.channel_dim != 1:
         return "the maps are not [B, N, h, w]"
-    shown = data.shown(trained, count)
+    shown = look.data.shown(trained, look.images)
     if isinstance(shown, str):
         return shown
     channels, height, width = shown.images.shape[1:]
@@ -367,28 +429,54 @@ def _peaks(trained: _Trained, data: _Data, count: int) -> Gallery | str:
     return peak_gallery(shown.images, firing, labels)
 
 
-def _figures(rows: Mapping[str, Sequence[_Trained]]) -> tuple[list[FigureRow], dict[str, str]]:
-    """A row for each figure that any network has, and of the others why none has it."""
+def _localisation(trained: _Trained, look: _Pictured) -> Gallery | str:
+    network, made = trained.network, look.data.of(trained)
+    if not isinstance(made, str) and not isinstance(made, PartDataModule):
+        return "the data has no masks of objects"
+    shown = look.data.shown(trained, look.images)
+    if isinstance(made, str) or isinstance(shown, str):
+        return made if isinstance(made, str) else str(shown)
+    try:
+        with reading_images():
+            samples = [made.part_sets["test"][place] for place in shown.places]
+        masks = torch.stack([sample.object_mask for sample in samples])
+        examples = localisation_examples(network, shown.taken, shown.labels, masks)
+    except (ConfigError, OSError, TypeError, ValueError) as error:
+        return printable(" ".join(str(error).split()))
+    labels = [trained.class_names[i] for i in shown.labels.tolist()]
+    return localisation_gallery(shown.images, examples, masks, labels)
+
+
+def _figures(
+    rows: Mapping[str, Sequence[_Trained]],
+) -> tuple[list[FigureRow], dict[str, list[str]]]:
+    """A row for each figure that any network has, and by reason those that none has."""
     measured = {
         name: [one.figures for one in seeds if one.figures is not None]
         for name, seeds in rows.items()
     }
     if not any(measured.values()):
         return [], {}
+    same = len(_sets(rows)) == 1
     shown: list[FigureRow] = []
-    missing: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
+    whole = ""
     for key, figure in FIGURES.items():
+        # Some go on with the heading before.
+        heading = figure.heading.replace("…", whole, 1)
+        whole = whole if heading != figure.heading else heading
         cells = [_cell(runs, key) for runs in measured.values()]
         if all(cell.text == "n/a" for cell in cells):
-            missing[figure.heading] = "; ".join(dict.fromkeys(cell.detail for cell in cells))
+            reasons = "; ".join(dict.fromkeys(cell.detail for cell in cells))
+            missing.setdefault(reasons, []).append(heading)
             continue
         shown.append(
             FigureRow(
-                heading=figure.heading,
+                heading=heading,
                 meaning=figure.meaning,
                 better=figure.better,
                 reading=figure.reading,
-                cells=_with_best(cells, figure.better),
+                cells=_with_best(cells, figure.better) if same else cells,
             )
         )
     return shown, missing
@@ -402,14 +490,10 @@ def _cell(runs: Sequence[Figures], key: str) -> Cell:
     if reasons:
         return Cell(text="n/a", detail="; ".join(reasons))
     text, _, spread = format_figures(runs, key).partition(" ± ")
-    details = []
-    if spread:
-        what = "standard error" if len(runs) == 1 else f"over {len(runs)} seeds"
-        details.append(f"± {spread} {what}")
-    interval: Any = runs[0].get(f"{key}_interval")
-    if len(runs) == 1 and interval is not None:
-        details.append(f"{interval[0]:.3f} to {interval[1]:.3f}")
-    return Cell(text=text, detail=", ".join(details))
+    interval = format_interval(runs[0], key) if len(runs) == 1 else ""
+    if not interval and spread:
+        interval = f"± {spread}" + (f" over {len(runs)} seeds" if len(runs) > 1 else "")
+    return Cell(text=text, detail=interval)
 
 
 def _with_best(cells: Sequence[Cell], better: str) -> list[Cell]:
@@ -424,34 +508,41 @@ def _with_best(cells: Sequence[Cell], better: str) -> list[Cell]:
     ]
 
 
+def _sets(rows: Mapping[str, Sequence[_Trained]]) -> dict[str, _Trained]:
+    """A network of each data set, by what was asked of the data."""
+    every = [one for seeds in rows.values() for one in seeds]
+    return {
+        json.dumps([_without_workers(one.options), one.options.category], sort_keys=True): one
+        for one in every
+    }
+
+
 def _title(rows: Mapping[str, Sequence[_Trained]]) -> str:
-    sets = dict.fromkeys(one.options.data["name"] for seeds in rows.values() for one in seeds)
-    return printable(f"{_listed(list(rows))} on {_listed(list(sets))}")
+    names = dict.fromkeys(one.options.data["name"] for one in _sets(rows).values())
+    return printable(f"{_listed(list(rows))} on {_listed(list(names))}")
 
 
 def _summary(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> list[str]:
     """What was trained, on what, and what was measured, in plain sentences."""
     every = [one for seeds in rows.values() for one in seeds]
     count = len(every)
-
-    def common(values: Sequence[Any]) -> Any:
-        return values[0] if all(value == values[0] for value in values) else None
-
-    backbone = common([one.options.backbone["name"] for one in every])
-    filters = common([one.network.num_filters for one in every])
-    epochs = common([one.options.epochs for one in every])
-    of = f"{_NUMBERS.get(count, str(count))} networks were" if count > 1 else "One network was"
-    trained = f"{of} trained"
-    if len(rows) > 1:
-        trained += f", {_listed(list(rows))}"
-        trained += ", several seeds of each," if count > len(rows) else ","
-    if backbone:
-        trained += f" on the backbone {backbone}"
-    if filters:
-        trained += f" with {filters} filters in the target layer"
-    if epochs:
-        trained += f", for {_count(epochs, 'epoch')}"
-    sentences = [f"{printable(trained)}. {_images(every, data)}"]
+    facts = {
+        "the backbone {}": {one.options.backbone["name"] for one in every},
+        "with {} filters in the target layer": {one.network.num_filters for one in every},
+        "for {} epochs": {one.options.epochs for one in every},
+    }
+    alike = [text.format(*values) for text, values in facts.items() if len(values) == 1]
+    trained = "One network was trained"
+    if count > 1:
+        trained = f"{_NUMBERS.get(count, str(count))} networks were trained"
+        of = "several seeds of each" if count > len(rows) > 1 else ""
+        kinds = _listed(list(rows)) if len(rows) > 1 else f"as many seeds of {next(iter(rows))}"
+        trained += f" ({'; '.join(filter(None, [kinds, of]))})"
+    if alike:
+        trained += ", " + ", ".join(alike).replace("the backbone", "on the backbone", 1)
+    sentences = [f"{printable(trained)}. {_images(rows, data)}"]
+    if len(_sets(rows)) > 1:
+        return sentences
     measured = {name: [s.figures for s in seeds if s.figures] for name, seeds in rows.items()}
     said = []
     for key in ("acc1", "acc3", "mis"):
@@ -466,8 +557,8 @@ def _summary(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> list[str]:
     return sentences
 
 
-def _images(every: Sequence[_Trained], data: _Data) -> str:
-    sets = {json.dumps(one.options.data, sort_keys=True): one for one in every}
+def _images(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> str:
+    sets = _sets(rows)
     if len(sets) > 1:
         return "They differ in their data, so that their figures do not compare."
     (one,) = sets.values()
@@ -476,17 +567,12 @@ def _images(every: Sequence[_Trained], data: _Data) -> str:
     if isinstance(module, str):
         return f"The data, {one.options.data['name']}, has {classes}; its images are not here."
     sizes = [f"{len(images):,}" for images in (module.train_set, module.test_set)]  # type: ignore[arg-type]
+    several = sum(map(len, rows.values())) > 1
     return (
-        f"They learned from {sizes[0]} images of {one.options.data['name']} in {classes}, and were"
-        f" measured on {sizes[1]} that took no part in it."
-        if len(every) > 1
-        else f"It learned from {sizes[0]} images of {one.options.data['name']} in {classes}, and"
-        f" was measured on {sizes[1]} that took no part in it."
+        f"{'They' if several else 'It'} learned from {sizes[0]} images of"
+        f" {one.options.data['name']} in {classes}, and {'were' if several else 'was'} measured on"
+        f" {sizes[1]} that took no part in it."
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from picnn_fast.explain import PathwayGradCam
 from picnn_fast.report.galleries import grad_cam_gallery, peak_gallery
-from picnn_fast.report.html import Cell, FigureRow, Network, Report
+from picnn_fast.report.html import Cell, Confusion, FigureRow, Network, Report
 
 HOSTILE = ('<script>alert("x")</script>', "a 'quoted' & <b>bold</b> \"name\"", "</script><!--")
 
@@ -22,6 +22,11 @@ def network(name="PICNN", classes=3, filters=12, names=None):
     ownership = torch.full((classes, filters), 0.1 / max(classes - 1, 1))
     ownership[owner, torch.arange(filters)] = 0.9
     images = draw(2, 3, 16, 16)
+    complete = 9 * torch.eye(classes, dtype=torch.int64) + 1
+    without = {label: complete.clone() for label in (0, classes - 1)}
+    for label, matrix in without.items():
+        matrix[label] = 1
+        matrix[label, (label + 1) % classes] = 10
     cam = PathwayGradCam(*draw(4, 2, 16, 16, seed=1))
     return Network(
         name=name,
@@ -29,8 +34,15 @@ def network(name="PICNN", classes=3, filters=12, names=None):
         ownership=ownership,
         ownership_meaning="gate, learned: what is let through",
         grad_cam=grad_cam_gallery(images, cam, names[:2], names[1:3]),
+        confusion=Confusion(
+            complete=complete,
+            without=without,
+            removed=dict.fromkeys(without, 2),
+            said="A class's filters are those of which it keeps more than half.",
+        ),
         filters="no filters were asked for",
         peaks=peak_gallery(images, 16 * draw(2, 12, 2), names[:2]),
+        localisation="the data has no masks of objects",
     )
 
 
@@ -51,12 +63,12 @@ def report(**changes):
                 better="higher",
                 reading="Chance is a third.",
                 cells=[
-                    Cell(text="0.994", detail="0.981 to 1.000", best=True),
+                    Cell(text="0.994", detail="[0.981, 1.000]", best=True),
                     Cell(text="n/a", detail="STD has none"),
                 ],
             )
         ],
-        missing={"p": "no performer"},
+        missing={"no performer": ["p", "Δ error"]},
         histories={"PICNN": [history, history], "STD": [history]},
         headings={"val/acc1": "ACC1"},
         networks=[network(), network("STD")],
@@ -76,7 +88,7 @@ def hostile():
         summary=list(HOSTILE),
         names=[two],
         figures=[row],
-        missing={one: three},
+        missing={one: [three]},
         histories={two: [history]},
         networks=[network(two, names=list(HOSTILE))],
         provenance={three: {one: two}},

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from picnn_fast.explain import PathwayGradCam, filter_index
+from picnn_fast.explain import LocalisationExamples, PathwayGradCam, filter_index
 from picnn_fast.models import make_interpretable
 from picnn_fast.report.galleries import (
     Picture,
@@ -15,6 +15,7 @@ from picnn_fast.report.galleries import (
     filter_gallery,
     grad_cam_gallery,
     heat_scale,
+    localisation_gallery,
     peak_gallery,
 )
 from tests.report.pages import draw
@@ -117,6 +118,29 @@ def test_the_highest_heat_of_an_image_is_bright_in_every_row():
     assert np.allclose(first, second)
     assert first.mean() > 0.5
     assert "through the class's filters: at most 50%" in gallery.rows[1].pictures[2].alt
+
+
+def test_localisation_shows_heat_overlap_and_the_outline_of_the_object():
+    images, masks = torch.full((2, 3, 40, 40), 0.5), torch.zeros(2, 40, 40, dtype=torch.bool)
+    masks[0, 10:20, 10:30] = True
+    heat = torch.zeros(2, 40, 40)
+    heat[:, 30:, 30:] = 2
+    ious = torch.tensor([0.25, torch.nan])
+    seen = LocalisationExamples(heat, heat > 1, ious, heat / 2, heat > 1, ious)
+    gallery = localisation_gallery(images, seen, masks, ["a", "b"])
+    assert gallery.columns == ("image", "CAM", "GradMap")
+    first, second = gallery.rows
+    assert [picture.caption for picture in first.pictures] == ["", "IoU 0.25", "IoU 0.25"]
+    assert [picture.caption for picture in second.pictures] == ["", "no object", "no object"]
+    image = first.pictures[0].pixels[::4, ::4]  # each pixel is four long
+    inside = {(y, x) for y in range(10, 20) for x in range(10, 30)}
+    core = {(y, x) for y in range(11, 19) for x in range(11, 29)}
+    around = {(y, x) for y in range(9, 21) for x in range(9, 31)}
+    assert {tuple(place) for place in np.argwhere((image == 0).all(-1))} == inside - core
+    assert {tuple(place) for place in np.argwhere((image == 1).all(-1))} == around - inside
+    assert np.array_equal(second.pictures[0].pixels[::4, ::4], np.full((40, 40, 3), 0.5))
+    cam = first.pictures[1].pixels.mean(-1)
+    assert cam[-2:, -2:].min() > 0.5 > cam[:4, :4].max()
 
 
 @pytest.mark.parametrize("shape", [(400, 200), (200, 400, 3), (8, 8), (300, 300)])

@@ -69,11 +69,14 @@ def look(browser, path, size=LAPTOP, scheme="light"):
     for details in browser.find_elements(By.TAG_NAME, "details"):
         browser.execute_script("arguments[0].open = true", details)
     for chart in browser.find_elements(By.CSS_SELECTOR, ".chart"):
-        browser.execute_script("arguments[0].scrollIntoView({behavior: 'instant'})", chart)
-        WebDriverWait(browser, 60).until(
-            lambda _, chart=chart: chart.find_elements(By.CSS_SELECTOR, ".main-svg")
-        )
+        WebDriverWait(browser, 60).until(lambda _, chart=chart: drawn(browser, chart))
     browser.execute_script("window.scrollTo({top: 0, behavior: 'instant'})")
+
+
+def drawn(browser, chart):
+    """Whether a chart is there; those above it, once drawn, may have moved it out of sight."""
+    browser.execute_script("arguments[0].scrollIntoView({behavior: 'instant'})", chart)
+    return chart.find_elements(By.CSS_SELECTOR, ".main-svg")
 
 
 def prefer(browser, scheme):
@@ -111,9 +114,16 @@ def hovered(browser):
     )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [LAPTOP, PHONE])
-@pytest.mark.parametrize("name", ["plain", "hostile", "classes"])
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"),
+    [
+        ("plain", LAPTOP, "dark"),
+        ("plain", PHONE, "light"),
+        ("hostile", PHONE, "dark"),
+        ("classes", LAPTOP, "light"),
+        ("classes", PHONE, "light"),
+    ],
+)
 def test_no_page_complains_or_is_wider_than_the_screen(browser, pages, name, size, scheme):
     look(browser, pages[name], size, scheme)
     assert complaints(browser) == []
@@ -197,6 +207,24 @@ def test_a_thousand_classes_are_read_forty_at_a_time(browser, pages):
     field(form, "filter").send_keys("333")
     assert "class 333" in browser.execute_script(rows, chart)
     assert output.text.startswith("Filter 333 belongs most to class 333 (0.900)")
+
+
+def test_the_class_whose_filters_are_removed_is_chosen(browser, pages):
+    look(browser, pages["plain"])
+    box = browser.find_element(By.CSS_SELECTOR, "[data-confusion]")
+    output = box.find_element(By.TAG_NAME, "output")
+    charts = box.find_elements(By.CSS_SELECTOR, ".chart")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    assert output.text.startswith("Without 2 filters of class class 0 8% of its images")
+
+    def row():
+        cells = "return Array.from(arguments[0].data[0].z[2], (z) => z.toFixed(2))"
+        return [browser.execute_script(cells, chart) for chart in charts]
+
+    assert row() == [["0.08", "0.08", "0.83"]] * 2
+    Select(field(box, "choice")).select_by_visible_text("class 2")
+    assert output.text.startswith("Without 2 filters of class class 2 8% of its images")
+    assert row() == [["0.08", "0.08", "0.83"], ["0.83", "0.08", "0.08"]]
 
 
 def test_hostile_names_are_shown_as_they_are(browser, pages):

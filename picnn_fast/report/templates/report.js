@@ -53,6 +53,8 @@
   // As Plotly takes a name: its brackets are no tags.
   const escaped = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;");
 
+  const short = (name) => name.length > 16 ? `${name.slice(0, 15)}…` : name;
+
   function sixteenBits(text) {
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
     return new Uint16Array(bytes.buffer);
@@ -105,7 +107,6 @@
       const [heat, sure, rest] = m.figure.data;
       const most = m.most.slice(first, last);
       const half = m.half.slice(first, last);
-      const short = (name) => name.length > 16 ? `${name.slice(0, 15)}…` : name;
       const every = Math.ceil(rows.length / 40);
       const ticks = rows.map((_, row) => row).filter((row) => row % every === 0);
       const filter = chosenFilter();
@@ -223,10 +224,54 @@
     }
   }
 
+  function confusion(box) {
+    const { choices, complete, figure } = read(box.dataset.confusion);
+    const charts = [...box.querySelectorAll(".chart")];
+    const [form, output] = ["form", "output"].map((selector) => box.querySelector(selector));
+
+    function axis(known, names) {
+      const every = Math.ceil(names.length / 40);
+      const ticks = names.filter((_, at) => at % every === 0);
+      return {
+        ...known,
+        categoryorder: "array",
+        categoryarray: names.map(escaped),
+        tickmode: "array",
+        tickvals: ticks.map(escaped),
+        ticktext: ticks.map((name) => escaped(short(name))),
+      };
+    }
+
+    function show(side) {
+      const choice = choices[+form.elements.choice.value];
+      output.textContent = choice.said;
+      const counts = side === 1 ? choice.without : choice.complete ?? complete;
+      const z = counts.map((row) => {
+        const sum = row.reduce((total, count) => total + count, 0) || 1;
+        return row.map((count) => count / sum);
+      });
+      const [y, x] = [choice.rows, choice.columns].map((names) => names.map(escaped));
+      return draw(charts[side], {
+        data: [{ ...figure.data[0], x, y, z, customdata: counts }],
+        layout: {
+          ...figure.layout,
+          height: 160 + Math.max(12, y.length) * 17,
+          xaxis: axis(figure.layout.xaxis, choice.columns),
+          yaxis: axis(figure.layout.yaxis, choice.rows),
+        },
+      });
+    }
+
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.elements.choice.addEventListener("change", () => charts.forEach((_, side) => show(side)));
+    charts.forEach((chart, side) => later(chart, () => show(side)));
+  }
+
   for (const element of document.querySelectorAll("[data-chart]")) {
     later(element, () => draw(element, read(element.dataset.chart)));
   }
   document.querySelectorAll("[data-matrix]").forEach(matrix);
+  document.querySelectorAll("[data-confusion]").forEach(confusion);
   const again = () => drawn.forEach((figure, element) => draw(element, figure));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
 })();
