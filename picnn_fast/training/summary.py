@@ -527,7 +527,7 @@ def _summary(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> list[str]:
     every = [one for seeds in rows.values() for one in seeds]
     count = len(every)
     facts = {
-        "the backbone {}": {one.options.backbone["name"] for one in every},
+        "on the backbone {}": {one.options.backbone["name"] for one in every},
         "with {} filters in the target layer": {one.network.num_filters for one in every},
         "for {} epochs": {one.options.epochs for one in every},
     }
@@ -535,11 +535,10 @@ def _summary(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> list[str]:
     trained = "One network was trained"
     if count > 1:
         trained = f"{_NUMBERS.get(count, str(count))} networks were trained"
-        of = "several seeds of each" if count > len(rows) > 1 else ""
-        kinds = _listed(list(rows)) if len(rows) > 1 else f"as many seeds of {next(iter(rows))}"
-        trained += f" ({'; '.join(filter(None, [kinds, of]))})"
-    if alike:
-        trained += ", " + ", ".join(alike).replace("the backbone", "on the backbone", 1)
+    trained += " " + ", ".join(alike) if alike else ""
+    if count > 1:
+        trained += f": {_listed(list(rows))}"
+        trained += ", several seeds of each" if count > len(rows) else ""
     sentences = [f"{printable(trained)}. {_images(rows, data)}"]
     if len(_sets(rows)) > 1:
         return sentences

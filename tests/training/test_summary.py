@@ -8,6 +8,7 @@ import torch
 
 from picnn_fast import cli
 from picnn_fast.evaluation import FIGURES
+from picnn_fast.models import METHODS
 from picnn_fast.training import checkpoint, filter_index, run, run_folder, summary
 from picnn_fast.training.options import Options
 from picnn_fast.training.run_folder import RunFolder, write_json
@@ -88,8 +89,10 @@ def test_what_a_network_lacks_is_a_reason_and_no_picture(told):
 
 def test_the_summary_says_what_was_trained_on_what_and_measured(told):
     trained, figures = told.summary
-    assert trained.startswith("Four networks were trained (iccnn and picnn; several seeds of each)")
-    assert "on the backbone small-resnet, with 128 filters in the target layer, for 30" in trained
+    assert trained.startswith(
+        "Four networks were trained on the backbone small-resnet, with 128 filters in the target"
+        " layer, for 30 epochs: iccnn and picnn, several seeds of each. They learned from"
+    )
     assert "1,295 images of digits in 10 classes" in trained
     assert "measured on 360 that took no part" in trained
     assert "ACC1, accuracy by all filters: iccnn 0.550 and picnn 0.550" in figures
@@ -239,6 +242,26 @@ def test_pictures_are_of_the_first_networks_alone(tmp_path, monkeypatch):
     assert not isinstance(first.peaks, str)
     assert second.peaks == second.confusion == "pictures are of the first 1 networks alone"
     assert second.ownership.shape == (10, 10)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"explainer"}))
+def test_every_method_has_a_page(tmp_path, method):
+    data = {"name": "part-animals", "image_size": 32, "train_images": 6, "test_images": 12}
+    folder = make(tmp_path / "run", method, backbone="small-cnn", data=data, num_filters=12)
+    (network,) = summarise([folder], images=2, filters=2).networks
+    ingredients = dataclasses.asdict(network)
+    reasons = {name for name, value in ingredients.items() if isinstance(value, str)}
+    wanted = {"name", "ownership_meaning"} | ({"grad_cam"} if method == "iccnn" else set())
+    assert reasons == wanted
+
+
+def test_an_explainer_has_a_page_on_the_run_it_explains(tmp_path):
+    data = {"name": "part-animals", "image_size": 32, "train_images": 6, "test_images": 12}
+    of = make(tmp_path / "of", "std", backbone="small-cnn", data=data, num_filters=12)
+    explainer = {"name": "explainer", "performer": str(of)}
+    folder = make(tmp_path / "run", explainer, data=data, num_filters=None)
+    path = write_report([folder], images=2, filters=2)
+    assert "Explainer gives no filter to a class" in path.read_text()
 
 
 def test_figures_of_other_data_are_not_ranked(tmp_path):
