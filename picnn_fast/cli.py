@@ -1,4 +1,4 @@
-"""The command ``picnn-fast``: demo, train, compare, evaluate, explain, convert, doctor.
+"""The command ``picnn-fast``: demo, train, compare, evaluate, report, explain, convert, doctor.
 
 Nothing is imported until a command needs it, so that ``picnn-fast --help`` answers at once, and
 ``doctor``, with torch and numpy alone, on any installation.
@@ -287,6 +287,7 @@ def _demo(arguments: Sequence[str]) -> int:
     from picnn_fast.evaluation import FIGURES
     from picnn_fast.training.demo import EPOCHS, SPREAD, demo_folder, run_demo
     from picnn_fast.training.options import parse
+    from picnn_fast.training.summary import REPORT
 
     def add(parser: Any) -> None:
         parser.add_argument("--output", type=str, default="runs/demo", help="folder of the results")
@@ -321,8 +322,9 @@ def _demo(arguments: Sequence[str]) -> int:
     for name, meaning in (
         ("correspondence.png", "which filters belong to which class"),
         ("curves.png", "losses and accuracies over training"),
-        ("gradcam.png", "what all, class and complementary filters see"),
+        ("gradcam.png", "what all, class, complementary and random filters see"),
         ("metrics.json", "the figures above"),
+        (REPORT, "all of it on one page: open it in a browser"),
     ):
         print(printable(f"  {Path(output) / name}: {meaning}"))
     if complete:
@@ -789,6 +791,65 @@ def _of_model(
     return args, iter([_Trained(model, Path(model), network, options, data, options.seed)])
 
 
+def _report(arguments: Sequence[str]) -> int:
+    from picnn_fast.training.launch import device_of
+    from picnn_fast.training.options import check_range, parse
+    from picnn_fast.training.summary import FILTERS, IMAGES, REPORT, write_report
+
+    def add(parser: Any) -> None:
+        parser.add_argument(
+            "paths",
+            metavar="RUN_OR_CHECKPOINT",
+            nargs="+",
+            help="folders of runs, demos or comparisons, or .ckpt files",
+        )
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help=f"file to write; null: {REPORT} in the first of these folders",
+        )
+        parser.add_argument(
+            "--images", type=int, default=IMAGES, help="test images that Grad-CAM shows"
+        )
+        parser.add_argument(
+            "--filters",
+            type=int,
+            default=FILTERS,
+            help="filters of each network whose images are shown; 0: none, and no pass over the"
+            " test images to find them",
+        )
+        parser.add_argument(
+            "--accelerator",
+            type=Literal["auto", "cpu", "gpu", "mps"],
+            default="auto",
+            help="device type that this pass runs on",
+        )
+
+    args = parse(
+        arguments,
+        prog="picnn-fast report",
+        description="Write one HTML file about some runs, which holds all it needs: their figures,"
+        " which filter stands for which class, curves of the training, what filters see, and what"
+        " it was made with.",
+        groups=(),
+        common=False,
+        add=add,
+    )
+    check_range("images", args["images"], 1)
+    check_range("filters", args["filters"], 0)
+    path = write_report(
+        args["paths"],
+        args["output"],
+        images=args["images"],
+        filters=args["filters"],
+        device=device_of(args["accelerator"]),
+        progress=sys.stdout.isatty(),
+    )
+    print(printable(f"  {path}: open it in a browser"))
+    return 0
+
+
 def _explain(arguments: Sequence[str]) -> int:
     from picnn_fast.data.photographs import read_image
     from picnn_fast.explain import explain_image
@@ -1200,7 +1261,7 @@ def _doctor(arguments: Sequence[str]) -> int:
         ("numpy", None),
         ("triton", None),
         *((package, "train") for package in _TRAIN_PACKAGES),
-        *((package, "report") for package in ("matplotlib", "captum")),
+        *((package, "report") for package in ("matplotlib", "captum", "plotly", "jinja2")),
     ):
         try:
             version = importlib.metadata.version(package)
@@ -1244,6 +1305,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train and evaluate one network"),
     "compare": (_compare, "train several methods, several seeds of each, and compare them"),
     "evaluate": (_evaluate, "measure a trained network on a test split"),
+    "report": (_report, "write one HTML file about some runs"),
     "explain": (_explain, "show which filters carried a prediction"),
     "convert": (_convert, "turn a checkpoint of the authors' PICNN into one of ours"),
     "doctor": (_doctor, "show what is installed, and what serves each operator"),

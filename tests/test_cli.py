@@ -35,7 +35,7 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-COMMANDS = ["demo", "train", "compare", "evaluate", "explain", "convert", "doctor"]
+COMMANDS = ["demo", "train", "compare", "evaluate", "report", "explain", "convert", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -877,6 +877,7 @@ def test_demo_trains_both_networks_and_draws(capsys, monkeypatch, tmp_path):
         "correspondence.png",
         "curves.png",
         "gradcam.png",
+        "report.html",
         "std",
         "picnn",
     }

@@ -15,11 +15,20 @@ with extra("report"):
 
 
 class PathwayGradCam(NamedTuple):
-    """Grad-CAM maps ``[B, H, W]`` by the filters they add up, on one scale."""
+    """Grad-CAM maps ``[B, H, W]`` by the filters they add up, on one scale.
+
+    Attributes:
+        all_filters: through all of them.
+        class_filters: through those of the true class.
+        complement: through all others.
+        random_filters: through as many as are the class's, drawn among all: the control. What the
+            class's filters show counts where these show less.
+    """
 
     all_filters: Tensor
     class_filters: Tensor
     complement: Tensor
+    random_filters: Tensor
 
 
 def filter_attributions(
@@ -129,11 +138,12 @@ def grad_cam(
 def pathway_grad_cam(
     network: InterpretableNetwork, images: Tensor, labels: Tensor, *, seed: int = 0
 ) -> PathwayGradCam:
-    """Grad-CAM of the true class through all filters, the class's filters, and the rest.
+    """Grad-CAM of the true class through all filters, the class's, the rest, and a control.
 
     The class's filters are a mask drawn for the label's row of ``ownership()``, as in ACC3; the
     rest is its complement. Where that is near 0 and 1 (a trained PICNN) the draw hardly matters;
-    where it is random (STD), it is a random tenth of the filters with ten classes.
+    where it is random (STD), it is a random tenth of the filters with ten classes. Few filters are
+    dark by their number alone: the control is as many, drawn at random among all.
 
     Args:
         network: any whose filters belong to classes, in eval mode.
@@ -142,7 +152,7 @@ def pathway_grad_cam(
         seed: of the draw.
 
     Returns:
-        Three maps ``[B, H, W]`` an image, comparable with one another.
+        Four maps ``[B, H, W]``, comparable with one another.
 
     Raises:
         TypeError: arguments of the wrong kind.
@@ -155,11 +165,16 @@ def pathway_grad_cam(
         )
     _check_images("labels", labels, images)
     mask = network.class_mask(labels, seed=seed)
+    # A rank each, by a generator of its own: the mask's draws and torch's stay as they were.
+    draw = torch.Generator().manual_seed(seed)
+    ranks = torch.rand(mask.shape, generator=draw).argsort(1).argsort(1).to(mask.device)
+    control = (ranks < mask.sum(1, keepdim=True)).to(mask)
     terms = filter_attributions(network, images, labels)
     return PathwayGradCam(
         _combine(terms, None, images),
         _combine(terms, mask, images),
         _combine(terms, 1 - mask, images),
+        _combine(terms, control, images),
     )
 
 

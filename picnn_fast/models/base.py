@@ -70,6 +70,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             the target layer; None takes as many as the backbone yields.
         draws_masks: whether a class's filters are told by masks drawn of ``ownership``, so that
             figures by such masks, ACC2 and ACC3, apply.
+        ownership_meaning: what the matrix of ``ownership`` is, for the reader of a report.
         network_from: the option that names a run, whose trained network the method is put on in
             place of a backbone; None for methods that are put on a backbone.
 
@@ -84,6 +85,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
 
     filters_per_class: ClassVar[float | None] = 12.8  # PICNN, figure 5
     draws_masks: ClassVar[bool] = True
+    ownership_meaning: ClassVar[str] = "how much of each filter belongs to each class"
     network_from: ClassVar[str | None] = None
 
     def __init__(

@@ -1,7 +1,7 @@
 """CSG: a gate between classes and filters that grows sparse while the network trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,8 @@ class CSG(InterpretableNetwork):
         >>> model.ownership().amax(0).unique()
         tensor([1.])
     """
+
+    ownership_meaning: ClassVar[str] = "gate, learned: how far a filter is let through for a class"
 
     def __init__(
         self,

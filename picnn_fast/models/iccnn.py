@@ -107,6 +107,7 @@ class ICCNN(InterpretableNetwork):
 
     filters_per_class: ClassVar[float | None] = None  # the layer's own filters are grouped
     draws_masks: ClassVar[bool] = False  # a group is no class's own
+    ownership_meaning: ClassVar[str] = "share of each class in what a filter's group responds with"
     groups: Tensor
     response: Tensor
     mean: Tensor

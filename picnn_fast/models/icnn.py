@@ -190,6 +190,9 @@ class ICNN(InterpretableNetwork):
     """
 
     filters_per_class: ClassVar[float | None] = None  # the paper: as many as the layer below
+    ownership_meaning: ClassVar[str] = (
+        "categories: the class each filter fires most for, and no other"
+    )
     epoch: Tensor
 
     def __init__(

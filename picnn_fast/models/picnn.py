@@ -1,7 +1,7 @@
 """PICNN: a pathway that makes each filter of the target layer stand for a class."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,10 @@ class PICNN(InterpretableNetwork):
         >>> model.discriminator()(images).shape
         torch.Size([2, 4])
     """
+
+    ownership_meaning: ClassVar[str] = (
+        "correspondence matrix, learned: the probability that a filter is kept for a class"
+    )
 
     def __init__(
         self,

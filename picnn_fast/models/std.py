@@ -1,7 +1,7 @@
 """STD: the ordinary network that interpretable ones are compared with."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class STD(InterpretableNetwork):
         torch.Size([2, 4])
     """
 
+    ownership_meaning: ClassVar[str] = (
+        "correspondence matrix, random and not trained: what a method has to beat"
+    )
     layer: str | None = None
 
     def __init__(

@@ -1,4 +1,8 @@
-"""Pictures of a run: each function returns matplotlib's figure, and writes a file where told."""
+"""Pictures of a run: each function returns matplotlib's figure, and writes a file where told.
+
+Or draws into the place of axes of your own, ``ax=``. ``picnn_fast.report.html`` is the page of
+``picnn-fast report``.
+"""
 
 from picnn_fast.report.explanation import plot_explanation
 from picnn_fast.report.figures import plot_correspondence, plot_curves, plot_grad_cam

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from picnn_fast._extras import extra
 from picnn_fast.explain import ImageExplanation
 from picnn_fast.ops import checks
-from picnn_fast.report.style import AS_IT_IS, DPI, displayed, overlay, saved, without_frame
+from picnn_fast.report.style import AS_IT_IS, canvas, displayed, overlay, saved, without_frame
 
 with extra("report"):
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 _GROUPS = 8
 _COLUMNS = 4
@@ -28,7 +29,8 @@ def plot_explanation(
     *,
     filters: int = 6,
     channel_dim: int = 1,
-) -> Figure:
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
     """The image, the maps of the filters that add most to its logit, and what each class's add.
 
     Each map has a scale of its own, from 0 to its maximum. Bars tell what the filters of each class
@@ -42,9 +44,11 @@ def plot_explanation(
         filters: how many maps to show; fewer where there are fewer filters.
         channel_dim: the filter axis of the batch of maps. Maps that are not ``[N, h, w]`` are not
             shown.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         TypeError: an image that is no floating tensor.
@@ -75,7 +79,7 @@ def plot_explanation(
     rows = -(-(len(shown) + 1) // _COLUMNS)
     groups = explanation.groups[:_GROUPS]
     below = 0.7 + 0.32 * len(groups)
-    figure = Figure(figsize=(10, 2.6 * rows + below), layout="constrained", dpi=DPI)
+    figure = canvas(ax, path, (10, 2.6 * rows + below))
     parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.6 * rows, below])
     above, bars = parts[:, 0]
     axes = above.subplots(rows, _COLUMNS, squeeze=False).flatten().tolist()

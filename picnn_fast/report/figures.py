@@ -12,8 +12,8 @@ from picnn_fast._extras import extra
 from picnn_fast.explain import PathwayGradCam
 from picnn_fast.report.style import (
     AS_IT_IS,
-    DPI,
     HEAT_COLOURS,
+    canvas,
     displayed,
     overlay,
     saved,
@@ -24,7 +24,7 @@ with extra("report"):
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.ticker import MaxNLocator
 
 _SHARE_COLOURS = "magma"
@@ -50,8 +50,12 @@ def sort_filters(correspondence: Tensor) -> Tensor:
 
 
 def plot_correspondence(
-    matrices: Mapping[str, Tensor], class_names: Sequence[str], path: str | Path | None = None
-) -> Figure:
+    matrices: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    path: str | Path | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
     """Which filter stands for which class, as heat maps one below the other, filters sorted.
 
     Colours go from 0 to 1, or to the highest share in a matrix where that is below a half: of many
@@ -62,9 +66,11 @@ def plot_correspondence(
             probabilities of a PICNN, the categories of an ICNN, …
         class_names: K names.
         path: PNG file to write; None: none.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         ValueError: no matrix, or one that does not have a row for each name.
@@ -85,7 +91,7 @@ def plot_correspondence(
             )
     rows = len(class_names)
     height = 1.1 + len(matrices) * (0.75 + max(1.4, min(0.2 * rows, 6)))
-    figure = Figure(figsize=(10, height), layout="constrained", dpi=DPI)
+    figure = canvas(ax, path, (10, height))
     axes = figure.subplots(len(matrices), 1, squeeze=False)[:, 0]
     scales = []
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
@@ -123,7 +129,8 @@ def plot_curves(
     path: str | Path | None = None,
     *,
     headings: Mapping[str, str] | None = None,
-) -> Figure:
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
     """Figures of the validation images, and training loss, over epochs; a column for each run.
 
     Args:
@@ -131,9 +138,11 @@ def plot_curves(
             and ``val/<figure>``, as ``training.run.read_history`` returns.
         path: PNG file to write; None: none.
         headings: figure to its name in the legend, in that order; others follow, in capitals.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         ValueError: no history, or one without epochs.
@@ -157,7 +166,7 @@ def plot_curves(
     names = {f"val/{name}": heading for name, heading in (headings or {}).items()}
     names |= {key: key[4:].upper() for key in sorted(dict(figures)) if key not in names}
     shares = all(0 <= value <= 1 for _, value in figures)
-    figure = Figure(figsize=(5.2 * len(histories), 6.4), layout="constrained", dpi=DPI)
+    figure = canvas(ax, path, (5.2 * len(histories), 6.4))
     grid = figure.subplots(2, len(histories), squeeze=False, sharex="col", sharey="row")
     for column, (title, history) in enumerate(histories.items()):
         above, loss = grid[0, column], grid[1, column]
@@ -211,11 +220,14 @@ def plot_grad_cam(
     rows: Mapping[str, PathwayGradCam],
     labels: Sequence[str],
     path: str | Path | None = None,
-) -> Figure:
-    """Panels image | all filters | class filters | complementary filters, a block for each network.
+    *,
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
+    """Panels image | all filters | class filters | the others | random ones, by network.
 
-    The colours of the three panels of one image share one scale, from 0 to their common maximum:
-    dark means that these filters say nothing for the class.
+    The colours of the four panels of one image share one scale, from 0 to their common maximum:
+    dark means that these filters say nothing for the class. Few filters are dark by their number
+    alone; the random ones are as many as the class's, and what those show beyond them counts.
 
     Args:
         images: ``[B, C, H, W]`` in [0, 1], grey or RGB, before they are normalised; see
@@ -223,9 +235,11 @@ def plot_grad_cam(
         rows: title (the network) to its Grad-CAM maps of these images.
         labels: B names, of the true classes.
         path: PNG file to write; None: none.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         TypeError: images that are no floating tensor.
@@ -235,17 +249,15 @@ def plot_grad_cam(
     batch = len(pixels)
     if len(labels) != batch:
         raise ValueError(f"labels: got {len(labels)} names, want {batch}, one for each of images")
-    titles = ("image", "all filters", "class filters", "complement")
-    figure = Figure(
-        figsize=(4.7 * len(rows) + 0.9, 1.1 * batch + 0.9), layout="constrained", dpi=DPI
-    )
-    widths = [4.7] * len(rows) + [0.9]
+    titles = ("image", "all filters", "class filters", "the others", "as many random")
+    figure = canvas(ax, path, (5.8 * len(rows) + 0.9, 1.1 * batch + 0.9))
+    widths = [5.8] * len(rows) + [0.9]
     *blocks, margin = figure.subfigures(
         1, len(widths), squeeze=False, width_ratios=widths, wspace=0.02
     )[0]
     for block, (title, cam) in zip(blocks, rows.items(), strict=True):
         block.suptitle(title, fontweight="bold", **AS_IT_IS)
-        axes = block.subplots(batch, 4, squeeze=False)
+        axes = block.subplots(batch, 5, squeeze=False)
         heats = [maps.detach().cpu().float().numpy() for maps in cam]
         for i in range(batch):
             peak = max(float(heat[i].max()) for heat in heats) or 1.0

@@ -10,12 +10,12 @@ from torch import Tensor
 from picnn_fast._extras import extra
 from picnn_fast.explain import FilterIndex, TopImages
 from picnn_fast.ops import checks
-from picnn_fast.report.style import AS_IT_IS, DPI, displayed, saved, without_frame
+from picnn_fast.report.style import AS_IT_IS, canvas, displayed, saved, without_frame
 
 with extra("report"):
     from matplotlib import patheffects
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.patches import Ellipse, Rectangle
     from matplotlib.ticker import MaxNLocator
 
@@ -36,7 +36,8 @@ def plot_filter_page(
     path: str | Path | None = None,
     *,
     part_names: Sequence[str] = (),
-) -> Figure:
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
     """The images a filter fires on most and those it adds most to, and what it tells of classes.
 
     Images keep their colours. A box is drawn where the receptive field of the peak ends within the
@@ -52,9 +53,11 @@ def plot_filter_page(
         class_names: K names.
         path: PNG file to write; None: none.
         part_names: P names, where the index was made with part masks.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         TypeError: images that are no floating tensors, or a number that is no int.
@@ -92,7 +95,7 @@ def plot_filter_page(
     panels = 3 + bool(parts)
     width = max(_SIDE * columns + 0.3, 3.1 * panels)
     heights = [(_SIDE + 0.45) * rows + 0.4] * 2 + [0.34 * _BARS + 0.9]
-    figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained", dpi=DPI)
+    figure = canvas(ax, path, (width, sum(heights) + 0.8))
     figure.suptitle(_heading(index, number, class_names), fontsize=11, **AS_IT_IS)
     blocks = figure.subfigures(3, 1, squeeze=False, height_ratios=heights)[:, 0]
     for block, (ranking, title) in zip(blocks, rankings, strict=False):

@@ -14,8 +14,8 @@ from picnn_fast.backbones import ReceptiveField
 from picnn_fast.ops import checks
 from picnn_fast.report.style import (
     AS_IT_IS,
-    DPI,
     HEAT_COLOURS,
+    canvas,
     displayed,
     overlay,
     saved,
@@ -26,7 +26,7 @@ with extra("report"):
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.patches import Ellipse, Rectangle
 
 _SIGNED_COLOURS = "RdBu_r"
@@ -34,16 +34,21 @@ _FIELD_COLOUR = "#39d0c8"
 
 
 def plot_template_gallery(
-    templates: Mapping[str, Tensor], path: str | Path | None = None
-) -> Figure:
+    templates: Mapping[str, Tensor],
+    path: str | Path | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
     """Part templates side by side, at most six a row, on one scale of colours about 0.
 
     Args:
         templates: title to ``[h, w]``.
         path: PNG file to write; None: none.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         ValueError: no template, or one that is not ``[h, w]``.
@@ -64,7 +69,7 @@ def plot_template_gallery(
     most = max(float(np.abs(value).max()) for value in values) or 1.0
     columns = min(len(values), 6)
     rows = -(-len(values) // columns)
-    figure = Figure(figsize=(2.0 * columns + 1.2, 2.2 * rows), layout="constrained", dpi=DPI)
+    figure = canvas(ax, path, (2.0 * columns + 1.2, 2.2 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, title, value in zip(axes.flat, templates, values, strict=False):
         axis.imshow(value, cmap=_SIGNED_COLOURS, vmin=-most, vmax=most, interpolation="nearest")
@@ -79,8 +84,13 @@ def plot_template_gallery(
 
 
 def plot_peak_heat_map(
-    images: Tensor, peaks: Tensor, path: str | Path | None = None, *, radius: float | None = None
-) -> Figure:
+    images: Tensor,
+    peaks: Tensor,
+    path: str | Path | None = None,
+    *,
+    radius: float | None = None,
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
     """Where the peaks of all filters of a layer fall on each object (ICNN, figure 6).
 
     Every image above its heat map: a normal distribution about the peak of each filter, added up
@@ -93,9 +103,11 @@ def plot_peak_heat_map(
         path: PNG file to write; None: none.
         radius: standard deviation of the distributions in pixels; None takes a 24th of the
             image's diagonal.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         TypeError: not floating tensors, or a radius that is no number.
@@ -115,20 +127,14 @@ def plot_peak_heat_map(
         )
     height, width = images.shape[2:]
     sigma = math.hypot(height, width) / 24 if radius is None else checks.positive("radius", radius)
-    figure = Figure(figsize=(1.5 * len(pixels) + 1.0, 3.3), layout="constrained", dpi=DPI)
+    figure = canvas(ax, path, (1.5 * len(pixels) + 1.0, 3.3))
     axes = figure.subplots(2, len(pixels), squeeze=False)
-    y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     for above, below, image, places in zip(
         *axes, pixels, peaks.detach().cpu().float(), strict=True
     ):
-        places = places[~places.isnan().any(-1)]
-        down, across = (
-            (-((place[:, None] - axis) ** 2) / (2 * sigma**2)).exp()
-            for axis, place in ((y, places[:, 1]), (x, places[:, 0]))
-        )
-        heat = (down.T @ across).numpy()
+        heat = peak_density(places, height, width, sigma)
         above.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        overlay(below, image, heat / (float(heat.max()) or 1.0))
+        overlay(below, image, (heat / (float(heat.max()) or 1.0)).numpy())
         _bare(above)
         _bare(below)
     bar = figure.colorbar(
@@ -139,6 +145,22 @@ def plot_peak_heat_map(
     return saved(figure, path)
 
 
+def peak_density(peaks: Tensor, height: int, width: int, radius: float) -> Tensor:
+    """A normal distribution about each peak, added up: ``[height, width]``.
+
+    Args:
+        peaks: ``[N, 2]`` (x, y) in pixels; NaN for one to leave out.
+        height, width: of the image.
+        radius: standard deviation in pixels.
+    """
+    peaks = peaks[~peaks.isnan().any(-1)]
+    down, across = (
+        (-((place[:, None] - torch.arange(size) - 0.5) ** 2) / (2 * radius**2)).exp()
+        for size, place in ((height, peaks[:, 1]), (width, peaks[:, 0]))
+    )
+    return down.T @ across
+
+
 def plot_filter_images(
     images: Tensor,
     maps: Tensor,
@@ -147,7 +169,8 @@ def plot_filter_images(
     path: str | Path | None = None,
     *,
     columns: int = 6,
-) -> Figure:
+    ax: Axes | None = None,
+) -> Figure | SubFigure:
     """The images each filter fires on most, with its map and the field of its peak.
 
     A row for each filter, the image of the highest peak first. Over the image lies the map, where
@@ -162,9 +185,11 @@ def plot_filter_images(
         filters: indices in [0, N).
         path: PNG file to write; None: none.
         columns: images a filter, fewer where there are not as many.
+        ax: axes of a grid, as of ``plt.subplots``, whose place the picture takes; None: a figure of
+            its own.
 
     Returns:
-        The figure.
+        The figure, or that part of the figure of ``ax``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -192,9 +217,7 @@ def plot_filter_images(
     for index in filters:
         checks.integer("filters", index, 0, maps.shape[1])
     columns = min(checks.integer("columns", columns, 1), len(images))
-    figure = Figure(
-        figsize=(1.5 * columns + 0.8, 1.5 * len(filters) + 0.1), layout="constrained", dpi=DPI
-    )
+    figure = canvas(ax, path, (1.5 * columns + 0.8, 1.5 * len(filters) + 0.1))
     axes = figure.subplots(len(filters), columns, squeeze=False)
     activations = maps.detach().cpu().float().clamp_min(0)
     first, stride = receptive_field.first_centre, receptive_field.stride

@@ -12,14 +12,17 @@ from picnn_fast._extras import extra
 from picnn_fast.ops import checks
 
 with extra("report"):
+    from matplotlib import colormaps
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 DPI = 150
 HEAT_COLOURS = "inferno"
 # Of a text that holds a name: a "$" in it is no mathematics.
 AS_IT_IS: dict[str, Any] = {"parse_math": False}
 _OVERSHOOT = 0.05
+# The image on the heat as a faint light, so that strokes stay visible where the heat is dark.
+_IMAGE_SHARE = 0.25
 _Image = npt.NDArray[np.float32]
 
 
@@ -57,9 +60,28 @@ def displayed(images: Tensor) -> list[_Image]:
     return list(pixels.clamp(0, 1).movedim(1, -1).squeeze(-1).numpy())
 
 
-def saved(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, written to ``path`` where there is one."""
+def canvas(
+    ax: Axes | None, path: str | Path | None, size: tuple[float, float]
+) -> Figure | SubFigure:
+    """What to draw on: a new figure of so many inches, or the place of ``ax`` in its own.
+
+    Raises:
+        ValueError: axes that are no cell of a grid, or a file to write beside them.
+    """
+    if ax is None:
+        return Figure(figsize=size, layout="constrained", dpi=DPI)
     if path is not None:
+        raise ValueError(f"path: got {str(path)!r} beside ax, want one of the two")
+    figure, cell = ax.get_figure(), ax.get_subplotspec()
+    if figure is None or cell is None:
+        raise ValueError("ax: got axes that are no cell of a grid, want one of plt.subplots()")
+    ax.remove()
+    return figure.add_subfigure(cell)
+
+
+def saved(figure: Figure | SubFigure, path: str | Path | None) -> Figure | SubFigure:
+    """The figure, written to ``path`` where there is one."""
+    if path is not None and isinstance(figure, Figure):
         figure.savefig(path)
     return figure
 
@@ -67,8 +89,14 @@ def saved(figure: Figure, path: str | Path | None) -> Figure:
 def overlay(axis: Axes, pixels: _Image, heat: _Image) -> None:
     """Heat in [0, 1] in colours, with the image on it."""
     axis.imshow(heat, cmap=HEAT_COLOURS, vmin=0, vmax=1, interpolation="bilinear")
-    # The image on top as a faint light, so that strokes stay visible where the heat is dark.
-    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", alpha=0.25)
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", alpha=_IMAGE_SHARE)
+
+
+def overlaid(pixels: _Image, heat: _Image) -> _Image:
+    """The same as a picture ``[H, W, 3]`` in [0, 1], heat and image being of one size."""
+    colours = colormaps[HEAT_COLOURS](heat)[..., :3].astype(np.float32)
+    image = pixels if pixels.ndim == 3 else pixels[..., None]
+    return (1 - _IMAGE_SHARE) * colours + _IMAGE_SHARE * image
 
 
 def without_frame(axis: Axes) -> None:

@@ -14,6 +14,7 @@ from picnn_fast.training.compare import RECIPES, methods_on, train_part
 from picnn_fast.training.options import Options
 from picnn_fast.training.run import METRICS, build_data, read_history, read_metrics
 from picnn_fast.training.run_folder import RunFolder, write_json
+from picnn_fast.training.summary import REPORT, write_report
 
 TITLES = {"std": "STD, an ordinary network", "picnn": "PICNN"}
 _MATRIX_TITLES = {"std": "STD: random, not trained", "picnn": "PICNN: learned"}
@@ -37,7 +38,7 @@ def run_demo(
 ) -> dict[str, Figures]:
     """Train STD and PICNN alike, measure both on the test split, and draw the pictures.
 
-    The folder then holds ``metrics.json``, ``correspondence.png``, ``curves.png``,
+    The folder then holds ``report.html``, ``metrics.json``, ``correspondence.png``, ``curves.png``,
     ``gradcam.png``, and checkpoint and logs of each network in ``std/`` and ``picnn/``.
 
     Args:
@@ -59,6 +60,8 @@ def run_demo(
     options = demo_options(output, seed=seed, epochs=epochs)
     folder = demo_folder(output, seed=seed, epochs=epochs)
     if not overwrite and folder.complete():
+        if not (folder.path / REPORT).is_file():
+            write_report([output])
         return read_metrics(folder.path, TITLES)
     with folder.writing(overwrite=overwrite) as work:
         metrics = {
@@ -68,6 +71,8 @@ def run_demo(
         say("drawing the pictures")
         _draw(work, seed)
         write_json(work / METRICS, metrics)
+    say("writing the report")
+    write_report([output])
     return metrics
 
 

@@ -18,11 +18,12 @@ from typing import IO, Any
 
 from picnn_fast._extras import extra
 from picnn_fast._version import __version__
+from picnn_fast.training.provenance import now, provenance
 
 with extra("train"):
     from filelock import BaseFileLock, FileLock, Timeout
 
-RECORD = "run.json"
+RECORD = "run.json"  # also what it was made with, see provenance
 _LOCK = ".lock"
 _TEMPORARY = ".tmp"  # ends the names of hidden files that are not whole yet
 _KEYS: dict[str, type] = {"kind": str, "config": dict, "overwrite": bool, "goes_on": bool}
@@ -336,7 +337,8 @@ class RunFolder:
             record = None
         if record is not None:
             self._same(record, self.work)
-            self._note(record["overwrite"], record["goes_on"])
+            begun = {"provenance": record["provenance"]} if "provenance" in record else {}
+            self._note(record["overwrite"], record["goes_on"], **begun)
             return
         if any(entry.name != _LOCK for entry in self.work.iterdir()) and not overwrite:
             raise RunFolderError(
@@ -361,7 +363,7 @@ class RunFolder:
         other = self._differing(record) or record["goes_on"] or record["overwrite"]
         return self._trained() or not other
 
-    def _note(self, overwrite: bool, goes_on: bool) -> None:
+    def _note(self, overwrite: bool, goes_on: bool, **made: Any) -> None:
         write_json(
             self.work / RECORD,
             {
@@ -371,6 +373,7 @@ class RunFolder:
                 "overwrite": overwrite,
                 "goes_on": goes_on,
                 "config": self.config,
+                **({"provenance": provenance()} | made),
             },
         )
 
@@ -399,6 +402,8 @@ class RunFolder:
     def _finish(self) -> None:
         record = self._record(self.work)
         assert record is not None
+        begun = record.get("provenance", {})
+        self._note(record["overwrite"], record["goes_on"], provenance={**begun, "finished": now()})
         self._sweep()
         (self.work / _LOCK).unlink(missing_ok=True)
         occupied = self._occupied()

@@ -76,12 +76,30 @@ def test_pathways_follow_the_correspondence_matrix(network, images):
     assert torch.equal(cam.complement, grad_cam(network, images, LABELS, 1 - own[LABELS]))
 
 
+def test_the_control_is_some_pair_of_filters_where_two_are_the_classs(network, images):
+    own = torch.eye(3).repeat_interleave(2, 1)
+    with torch.no_grad():
+        network.correspondence.weight.copy_(200 * own)
+    every = torch.combinations(torch.arange(6))  # the 15 pairs
+    pairs = torch.zeros(15, 6).scatter(1, every, 1.0)
+    heats = torch.stack([grad_cam(network, images, LABELS, pair.expand(5, 6)) for pair in pairs])
+    drawn = set()
+    for seed in range(12):
+        control = pathway_grad_cam(network, images, LABELS, seed=seed).random_filters
+        same = (heats - control).abs().amax((2, 3)) < 1e-6  # [pairs, images]
+        assert same.any(0).all()
+        drawn |= {tuple(every[pair].tolist()) for pair in same.all(1).nonzero()[:, 0]}
+        drawn |= {tuple(every[pair].tolist()) for pair in same.int().argmax(0)}
+    assert len(drawn) > 8  # and not the class's own every time
+
+
 def test_draw_repeats_with_the_seed(network, images):
     first, again, other = (
-        pathway_grad_cam(network, images, LABELS, seed=seed).class_filters for seed in (3, 3, 4)
+        pathway_grad_cam(network, images, LABELS, seed=seed)[1:] for seed in (3, 3, 4)
     )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    for heat, repeated, different in zip(first, again, other, strict=True):
+        assert torch.equal(heat, repeated)
+        assert not torch.equal(heat, different)
 
 
 def test_shapes_that_disagree_are_refused(network, images):

@@ -183,7 +183,7 @@ def test_names_are_shown_as_they_are(name):
     for figure, count in (
         (plot_correspondence({name: torch.eye(1)}, [name]), 2),
         (plot_curves({name: [{"epoch": 0, "train/a": 0.5}]}), 1),
-        (plot_grad_cam(dark[None], {name: PathwayGradCam(dark, dark, dark)}, [name]), 2),
+        (plot_grad_cam(dark[None], {name: PathwayGradCam(dark, dark, dark, dark)}, [name]), 2),
         (plot_template_gallery({name: torch.ones(2, 2)}), 1),
     ):
         figure.draw_without_rendering()
@@ -195,7 +195,7 @@ def test_names_are_shown_as_they_are(name):
 def test_figures_are_returned_and_written_only_where_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dark = torch.zeros(1, 8, 8)
-    cam = {"PICNN": PathwayGradCam(dark, dark, dark)}
+    cam = {"PICNN": PathwayGradCam(dark, dark, dark, dark)}
     for draw, *arguments in (
         (plot_correspondence, {"PICNN": torch.eye(3)}, "abc"),
         (plot_curves, {"PICNN": [{"epoch": 0, "val/acc1": 0.5}]}),
@@ -225,7 +225,7 @@ def test_grad_cam_shows_where_the_heat_is(tmp_path, channels):
     path = tmp_path / "cam.png"
     warm = []
     for heat in (hot, dark):
-        plot_grad_cam(images, {"PICNN": PathwayGradCam(heat, heat, dark)}, "abc", path)
+        plot_grad_cam(images, {"PICNN": PathwayGradCam(heat, heat, dark, dark)}, "abc", path)
         pixels = _pixels(path)[:, : -_pixels(path).shape[1] // 5]  # without the colour bar
         warm.append(((pixels[..., 0] - pixels[..., 2]) > 0.3).mean())
     assert warm[0] > 0.02
@@ -246,7 +246,7 @@ def test_images_out_of_range_are_told_and_shown_whole(channels):
 def test_the_warning_of_images_out_of_range_names_the_callers_line():
     dark = torch.zeros(1, 4, 5)
     with pytest.warns(UserWarning, match=r"^images: got") as told:
-        plot_grad_cam(dark[None] - 1, {"PICNN": PathwayGradCam(dark, dark, dark)}, "a")
+        plot_grad_cam(dark[None] - 1, {"PICNN": PathwayGradCam(dark, dark, dark, dark)}, "a")
     assert told[0].filename == __file__
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -225,6 +226,23 @@ def test_record_tells_what_made_the_run(tmp_path):
     record = json.loads((folder.path / "run.json").read_text())
     assert record["config"] == {"seed": 0, "epochs": 2}
     assert record["kind"] == "train"
+    made = record["provenance"]
+    assert made["command"]
+    assert made["versions"]["torch"] == importlib.metadata.version("torch")
+    assert made["hardware"]["cores"] >= 1
+    assert made["started"] <= made["finished"]
+
+
+def test_a_run_that_goes_on_was_started_when_it_first_was(tmp_path, monkeypatch):
+    folder = _folder(tmp_path)
+    monkeypatch.setattr(run_folder, "provenance", lambda: {"started": "first"})
+    _fail(folder, "last.ckpt")
+    monkeypatch.setattr(run_folder, "provenance", lambda: {"started": "second"})
+    with folder.writing():
+        pass
+    record = json.loads((folder.path / "run.json").read_text())
+    assert record["provenance"]["started"] == "first"
+    assert "finished" in record["provenance"]
 
 
 @pytest.mark.parametrize("there", [True, False])
