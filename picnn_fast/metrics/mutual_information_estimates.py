@@ -77,7 +77,8 @@ class MutualInformationEstimates(MutualInformationScore):
     @property
     def seen(self) -> int:
         """M, how many images were seen."""
-        return len(self._samples()[1]) if self.update_called else 0
+        labels = self.labels  # a tensor once ranks were joined
+        return len(labels) if isinstance(labels, Tensor) else sum(map(len, labels))
 
     def compute(self) -> ScoreEstimates:  # type: ignore[override]
         """Scalars on the metric's device, float64; float32 on MPS.

@@ -504,6 +504,10 @@ def test_figures_of_one_metric_are_told_alike():
                 assert (other.update, other.prepare) == (figure.update, figure.prepare), name
 
 
+def test_a_figure_of_every_epoch_needs_no_pass_of_its_own():
+    assert all(f.prepare is None for f in FIGURES.values() if f.when == "epoch")
+
+
 def test_every_figure_says_how_it_is_read():
     for name, figure in FIGURES.items():
         reading = figure.reading

@@ -33,8 +33,9 @@ class Figure:
         prepares: whether ``prepare`` is of use for a network: else the pass is saved.
         part: which field of the NamedTuple that the metric computes; None: all it computes.
         needs: why the figure cannot be had of a network and data, or None where it can.
-        when: "epoch": quick enough to be taken of the validation images every epoch; "run": of
-            every evaluation; "asked": where it is named alone, since it costs much.
+        when: "epoch": quick enough to be taken of the validation images every epoch, without a
+            ``prepare``; "run": of every evaluation; "asked": where it is named alone, since it
+            costs much.
         images: of at most so many images of the test split, spread evenly over it; None: of all.
         remark: what to say of a value at the end of a training, or None where nothing need be said.
     """
