@@ -1,4 +1,4 @@
-"""The command ``picnn-fast``: demo, train, compare, evaluate, report, explain, convert, doctor.
+"""The command ``picnn-fast``, from ``demo`` and ``train`` to ``doctor``.
 
 Nothing is imported until a command needs it, so that ``picnn-fast --help`` answers at once, and
 ``doctor``, with torch and numpy alone, on any installation.
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -169,59 +170,85 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 def _print_table(
     rows: Mapping[str, Sequence[Mapping[str, "Value"]]], title: str, *, notes: bool = True
 ) -> None:
-    """Figures one below the other, beside them the run, or several whose mean and spread are shown.
+    """Figures one below the other by topic, beside them the run, or several whose mean is shown.
 
     Args:
         rows: name to the figures of its runs.
         title: over the table.
-        notes: say below what each figure is and how it is read; else the values are differences.
+        notes: say below what the marks are and what is missing, and how figures are read, or, of
+            more than a few, where that is said; else the values are differences.
     """
-    from picnn_fast.evaluation import FIGURES
+    from picnn_fast.evaluation import FIGURES, TOPICS, full_headings
 
     with extra("train"):
         from rich.console import Console
         from rich.table import Table
     # Names are taken as they are: one may hold what rich would take for a style or an emoji.
     console = Console(soft_wrap=True, markup=False, emoji=False)
-    missing: dict[tuple[str, ...], list[str]] = {}
-    said: list[str] = []
+    missing: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    topics = {key: topic for topic, figures in TOPICS.items() for key in figures}
+    headings = full_headings()
+    shown: list[str] = []
     cells: list[tuple[str, dict[str, tuple[str, str]]]] = []
     for key, figure in FIGURES.items():
         values = [run[key] for runs in rows.values() for run in runs if key in run]
         if not values:  # not asked for
             continue
         reasons = tuple(dict.fromkeys(value for value in values if isinstance(value, str)))
-        if all(isinstance(value, str) for value in values):
-            missing.setdefault(reasons, []).append(figure.heading)
+        none = all(isinstance(value, str) for value in values)
+        if reasons:
+            missing.setdefault((none, reasons), []).append(headings[key])
+        if none:
             continue
-        arrow = {"higher": "↑", "lower": "↓"}[figure.better]
         row = {name: _cell(runs, key, sign=not notes) for name, runs in rows.items()}
-        cells.append((f"{figure.heading} {arrow}", row))
-        reason = "".join(f" ({reason})" for reason in reasons)
-        said.append(f"{figure.heading}: {figure.meaning}. {figure.reading}{reason}")
+        cells.append((f"{figure.heading} {_ARROWS[figure.better]}", row))
+        shown.append(key)
     for names, between in _columns(cells, console.width):
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("")
         for name in names:
             table.add_column(printable(name), justify="right", overflow="fold")
-        for heading, row in cells:
+        topic = None
+        for key, (heading, row) in zip(shown, cells, strict=True):
+            if topic is not None and topics.get(key) != topic:
+                table.add_section()
+            topic = topics.get(key)
             table.add_row(heading, *(between.join(filter(None, row[name])) for name in names))
         console.print(table)
     if not notes:
         return
-    said += [
-        f"not here: {', '.join(names)}{''.join(f' ({reason})' for reason in reasons)}"
-        for reasons, names in missing.items()
-    ]
-    shown = [cell for _, row in cells for cell in row.values()]
-    brackets = any(interval for _, interval in shown)
-    spread = any("±" in text for text, _ in shown)
-    legend = ["[ ]: 95 % of resamples of the test images"] * brackets
-    if spread:
+    every = [cell for _, row in cells for cell in row.values()]
+    legend = ["↑: higher is better, ↓: lower"] * bool(every)
+    if any(interval for _, interval in every):
+        legend.append("[ ]: 95 % of resamples of the test images")
+    if any("±" in text for text, _ in every):
         several = any(len(runs) > 1 for runs in rows.values())
-        legend += [f"±: standard {'deviation over seeds' if several else 'error over masks drawn'}"]
-    for note in ["; ".join(legend)] * bool(legend) + said:
-        print(textwrap.fill(note, console.width, initial_indent="  ", subsequent_indent="    "))
+        legend.append(f"±: standard {'deviation over seeds' if several else 'error over masks'}")
+    said = ["; ".join(legend)] * bool(legend)
+    for (none, reasons), without in missing.items():
+        reason = "; ".join(reason.removeprefix("n/a: ") for reason in reasons)
+        said.append(f"not {'here' if none else 'of all'}: {', '.join(without)} (n/a: {reason})")
+    if len(shown) <= _FIGURES_EXPLAINED:
+        said += [f"{FIGURES[key].heading}: {_explained_figure(key)}" for key in shown]
+    else:
+        said.append("picnn-fast figures   what each of them says, and how it is read")
+    for note in said:
+        _print_note(note, console.width)
+
+
+_ARROWS = {"higher": "↑", "lower": "↓"}
+# So many at most are explained below their table.
+_FIGURES_EXPLAINED = 4
+
+
+def _explained_figure(name: str) -> str:
+    from picnn_fast.evaluation import FIGURES
+
+    return f"{FIGURES[name].meaning}. {FIGURES[name].reading}"
+
+
+def _print_note(note: str, width: int, first: str = "  ", then: str = "    ") -> None:
+    print(textwrap.fill(note, width, initial_indent=first, subsequent_indent=then))
 
 
 def _cell(runs: Sequence[Mapping[str, "Value"]], key: str, *, sign: bool) -> tuple[str, str]:
@@ -433,7 +460,7 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    from picnn_fast.evaluation import FIGURES, measure
+    from picnn_fast.evaluation import measure
     from picnn_fast.training.launch import device_of, launch
     from picnn_fast.training.options import check_range
     from picnn_fast.training.run import reading_images, try_image
@@ -448,7 +475,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
             nargs="+",
             type=str,
             default=None,
-            help=f"all, or some of {', '.join(FIGURES)}; null: those that cost little",
+            help="names, as picnn-fast figures lists them, or all; null: those that cost little",
         )
         parser.add_argument(
             "--batch_size", type=int | None, default=None, help="images a step; null: as trained"
@@ -539,6 +566,30 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _list_figures(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="picnn-fast figures",
+        description="List the figures that evaluate measures: their names, headings in tables,"
+        " which way is better, what they say and how they are read.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="some of them; none: all")
+    chosen = _figures(parser.parse_args(arguments).names or ["all"])
+    from picnn_fast.evaluation import TOPICS, full_headings
+
+    headings, width = full_headings(), shutil.get_terminal_size().columns
+    for topic, figures in TOPICS.items():
+        names = [name for name in figures if name in (chosen or ())]
+        if names:
+            print(topic)
+        for name in names:
+            figure = figures[name]
+            asked = "   where it is named alone" if figure.when == "asked" else ""
+            print(f"  {name}   {headings[name]} {_ARROWS[figure.better]}{asked}")
+            _print_note(_explained_figure(name), width, *["      "] * 2)
+    return 0
+
+
 def _figures(names: Sequence[str] | None) -> list[str] | None:
     """Names of figures; None: those of every evaluation.
 
@@ -552,8 +603,8 @@ def _figures(names: Sequence[str] | None) -> list[str] | None:
     for name in names or ():
         if name not in FIGURES and name != "all":
             raise ConfigError(
-                f"figures: got {name!r},{did_you_mean(name, FIGURES)} want all, or some of"
-                f" {', '.join(FIGURES)}"
+                f"figures: got {name!r},{did_you_mean(name, FIGURES)} want all, or names that"
+                " picnn-fast figures lists, with spaces between them"
             )
     if names is None:
         return None
@@ -1305,6 +1356,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train and evaluate one network"),
     "compare": (_compare, "train several methods, several seeds of each, and compare them"),
     "evaluate": (_evaluate, "measure a trained network on a test split"),
+    "figures": (_list_figures, "list what evaluate measures, and how it is read"),
     "report": (_report, "write one HTML file about some runs"),
     "explain": (_explain, "show which filters carried a prediction"),
     "convert": (_convert, "turn a checkpoint of the authors' PICNN into one of ours"),

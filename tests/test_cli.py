@@ -22,7 +22,7 @@ import picnn_fast
 from picnn_fast import cli
 from picnn_fast._version import __version__
 from picnn_fast.data import DATA
-from picnn_fast.evaluation import FIGURES, default_figures
+from picnn_fast.evaluation import FIGURES, TOPICS, default_figures
 from picnn_fast.training.options import Options
 
 
@@ -35,7 +35,17 @@ def _main(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-COMMANDS = ["demo", "train", "compare", "evaluate", "report", "explain", "convert", "doctor"]
+COMMANDS = [
+    "demo",
+    "train",
+    "compare",
+    "evaluate",
+    "figures",
+    "report",
+    "explain",
+    "convert",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -108,7 +118,7 @@ def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encodi
     for row, name in enumerate(names):
         assert f" {name} " in out
         assert out.count(f" {row}.125 ") == len(FIGURES) - 1
-        assert f"(n/a: [/{row}] is gone)" in " ".join(out.split())
+        assert f"[/{row}] is gone" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(("columns", "runs"), [(40, 2), (60, 3), (80, 7), (200, 5)])
@@ -140,7 +150,48 @@ def test_no_line_of_a_table_is_wider_than_the_terminal_and_nothing_is_cut(
     words = " ".join(out.split())
     for name in ("acc1", "acc2"):
         assert FIGURES[name].reading in words
-    assert "not here" not in words
+    assert "not here" not in words and "not of all" not in words
+
+
+def test_topics_are_set_apart_and_readings_of_many_figures_are_a_command_away(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = dict.fromkeys(default_figures(), 0.125) | {"density": "n/a: no gate"}
+    others = figures | {"density": 0.5, "p": "n/a: none", "activmap_ap30": "n/a: none"}
+    cli._print_table({"a": [figures | {"p": "n/a: none"}], "b": [others]}, "Test split")
+    out = capsys.readouterr().out
+    table, words = out.partition("└")[0], " ".join(out.split())
+    shown = [topic for topic, of in TOPICS.items() if {*of} & {*figures} - {"p"}]
+    assert table.count("├") == len(shown) - 1
+    assert len(out.splitlines()) < len(figures) + 2 * len(TOPICS)
+    assert "picnn-fast figures what each of them says" in words
+    assert "not here: p (n/a: none)" in words
+    assert "not of all: L1-density (n/a: no gate)" in words
+    assert "not of all: ActivMap AP30 (n/a: none)" in words
+
+
+def test_what_lies_just_below_nothing_is_nothing(capsys):
+    cli._print_table({"a": [{"s_tp": -0.0001, "s_fn": -0.0}]}, "Test split")
+    assert "-0.000" not in capsys.readouterr().out
+
+
+def test_figures_are_listed_with_their_names_and_readings(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    status, out, _ = _main(capsys, "figures")
+    words = " ".join(out.split())
+    for topic, figures in TOPICS.items():
+        assert f"\n{topic}\n" in f"\n{out}"
+        for name, figure in figures.items():
+            assert f"\n  {name}   " in out
+            assert f"{figure.meaning}. {figure.reading}" in words
+    assert out.count("where it is named alone") == len(FIGURES) - len(default_figures())
+    assert (status, max(map(len, out.splitlines())) <= 70) == (0, True)
+    status, out, _ = _main(capsys, "figures", "mis", "acc1")
+    assert (status, out.count("Higher is better"), "density" in out) == (0, 2, False)
+    status, _, err = _main(capsys, "figures", "mss")
+    assert (status, "figures: got 'mss', did you mean 'mis'? want all, or names" in err) == (
+        2,
+        True,
+    )
 
 
 def test_differences_are_shown_with_their_sign(capsys):
@@ -569,7 +620,7 @@ def test_other_test_images_are_not_compared(capsys, one_category, compared):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--figures", "acc4"), "figures: got 'acc4', did you mean 'acc3'? want all, or some of"),
+        (("--figures", "acc4"), "figures: got 'acc4', did you mean 'acc3'? want all, or names"),
         (("--figures", "mis", "misd"), "figures: got 'misd', did you mean 'mis'? want all, or"),
         (("--resamples", -1), "resamples: got -1, want an integer >= 0"),
         (("--resamples", "many"), "resamples: got 'many', want an integer"),

@@ -5,7 +5,14 @@ from picnn_fast.evaluation.callbacks import (
     MutualInformationCallback,
     log_figures,
 )
-from picnn_fast.evaluation.figures import FIGURES, Figure, default_figures, sharing
+from picnn_fast.evaluation.figures import (
+    FIGURES,
+    TOPICS,
+    Figure,
+    default_figures,
+    full_headings,
+    sharing,
+)
 from picnn_fast.evaluation.figures.attacks import Attack, adversarial_detection, convolution_means
 from picnn_fast.evaluation.figures.removal import Confusions, confusion_without, removal_ownership
 from picnn_fast.evaluation.loop import Measurement, differences, evaluate, measure
@@ -22,6 +29,7 @@ from picnn_fast.evaluation.values import (
 
 __all__ = [
     "FIGURES",
+    "TOPICS",
     "Attack",
     "Confusions",
     "Figure",
@@ -41,6 +49,7 @@ __all__ = [
     "format_figure",
     "format_figures",
     "format_interval",
+    "full_headings",
     "log_figures",
     "measure",
     "pool",

@@ -63,7 +63,7 @@ def format_figure(values: Mapping[str, Value], name: str) -> str:
     if not isinstance(value, int | float):
         return NOT_AVAILABLE.rstrip(": ")
     error = values.get(name + STANDARD_ERROR)
-    return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+    return f"{value:z.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
 
 
 def format_interval(values: Mapping[str, Value], name: str, *, sign: bool = False) -> str:
@@ -82,7 +82,7 @@ def format_interval(values: Mapping[str, Value], name: str, *, sign: bool = Fals
     ends = values.get(name + INTERVAL)
     if not isinstance(ends, list):
         return ""
-    form = "+.3f" if sign else ".3f"
+    form = "+.3f" if sign else "z.3f"
     return "[" + ", ".join(format(end, form) for end in ends) + "]"
 
 
@@ -97,7 +97,7 @@ def format_figures(runs: Sequence[Mapping[str, Value]], name: str) -> str:
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(numbers) < len(runs):
         return NOT_AVAILABLE.rstrip(": ")
-    return f"{statistics.fmean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
+    return f"{statistics.fmean(numbers):z.3f} ± {statistics.stdev(numbers):.3f}"
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from picnn_fast.evaluation import (
     confusion_without,
     format_figures,
     format_interval,
+    full_headings,
     removal_ownership,
 )
 from picnn_fast.explain import FilterIndex, localisation_examples, pathway_grad_cam
@@ -460,11 +461,9 @@ def _figures(
     same = len(_sets(rows)) == 1
     shown: list[FigureRow] = []
     missing: dict[str, list[str]] = {}
-    whole = ""
+    headings = full_headings()
     for key, figure in FIGURES.items():
-        # Some go on with the heading before.
-        heading = figure.heading.replace("…", whole, 1)
-        whole = whole if heading != figure.heading else heading
+        heading = headings.get(key, figure.heading)
         cells = [_cell(runs, key) for runs in measured.values()]
         if all(cell.text == "n/a" for cell in cells):
             reasons = "; ".join(dict.fromkeys(cell.detail for cell in cells))

@@ -17,29 +17,46 @@ from picnn_fast.evaluation.figures import (
 )
 from picnn_fast.evaluation.figures.record import Figure
 
-__all__ = ["FIGURES", "Figure", "default_figures", "sharing"]
+__all__ = ["FIGURES", "TOPICS", "Figure", "default_figures", "full_headings", "sharing"]
 
-# In the order of the tables.
-_TOPICS = (
-    classes,
-    information,
-    calibration,
-    filters,
-    removal,
-    parts,
-    localisation,
-    explainer,
-    speed,
-    attacks,
-)
+#: Figures by the title of what they are about, in the order of the tables.
+TOPICS: dict[str, dict[str, Figure]] = {
+    "classes": classes.FIGURES,
+    "information": information.FIGURES,
+    "calibration": calibration.FIGURES,
+    "filters": filters.FIGURES,
+    "filters removed": removal.FIGURES,
+    "parts": parts.FIGURES,
+    "localisation": localisation.FIGURES,
+    "explainer": explainer.FIGURES,
+    "speed": speed.FIGURES,
+    "attacks": attacks.FIGURES,
+}
+#: All of them by name.
 FIGURES: dict[str, Figure] = {
-    name: figure for topic in _TOPICS for name, figure in topic.FIGURES.items()
+    name: figure for figures in TOPICS.values() for name, figure in figures.items()
 }
 
 
 def default_figures() -> list[str]:
     """The figures of every evaluation: all but those to be asked for."""
     return [name for name, figure in FIGURES.items() if figure.when != "asked"]
+
+
+def full_headings() -> dict[str, str]:
+    """Headings that stand by themselves: where one goes on with that before it, "…" is that one.
+
+    Example:
+        >>> from picnn_fast.evaluation.figures import full_headings
+        >>> full_headings()["pseudo_label_leakage"]
+        'leakage pseudo'
+    """
+    headings, whole = {}, ""
+    for name, figure in FIGURES.items():
+        headings[name] = figure.heading.replace("…", whole, 1)
+        if headings[name] == figure.heading:
+            whole = figure.heading
+    return headings
 
 
 def sharing(names: Iterable[str]) -> dict[str, list[str]]:

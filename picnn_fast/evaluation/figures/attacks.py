@@ -355,7 +355,7 @@ def _detection(name: str, attack: str) -> dict[str, Figure]:
             **shared,
         ),
         f"attack_{name}": Figure(
-            heading=f"… {name} succeeds",
+            heading="… succeeds",
             meaning="share of images classified rightly that no longer are once attacked",
             reading=(
                 "Lower is better: 0 where no attack succeeds, of a plain network it is often near"

@@ -144,7 +144,7 @@ def _localisation(
     return {
         f"{name}_iou": Figure(heading=f"{heading} IoU", meaning=iou, part="iou", **common),
         f"{name}_ap{percent}": Figure(
-            heading=f"… AP{percent}", meaning=precision, part="precision", **common
+            heading=f"{heading} AP{percent}", meaning=precision, part="precision", **common
         ),
     }
 
