@@ -40,7 +40,7 @@ from picnn_fast.training.run import METRICS, build_data, read_history, read_metr
 from picnn_fast.training.run_folder import RECORD, write_atomically
 
 with extra("train"):
-    pass
+    from rich.progress import track
 
 REPORT = "report.html"
 _NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight"}
@@ -335,7 +335,9 @@ def _confusion(trained: _Trained, look: _Pictured) -> Confusion | str:
     try:
         with reading_images():
             found = confusion_without(
-                network.to(look.device).eval(), _Pairs(made), [[label] for label in labels]
+                network.to(look.device).eval(),
+                _Pairs(made, look.progress),
+                [[label] for label in labels],
             )
     except (ConfigError, OSError, ValueError) as error:
         return printable(str(error))
@@ -354,11 +356,13 @@ def _confusion(trained: _Trained, look: _Pictured) -> Confusion | str:
 class _Pairs:
     """The test images and their labels in batches, as often as they are wanted."""
 
-    def __init__(self, data: SeededDataModule) -> None:
-        self.batches = Batches(data, "test")
+    def __init__(self, data: SeededDataModule, progress: bool) -> None:
+        self.batches, self.progress = Batches(data, "test"), progress
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, *_ in self.batches:
+        what = "without a class's filters"
+        shown = track(self.batches, what, transient=True, disable=not self.progress)
+        for images, labels, *_ in shown:
             yield images, labels
 
 

@@ -66,6 +66,9 @@ def look(browser, path, size=LAPTOP, scheme="light"):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     prefer(browser, scheme)
     browser.get(path.as_uri())
+    # The driver may take the page before for the one asked for.
+    whole = "return document.readyState === 'complete' && location.href === arguments[0]"
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(whole, path.as_uri()))
     for details in browser.find_elements(By.TAG_NAME, "details"):
         browser.execute_script("arguments[0].open = true", details)
     for chart in browser.find_elements(By.CSS_SELECTOR, ".chart"):
