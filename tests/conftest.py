@@ -129,18 +129,18 @@ def serve(name: str) -> Iterator[Backend]:
         yield Backend(name, device)
 
 
+GPU_BACKENDS = ("reference-gpu", "triton-gpu", "cuda")
+# Those of a GPU are no cases where there is none, and Triton's is the interpreter only there.
 BACKENDS = (
     "reference",
     "cpp",
-    "triton",
     "cuda-fibres",
-    pytest.param("reference-gpu", marks=pytest.mark.gpu),
-    pytest.param("triton-gpu", marks=pytest.mark.gpu),
-    pytest.param("cuda", marks=pytest.mark.gpu),
+    *(
+        [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
+        if HAS_GPU
+        else ["triton"]
+    ),
 )
-# For what hangs on an operator's schema, shape function and autograd, not on its arithmetic: the
-# instruction sets of one backend share these.
-each_backend_once = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 def other_instruction_sets() -> list[str]:
@@ -151,7 +151,7 @@ def other_instruction_sets() -> list[str]:
     return [f"cpp-{name}" for name in info["cpu_capabilities"] if name != info["cpu_capability"]]
 
 
-@pytest.fixture(params=[*BACKENDS, *other_instruction_sets()])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend in turn, serving all operators. Skips where one is missing, but not in CI."""
     try:

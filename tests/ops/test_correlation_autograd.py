@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from picnn_fast.functional import group_class_loss, group_correlation_loss
-from tests.conftest import Backend, each_backend_once
+from tests.conftest import Backend
 from tests.ops.test_filter_loss_autograd import Unused
 from tests.ops.test_masking_autograd import OPCHECKS
 
@@ -92,7 +92,6 @@ def test_second_derivatives_are_refused_never_zero(backend: Backend):
             torch.autograd.grad(grad.square().sum(), x)
 
 
-@each_backend_once
 def test_vmap_and_forward_mode_are_refused(backend: Backend):
     x = leaf(backend.device)
     with pytest.raises(RuntimeError, match=r"vmap|functorch"):
@@ -141,7 +140,6 @@ def test_half_types_accumulate_in_float32(backend: Backend, dtype):
     torch.testing.assert_close(grads[0].float(), grads[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@each_backend_once
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)
 def test_opcheck(backend: Backend, layout, counted):
@@ -161,7 +159,6 @@ def test_opcheck(backend: Backend, layout, counted):
     assert set(results) == OPCHECKS
 
 
-@each_backend_once
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
     x = leaf(backend.device, dtype).detach()
@@ -179,7 +176,6 @@ def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
         )
 
 
-@each_backend_once
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("num_groups", [None, 3])
 @pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)

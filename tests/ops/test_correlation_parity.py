@@ -12,11 +12,11 @@ from torch import Tensor
 from picnn_fast.functional import group_correlation_loss
 from picnn_fast.reference import correlation as reference
 from picnn_fast.reference.masking import accumulate_dtype
+from tests.cases import case_id, few, in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
 from tests.ops.test_masking_parity import (
     DTYPES,
     assert_within,
-    case_id,
     dense,
     epsilon,
     on_device,
@@ -27,21 +27,24 @@ from tests.ops.test_templates_parity import LAYOUTS, maps
 from tests.reference.test_correlation import pairwise_loss
 
 SHAPES = {
+    "odd": (3, 5, 5, 3),
     "single_element": (2, 3, 1, 1),
     "one_image": (1, 6, 3, 4),
-    "odd": (3, 5, 5, 3),
     "one_filter": (3, 1, 4, 4),
     "vector_tails": (2, 35, 13, 11),
     "many_filters": (2, 150, 2, 3),
     "ImageNet": (2, 18, 14, 14),
     "beyond_registers": (1, 4, 17, 19),
 }
+MAIN = LAYOUTS[:2]
+FEW = few(SHAPES, LAYOUTS, DTYPES)
+# In full for one shape, and where a vector ends early.
 CASES = [
-    *itertools.product(SHAPES, LAYOUTS, [torch.float32]),
-    *itertools.product(
-        ["odd", "vector_tails"], LAYOUTS, [dtype for dtype in DTYPES if dtype != torch.float32]
-    ),
+    *itertools.product(["odd"], LAYOUTS, DTYPES),
+    *itertools.product(["vector_tails"], MAIN, DTYPES),
+    *few([name for name in SHAPES if name not in ("odd", "vector_tails")], MAIN, DTYPES),
 ]
+NOT_FINITE = (math.nan, math.inf, -math.inf)
 GROUPINGS = ("several", "one", "each its own")
 
 
@@ -94,7 +97,7 @@ def assert_is_the_loss_over_pairs(
     assert_within(grad, want, slack + ulp(want, x.dtype))
 
 
-@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+@kernel_cases(("shape_name", "layout", "dtype"), CASES, FEW)
 def test_loss_and_gradient(backend: Backend, shape_name, layout, dtype):
     shape = SHAPES[shape_name]
     x = maps(shape, layout, dtype)
@@ -102,20 +105,26 @@ def test_loss_and_gradient(backend: Backend, shape_name, layout, dtype):
     assert_is_the_loss_over_pairs(backend, x, mean_of(shape, torch.float32), groups)
 
 
-@pytest.mark.parametrize("name", GROUPINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (1, 33, 4, 5)], ids=str)
+@kernel_cases(
+    ("name", "dtype", "layout", "shape"),
+    pairwise(GROUPINGS, (torch.float32, torch.float64), MAIN, [(3, 20, 7, 7), (1, 33, 4, 5)]),
+    in_turn(GROUPINGS, (torch.float32, torch.float64), MAIN, [(1, 33, 4, 5)]),
+)
 def test_one_group_many_groups_and_as_many_as_filters(backend: Backend, name, dtype, layout, shape):
     x = maps(shape, layout, dtype)
     groups = grouping(name, shape[1])
     assert_is_the_loss_over_pairs(backend, x, mean_of(shape, torch.float64), groups)
 
 
-@pytest.mark.parametrize("counted", [[1, 1, 1], [0, 1, 0], [1, 0, 1]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=case_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("side", [5, 17])
+@kernel_cases(
+    ("counted", "dtype", "layout", "side"),
+    pairwise(
+        [(1, 1, 1), (0, 1, 0), (1, 0, 1)], [torch.bool, torch.int64, torch.uint8], MAIN, [5, 17]
+    ),
+    in_turn(
+        [(1, 1, 1), (0, 1, 0), (1, 0, 1)], [torch.bool, torch.int64, torch.uint8], MAIN, [17, 5]
+    ),
+)
 def test_images_that_do_not_count_may_hold_anything(backend: Backend, counted, dtype, layout, side):
     shape = (3, 7, side, 5)
     x = maps(shape, layout, torch.float32)
@@ -137,9 +146,11 @@ def test_images_that_do_not_count_may_hold_anything(backend: Backend, counted, d
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("batch", [0, 2])
+@kernel_cases(
+    ("layout", "dtype", "batch"),
+    pairwise(MAIN, DTYPES, [0, 2]),
+    in_turn(MAIN, DTYPES, [0, 2, 2, 0]),
+)
 def test_without_an_image_the_loss_is_zero_and_so_is_the_gradient(
     backend: Backend, layout, dtype, batch
 ):
@@ -155,9 +166,11 @@ def test_without_an_image_the_loss_is_zero_and_so_is_the_gradient(
     assert not grad.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_innermost"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@kernel_cases(
+    ("dtype", "layout", "value"),
+    pairwise(DTYPES, ["contiguous", "channels_last", "batch_innermost"], NOT_FINITE),
+    in_turn(DTYPES, ["contiguous", "channels_last"], NOT_FINITE),
+)
 def test_a_value_that_is_not_finite_makes_loss_and_gradient_nan(
     backend: Backend, dtype, layout, value
 ):
@@ -171,9 +184,11 @@ def test_a_value_that_is_not_finite_makes_loss_and_gradient_nan(
     assert grad.isnan().all()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
-@pytest.mark.parametrize("side", [4, 18])
+@kernel_cases(
+    ("layout", "dtype", "side"),
+    pairwise(MAIN, (torch.float32, torch.float64), [4, 18]),
+    [("contiguous", torch.float32, 18), ("channels_last", torch.float64, 4)],
+)
 def test_dead_filters_are_similar_by_one(backend: Backend, layout, dtype, side):
     shape = (2, 6, side, 16)
     x = maps(shape, layout, dtype)
@@ -191,7 +206,7 @@ def test_dead_filters_are_similar_by_one(backend: Backend, layout, dtype, side):
     assert not torch.autograd.grad(loss, leaf)[0].any()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@kernel_cases(["layout"], [(*MAIN[:1],), (*MAIN[1:],), ("sliced",)], [("channels_last",)])
 def test_maps_that_no_tile_holds(backend: Backend, layout):
     shape = (1, 3, 65, 66)
     x = maps(shape, layout, torch.float32)
@@ -207,7 +222,7 @@ def test_more_groups_than_are_in_use_change_nothing(backend: Backend):
     torch.testing.assert_close(losses[2], losses[0])
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@kernel_cases(["layout"], [("contiguous",), ("channels_last",)], [])
 def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, layout):
     shape = (3, 8, 5, 5) if backend.slow else (9, 300, 7, 7)
     x = on_device(backend.device, maps(shape, layout)).requires_grad_()

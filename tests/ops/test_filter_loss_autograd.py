@@ -11,7 +11,7 @@ from picnn_fast import PartTemplate
 from picnn_fast.functional import filter_loss
 from picnn_fast.ops.filter_loss import FilterLossState
 from picnn_fast.reference import filter_loss as reference
-from tests.conftest import Backend, each_backend_once
+from tests.conftest import Backend
 from tests.ops.test_masking_autograd import OPCHECKS
 from tests.reference.test_filter_loss import TEMPLATES, all_templates, of_filter, running_loss
 
@@ -210,7 +210,6 @@ def test_half_types_accumulate_in_float32(backend: Backend, estimator, dtype):
     torch.testing.assert_close(grads[0].float(), grads[1], rtol=eps, atol=1e-6)
 
 
-@each_backend_once
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(backend: Backend, estimator, layout):
@@ -237,7 +236,6 @@ def test_opcheck(backend: Backend, estimator, layout):
     assert set(results) == OPCHECKS
 
 
-@each_backend_once
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype, with_grad):
@@ -255,7 +253,6 @@ def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype, with_grad
             )
 
 
-@each_backend_once
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_compiles_into_one_graph(backend: Backend, estimator):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from picnn_fast.functional import bernoulli_mask, class_gate, gumbel_mask, mask_channels
-from tests.conftest import Backend, each_backend_once
+from tests.conftest import Backend
 
 BATCH, FILTERS, CLASSES = 3, 5, 4
 SEED = 17
@@ -244,7 +244,6 @@ def test_an_inplace_layer_may_follow_the_class_gate(backend: Backend, layout):
         torch.testing.assert_close(one, two)
 
 
-@each_backend_once
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_inplace_layer_may_follow_under_compile(backend: Backend, layout):
@@ -451,7 +450,6 @@ OPCHECKS = {
 }
 
 
-@each_backend_once
 @pytest.mark.parametrize("operator", ["bernoulli_mask", "mask_channels", "masking_backward"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(backend: Backend, operator, layout):
@@ -499,7 +497,6 @@ def test_opcheck_of_the_parameters_backward(backend: Backend, size, layout, dtyp
     assert set(torch.library.opcheck(operator, (*tables, label))) == OPCHECKS
 
 
-@each_backend_once
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
     features, logits, correspondence = (
@@ -547,7 +544,6 @@ def assert_compiled_equals_eager(compiled: Any, leaves: tuple[Tensor, ...], labe
     )
 
 
-@each_backend_once
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_fullgraph_equals_eager(backend: Backend):
     leaves = inputs(backend.device, torch.float32)

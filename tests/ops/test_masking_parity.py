@@ -20,7 +20,10 @@ from torch import Tensor
 from picnn_fast.functional import bernoulli_mask, class_gate, mask_channels
 from picnn_fast.ops import registry
 from picnn_fast.reference import masking as reference
+from tests.cases import case_id, every_instruction_set, few, in_turn, kernel_cases, pairwise
 from tests.conftest import (
+    BACKENDS,
+    GPU_BACKENDS,
     HAS_GPU,
     IN_CI,
     REQUIRED,
@@ -72,15 +75,14 @@ LAYOUTS = (
     "vectors",
     "channels_last_3d",
 )
-# Every layout in every shape, and in every dtype at one shape.
+FEW = few(SHAPES, LAYOUTS, DTYPES)
+# In full for one shape, and where a vector ends early.
 CASES = [
-    *itertools.product(SHAPES, LAYOUTS, [torch.float32]),
-    *itertools.product(["odd"], LAYOUTS, [d for d in DTYPES if d != torch.float32]),
+    *itertools.product(["odd"], LAYOUTS, DTYPES),
+    *itertools.product(["vector_tails"], LAYOUTS[:2], DTYPES),
+    *few([name for name in SHAPES if name not in ("odd", "vector_tails")], LAYOUTS[:2], DTYPES),
 ]
-
-
-def case_id(value: object) -> str:
-    return str(value).removeprefix("torch.")
+every_case = kernel_cases(("shape_name", "layout", "dtype"), CASES, FEW)
 
 
 def maps(
@@ -191,7 +193,7 @@ def test_ci_runs_every_backend(name: str):
 # Bernoulli mask -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+@every_case
 def test_bernoulli_mask_forward_and_backward(backend: Backend, shape_name, layout, dtype):
     shape = SHAPES[shape_name]
     generator = torch.Generator().manual_seed(1)
@@ -240,9 +242,11 @@ def test_bernoulli_mask_forward_and_backward(backend: Backend, shape_name, layou
     assert_within(grads[2], dp, summation_bound(dp_size, dp, terms, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("classes", [1, 2, 10, 1000])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+@kernel_cases(
+    ("dtype", "classes", "scale"),
+    pairwise(DTYPES, [1, 2, 10, 1000], [0.0, 1.0, 30.0]),
+    in_turn(DTYPES, [10, 1000, 1, 2], [1.0, 30.0, 0.0]),
+)
 def test_draws_equal_the_reference_bit_for_bit(backend: Backend, dtype, classes, scale):
     batch, filters = (5, 5) if backend.slow else (700, 33)
     keys = ((0, 0), (2**63 - 1, 3), (-(2**63), 2**32 - 1))
@@ -261,6 +265,7 @@ def test_draws_equal_the_reference_bit_for_bit(backend: Backend, dtype, classes,
         assert torch.equal(mask.cpu(), kept.float())
 
 
+@every_instruction_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_id)
 def test_a_filter_is_kept_exactly_when_u_is_below_p(backend: Backend, dtype):
     batch, filters = 2, 150
@@ -283,6 +288,7 @@ def test_a_filter_is_kept_exactly_when_u_is_below_p(backend: Backend, dtype):
         assert (mask[0] == expected).all()  # sample 0 draws indices 0 to filters - 1
 
 
+@every_instruction_set
 def test_every_label_interval_is_hit_where_the_reference_hits_it(backend: Backend):
     """Differences of logits where the reduction of exp changes its octave, and where it ends."""
     batch = 8 if backend.slow else 400
@@ -301,6 +307,7 @@ def test_every_label_interval_is_hit_where_the_reference_hits_it(backend: Backen
         assert torch.equal(label.cpu(), draws(logits, correspondence, 1)[1])
 
 
+@every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 def test_rows_without_a_distribution_fall_to_the_last_class(backend: Backend, dtype):
     inf, nan = math.inf, math.nan
@@ -354,9 +361,9 @@ def test_ranks_and_seeds_draw_apart(backend: Backend):
 
 
 @pytest.mark.gpu
+# The reference would need hundreds of GiB; the CPU backends, time.
+@pytest.mark.parametrize("backend", ["triton-gpu", "cuda"], indirect=True)
 def test_draws_beyond_index_2_to_32_use_both_counter_words(backend: Backend):
-    if backend.name == "reference-gpu" or backend.device.type == "cpu":
-        pytest.skip("the reference would need hundreds of GiB; the CPU backends, time")
     batch, filters = 2**17 + 3, 2**15
     needed = batch * filters * 4
     if torch.cuda.mem_get_info()[0] < 1.5 * needed:
@@ -378,7 +385,7 @@ def test_draws_beyond_index_2_to_32_use_both_counter_words(backend: Backend):
 # Class gate ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+@every_case
 def test_class_gate_forward_and_backward(backend: Backend, shape_name, layout, dtype):
     shape = SHAPES[shape_name]
     generator = torch.Generator().manual_seed(2)
@@ -411,10 +418,14 @@ def test_class_gate_forward_and_backward(backend: Backend, shape_name, layout, d
 
 # The shared backward ------------------------------------------------------------------------------
 
+GRAD_LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded"]
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("features_layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "sliced", "expanded"])
+
+@kernel_cases(
+    ("dtype", "features_layout", "grad_layout"),
+    pairwise(DTYPES, ["contiguous", "channels_last", "sliced"], GRAD_LAYOUTS),
+    in_turn(DTYPES, ["contiguous", "channels_last", "sliced"], GRAD_LAYOUTS),
+)
 def test_backward_reads_gradients_of_any_layout(
     backend: Backend, dtype, features_layout, grad_layout
 ):
@@ -451,7 +462,7 @@ parameters_backends = pytest.mark.parametrize(
         "reference",
         "cpp",
         *other_instruction_sets(),
-        pytest.param("reference-gpu", marks=pytest.mark.gpu),
+        *([pytest.param("reference-gpu", marks=pytest.mark.gpu)] if HAS_GPU else []),
     ],
     indirect=True,
 )
@@ -663,11 +674,13 @@ def test_the_compiled_kernel_refuses_arguments_that_disagree(cpp: Backend):
             parameters_backward(cpp, arguments)
 
 
-@parameters_backends
-@pytest.mark.parametrize("name", ["odd", "many_samples", "at_the_switch", "above_the_switch"])
+@kernel_cases(
+    ["name"],
+    [("odd",), ("many_samples",), ("at_the_switch",), ("above_the_switch",)],
+    [],
+    fibres=[],
+)
 def test_parameters_backward_does_not_depend_on_the_threads(backend: Backend, threads, name):
-    if backend.device.type != "cpu" or backend.name == "reference":
-        pytest.skip("threads of the compiled kernels")
     arguments = parameters_case(*(PARAMETERS | {"many_samples": (300, 40, 700)})[name])
     results = []
     for count in (1, 2, 3):
@@ -684,8 +697,11 @@ def test_parameters_backward_does_not_depend_on_the_threads(backend: Backend, th
 # Values that are not finite -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@kernel_cases(
+    ("dtype", "layout"),
+    pairwise(DTYPES, ["contiguous", "channels_last", "sliced"]),
+    in_turn(DTYPES, ["contiguous", "channels_last", "sliced"]),
+)
 def test_nan_and_infinity_pass_where_kept_and_do_not_leak_where_dropped(
     backend: Backend, dtype, layout
 ):
@@ -730,10 +746,8 @@ def test_kept_maps_keep_the_sign_of_zero_and_subnormal_numbers(backend: Backend)
 # Threads ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@kernel_cases(["layout"], [("contiguous",), ("channels_last",)], [])
 def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, layout):
-    if backend.device.type != "cpu":
-        pytest.skip("threads of the CPU")
     shape = Shape(3, 4, (2, 2), 3) if backend.slow else Shape(48, 200, (7, 7), 10)
     generator = torch.Generator().manual_seed(6)
     features, _ = maps(shape, layout, torch.float32, generator)
@@ -780,11 +794,9 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "dtype"), LARGE, ids=case_id)
+@kernel_cases(("layout", "dtype"), LARGE, [], fibres=[])
 def test_maps_beyond_the_cache(backend: Backend, threads, layout, dtype):
     """Compiled kernels may cut large maps differently, or store them past the cache."""
-    if backend.slow or backend.name in ("reference", "reference-gpu", "cpp"):
-        pytest.skip("no other path for large maps, or tested under the instruction set's name")
     features, mask, exact, grad_exact = large_case(layout, dtype)
     x, z = on_device(backend.device, features), on_device(backend.device, mask)
     size, terms = grad_exact, math.prod(features.shape[2:])
@@ -1010,10 +1022,10 @@ def test_instruction_sets_are_listed_switched_and_refused_by_name():
         core.set_cpu_capability(before)
 
 
-def test_gpu_backends_are_tested_where_there_is_a_gpu():
-    assert torch.cuda.is_available() == HAS_GPU
-    if HAS_GPU:
-        assert "triton-gpu" in REQUIRED
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+def test_gpu_backends_are_tested_where_there_is_a_gpu(name: str):
+    assert name in [entry.values[0] for entry in BACKENDS if not isinstance(entry, str)]
 
 
 @pytest.mark.parametrize("spatial", [(), (6,), (2, 3), (1, 6), (2, 1, 3)])

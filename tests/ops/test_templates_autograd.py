@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
 from picnn_fast.layers import TemplateMask
-from tests.conftest import Backend, each_backend_once
+from tests.conftest import Backend
 from tests.ops.test_masking_autograd import OPCHECKS, assert_same_second_derivatives
 
 SHAPE = (2, 3, 4, 3)
@@ -147,7 +147,6 @@ def test_the_operator_called_directly_is_differentiable(backend: Backend):
     assert torch.equal(got, expected)
 
 
-@each_backend_once
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(backend: Backend, name, layout):
@@ -170,7 +169,6 @@ def test_opcheck(backend: Backend, name, layout):
     assert set(results) == OPCHECKS
 
 
-@each_backend_once
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
     x = leaf(backend.device, dtype).detach()
@@ -183,7 +181,6 @@ def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
         )
 
 
-@each_backend_once
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("scale", [0.5, "tau"])

@@ -17,11 +17,11 @@ from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
 from picnn_fast.reference import templates as reference
 from picnn_fast.reference.masking import accumulate_dtype
+from tests.cases import few, in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
 from tests.ops.test_masking_parity import (
     DTYPES,
     assert_within,
-    case_id,
     dense,
     epsilon,
     on_device,
@@ -30,10 +30,10 @@ from tests.ops.test_masking_parity import (
 )
 
 SHAPES = {
+    "odd": (3, 5, 5, 3),
     "single_element": (2, 3, 1, 1),
     "row": (3, 2, 1, 7),
     "column": (2, 2, 9, 1),
-    "odd": (3, 5, 5, 3),
     "square": (2, 3, 7, 7),
     "vector_tails": (2, 19, 13, 11),
     "ImageNet": (2, 2, 14, 14),
@@ -41,12 +41,13 @@ SHAPES = {
     "no_filters": (2, 0, 4, 4),
 }
 LAYOUTS = ("contiguous", "channels_last", "sliced", "batch_innermost", "expanded")
-# Every layout in every shape, and in every dtype at two shapes.
+MAIN = LAYOUTS[:2]
+FEW = few(SHAPES, LAYOUTS, DTYPES)
+# In full for one shape, and where a vector ends early.
 CASES = [
-    *itertools.product(SHAPES, LAYOUTS, [torch.float32]),
-    *itertools.product(
-        ["odd", "square"], LAYOUTS, [dtype for dtype in DTYPES if dtype != torch.float32]
-    ),
+    *itertools.product(["odd"], LAYOUTS, DTYPES),
+    *itertools.product(["vector_tails"], MAIN, DTYPES),
+    *few([name for name in SHAPES if name not in ("odd", "vector_tails")], MAIN, DTYPES),
 ]
 
 
@@ -117,7 +118,7 @@ def first_peaks(x: Tensor) -> Tensor:
     return reference.template_mask(x.cpu(), None, reference.UNIFORM, 1, 0.0, 1, 1.0)[1]
 
 
-@pytest.mark.parametrize(("shape_name", "layout", "dtype"), CASES, ids=case_id)
+@kernel_cases(("shape_name", "layout", "dtype"), CASES, FEW)
 def test_forward_and_backward(backend: Backend, shape_name, layout, dtype):
     x = maps(SHAPES[shape_name], layout, dtype)
     leaf = on_device(backend.device, x).requires_grad_()
@@ -135,22 +136,23 @@ def test_forward_and_backward(backend: Backend, shape_name, layout, dtype):
         assert steps(masked) == steps(x)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 5, 7, 7), (2, 3, 5, 11)], ids=str)
-def test_every_kind_of_template(backend: Backend, name, layout, shape):
-    for dtype in (torch.float32, torch.float64):
-        x = maps(shape, layout, dtype)
-        leaf = on_device(backend.device, x).requires_grad_()
-        masked, peak = template_mask(leaf, TEMPLATES[name])
-        (grad,) = torch.autograd.grad(masked.sum(), leaf)
-        assert torch.equal(peak.cpu(), first_peaks(x))
-        assert_masked(masked, x, peak, TEMPLATES[name], 1.0)
-        assert_masked(grad, torch.ones_like(x), peak, TEMPLATES[name], 1.0)
-        assert (grad > 0).any()
+@kernel_cases(
+    ("name", "layout", "shape", "dtype"),
+    pairwise(TEMPLATES, MAIN, [(2, 5, 7, 7), (2, 3, 5, 11)], (torch.float32, torch.float64)),
+    in_turn(list(TEMPLATES), MAIN, [(2, 3, 5, 11)], [torch.float32] * 3 + [torch.float64]),
+)
+def test_every_kind_of_template(backend: Backend, name, layout, shape, dtype):
+    x = maps(shape, layout, dtype)
+    leaf = on_device(backend.device, x).requires_grad_()
+    masked, peak = template_mask(leaf, TEMPLATES[name])
+    (grad,) = torch.autograd.grad(masked.sum(), leaf)
+    assert torch.equal(peak.cpu(), first_peaks(x))
+    assert_masked(masked, x, peak, TEMPLATES[name], 1.0)
+    assert_masked(grad, torch.ones_like(x), peak, TEMPLATES[name], 1.0)
+    assert (grad > 0).any()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@kernel_cases(["layout"], [("contiguous",), ("channels_last",)], [("channels_last",)])
 def test_a_peak_anywhere_gets_its_own_template(backend: Backend, layout):
     height, width = (3, 4) if backend.slow else (9, 6)
     count = height * width
@@ -163,8 +165,11 @@ def test_a_peak_anywhere_gets_its_own_template(backend: Backend, layout):
         assert_masked(masked, x, peak, TEMPLATES[name], 1.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_innermost"])
+@kernel_cases(
+    ("dtype", "layout"),
+    pairwise(DTYPES, ["contiguous", "channels_last", "batch_innermost"]),
+    in_turn(DTYPES, ["contiguous", "channels_last", "batch_innermost"]),
+)
 def test_of_equal_maxima_the_first_in_row_major_order_is_the_peak(backend: Backend, dtype, layout):
     x = maps((4, 3, 5, 7), layout, dtype)
     x.clamp_(max=0.25)
@@ -179,9 +184,13 @@ def test_of_equal_maxima_the_first_in_row_major_order_is_the_peak(backend: Backe
     assert not masked[0, 0].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_innermost"])
-@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (1, 4, 7, 7)], ids=str)
+@kernel_cases(
+    ("dtype", "layout", "shape"),
+    pairwise(
+        DTYPES, ["contiguous", "channels_last", "batch_innermost"], [(2, 4, 3, 3), (1, 4, 7, 7)]
+    ),
+    in_turn(DTYPES, ["contiguous", "channels_last"], [(2, 4, 3, 3)]),
+)
 def test_nan_and_infinity_are_as_in_the_reference(backend: Backend, dtype, layout, shape):
     nan, inf = math.nan, math.inf
     x = maps(shape, layout, dtype)
@@ -206,8 +215,11 @@ def test_nan_and_infinity_are_as_in_the_reference(backend: Backend, dtype, layou
     torch.testing.assert_close(grad.cpu(), expected, rtol=bound, atol=bound, equal_nan=True)
 
 
-@pytest.mark.parametrize("features_layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@kernel_cases(
+    ("grad_layout", "features_layout"),
+    pairwise(LAYOUTS, ["contiguous", "channels_last", "sliced"]),
+    in_turn(LAYOUTS, ["channels_last", "sliced", "contiguous"]),
+)
 def test_backward_reads_gradients_of_any_layout(backend: Backend, features_layout, grad_layout):
     shape = (2, 3, 5, 3)
     leaf = on_device(backend.device, maps(shape, features_layout)).requires_grad_()
@@ -228,22 +240,25 @@ def test_the_scale_is_that_of_the_peak(backend: Backend, scale):
     assert_masked(masked, x, peak, PartTemplate("l1"), factor)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    "shape", [(1, 2, 64, 64), (1, 3, 40, 33), (2, 2, 1, 300), (1, 2, 300, 1)], ids=str
+LARGE = [(1, 2, 64, 64), (1, 3, 40, 33), (2, 2, 1, 300), (1, 2, 300, 1)]
+
+
+@kernel_cases(
+    ("shape", "layout", "name"),
+    pairwise(LARGE, MAIN, ("l1", "l2 uniform")),
+    in_turn(LARGE, MAIN, ("l1", "l2 uniform", "l2 uniform", "l1")),
 )
-def test_large_maps(backend: Backend, layout, shape):
+def test_large_maps(backend: Backend, shape, layout, name):
     b, n, h, w = shape
     if backend.slow:
         h, w = (h + 1) // 2, (w + 1) // 2
-    for name in ("l1", "l2 uniform"):
-        x = maps((b, n, h, w), layout)
-        leaf = on_device(backend.device, x).requires_grad_()
-        masked, peak = template_mask(leaf, TEMPLATES[name])
-        (grad,) = torch.autograd.grad(masked.sum(), leaf)
-        assert torch.equal(peak.cpu(), first_peaks(x))
-        assert_masked(masked, x, peak, TEMPLATES[name], 1.0)
-        assert_masked(grad, torch.ones_like(x), peak, TEMPLATES[name], 1.0)
+    x = maps((b, n, h, w), layout)
+    leaf = on_device(backend.device, x).requires_grad_()
+    masked, peak = template_mask(leaf, TEMPLATES[name])
+    (grad,) = torch.autograd.grad(masked.sum(), leaf)
+    assert torch.equal(peak.cpu(), first_peaks(x))
+    assert_masked(masked, x, peak, TEMPLATES[name], 1.0)
+    assert_masked(grad, torch.ones_like(x), peak, TEMPLATES[name], 1.0)
 
 
 def test_tall_maps_with_rows_shorter_than_a_vector(cpp: Backend):
@@ -253,19 +268,16 @@ def test_tall_maps_with_rows_shorter_than_a_vector(cpp: Backend):
     assert_masked(masked, x, peak, TEMPLATES["l2"], 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@kernel_cases(("layout", "dtype"), pairwise(MAIN, (torch.float32, torch.bfloat16)), [], fibres=[])
 def test_maps_beyond_the_cache_and_many_filters(backend: Backend, layout, dtype):
     """Outputs that are written past the caches, and rows of filters longer than any buffer."""
-    if backend.slow:
-        pytest.skip("too large to run thread by thread")
     x = maps((1, 2500, 31, 31), layout, dtype)
     masked, peak = template_mask(x.to(backend.device), TEMPLATES["l1 wide"])
     assert torch.equal(peak.cpu(), first_peaks(x))
     assert_masked(masked, x, peak, TEMPLATES["l1 wide"], 1.0)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@kernel_cases(["layout"], [("contiguous",), ("channels_last",)], [])
 def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, layout):
     x = on_device(backend.device, maps((3, 4, 5, 5) if backend.slow else (9, 300, 7, 7), layout))
     results = []

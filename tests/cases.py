@@ -1,0 +1,72 @@
+"""Which combinations of values a test runs on which backend: few, and every pair of values."""
+
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.conftest import BACKENDS, other_instruction_sets
+
+Row = tuple[Any, ...]
+# Where each machine code is to be run. ``backend`` itself has one instruction set of a processor:
+# schema, shape function and autograd are the same on all.
+every_instruction_set = pytest.mark.parametrize(
+    "backend", [*BACKENDS, *other_instruction_sets()], indirect=True
+)
+
+
+def case_id(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def pairwise(*axes: Iterable[Hashable]) -> list[Row]:
+    """A value of each axis in every row, such that any two values of two axes meet in one."""
+    rows = list(itertools.product(*axes))
+    pairs = [set(itertools.combinations(enumerate(row), 2)) for row in rows]
+    left, chosen = set[Row]().union(*pairs), []
+    while left:
+        best = max(range(len(rows)), key=lambda i: len(pairs[i] & left))
+        chosen.append(rows[best])
+        left -= pairs[best]
+    return chosen
+
+
+def in_turn(*axes: Sequence[Any]) -> list[Row]:
+    """Every value of every axis in some row; the shorter axes begin anew."""
+    return [tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))]
+
+
+def few(shapes: Iterable[str], layouts: Sequence[str], *others: Sequence[Any]) -> list[Row]:
+    """Rows of a shape, a layout and others: each shape in the first two layouts, which kernels tell
+    apart; the first shape in every other layout; combinations of the others in turn."""
+    shapes, rests = list(shapes), list(itertools.product(*others))
+    rows = [
+        (shape, layout, *rests[(i + j * len(rests) // 2) % len(rests)])
+        for i, shape in enumerate(shapes)
+        for j, layout in enumerate(layouts[:2])
+    ]
+    return rows + [
+        (shapes[0], layout, *rests[i % len(rests)]) for i, layout in enumerate(layouts[2:])
+    ]
+
+
+def kernel_cases(
+    names: Sequence[str],
+    full: Iterable[Row],
+    interpreted: Iterable[Row],
+    *,
+    fibres: Iterable[Row] | None = None,
+) -> pytest.MarkDecorator:
+    """The test's backends and cases: ``full`` on every machine code, and ``interpreted`` on
+    PyTorch's own operators and in Triton's interpreter, which is slow. CUDA's bodies run as fibres
+    take ``full`` too, but for ``fibres``."""
+    chosen = {"reference": interpreted, "reference-gpu": interpreted, "triton": interpreted}
+    chosen["cuda-fibres"] = full if fibres is None else fibres
+    params = []
+    for entry in (*BACKENDS, *other_instruction_sets()):
+        backend, marks = (entry, ()) if isinstance(entry, str) else (entry.values[0], entry.marks)
+        for row in chosen.get(str(backend), full):
+            name = "-".join(map(case_id, (backend, *row)))
+            params.append(pytest.param(backend, *row, marks=marks, id=name))
+    return pytest.mark.parametrize(("backend", *names), params, indirect=["backend"])
