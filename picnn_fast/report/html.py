@@ -37,7 +37,7 @@ class Cell:
     Attributes:
         text: the value, or "n/a".
         detail: its interval or spread, or why there is none.
-        best: whether it is the best of its figure.
+        best: whether it is the best of its figure, by more than its interval.
     """
 
     text: str

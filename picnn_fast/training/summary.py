@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -473,13 +474,14 @@ def _figures(
             reasons = "; ".join(dict.fromkeys(cell.detail for cell in cells))
             missing.setdefault(reasons, []).append(heading)
             continue
+        spans = [_span(runs, key) for runs in measured.values()]
         shown.append(
             FigureRow(
                 heading=heading,
                 meaning=figure.meaning,
                 better=figure.better,
                 reading=figure.reading,
-                cells=_with_best(cells, figure.better) if same else cells,
+                cells=_with_best(cells, spans, figure.better) if same else cells,
             )
         )
     return shown, missing
@@ -499,15 +501,38 @@ def _cell(runs: Sequence[Figures], key: str) -> Cell:
     return Cell(text=text, detail=interval)
 
 
-def _with_best(cells: Sequence[Cell], better: str) -> list[Cell]:
-    """The cells, the best of several marked, which may be more than one."""
-    values = [float(cell.text) for cell in cells if cell.text != "n/a"]
-    if len(values) < 2 or len(set(values)) == 1:
+class _Span(NamedTuple):
+    """A value, and the interval about it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _span(runs: Sequence[Figures], key: str) -> _Span | None:
+    """The interval of one run, or mean and standard deviation of several; None of what is n/a."""
+    values = [run.get(key) for run in runs]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if not numbers or len(numbers) < len(values):
+        return None
+    mean = statistics.fmean(numbers)
+    ends = runs[0].get(f"{key}_interval")
+    if len(runs) == 1 and isinstance(ends, list):
+        return _Span(mean, *ends)
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return _Span(mean, mean - spread, mean + spread)
+
+
+def _with_best(cells: Sequence[Cell], spans: Sequence[_Span | None], better: str) -> list[Cell]:
+    """The cells, the best of several marked where no other's span reaches into its own."""
+    known = [span for span in spans if span is not None]
+    if len(known) < 2:
         return list(cells)
-    best = (max if better == "higher" else min)(values)
+    best = (max if better == "higher" else min)(known, key=lambda span: span.value)
+    apart = all(span is best or span.high < best.low or span.low > best.high for span in known)
     return [
-        dataclasses.replace(cell, best=cell.text != "n/a" and float(cell.text) == best)
-        for cell in cells
+        dataclasses.replace(cell, best=apart and span is best)
+        for cell, span in zip(cells, spans, strict=True)
     ]
 
 

@@ -110,10 +110,36 @@ def test_the_record_of_a_run_is_its_provenance(told, runs):
 
 def test_the_best_of_a_figure_is_marked_unless_all_are_equal(tmp_path):
     better, worse = make(tmp_path / "b", seed=2), make(tmp_path / "a", "std", seed=1)
-    report = summarise([worse, better], images=1)
+    report = summarise([worse, better], images=1, filters=0)
     assert report.names == ["STD (a)", "PICNN (b)"]
     assert [cell.best for cell in _cells(report, "ACC1").values()] == [False, True]
     assert [cell.best for cell in _cells(report, "MIS").values()] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("low", "better", "marked"),
+    [(0.75, "higher", True), (0.65, "higher", False), (0.75, "lower", True)],
+)
+def test_a_best_whose_interval_another_reaches_into_is_not_marked(tmp_path, low, better, marked):
+    runs = [
+        [{"acc1": 0.6, "acc1_interval": [0.5, 0.7]}],
+        [{"acc1": 0.8, "acc1_interval": [low, 0.9]}],
+        [{"acc1": "n/a: none"}],
+    ]
+    spans = [summary._span(run, "acc1") for run in runs]
+    cells = [summary._cell(run, "acc1") for run in runs]
+    assert [cell.detail for cell in cells] == ["[0.500, 0.700]", f"[{low:.3f}, 0.900]", "none"]
+    shown = summary._with_best(cells, spans, better)
+    wanted = [False, marked, False] if better == "higher" else [marked, False, False]
+    assert [cell.best for cell in shown] == wanted
+
+
+def test_several_seeds_reach_as_far_as_their_standard_deviation():
+    runs = [{"acc1": 0.5}, {"acc1": 0.7}]
+    value, low, high = summary._span(runs, "acc1")
+    assert (value, low, high) == pytest.approx((0.6, 0.6 - 0.02**0.5, 0.6 + 0.02**0.5))
+    assert summary._span([*runs, {"acc1": "n/a: none"}], "acc1") is None
+    assert summary._span([], "acc1") is None
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_column_wherever_they_lie(tmp_path):
