@@ -117,7 +117,7 @@ def _matrix_layout(scale: float) -> Json:
         barmode="stack",
         bargap=0.15,
         showlegend=False,
-        margin={"l": 8, "r": 8, "t": 62, "b": 44},
+        margin={"l": 8, "r": 8, "t": 16, "b": 44},
         xaxis={**category, "title": {"text": "filter"}, "nticks": 16, "automargin": True},
         xaxis2={"title": {"text": "filters"}, "nticks": 4, "rangemode": "tozero"},
         yaxis={**category, "autorange": "reversed", "automargin": True},
@@ -240,9 +240,9 @@ def _told_of_removal(
     if removed == 0:
         return f"No filter is class {names[label]}'s own: nothing is removed."
     return (
-        f"Without {removed} filter{'' if removed == 1 else 's'} of class {names[label]}"
-        f" {own[1]:.0%} of its images are told right, {own[0]:.0%} with all filters;"
-        f" of all others {others[1]:.0%}, before {others[0]:.0%}."
+        f"Without {removed} filter{'' if removed == 1 else 's'} of class {names[label]},"
+        f" {own[1]:.0%} of its images are told right ({own[0]:.0%} with all filters), and"
+        f" {others[1]:.0%} of all others ({others[0]:.0%})."
     )
 
 
@@ -259,7 +259,7 @@ def _confusion_layout() -> Json:
     )
     category = {"type": "category", "showgrid": False, "zeroline": False, "automargin": True}
     figure.update_layout(
-        margin={"l": 8, "r": 8, "t": 62, "b": 44},
+        margin={"l": 8, "r": 8, "t": 16, "b": 44},
         xaxis={**category, "title": {"text": "taken for"}},
         yaxis={**category, "title": {"text": "class"}, "autorange": "reversed"},
     )

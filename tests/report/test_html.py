@@ -192,8 +192,8 @@ def test_a_removal_is_told_with_and_without_in_numbers():
     chart = confusion_chart(complete, {0: without}, {0: 4}, "abc")
     (choice,) = chart["choices"]
     assert choice["said"] == (
-        "Without 4 filters of class a 10% of its images are told right, 80% with all filters;"
-        " of all others 95%, before 95%."
+        "Without 4 filters of class a, 10% of its images are told right (80% with all filters), and"
+        " 95% of all others (95%)."
     )
     assert (chart["complete"], choice["without"]) == (complete.tolist(), without.tolist())
     assert choice["rows"] == choice["columns"] == ["a", "b", "c"]

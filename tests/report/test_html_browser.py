@@ -218,7 +218,7 @@ def test_the_class_whose_filters_are_removed_is_chosen(browser, pages):
     output = box.find_element(By.TAG_NAME, "output")
     charts = box.find_elements(By.CSS_SELECTOR, ".chart")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
-    assert output.text.startswith("Without 2 filters of class class 0 8% of its images")
+    assert output.text.startswith("Without 2 filters of class class 0, 8% of its images")
 
     def row():
         cells = "return Array.from(arguments[0].data[0].z[2], (z) => z.toFixed(2))"
@@ -226,7 +226,7 @@ def test_the_class_whose_filters_are_removed_is_chosen(browser, pages):
 
     assert row() == [["0.08", "0.08", "0.83"]] * 2
     Select(field(box, "choice")).select_by_visible_text("class 2")
-    assert output.text.startswith("Without 2 filters of class class 2 8% of its images")
+    assert output.text.startswith("Without 2 filters of class class 2, 8% of its images")
     assert row() == [["0.08", "0.08", "0.83"], ["0.83", "0.08", "0.08"]]
 
 

@@ -139,7 +139,7 @@
         layout: {
           ...layout,
           shapes,
-          height: 150 + Math.max(rows.length, 8) * 17,
+          height: 130 + Math.max(rows.length, 8) * 17,
           xaxis: { ...layout.xaxis, categoryorder: "array", categoryarray: columns },
           yaxis: { ...layout.yaxis, ...axis },
           yaxis2: { ...layout.yaxis2, ...axis },
@@ -255,7 +255,7 @@
         data: [{ ...figure.data[0], x, y, z, customdata: counts }],
         layout: {
           ...figure.layout,
-          height: 160 + Math.max(12, y.length) * 17,
+          height: 140 + Math.max(12, y.length) * 17,
           xaxis: axis(figure.layout.xaxis, choice.columns),
           yaxis: axis(figure.layout.yaxis, choice.rows),
         },
