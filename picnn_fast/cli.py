@@ -546,10 +546,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
     base = next((r for r, names in groups.items() if runs[names[0]].plain), next(iter(groups)))
     apart = _apart({label: [measured[n] for n in names] for label, names in groups.items()}, base)
     content = {name: measurement.figures for name, measurement in measured.items()} | apart
+    if args["json"]:
+        print(json.dumps(content, indent=2))
     if args["output"] is not None:
         _write_figures(args["output"], content)
     if args["json"]:
-        print(json.dumps(content, indent=2))
         return 0
     data = {run.options.data["name"] for run in runs.values()}
     images = sorted({measurement.images for measurement in measured.values()})
@@ -596,14 +597,16 @@ def _figures(names: Sequence[str] | None) -> list[str] | None:
     Raises:
         ConfigError: a name that there is not.
     """
-    from picnn_fast.evaluation import FIGURES
+    from picnn_fast.evaluation import FIGURES, full_headings
     from picnn_fast.ops.checks import did_you_mean
     from picnn_fast.training.options import ConfigError
 
+    by_heading = {heading.lower(): name for name, heading in full_headings().items()}
     for name in names or ():
         if name not in FIGURES and name != "all":
+            meant = by_heading.get(name.lower(), name)
             raise ConfigError(
-                f"figures: got {name!r},{did_you_mean(name, FIGURES)} want all, or names that"
+                f"figures: got {name!r},{did_you_mean(meant, FIGURES)} want all, or names that"
                 " picnn-fast figures lists, with spaces between them"
             )
     if names is None:
@@ -614,7 +617,7 @@ def _figures(names: Sequence[str] | None) -> list[str] | None:
 def _check_output(folder: Path | None) -> None:
     """
     Raises:
-        ConfigError: it holds a run, whose own figures lie there, or is no folder.
+        ConfigError: it holds a run, whose own figures lie there, or cannot be written to.
     """
     from picnn_fast.training.options import ConfigError
     from picnn_fast.training.run_folder import RECORD
@@ -623,8 +626,25 @@ def _check_output(folder: Path | None) -> None:
         return
     if (folder / RECORD).exists():
         raise ConfigError(f"output: got {folder}, which holds a run, want another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output: got {folder}, which is no folder")
+    _check_writable(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    """Before anything is computed, that it can be written down.
+
+    Raises:
+        ConfigError: the folder is none, or cannot be written to or made.
+    """
+    from picnn_fast.training.options import ConfigError
+
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "which is no folder" if there == folder else f"but {there} is no folder"
+        raise ConfigError(f"output: got {folder}, {what}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"output: got {folder}, but {there} cannot be written to, want another folder"
+        )
 
 
 def _write_figures(folder: Path, figures: Mapping[str, "Figures"]) -> None:
@@ -957,6 +977,7 @@ def _explain(arguments: Sequence[str]) -> int:
         " Or, with --filter, show what filters stand for.",
         add=add,
     )
+    _check_writable(args["output"])
     if of_filters:
         return _explain_filters(args, trained)
     check_range("filters", args["filters"], 1)

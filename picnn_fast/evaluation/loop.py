@@ -85,7 +85,7 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: seed or draws that are no integers, or out of range; a name that is
-            no figure's.
+            no figure's; a network whose logits are not finite.
     """
     return measure(
         network,
@@ -175,7 +175,12 @@ def measure(
                 if most not in selected:
                     selected[most] = seen if rows.all() else seen.select(rows)
                     with clock(FORWARD):
-                        _ = selected[most].logits
+                        logits = selected[most].logits
+                    if not logits.isfinite().all():
+                        raise ValueError(
+                            "network: got logits that are NaN or infinity for a test image, want"
+                            " finite ones; its training diverged, or its weights are damaged"
+                        )
                 with clock(first):
                     add(metrics[first], selected[most])
     values: dict[str, Figures] = {

@@ -294,7 +294,8 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
     """A test image ``[1, C, H, W]``, once the network, in eval mode, has taken it.
 
     Raises:
-        ConfigError: it cannot take the image; the message begins with ``what``, or with the method.
+        ConfigError: it cannot take the image, or makes no finite numbers of it; the message begins
+            with ``what``, or with the method.
     """
     with reading_images():
         image: torch.Tensor = data.test_set[0][0][None]
@@ -302,14 +303,21 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
     try:
         with torch.no_grad():
             maps, bypass = network.eval().encode(image)
-            network.head_logits(maps, bypass=bypass)
-            what = type(network).__name__  # what goes wrong from here on is the method's
-            network(image)
+            logits = network.head_logits(maps, bypass=bypass)
+            finite = bool(logits.isfinite().all())
+            if finite:
+                what = type(network).__name__  # what goes wrong from here on is the method's
+                network(image)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"
             f" {one_line(error)}"
         ) from error
+    if not finite:
+        raise ConfigError(
+            f"{what} makes NaN or infinity of the first test image: its training diverged, or its"
+            " weights are damaged; want another one"
+        )
     return image
 
 

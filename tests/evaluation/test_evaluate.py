@@ -564,3 +564,17 @@ def test_a_head_that_reads_which_filters_are_left_leaks_and_one_that_cannot_does
 class ConstantMaps(torch.nn.Module):
     def forward(self, images):
         return images.new_ones(len(images), 20, 4, 4)
+
+
+def test_a_network_that_diverged_is_refused():
+    network = _network()
+    with torch.no_grad():
+        next(network.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="network: got logits that are NaN or infinity"):
+        evaluate(network, _animals(test_images=6), figures=["acc1"])
+
+
+def test_the_intervals_of_an_untrained_networks_information_are_about_it():
+    found = measure(_network(), _animals(test_images=18), figures=["mis", "mis_miller_madow"])
+    for name in ("mis", "mis_miller_madow"):
+        assert found.replicates[name].mean().item() == pytest.approx(found.figures[name])

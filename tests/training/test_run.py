@@ -24,14 +24,14 @@ import torchvision
 from PIL import Image
 
 from picnn_fast.backbones import cut
-from picnn_fast.data import image_folder
+from picnn_fast.data import DATA, image_folder
 from picnn_fast.evaluation import FIGURES, default_figures, evaluate
-from picnn_fast.models import METHODS
+from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.training import checkpoint, launch, run
 from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
 from picnn_fast.training.module import DivergenceError, InterpretableModule
 from picnn_fast.training.options import ConfigError, Options
-from picnn_fast.training.run import assemble, build_data, fit, read_history, train
+from picnn_fast.training.run import assemble, build_data, fit, read_history, train, try_image
 from picnn_fast.training.run_folder import RunFolderError
 
 
@@ -840,3 +840,12 @@ def test_what_a_method_does_wrong_is_not_laid_on_the_backbone(config, monkeypatc
     monkeypatch.setattr(METHODS[config.method["name"]], "forward", broken)
     with pytest.raises(ConfigError, match=r"^PICNN cannot take images .*index k out of range"):
         assemble(config, tmp_path)
+
+
+def test_a_network_that_makes_no_finite_numbers_is_told_by_its_first_test_image():
+    data = DATA["digits"]()
+    network = make_interpretable("small-resnet", "std", num_classes=10, image_channels=1)
+    with torch.no_grad():
+        next(network.parameters()).fill_(torch.nan)
+    with pytest.raises(ConfigError, match="the network makes NaN or infinity of the first"):
+        try_image(network, data, "the network")
