@@ -11,6 +11,7 @@ from picnn_fast import PartTemplate
 from picnn_fast.functional import filter_loss
 from picnn_fast.ops.filter_loss import FilterLossState
 from picnn_fast.reference import filter_loss as reference
+from tests.cases import in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
 from tests.ops.test_masking_autograd import OPCHECKS
 from tests.reference.test_filter_loss import TEMPLATES, all_templates, of_filter, running_loss
@@ -51,8 +52,11 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@kernel_cases(
+    ("name", "layout"),
+    pairwise(TEMPLATES, ["contiguous", "channels_last"]),
+    in_turn(list(TEMPLATES), ["contiguous", "channels_last"])[:2],
+)
 def test_gradcheck_over_the_batch(backend: Backend, name, layout):
     x = leaf(backend.device, layout=layout)
     assert gradcheck(lambda t: filter_loss(t, TEMPLATES[name]), x, fast_mode=backend.slow)
