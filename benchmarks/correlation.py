@@ -34,7 +34,7 @@ LAYOUTS = tuple(
     for layout in (torch.contiguous_format, torch.channels_last)
 )
 SHAPES: tuple[Shape, ...] = tuple((32, 512, 14, 14, *layout) for layout in LAYOUTS)
-SMOKE_SHAPES: tuple[Shape, ...] = tuple((2, 4, 3, 3, *layout) for layout in LAYOUTS)
+SMOKE_SHAPES: tuple[Shape, ...] = ((2, 4, 3, 3, *LAYOUTS[0]), (2, 4, 3, 3, *LAYOUTS[-1]))
 EPSILON = 1e-5
 
 

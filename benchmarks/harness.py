@@ -134,13 +134,13 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress.
 
-    ``warmup``: rounds before these; default 3, or ``rounds`` where that is less.
+    ``warmup``: rounds before these; default 3, or fewer than ``rounds`` where these are few.
     On a GPU those of the device, or with ``wall`` those of the host until the device is done.
     ``backends`` forces one for the candidates it names; switching is not timed. A candidate that
     fails is given up, all its times are NaN, and the record names it; the others go on.
     """
     keep_freed_memory()
-    warmup = min(3, rounds) if warmup is None else warmup
+    warmup = min(3, rounds - 1) if warmup is None else warmup
     events = device.type == "cuda" and not wall
     host = dict.fromkeys(candidates, LONGEST_SLEEP_SECONDS)
     times: dict[str, list[float]] = {name: [] for name in candidates}
