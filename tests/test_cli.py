@@ -109,7 +109,7 @@ def test_a_table_holds_every_name_and_number_on_any_terminal(monkeypatch, encodi
 
     def table():
         cli._prepare_streams()
-        cli._print_table({k: [v] for k, v in figures.items()}, "Test split of [/x] [red]")
+        cli.tables.print_table({k: [v] for k, v in figures.items()}, "Test split of [/x] [red]")
 
     _, out = _written(monkeypatch, encoding, table)
     assert "Test split of [/x] [red]" in out
@@ -136,7 +136,7 @@ def test_no_line_of_a_table_is_wider_than_the_terminal_and_nothing_is_cut(
         }
         for run in range(runs)
     }
-    cli._print_table({k: [v] for k, v in figures.items()}, "Test split")
+    cli.tables.print_table({k: [v] for k, v in figures.items()}, "Test split")
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     for run in range(runs):
@@ -158,7 +158,7 @@ def test_topics_are_set_apart_and_readings_of_many_figures_are_a_command_away(ca
     monkeypatch.setenv("COLUMNS", "80")
     figures = dict.fromkeys(default_figures(), 0.125) | {"density": "n/a: no gate"}
     others = figures | {"density": 0.5, "p": "n/a: none", "activmap_ap30": "n/a: none"}
-    cli._print_table({"a": [figures | {"p": "n/a: none"}], "b": [others]}, "Test split")
+    cli.tables.print_table({"a": [figures | {"p": "n/a: none"}], "b": [others]}, "Test split")
     out = capsys.readouterr().out
     table, words = out.partition("└")[0], " ".join(out.split())
     shown = [topic for topic, of in TOPICS.items() if {*of} & {*figures} - {"p"}]
@@ -171,7 +171,7 @@ def test_topics_are_set_apart_and_readings_of_many_figures_are_a_command_away(ca
 
 
 def test_what_lies_just_below_nothing_is_nothing(capsys):
-    cli._print_table({"a": [{"s_tp": -0.0001, "s_fn": -0.0}]}, "Test split")
+    cli.tables.print_table({"a": [{"s_tp": -0.0001, "s_fn": -0.0}]}, "Test split")
     assert "-0.000" not in capsys.readouterr().out
 
 
@@ -197,7 +197,7 @@ def test_figures_are_listed_with_their_names_and_readings(capsys, monkeypatch):
 
 def test_differences_are_shown_with_their_sign(capsys):
     apart = {"acc1": 0.25, "acc1_interval": [-0.05, 0.55], "acc3": -0.5, "acc2": "n/a: none"}
-    cli._print_table({"b − a": [apart]}, "Differences", notes=False)
+    cli.tables.print_table({"b − a": [apart]}, "Differences", notes=False)
     lines = capsys.readouterr().out.splitlines()
     assert any("ACC1 ↑ " in line and "+0.250 [-0.050, +0.550] " in line for line in lines)
     assert any("ACC3 ↓ " in line and " -0.500 " in line for line in lines)

@@ -1,5 +1,6 @@
 """Whether filters, and all of them together, show where the object is: GradMap, ActivMap, CAM."""
 
+import itertools
 import math
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -389,10 +390,15 @@ class ActivMapLocalisation(PerImageMetric):
     def _of_image(self, maps: Tensor, mask: Tensor) -> Tensor:
         """IoU of each filter's region and the object, ``[N]``."""
         found = []
+        shown = mask.flatten().to(maps.dtype)
+        area = shown.sum()
         for filters in torch.arange(self.num_filters).split(max(1, _BLOCK // mask.numel())):
-            resized = _resized(maps[filters.to(maps.device)], mask.shape)
-            regions = resized >= self.thresholds[filters.to(maps.device), None, None]
-            found.append(region_ious(regions, mask))
+            filters = filters.to(maps.device)
+            resized = _resized(maps[filters], mask.shape).flatten(1)
+            # As 0 and 1 in place: regions of bool would be read and written twice more.
+            regions = torch.ge(resized, self.thresholds[filters, None], out=resized)
+            overlap, region = regions @ shown, regions.sum(1)
+            found.append((overlap / (region + area - overlap)).where(area > 0, math.nan))
         return torch.cat(found)
 
     def _of(self, counts: Tensor) -> Localisation:
@@ -538,8 +544,38 @@ def _smoothing(side: int) -> Tensor:
 
 
 def _resized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Maps ``[n, h, w]`` to ``[n, H, W]``, bilinearly."""
-    return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+    """Maps ``[n, h, w]`` to ``[n, H, W]``, bilinearly, as ``interpolate`` without corners aligned.
+
+    On the CPU in a tenth of its time, where maps are much smaller; and never as a product of
+    matrices, whose precision a user may have lowered.
+    """
+    return _stretched(_stretched(maps, 2, size[1]), 1, size[0])
+
+
+def _stretched(maps: Tensor, dim: int, pixels: int) -> Tensor:
+    shape = list(maps.shape)
+    shape[dim] = pixels
+    out = maps.new_empty(shape)
+    for first, lower, upper, weights in _between(maps.shape[dim], pixels):
+        part = out.narrow(dim, first, len(weights))
+        part.copy_(maps.narrow(dim, lower, 1).expand_as(part))
+        weights = weights.to(maps).view(-1, *[1] * (2 - dim))
+        part.lerp_(maps.narrow(dim, upper, 1).expand_as(part), weights)
+    return out
+
+
+@lru_cache(maxsize=16)
+def _between(side: int, pixels: int) -> list[tuple[int, int, int, Tensor]]:
+    """Pixels between the same two elements: the first, both elements, shares of the second."""
+    place = ((torch.arange(pixels, dtype=torch.float64) + 0.5) * side / pixels - 0.5).clamp(min=0)
+    lower = place.long()
+    counts = lower.bincount(minlength=side).tolist()
+    firsts = itertools.accumulate(counts, initial=0)
+    return [
+        (first, i, min(i + 1, side - 1), place[first : first + count] - i)
+        for i, (first, count) in enumerate(zip(firsts, counts, strict=False))
+        if count
+    ]
 
 
 def _check_masks(masks: Tensor, batch: int, size: tuple[int, ...] | None = None) -> None:

@@ -55,7 +55,7 @@ def test_a_run_explains_the_network_of_another_and_needs_it_no_more(performer, t
     assert main(["train", *flags, "--output", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert f"Explainer over {gone}: 64 filters" in said
-    assert "share of an explainer's interpretable track" in said
+    assert "Δ error" in said
     shutil.rmtree(gone)
     assert main(["evaluate", str(tmp_path / "run"), "--accelerator", "cpu"]) == 0
     (figures,) = json.loads((tmp_path / "run" / "metrics.json").read_text()).values()
