@@ -385,7 +385,8 @@ def test_bad_values_are_refused_by_name(capsys, tmp_path):
     status, _, err = _main(capsys, "train", "--optimizer.lr", "fast")
     assert (status, "got 'fast', want a number" in err) == (2, True)
     for value in ("none", "0"):
-        status, _, err = _main(capsys, "demo", "--epochs", value)
+        # The folder is taken, which would be told next.
+        status, _, err = _main(capsys, "demo", "--epochs", value, "--output", tmp_path)
         assert (status, f"epochs: got {value!r}" in err or "epochs: got 0" in err) == (2, True)
     status, _, err = _main(capsys, "demo", "--epocs", "3")
     assert (status, "did you mean 'epochs'" in err) == (2, True)

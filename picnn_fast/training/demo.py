@@ -91,7 +91,12 @@ def demo_options(output: str | Path, *, seed: int, epochs: int) -> dict[str, Opt
 
 
 def demo_folder(output: str | Path, *, seed: int, epochs: int) -> RunFolder:
-    """The folder of the demonstration with these options."""
+    """The folder of the demonstration with these options.
+
+    Raises:
+        ConfigError: seed or epochs out of range, which is told before what the folder holds.
+    """
+    demo_options(output, seed=seed, epochs=epochs)
     return RunFolder(output, "demo", {"seed": seed, "epochs": epochs})
 
 
