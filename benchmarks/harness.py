@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 import picnn_fast
+from picnn_fast.training.provenance import processor
 
 RESULTS = Path(__file__).parent / "results"
 VARIABLE = "PICNN_FAST_RESULTS"
@@ -298,13 +299,8 @@ def missing_backends() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        processor = found.group(1).strip() if found else processor
     facts = {
-        "processor": processor,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -361,9 +361,9 @@ PICNN_FAST_HD Vector<A> look_up(const A* table, const Vector<IndexOf<A>>& groups
   }
 }
 
-// The gradient of `kVectors` vectors of filters from `first` on, every vector at one position; they
+// The gradient of `kCount` vectors of filters from `first` on, every vector at one position; they
 // are read twice, the second time from the cache.
-template <int kTables, int kVectors, typename T, typename A>
+template <int kTables, int kCount, typename T, typename A>
 void gradient_of_vectors(const Correlation& c, int64_t image, int64_t first, const A* tables,
                          Sink<T>& sink) {
   const int64_t filters = c.shape.filters, positions = c.shape.positions;
@@ -372,36 +372,36 @@ void gradient_of_vectors(const Correlation& c, int64_t image, int64_t first, con
   T* grad = static_cast<T*>(c.grad) + image * c.grad_strides.batch + first;
   const A* norms = static_cast<const A*>(c.norms) + image * filters + first;
   const A* means = static_cast<const A*>(c.mean_by_position) + first;
-  Vector<IndexOf<A>> groups[kVectors];
-  for (int i = 0; i < kVectors * kLanes<A>; ++i) {
+  Vector<IndexOf<A>> groups[kCount];
+  for (int i = 0; i < kCount * kLanes<A>; ++i) {
     groups[i / kLanes<A>][i % kLanes<A>] = static_cast<IndexOf<A>>(c.groups[first + i]);
   }
   const auto centred = [&](int64_t p, int v) {
     return load<A>(maps + p * c.maps_strides.position + v * kLanes<A>) -
            load<A>(means + p * filters + v * kLanes<A>);
   };
-  Vector<A> sums[kVectors] = {};
+  Vector<A> sums[kCount] = {};
   for (int64_t p = 0; p < positions; ++p) {
-    prefetch(maps + p * c.maps_strides.position, kVectors * kVectorBytes);
+    prefetch(maps + p * c.maps_strides.position, kCount * kVectorBytes);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       sums[v] += centred(p, v) * look_up<kTables>(tables + p * width, groups[v]);
     }
   }
-  A products[kVectors * kLanes<A>], unit[kVectors * kLanes<A>], along[kVectors * kLanes<A>];
+  A products[kCount * kLanes<A>], unit[kCount * kLanes<A>], along[kCount * kLanes<A>];
   std::memcpy(products, sums, sizeof(sums));
-  for (int i = 0; i < kVectors * kLanes<A>; ++i) {
+  for (int i = 0; i < kCount * kLanes<A>; ++i) {
     const auto of = map_gradient(norms[i], products[i]);
     unit[i] = of.unit;
     along[i] = of.along;
   }
-  Vector<A> units[kVectors], alongs[kVectors];
+  Vector<A> units[kCount], alongs[kCount];
   std::memcpy(units, unit, sizeof(units));
   std::memcpy(alongs, along, sizeof(alongs));
   for (int64_t p = 0; p < positions; ++p) {
-    T* out = sink.open(grad + p * c.grad_strides.position, kVectors * kLanes<A>);
+    T* out = sink.open(grad + p * c.grad_strides.position, kCount * kLanes<A>);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       const Vector<A> toward = look_up<kTables>(tables + p * width, groups[v]);
       store<A>(units[v] * toward - alongs[v] * centred(p, v), out + v * kLanes<A>);
     }

@@ -18,9 +18,7 @@ inline void stream_copy(unsigned char* to, const unsigned char* from, int64_t by
 #ifdef __x86_64__
   const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63);
   if (bytes >= head + 64) {
-    if (head != 0) {  // calls of memcpy for nothing add up where stretches are short
-      std::memcpy(to, from, head);
-    }
+    std::memcpy(to, from, head);
     to += head, from += head, bytes -= head;
     for (; bytes >= 64; to += 64, from += 64, bytes -= 64) {
 #if defined(__AVX512F__)
@@ -40,9 +38,7 @@ inline void stream_copy(unsigned char* to, const unsigned char* from, int64_t by
     }
   }
 #endif
-  if (bytes != 0) {
-    std::memcpy(to, from, bytes);
-  }
+  std::memcpy(to, from, bytes);
 }
 
 // Where a kernel writes a stretch of its output: in place, or into a buffer in the first-level

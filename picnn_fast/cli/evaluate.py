@@ -4,14 +4,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from picnn_fast._terminal import printable
 from picnn_fast.cli.figures import figures_named
 from picnn_fast.cli.output import check_writable
 from picnn_fast.cli.plain import add_model, check_no_model, of_model
 from picnn_fast.cli.tables import print_table
-from picnn_fast.cli.trained import Trained, add_path, of_trained
+from picnn_fast.cli.trained import Trained, add_accelerator, add_path, of_trained
 
 if TYPE_CHECKING:
     from picnn_fast.evaluation import Figures, Measurement
@@ -48,12 +48,7 @@ def run(arguments: Sequence[str]) -> int:
             default=1000,
             help="of the test images, for intervals of 95 percent; 0: none",
         )
-        parser.add_argument(
-            "--accelerator",
-            type=Literal["auto", "cpu", "gpu", "mps"],
-            default="auto",
-            help="device type",
-        )
+        add_accelerator(parser, "device type")
         parser.add_argument(
             "--output", type=Path | None, default=None, help="folder of metrics.json and .csv"
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from picnn_fast._extras import extra
 from picnn_fast._terminal import printable
 from picnn_fast.cli.output import check_writable
-from picnn_fast.cli.trained import Trained, add_path, of_trained
+from picnn_fast.cli.trained import Trained, add_accelerator, add_path, of_trained
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -53,12 +53,7 @@ def run(arguments: Sequence[str]) -> int:
             default="test",
             help="images that the index of --filter is made of",
         )
-        parser.add_argument(
-            "--accelerator",
-            type=Literal["auto", "cpu", "gpu", "mps"],
-            default="auto",
-            help="device type on which the index of --filter is made",
-        )
+        add_accelerator(parser, "device type on which the index of --filter is made")
         parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
     args, trained = of_trained(

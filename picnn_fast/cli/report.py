@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from picnn_fast._terminal import printable
+from picnn_fast.cli.trained import add_accelerator
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -35,12 +36,7 @@ def run(arguments: Sequence[str]) -> int:
             help="filters of each network whose images are shown; 0: none, and no pass over the"
             " test images to find them",
         )
-        parser.add_argument(
-            "--accelerator",
-            type=Literal["auto", "cpu", "gpu", "mps"],
-            default="auto",
-            help="device type that this pass runs on",
-        )
+        add_accelerator(parser, "device type that this pass runs on")
 
     args = parse(
         arguments,

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Trained(NamedTuple):
@@ -26,6 +26,15 @@ def add_path(parser: Any, nargs: str | None = None) -> None:
         metavar="RUN_OR_CHECKPOINT",
         nargs=nargs,
         help="folder of a run, a demo or a comparison, or a .ckpt",
+    )
+
+
+def add_accelerator(parser: Any, what: str) -> None:
+    parser.add_argument(
+        "--accelerator",
+        type=Literal["auto", "cpu", "gpu", "mps"],
+        default="auto",
+        help=what,
     )
 
 

@@ -180,6 +180,20 @@ class SeededDataModule(L.LightningDataModule):
         images, labels = batch
         return images, (labels == self.category).to(labels.dtype)
 
+    def as_taken(
+        self, images: Tensor, labels: Tensor, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """A batch as a network takes it: what Lightning does around the transfer to its device.
+
+        Args:
+            images: ``[B, C, H, W]`` of a loader.
+            labels: ``[B]`` of the same.
+            device: to take them to.
+        """
+        pair: Any = self.on_before_batch_transfer([images, labels], 0)
+        images, labels = self.on_after_batch_transfer([x.to(device) for x in pair], 0)
+        return images, labels
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled by (seed, epoch); each rank reads its own share.
 

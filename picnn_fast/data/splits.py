@@ -57,12 +57,9 @@ class Batches:
             pair, masks = batch, []
             if isinstance(batch, PartSample):
                 fields: Any = batch
-                pair = [fields.image, fields.label]
+                pair = fields.image, fields.label
                 masks = [fields.part_masks] if self.part_names else []
-            # What Lightning does around the transfer.
-            pair = self._data.on_before_batch_transfer(pair, 0)
-            images, labels = self._data.on_after_batch_transfer(list(pair), 0)
-            yield images, labels, *masks
+            yield *self._data.as_taken(*pair), *masks
 
 
 def shown_image(data: SeededDataModule, split: str, index: int) -> Tensor:

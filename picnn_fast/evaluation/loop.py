@@ -342,13 +342,9 @@ def _on_device(
     batch: PartSample | list[Tensor], data: SeededDataModule, device: torch.device | str
 ) -> tuple[Tensor, Tensor, PartSample | None]:
     """Images and labels as the network takes them, and the annotations that came with them."""
-    annotated: Any = None
-    pair: Any = batch
-    if isinstance(batch, PartSample):
-        fields: Any = batch
-        annotated = PartSample(*(values.to(device) for values in fields))
-        pair = [annotated.image, annotated.label]
-    # What Lightning does around the transfer.
-    pair = data.on_before_batch_transfer(pair, 0)
-    images, labels = data.on_after_batch_transfer([values.to(device) for values in pair], 0)
-    return images, labels, annotated
+    if not isinstance(batch, PartSample):
+        images, labels = batch
+        return *data.as_taken(images, labels, device), None
+    fields: Any = batch
+    annotated: Any = PartSample(*(values.to(device) for values in fields))
+    return *data.as_taken(annotated.image, annotated.label, device), annotated

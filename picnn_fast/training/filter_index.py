@@ -91,7 +91,7 @@ def _made_of(
         "split": split,
         "images": images,
         "top": top,
-        "data": {key: value for key, value in options.data.items() if key != "num_workers"},
+        "data": options.data_identity(),
         "seed": options.seed,
         "classes": list(data.class_names),
     }

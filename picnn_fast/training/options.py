@@ -240,6 +240,10 @@ class Options:
         """What a run notes about itself: all options but the output folder, where it is noted."""
         return {name: value for name, value in self.as_dict().items() if name != "output"}
 
+    def data_identity(self) -> dict[str, Any]:
+        """Options of the data but how many processes read it, which makes it no other data."""
+        return {name: value for name, value in self.data.items() if name != "num_workers"}
+
     def as_dict(self) -> dict[str, Any]:
         """All options, nested as in a YAML file."""
         return dataclasses.asdict(self)

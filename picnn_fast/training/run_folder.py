@@ -63,6 +63,15 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run noted about itself in its folder; empty where there is no such note."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -244,11 +253,8 @@ class RunFolder:
 
     def _record(self, folder: Path) -> dict[str, Any] | None:
         """What a run noted about itself, None where there is no such note."""
-        try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(record, dict) or record.get("program") != "picnn_fast":
+        record = read_record(folder)
+        if record.get("program") != "picnn_fast":
             return None
         record = {"goes_on": False, **record}  # earlier versions had no such key
         damaged = [key for key, kind in _KEYS.items() if not isinstance(record.get(key), kind)]
@@ -266,7 +272,7 @@ class RunFolder:
             return [f"a {record['kind']} run, not a {self.kind} run"]
         if not record["known"]:
             return ["it was made by an earlier picnn_fast, whose options were others"]
-        then, now = _flat(record["config"]), _flat(self.config)
+        then, now = flat_options(record["config"]), flat_options(self.config)
         grown = self._grown(record)
         return [
             f"{key} {then.get(key)!r}, now {now.get(key)!r}"
@@ -276,7 +282,7 @@ class RunFolder:
 
     def _grown(self, record: dict[str, Any]) -> list[str]:
         """The numbers that are larger than those of a run, and the options of new members."""
-        then, now = _flat(record["config"]), _flat(self.config)
+        then, now = flat_options(record["config"]), flat_options(self.config)
         members = tuple(f"{key}." for key in self.growing)
         numbers = [
             key
@@ -420,10 +426,10 @@ class RunFolder:
         shutil.rmtree(self._replaced, ignore_errors=True)
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options by their whole names, as on the command line."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        flat |= flat_options(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat

@@ -38,7 +38,7 @@ from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
 from picnn_fast.training.filter_index import kept_filter_index
 from picnn_fast.training.options import ConfigError, Options, few
 from picnn_fast.training.run import METRICS, build_data, read_history, read_metrics, reading_images
-from picnn_fast.training.run_folder import RECORD, write_atomically
+from picnn_fast.training.run_folder import flat_options, read_record, write_atomically
 
 with extra("train"):
     from rich.progress import track
@@ -189,7 +189,7 @@ def _read(checkpoint: Path, path: Path) -> _Trained:
         method = options.method["name"]
         figures = read_metrics(folder, [method])[method]
     row = type(network).__name__
-    if _record(path).get("kind") == "compare":
+    if read_record(path).get("kind") == "compare":
         row = folder.name.rpartition("-")[0]
     names = [printable(name) for name in class_names]
     return _Trained(checkpoint, printable(row), network, options, names, figures)
@@ -202,11 +202,7 @@ def _named(path: Path) -> str:
 def _without_seed(options: Options) -> dict[str, Any]:
     values = options.identity()
     del values["seed"]
-    return {**values, "data": _without_workers(options)}
-
-
-def _without_workers(options: Options) -> dict[str, Any]:
-    return {key: value for key, value in options.data.items() if key != "num_workers"}
+    return {**values, "data": options.data_identity()}
 
 
 class _Data:
@@ -261,17 +257,14 @@ def _choose(data: SeededDataModule, count: int) -> _Shown:
         for place in range(looked_at):
             number = place * total // looked_at
             image, label = data.test_set[number]
-            pair: Any = [image[None], torch.as_tensor([int(label)])]
-            pair = data.on_before_batch_transfer(pair, 0)
-            taken, labels = data.on_after_batch_transfer(pair, 0)
+            taken, labels = data.as_taken(image[None], torch.as_tensor([int(label)]))
             chosen.setdefault(int(labels[0]), (number, taken[0]))
             if len(chosen) == count:
                 break
-    order = sorted(chosen)
-    places, images = zip(*(chosen[label] for label in order), strict=True)
-    taken = torch.stack(images)
-    shown = taken if data.mean is None or data.std is None else taken * data.std + data.mean
-    return _Shown(shown.clamp(0, 1), taken, torch.tensor(order), list(places))
+        order = sorted(chosen)
+        places, images = zip(*(chosen[label] for label in order), strict=True)
+        shown = torch.stack([shown_image(data, "test", place) for place in places])
+    return _Shown(shown, torch.stack(images), torch.tensor(order), list(places))
 
 
 class _Pictured(NamedTuple):
@@ -540,7 +533,7 @@ def _sets(rows: Mapping[str, Sequence[_Trained]]) -> dict[str, _Trained]:
     """A network of each data set, by what was asked of the data."""
     every = [one for seeds in rows.values() for one in seeds]
     return {
-        json.dumps([_without_workers(one.options), one.options.category], sort_keys=True): one
+        json.dumps([one.options.data_identity(), one.options.category], sort_keys=True): one
         for one in every
     }
 
@@ -609,22 +602,13 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """What a run noted about itself; nothing where it noted none."""
-    try:
-        content = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _provenance(
     paths: Sequence[Path], rows: Mapping[str, Sequence[_Trained]]
 ) -> dict[str, dict[str, str]]:
     """Of each run what it noted, and the options of its networks."""
     told: dict[str, dict[str, str]] = {}
     for path in paths:
-        record = _record(path if path.is_dir() else path.parent)
+        record = read_record(path if path.is_dir() else path.parent)
         made = record.get("provenance", {})
         pairs = {"folder": str(path), "picnn_fast": record.get("version", "not noted")}
         for key in ("command", "commit", "started", "finished"):
@@ -634,15 +618,7 @@ def _provenance(
                 pairs[name] = ", ".join(value) or "none" if isinstance(value, list) else str(value)
         told[str(path)] = {key: printable(str(value)) for key, value in pairs.items()}
     for name, seeds in rows.items():
-        options = _flat(_without_seed(seeds[0].options))
+        options = flat_options(_without_seed(seeds[0].options))
         options["seed"] = ", ".join(str(one.options.seed) for one in seeds)
         told[f"Options of {name}"] = {k: printable(str(v)) for k, v in options.items()}
     return told
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
