@@ -134,14 +134,18 @@ class MutualInformationLoss(nn.Module):
         )
 
 
-class _Copies(weakref.WeakSet["FilterLoss"]):
-    """A loss and the copies made of it, also of copies; other processes have their own."""
+class Copies(weakref.WeakSet[Any]):
+    """A module and the copies made of it, also of copies; other processes have their own.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Copies":
+    For buffers whose size the first batch tells: made in all of them at once, averages of the
+    weights can be begun before it.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Copies":
         return self
 
     def __reduce__(self) -> Any:
-        return _Copies, ()
+        return Copies, ()
 
 
 class FilterLoss(nn.Module):
@@ -196,7 +200,7 @@ class FilterLoss(nn.Module):
         self.register_buffer("log_mean", empty.log_mean[:, :0])
         self.register_buffer("log_ratio", empty.log_ratio)
         self._map_size: tuple[int, int] | None = None
-        self._copies = _Copies([self])
+        self._copies = Copies([self])
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, filter_category: Tensor | None = None

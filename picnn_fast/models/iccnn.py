@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from picnn_fast._extras import extra
 from picnn_fast.functional import group_class_loss, group_correlation_loss
 from picnn_fast.layers import with_target_layer
-from picnn_fast.losses import check_output, cross_entropy
+from picnn_fast.losses import Copies, check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork, check_task
 from picnn_fast.ops import checks
 
@@ -160,6 +160,7 @@ class ICCNN(InterpretableNetwork):
         self.register_buffer("response", torch.full((num_classes, groups), 1 / num_classes))
         # No positions yet: the size of the maps is not known.
         self.register_buffer("mean", torch.zeros(num_filters, 0, 0))
+        self._copies = Copies([self])
         # 1 once a batch has set the mean. Not bool, of which averages of weights can make no mean,
         # and no scalar: torch 2.11 loses what a compiled step writes to one in double precision.
         self.register_buffer("seen", torch.zeros(1))
@@ -209,7 +210,9 @@ class ICCNN(InterpretableNetwork):
         try:
             for batch, labels in images:
                 checks.labels("images", labels, len(batch), self.num_classes)
-                activations.update(self.filter_maps(batch.to(like)), labels)
+                # The whole network: sharded, it gathers its layers by its own hooks alone.
+                output = self(batch.to(like.device, like.dtype))
+                activations.update(output.maps, labels)
         finally:
             for part, mode in modes.items():
                 part.training = mode
@@ -249,6 +252,10 @@ class ICCNN(InterpretableNetwork):
         if self.mean.shape[1:] != maps.shape[2:] and not self._has_mean():
             dtype = torch.promote_types(maps.dtype, torch.float32)
             self.mean = maps.new_zeros(maps.shape[1:], dtype=dtype)
+            if not torch.compiler.is_compiling():
+                for network in self._copies:
+                    if network.mean.numel() == 0:
+                        network.mean = torch.zeros_like(self.mean, device=network.mean.device)
         return maps
 
     def _has_mean(self) -> bool:
@@ -328,6 +335,10 @@ class ICCNN(InterpretableNetwork):
         if saved is not None and saved.ndim == 3 and len(saved) == self.num_filters:
             self.mean = torch.zeros_like(saved, device=self.mean.device)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._copies.add(self)
 
     def options(self) -> Mapping[str, object]:
         return {

@@ -70,7 +70,6 @@ TWICE = (
 FORWARD_TWICE = (
     "Refused: the forward pass renews the means of its norm layers, which it would do twice."
 )
-AFTER_A_PASS = "After a forward pass of the whole model, before the first `begin_epoch`."
 TRACED = "With `torch._dynamo.config.trace_autograd_ops = True`."
 OWN_BATCH = (
     "The mean of the losses of the parts, each with what it drew or estimated from its own part,"
@@ -98,8 +97,6 @@ DIFFERS = {
     ("icnn", "gradient accumulation"): OWN_BATCH,
     ("iccnn", "gradient accumulation"): OWN_BATCH,
     ("explainer", "gradient accumulation"): OWN_BATCH,
-    ("iccnn", "moving averages of weights"): AFTER_A_PASS,
-    ("iccnn", "FSDP2 (fully_shard)"): AFTER_A_PASS,
     ("explainer", "torch.compile, one graph"): TRACED,
 }
 
@@ -365,8 +362,6 @@ def test_a_loss_that_is_checkpointed_gives_the_same_or_is_refused(
 @every_case
 def test_moving_averages_can_be_begun_at_once_and_leave_training_alone(case: Case) -> None:
     model = case.build()
-    if (case.method, "moving averages of weights") in DIFFERS:
-        model(images(), LABELS)
     averages = [
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
@@ -521,9 +516,6 @@ def trained_over_ranks(case: Case, strategy: str, rank: int) -> None:
     model = sharded(case) if strategy == "fsdp" else case.build()
     network: Any = nn.parallel.DistributedDataParallel(model) if strategy == "ddp" else model
     x, y = share(rank)
-    if DIFFERS.get((case.method, "FSDP2 (fully_shard)")) == AFTER_A_PASS:
-        with torch.no_grad():
-            network(x, y)
     losses, gradients, state = train(model, lambda *_: model.loss(network(x, y), y))
     expected = mean_over_ranks(case, share_buffers=strategy == "ddp")[rank]
     assert_same(Trained(losses, gathered(gradients), gathered(state)), expected)
