@@ -60,9 +60,42 @@ def _step(
 
 def _ratio(times: dict[str, list[float]], slow: str, fast: str) -> dict[str, float]:
     """Median and quartiles over rounds of one candidate's time over another's."""
-    ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return _quartiles([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"q1": low, "median": middle, "q3": high}
+
+
+class _Given(nn.Module):
+    """Stands in for a backbone: yields maps that were computed before."""
+
+    def __init__(self, maps: torch.Tensor) -> None:
+        super().__init__()
+        self.maps = nn.Parameter(maps)
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.maps
+
+
+def _behind(
+    model: InterpretableNetwork, images: torch.Tensor, labels: torch.Tensor, *, inserted: bool
+) -> Callable[[], None]:
+    """A step of all that is not the backbone, whose maps are given; takes the backbone away."""
+    backbone = model.features[0] if inserted else model.features
+    with torch.no_grad():
+        given = _Given(backbone(images))
+    if inserted:
+        model.features[0] = given
+    else:
+        model.features = given
+    return _step(model, model.loss, images, labels)
+
+
+def _added(times: dict[str, list[float]], name: str, whole: float) -> dict[str, float]:
+    """Median and quartiles over rounds of what a method adds to STD, as a share of ``whole``."""
+    return _quartiles([(a - b) / whole for a, b in zip(times[name], times["std"], strict=True)])
 
 
 def bench_backbone(
@@ -72,7 +105,10 @@ def bench_backbone(
 
     Inference is of the network that is deployed, ``discriminator()``. A transformer has no layer
     inserted: its target is its own last tokens, and methods that take maps alone are left out.
+    What a method adds to a step of STD lies behind the backbone, which is the same: there it is
+    timed alone, by which it is told from the noise of a whole step.
     """
+    inserted = backbone != "vit_b_16"
     layout = torch.channels_last
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
     labels = torch.randint(0, 10, (batch,), device=device)
@@ -80,16 +116,18 @@ def bench_backbone(
     plain.to(device=device, memory_format=layout)
     steps = {"plain": _step(plain, nn.functional.cross_entropy, images, labels)}
     networks: dict[str, nn.Module] = {"plain": plain}
+    models: dict[str, InterpretableNetwork] = {}
     for method in ("std", *TIMED):
         options = inspect.signature(METHODS[method]).parameters if method in METHODS else {}
-        if ("channel_dim" if backbone == "vit_b_16" else "in_channels") not in options:
+        if ("in_channels" if inserted else "channel_dim") not in options:
             continue
-        target = {"insert_conv": False} if backbone == "vit_b_16" else {"num_filters": FILTERS}
+        target = {"num_filters": FILTERS} if inserted else {"insert_conv": False}
         model = picnn_fast.make_interpretable(backbone, method, num_classes=10, **target)
         model.to(device=device, memory_format=layout)
         model.begin_epoch(1, 1)
         steps[method] = _step(model, model.loss, images, labels)
         networks[method] = model.discriminator()
+        models[method] = model
     training = harness.interleaved(steps, rounds, device, warmup=2)
     for network in networks.values():
         network.eval()
@@ -109,6 +147,17 @@ def bench_backbone(
                 name: _ratio(times, name, "std") for name in times if name not in ("plain", "std")
             },
         }
+    for model in models.values():
+        model.train()
+    tails = {
+        name: _behind(model, images, labels, inserted=inserted) for name, model in models.items()
+    }
+    times = harness.interleaved(tails, 5 * rounds, device, warmup=2)
+    whole = statistics.median(training["std"])
+    entry["behind"] = {
+        "milliseconds": {name: harness.summary(values) for name, values in times.items()},
+        "added_to_std": {name: _added(times, name, whole) for name in times if name != "std"},
+    }
     return entry
 
 
@@ -200,6 +249,7 @@ def _backbones_table(entries: list[dict[str, Any]], phase: str) -> str:
         of = entry[phase]
         for method, ratio in of["over_plain"].items():
             over_std = of["over_std"].get(method)
+            added = entry.get("behind", {}).get("added_to_std", {}).get(method)
             rows.append(
                 [
                     f"{entry['backbone']}, {entry['images'][0]} images",
@@ -207,9 +257,15 @@ def _backbones_table(entries: list[dict[str, Any]], phase: str) -> str:
                     _shown(of["milliseconds"][method], 0, " ms"),
                     _shown(ratio, 3, "x"),
                     "" if over_std is None else _shown(over_std, 3, "x"),
+                    *([] if phase != "training" else [_added_shown(added)]),
                 ]
             )
-    return harness.table([phase, "method", "time", "over plain", "over STD"], rows)
+    header = [phase, "method", "time", "over plain", "over STD"]
+    return harness.table(header + ["added to STD"] * (phase == "training"), rows)
+
+
+def _added_shown(of: dict[str, float] | None) -> str:
+    return "" if of is None else "{median:+.2%} ({q1:+.2%} to {q3:+.2%})".format(**of)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -253,7 +309,9 @@ inserted. Inference is of the network that is deployed. Table 3 of the PICNN pap
 STD at up to 1.010x in training and 1.046x in inference. By classes: PICNN over ResNet-18 at 8
 images, with as many filters as it takes by default. *Layout and precision*: a step of PICNN over
 the small residual network at 128 images of 32 pixels, as its weights lie and as it computes
-(`--channels_last`, `--precision bf16-mixed`). In brackets the quartiles of the rounds.
+(`--channels_last`, `--precision bf16-mixed`). In brackets the quartiles of the rounds. *Added to STD*:
+a step of all that lies behind the backbone, which is the same for both, minus that of STD, as a
+share of STD's whole step: it tells apart what the noise of whole steps hides.
 
 <results: overhead-*.json>
 

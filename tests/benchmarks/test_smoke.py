@@ -289,6 +289,8 @@ def test_every_method_is_measured_over_the_plain_backbone_and_over_its_target_la
         assert {*of["over_plain"]} == {"std", *of["over_std"]}
         for ratios in (of["over_plain"], of["over_std"]):
             assert all(0 < r["q1"] <= r["median"] <= r["q3"] for r in ratios.values())
+    assert {*entry["behind"]["added_to_std"]} == {*entry["training"]["over_std"]}
     shown = capsys.readouterr().out
     assert "| training " in shown
+    assert "| added to STD " in shown
     assert "| inference " in shown
