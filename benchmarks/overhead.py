@@ -217,7 +217,7 @@ def run(
     tables: tuple[str, ...] = TABLES,
 ) -> dict[str, Any]:
     """All measurements of these tables, each within ``measure(results, title)``."""
-    batch, size, rounds = (2, 32, 2) if smoke else (8, 224, 20)
+    batch, size, rounds = (2, 64, 2) if smoke else (8, 224, 20)
     results: dict[str, Any] = {}
     if "backbones" in tables:
         results["backbones"] = []
@@ -309,9 +309,9 @@ inserted. Inference is of the network that is deployed. Table 3 of the PICNN pap
 STD at up to 1.010x in training and 1.046x in inference. By classes: PICNN over ResNet-18 at 8
 images, with as many filters as it takes by default. *Layout and precision*: a step of PICNN over
 the small residual network at 128 images of 32 pixels, as its weights lie and as it computes
-(`--channels_last`, `--precision bf16-mixed`). In brackets the quartiles of the rounds. *Added to STD*:
-a step of all that lies behind the backbone, which is the same for both, minus that of STD, as a
-share of STD's whole step: it tells apart what the noise of whole steps hides.
+(`--channels_last`, `--precision bf16-mixed`). In brackets the quartiles of the rounds. *Added to
+STD*: a step of all that lies behind the backbone, which is the same for both, minus that of STD, as
+a share of STD's whole step: it tells apart what the noise of whole steps hides.
 
 <results: overhead-*.json>
 
