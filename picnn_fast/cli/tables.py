@@ -88,7 +88,7 @@ _FIGURES_EXPLAINED = 4
 def explained_figure(name: str) -> str:
     from picnn_fast.evaluation import FIGURES
 
-    return f"{FIGURES[name].meaning}. {FIGURES[name].reading}"
+    return f"{FIGURES[name].said}. {FIGURES[name].reading}"
 
 
 def print_note(note: str, width: int, first: str = "  ", then: str = "    ") -> None:

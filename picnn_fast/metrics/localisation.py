@@ -240,6 +240,9 @@ class ActivMapLocalisation(PerImageMetric):
     A filter whose threshold is 0, for it fires in few places, has the whole of every image as its
     region, as in the authors' code.
 
+    It takes two passes: whether a place is in a region hangs on the activations of all images, the
+    later ones too, and maps and masks of all are more than can be kept.
+
     ``prepare`` keeps the maps in single precision until the first ``update``. Where those of all
     images would take more than ``memory_limit``, the thresholds are those of every second, fourth
     … image. ``reset`` forgets the images of ``update`` alone. Each rank has thresholds of what its

@@ -131,4 +131,5 @@ def _by_column(values: Tensor, inputs: Tensor) -> list[Tensor]:
 
 
 def _saliency(values: Tensor, images: Tensor) -> Tensor:
-    return torch.stack([gradient.norm(dim=1) for gradient in _by_column(values, images)], 1)
+    # A norm along an axis of few takes ten times as long.
+    return torch.stack([x.square().sum(1).sqrt() for x in _by_column(values, images)], 1)

@@ -471,7 +471,7 @@ def _figures(
         shown.append(
             FigureRow(
                 heading=heading,
-                meaning=figure.meaning,
+                meaning=figure.said,
                 better=figure.better,
                 reading=figure.reading,
                 cells=_with_best(cells, spans, figure.better) if same else cells,

@@ -15,13 +15,16 @@ from picnn_fast.metrics import (
     ActivMapLocalisation,
     CAMLocalisation,
     GradMapLocalisation,
+    Localisation,
     PointingGame,
     SaliencyLocalisation,
 )
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.gradients import class_activation, class_saliency, filter_saliency
 
-# Elements of the saliency that is held at a time.
+# Images whose gradients are taken together, which a small batch makes slow, and elements of their
+# saliency, at most.
+_TOGETHER = 32
 _MOST_SALIENCY = 2**25
 # Sides of the pointing game's grids: the greatest whose images are all of different classes.
 _GRIDS = (3, 2)
@@ -39,22 +42,61 @@ def _needs_maps_and_object_masks(network: InterpretableNetwork, data: object) ->
     return _needs_object_masks(network, data)
 
 
-def _gradmap(network: InterpretableNetwork, data: object, draws: int) -> GradMapLocalisation:
-    return GradMapLocalisation(network.num_filters, network.num_classes)
+class _GradMap(GradMapLocalisation):
+    """``GradMapLocalisation`` that takes the gradients itself, of images of several batches.
+
+    Few of a batch are chosen, and a backward pass of few costs nearly as much as one of many.
+
+    Args:
+        network: whose filters they are.
+        batch_size: images of which gradients are taken together, at most.
+        **kwargs: of ``GradMapLocalisation``.
+    """
+
+    def __init__(self, network: InterpretableNetwork, batch_size: int, **kwargs: Any) -> None:
+        super().__init__(network.num_filters, network.num_classes, **kwargs)
+        # The network itself would be a part of the metric, which is a module.
+        self._saliency = partial(filter_saliency, network)
+        self._batch_size = min(batch_size, _TOGETHER)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update(  # type: ignore[override]
+        self, images: Tensor, object_masks: Tensor, labels: Tensor
+    ) -> None:
+        """Add a batch of images ``[B, C, H, W]``; the rest as of ``ActivMapLocalisation``."""
+        filters = self.top_filters(labels)
+        fitting = _MOST_SALIENCY // (images[0, 0].numel() * self.filters)
+        together = max(1, min(self._batch_size, fitting))
+        self._waiting += zip(images, object_masks, filters, strict=True)
+        while len(self._waiting) >= together:
+            self._look(together)
+
+    def compute(self) -> Localisation:
+        self._look(len(self._waiting))
+        return super().compute()
+
+    def reset(self) -> None:
+        super().reset()
+        self._waiting = []
+
+    def _look(self, count: int) -> None:
+        """Take gradients of the first images that wait."""
+        if count > 0:
+            some, self._waiting = self._waiting[:count], self._waiting[count:]
+            images, masks, filters = map(torch.stack, zip(*some, strict=True))
+            super().update(self._saliency(images, filters), masks)
 
 
-def _prepare_gradmap(metric: GradMapLocalisation, seen: Observation) -> None:
+def _gradmap(network: InterpretableNetwork, data: SeededDataModule, draws: int) -> _GradMap:
+    return _GradMap(network, data.batch_size)
+
+
+def _prepare_gradmap(metric: _GradMap, seen: Observation) -> None:
     metric.prepare(seen.pooled, seen.labels)
 
 
-def _update_gradmap(metric: GradMapLocalisation, seen: Observation) -> None:
-    # Twice the pixels of what is kept, with what is made of it.
-    pixels = seen.images[0, 0].numel() * metric.filters
-    masks, filters = _object_masks(seen), metric.top_filters(seen.labels)
-    for rows in torch.arange(len(filters)).split(max(1, _MOST_SALIENCY // pixels)):
-        rows = rows.to(filters.device)
-        saliency = filter_saliency(seen.network, seen.images[rows], filters[rows])
-        metric.update(saliency, masks[rows])
+def _update_gradmap(metric: _GradMap, seen: Observation) -> None:
+    metric.update(seen.images, _object_masks(seen), seen.labels)
 
 
 def _class_gradmap(network: InterpretableNetwork, data: object, draws: int) -> SaliencyLocalisation:
@@ -150,6 +192,8 @@ def _localisation(
 
 
 FIGURES: dict[str, Figure] = {
+    # 30 backward passes an image, each of a forward pass or more: no way of computing it is quicker
+    # than a forward pass over the same images, so that it is of few.
     **_localisation(
         "gradmap",
         "GradMap",
@@ -163,7 +207,7 @@ FIGURES: dict[str, Figure] = {
         update=_update_gradmap,
         needs=_needs_object_masks,
         when="asked",
-        images=500,
+        images=200,
     ),
     **_localisation(
         "gradmap_class",

@@ -54,6 +54,12 @@ class Figure:
     images: int | None = None
     remark: Callable[[float], str | None] = lambda value: None
 
+    @property
+    def said(self) -> str:
+        """What it measures, and of how many images where that is not all."""
+        some = "" if self.images is None else f"; of {self.images} test images at most"
+        return self.meaning + some
+
     def of(self, computed: Any) -> Any:
         """The figure's own part of what its metric computed: a scalar, or a ``MeanOverDraws``."""
         return computed if self.part is None else getattr(computed, self.part)
