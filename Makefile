@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OLDEST_PYTHON ?= env PYENV_VERSION=3.12 python3.12
 OLDEST_VENV ?= .venv-oldest
 
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 # A process a core, with one thread each; files stay whole, for some have costly fixtures.
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
@@ -29,7 +29,7 @@ lint: $(VENV)/.built ## ruff, mypy, imports, clang-format; compiler warnings are
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cu')
 
 docs: $(VENV)/.built ## the documentation, in build/docs
 	$(BIN)/mkdocs build --strict

@@ -21,13 +21,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const MaskingKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(masking_kernels); }
+// A draw costs about as much as moving so many elements.
+constexpr int64_t kDrawElements = 4;
 
-bool is_double(const Tensor& t, const char* name) {
-  const bool wide = t.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, name, ": want float32 or float64");
-  return wide;
-}
+const MaskingKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(masking_kernels); }
 
 void check_like(const Tensor& t, const char* name, const Tensor& features) {
   bool same = t.dim() == features.dim();
@@ -37,89 +34,169 @@ void check_like(const Tensor& t, const char* name, const Tensor& features) {
   STD_TORCH_CHECK(same, name, ": want the shape of features");
 }
 
-ScaleMaps scaling(const Tensor& features, const Tensor& mask, const Tensor& masked) {
-  const MapsShape shape = shape_of_maps(features, "features");
-  return {shape,
-          units_of(shape, torch::stable::get_num_threads()),
-          features.const_data_ptr(),
-          strides_of_maps(features, "features"),
-          mask.const_data_ptr(),
-          masked.mutable_data_ptr(),
-          strides_of_maps(masked, "masked"),
-          exceeds_cache(masked)};
+uint64_t checked_seed(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "seed: want one int64");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
+void check_mask(const Tensor& mask, const MapsShape& shape, const Tensor& features) {
+  check_shape(mask, "mask", {shape.batch, shape.filters});
+  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
+                  "mask: want float32, float64 for float64 features");
+}
+
+template <typename L>
+DrawLabels<L> label_draws(const Tensor& logits, uint64_t seed, int64_t rank, const Tensor& labels) {
+  DrawLabels<L> d{};
+  d.classes = logits.size(1);
+  d.logits = static_cast<const L*>(logits.const_data_ptr());
+  d.sample_stride = logits.stride(0);
+  d.class_stride = logits.stride(1);
+  d.seed = seed;
+  d.rank = static_cast<uint32_t>(rank);
+  d.labels = static_cast<int64_t*>(labels.mutable_data_ptr());
+  return d;
+}
+
+template <typename P, typename A>
+DrawFilters<P, A> filter_draws(const Tensor& probabilities, const int64_t* rows, uint64_t seed,
+                               int64_t rank, const Tensor& mask) {
+  DrawFilters<P, A> d{};
+  d.filters = probabilities.size(1);
+  d.probabilities = static_cast<const P*>(probabilities.const_data_ptr());
+  d.row_stride = probabilities.stride(0);
+  d.filter_stride = probabilities.stride(1);
+  d.rows = rows;
+  d.seed = seed;
+  d.rank = static_cast<uint32_t>(rank);
+  d.mask = static_cast<A*>(mask.mutable_data_ptr());
+  return d;
+}
+
+template <typename T, typename A>
+ScaleMaps<T, A> scaling(const Tensor& features, const Tensor& mask, const Tensor& masked) {
+  ScaleMaps<T, A> s{};
+  s.shape = shape_of_maps(features, "features");
+  s.units = units_of(s.shape, torch::stable::get_num_threads());
+  s.maps = static_cast<const T*>(features.const_data_ptr());
+  s.maps_strides = strides_of_maps(features, "features");
+  s.mask = static_cast<const A*>(mask.const_data_ptr());
+  s.out = static_cast<T*>(masked.mutable_data_ptr());
+  s.out_strides = strides_of_maps(masked, "masked");
+  s.stream = exceeds_cache(masked);
+  return s;
+}
+
+Tensor draw_labels(const Tensor& logits, const Tensor& seed, int64_t rank) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1,
+                  "logits: want [batch, classes], at least one class");
+  const int64_t batch = logits.size(0), classes = logits.size(1);
+  const uint64_t key = checked_seed(seed);
+  Tensor labels = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
+  with_real(logits, "logits", [&](auto logit) {
+    using L = decltype(logit);
+    const DrawLabels<L> drawn = label_draws<L>(logits, key, rank, labels);
+    const ParameterKernels<L>& k = kernels();
+    torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrainElements / classes),
+                                [&](int64_t begin, int64_t end) {
+                                  std::vector<int64_t> scratch(static_cast<size_t>(classes));
+                                  k.draw_labels(drawn, begin, end, scratch.data());
+                                });
+  });
+  return labels;
+}
+
+Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t rank) {
+  STD_TORCH_CHECK(probabilities.dim() == 2, "probabilities: want [batch, filters]");
+  const int64_t batch = probabilities.size(0), filters = probabilities.size(1);
+  const uint64_t key = checked_seed(seed);
+  Tensor mask = torch::stable::new_empty(probabilities, {batch, filters});
+  with_real(probabilities, "probabilities", [&](auto probability) {
+    using P = decltype(probability);
+    const DrawFilters<P, P> drawn =
+        filter_draws<P, P>(probabilities, /*rows=*/nullptr, key, rank, mask);
+    const FilterKernels<P, P>& k = kernels();
+    const int64_t grain =
+        std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, kDrawElements * filters));
+    torch::stable::parallel_for(
+        0, batch, grain, [&](int64_t begin, int64_t end) { k.draw_filters(drawn, begin, end); });
+  });
+  return mask;
+}
+
+template <typename T, typename A, typename L, typename P>
+void draw_and_keep(const DrawLabels<L>& labelled, const DrawFilters<P, A>& drawn,
+                   const ScaleMaps<T, A>& kept) {
+  const MaskingKernels& all = kernels();
+  const ParameterKernels<L>& of_labels = all;
+  const FilterKernels<P, A>& of_filters = all;
+  const MapKernels<T, A>& of_maps = all;
+  const MapsShape& shape = kept.shape;
+  const int64_t elements = labelled.classes + shape.filters * (kDrawElements + shape.positions);
+  const bool whole_samples = kept.units.blocks == 1;
+  torch::stable::parallel_for(0, shape.batch, std::max<int64_t>(1, kGrainElements / elements),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<int64_t> scratch(static_cast<size_t>(labelled.classes));
+                                // Sample by sample: the next draws go on while the stores of the
+                                // last maps drain.
+                                for (int64_t b = begin; b < end; ++b) {
+                                  of_labels.draw_labels(labelled, b, b + 1, scratch.data());
+                                  of_filters.draw_filters(drawn, b, b + 1);
+                                  if (whole_samples) {
+                                    of_maps.keep(kept, b, b + 1);
+                                  }
+                                }
+                              });
+  if (!whole_samples) {
+    parallel_units(shape, kept.units,
+                   [&](int64_t begin, int64_t end) { of_maps.keep(kept, begin, end); });
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const Tensor& logits,
                                                   const Tensor& correspondence, const Tensor& seed,
                                                   int64_t rank) {
   const MapsShape shape = shape_of_maps(features, "features");
-  const Storage type = storage(features, "features");
   STD_TORCH_CHECK(logits.dim() == 2, "logits: want [batch, classes]");
   const int64_t classes = logits.size(1);
   STD_TORCH_CHECK(classes >= 1, "logits: want at least one class");
   check_shape(logits, "logits", {shape.batch, classes});
   check_shape(correspondence, "correspondence", {classes, shape.filters});
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                  "seed: want one int64");
-  const bool double_logits = is_double(logits, "logits");
-  const bool double_correspondence = is_double(correspondence, "correspondence");
-
-  const ScalarType mask_type = accumulate_type(features);
+  const uint64_t key = checked_seed(seed);
   Tensor masked = torch::stable::empty_like(features);
-  Tensor mask = torch::stable::new_empty(features, {shape.batch, shape.filters}, mask_type);
+  Tensor mask =
+      torch::stable::new_empty(features, {shape.batch, shape.filters}, accumulate_type(features));
   Tensor labels = torch::stable::new_empty(features, {shape.batch}, ScalarType::Long);
-  const ScaleMaps scaled = scaling(features, mask, masked);
-  const Draw drawn{classes,
-                   shape.filters,
-                   logits.const_data_ptr(),
-                   {logits.stride(0), logits.stride(1)},
-                   correspondence.const_data_ptr(),
-                   {correspondence.stride(0), correspondence.stride(1)},
-                   static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
-                   static_cast<uint32_t>(rank),
-                   mask.mutable_data_ptr(),
-                   static_cast<int64_t*>(labels.mutable_data_ptr())};
-  const MaskingKernels& k = kernels();
-  const auto draw = [&](int64_t begin, int64_t end, std::vector<int64_t>& scratch) {
-    k.draw(drawn, double_logits, double_correspondence, mask_type == ScalarType::Double, begin, end,
-           scratch.data());
-  };
-  // A draw costs about as much as moving four elements.
-  const int64_t elements = classes + shape.filters * (4 + shape.positions);
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / elements);
-  const bool whole_samples = scaled.units.blocks == 1;
-  torch::stable::parallel_for(0, shape.batch, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> scratch(static_cast<size_t>(classes));
-    if (!whole_samples) {
-      draw(begin, end, scratch);
-      return;
-    }
-    // Sample by sample: the next draws go on while the stores of the last maps drain.
-    for (int64_t b = begin; b < end; ++b) {
-      draw(b, b + 1, scratch);
-      k.scale(scaled, type, /*binary=*/true, b, b + 1);
-    }
-  });
-  if (!whole_samples) {
-    parallel_units(shape, scaled.units, [&](int64_t begin, int64_t end) {
-      k.scale(scaled, type, /*binary=*/true, begin, end);
+  with_types(features, "features", [&](auto element, auto sum) {
+    with_real(logits, "logits", [&](auto logit) {
+      with_real(correspondence, "correspondence", [&](auto probability) {
+        using T = decltype(element);
+        using A = decltype(sum);
+        using L = decltype(logit);
+        using P = decltype(probability);
+        const DrawLabels<L> labelled = label_draws<L>(logits, key, rank, labels);
+        draw_and_keep<T, A, L, P>(
+            labelled, filter_draws<P, A>(correspondence, labelled.labels, key, rank, mask),
+            scaling<T, A>(features, mask, masked));
+      });
     });
-  }
+  });
   return {masked, mask, labels};
 }
 
 Tensor mask_channels(const Tensor& features, const Tensor& mask) {
   const MapsShape shape = shape_of_maps(features, "features");
-  const Storage type = storage(features, "features");
-  check_shape(mask, "mask", {shape.batch, shape.filters});
-  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
-                  "mask: want float32, float64 for float64 features");
+  check_mask(mask, shape, features);
   const Tensor rows = torch::stable::contiguous(mask);
   Tensor masked = torch::stable::empty_like(features);
-  const ScaleMaps arguments = scaling(features, rows, masked);
-  const MaskingKernels& k = kernels();
-  parallel_units(shape, arguments.units, [&](int64_t begin, int64_t end) {
-    k.scale(arguments, type, /*binary=*/false, begin, end);
+  with_types(features, "features", [&](auto element, auto sum) {
+    using T = decltype(element);
+    using A = decltype(sum);
+    const ScaleMaps<T, A> scaled = scaling<T, A>(features, rows, masked);
+    const MapKernels<T, A>& k = kernels();
+    parallel_units(shape, scaled.units,
+                   [&](int64_t begin, int64_t end) { k.scale(scaled, begin, end); });
   });
   return masked;
 }
@@ -127,32 +204,68 @@ Tensor mask_channels(const Tensor& features, const Tensor& mask) {
 std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Tensor& features,
                                             const Tensor& mask) {
   const MapsShape shape = shape_of_maps(features, "features");
-  const Storage type = storage(features, "features");
   check_like(grad_masked, "grad_masked", features);
-  check_shape(mask, "mask", {shape.batch, shape.filters});
   STD_TORCH_CHECK(grad_masked.scalar_type() == features.scalar_type(),
                   "grad_masked: want the dtype of features");
-  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
-                  "mask: want float32, float64 for float64 features");
+  check_mask(mask, shape, features);
   const Tensor rows = torch::stable::contiguous(mask);
   Tensor grad_features = torch::stable::empty_like(features);
   Tensor grad_mask =
       torch::stable::new_empty(mask, {shape.batch, shape.filters}, accumulate_type(features));
-  const MaskingBackward arguments{shape,
-                                  units_of(shape, torch::stable::get_num_threads()),
-                                  grad_masked.const_data_ptr(),
-                                  strides_of_maps(grad_masked, "grad_masked"),
-                                  features.const_data_ptr(),
-                                  strides_of_maps(features, "features"),
-                                  rows.const_data_ptr(),
-                                  grad_features.mutable_data_ptr(),
-                                  strides_of_maps(grad_features, "grad_features"),
-                                  grad_mask.mutable_data_ptr(),
-                                  exceeds_cache(grad_features)};
-  const MaskingKernels& k = kernels();
-  parallel_units(shape, arguments.units,
-                 [&](int64_t begin, int64_t end) { k.backward(arguments, type, begin, end); });
+  with_types(features, "features", [&](auto element, auto sum) {
+    using T = decltype(element);
+    using A = decltype(sum);
+    MaskingBackward<T, A> s{};
+    s.shape = shape;
+    s.units = units_of(shape, torch::stable::get_num_threads());
+    s.grad = static_cast<const T*>(grad_masked.const_data_ptr());
+    s.grad_strides = strides_of_maps(grad_masked, "grad_masked");
+    s.maps = static_cast<const T*>(features.const_data_ptr());
+    s.maps_strides = strides_of_maps(features, "features");
+    s.mask = static_cast<const A*>(rows.const_data_ptr());
+    s.grad_maps = static_cast<T*>(grad_features.mutable_data_ptr());
+    s.grad_maps_strides = strides_of_maps(grad_features, "grad_features");
+    s.grad_mask = static_cast<A*>(grad_mask.mutable_data_ptr());
+    s.stream = exceeds_cache(grad_features);
+    const MapKernels<T, A>& k = kernels();
+    parallel_units(shape, s.units, [&](int64_t begin, int64_t end) { k.backward(s, begin, end); });
+  });
   return {grad_features, grad_mask};
+}
+
+// grad_mask @ correspondence^T by the library, or nothing where the kernel works it out.
+Tensor product_of_large(const Tensor& grad_mask, const Tensor& correspondence) {
+  // Up to here the table stays in the second-level cache while every sample passes over it; beyond,
+  // the library's matrix product cuts it into blocks.
+  constexpr int64_t kTableElements = 1 << 16;
+  Tensor product;
+  if (correspondence.numel() > kTableElements) {
+    // The CPU kernel itself: through the dispatcher, autocast would lower it to bfloat16.
+    product = torch::stable::new_empty(grad_mask, {grad_mask.size(0), correspondence.size(0)});
+    const Tensor transposed = torch::stable::transpose(correspondence, 0, 1);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_mm_out(product.get(), grad_mask.get(), transposed.get()));
+  }
+  return product;
+}
+
+template <typename A>
+void parameters_backward(const ParametersBackward<A>& s) {
+  const ParameterKernels<A>& k = kernels();
+  // One parallel region for both: first the samples, then blocks of filters.
+  constexpr int64_t kFilters = 64;
+  const int64_t units = s.batch + (s.filters + kFilters - 1) / kFilters;
+  const int64_t elements = std::max<int64_t>(1, s.classes * (s.filters + 16));
+  torch::stable::parallel_for(
+      0, units, std::max<int64_t>(1, kGrainElements / elements), [&](int64_t begin, int64_t end) {
+        std::vector<A> scratch(static_cast<size_t>(begin < s.batch ? s.classes : 0));
+        k.logits_backward(s, std::min(begin, s.batch), std::min(end, s.batch), scratch.data());
+        const int64_t first = (std::max(begin, s.batch) - s.batch) * kFilters;
+        const int64_t last = (std::max(end, s.batch) - s.batch) * kFilters;
+        if (first < last) {
+          k.correspondence_backward(s, first, std::min(last, s.filters));
+        }
+      });
 }
 
 std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask,
@@ -166,62 +279,39 @@ std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask
   STD_TORCH_CHECK(classes >= 1, "correspondence: want at least one class");
   check_shape(grad_mask, "grad_mask", {batch, filters});
   check_shape(logits, "logits", {batch, classes});
-  const bool wide = is_double(correspondence, "correspondence");
-  STD_TORCH_CHECK(grad_mask.scalar_type() == correspondence.scalar_type() &&
-                      logits.scalar_type() == correspondence.scalar_type(),
-                  "grad_mask, logits: want the dtype of correspondence");
   const Tensor rows = torch::stable::contiguous(grad_mask);
   const Tensor scores = torch::stable::contiguous(logits);
   const Tensor table = torch::stable::contiguous(correspondence);
   const Tensor labels = class_indices(pseudo_label, "pseudo_label", batch, classes);
-  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
-  // Up to here the table stays in the second-level cache while every sample passes over it; beyond,
-  // the library's matrix product cuts it into blocks.
-  constexpr int64_t kTableElements = 1 << 16;
-  Tensor product;
-  if (classes * filters > kTableElements) {
-    // The CPU kernel itself: through the dispatcher, autocast would lower it to bfloat16.
-    product = torch::stable::new_empty(rows, {batch, classes});
-    const Tensor transposed = torch::stable::transpose(table, 0, 1);
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_mm_out(product.get(), rows.get(), transposed.get()));
-  }
-  Tensor grad_logits =
-      torch::stable::new_empty(logits, {batch, classes}, correspondence.scalar_type());
-  Tensor grad_table =
-      torch::stable::new_empty(correspondence, {classes, filters}, correspondence.scalar_type());
-  const ParametersBackward arguments{batch,
-                                     classes,
-                                     filters,
-                                     rows.const_data_ptr(),
-                                     scores.const_data_ptr(),
-                                     table.const_data_ptr(),
-                                     label,
-                                     product.defined() ? product.const_data_ptr() : nullptr,
-                                     grad_logits.mutable_data_ptr(),
-                                     grad_table.mutable_data_ptr()};
-  const MaskingKernels& k = kernels();
-  // One parallel region for both: first the samples, then blocks of filters.
-  constexpr int64_t kFilters = 64;
-  const int64_t units = batch + (filters + kFilters - 1) / kFilters;
-  const int64_t elements = std::max<int64_t>(1, classes * (filters + 16));
-  torch::stable::parallel_for(
-      0, units, std::max<int64_t>(1, kGrainElements / elements), [&](int64_t begin, int64_t end) {
-        std::vector<double> scratch(static_cast<size_t>(begin < batch ? classes : 0));
-        k.logits_backward(arguments, wide, std::min(begin, batch), std::min(end, batch),
-                          scratch.data());
-        const int64_t first = (std::max(begin, batch) - batch) * kFilters;
-        const int64_t last = (std::max(end, batch) - batch) * kFilters;
-        if (first < last) {
-          k.correspondence_backward(arguments, wide, first, std::min(last, filters));
-        }
-      });
+  Tensor grad_logits = torch::stable::new_empty(logits, {batch, classes});
+  Tensor grad_table = torch::stable::new_empty(correspondence, {classes, filters});
+  with_real(correspondence, "correspondence", [&](auto element) {
+    using A = decltype(element);
+    STD_TORCH_CHECK(grad_mask.scalar_type() == correspondence.scalar_type() &&
+                        logits.scalar_type() == correspondence.scalar_type(),
+                    "grad_mask, logits: want the dtype of correspondence");
+    const Tensor product = product_of_large(rows, table);
+    ParametersBackward<A> s{};
+    s.batch = batch;
+    s.classes = classes;
+    s.filters = filters;
+    s.grad_mask = static_cast<const A*>(rows.const_data_ptr());
+    s.logits = static_cast<const A*>(scores.const_data_ptr());
+    s.correspondence = static_cast<const A*>(table.const_data_ptr());
+    s.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+    s.grad_y1 = product.defined() ? static_cast<const A*>(product.const_data_ptr()) : nullptr;
+    s.grad_logits = static_cast<A*>(grad_logits.mutable_data_ptr());
+    s.grad_correspondence = static_cast<A*>(grad_table.mutable_data_ptr());
+    parameters_backward(s);
+  });
   return {grad_logits, grad_table};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
+  m.impl("draw_labels", TORCH_BOX(&draw_labels));
+  m.impl("draw_filters", TORCH_BOX(&draw_filters));
   m.impl("bernoulli_mask", TORCH_BOX(&bernoulli_mask));
   m.impl("mask_channels", TORCH_BOX(&mask_channels));
   m.impl("masking_backward", TORCH_BOX(&masking_backward));

@@ -16,12 +16,14 @@
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
-using picnn_fast::Draw;
+using picnn_fast::DrawFilters;
+using picnn_fast::DrawLabels;
+using picnn_fast::FilterKernels;
+using picnn_fast::MapKernels;
 using picnn_fast::MaskingBackward;
-using picnn_fast::MaskingKernels;
+using picnn_fast::ParameterKernels;
 using picnn_fast::ParametersBackward;
 using picnn_fast::ScaleMaps;
-using picnn_fast::Storage;
 using picnn_fast::Strides;
 using picnn_fast::Units;
 
@@ -80,20 +82,25 @@ int64_t draw_label(const L* logits, int64_t stride, int64_t classes, uint32_t bi
   return classes - 1;
 }
 
-template <typename L, typename P, typename A>
-void draw(const Draw& d, int64_t begin, int64_t end, int64_t* scratch) {
+template <typename L>
+void draw_labels(const DrawLabels<L>& d, int64_t begin, int64_t end, int64_t* scratch) {
   for (int64_t b = begin; b < end; ++b) {
     const uint32_t bits = random_24_bits(b, d.seed, Stream::kLabel, d.rank);
-    const L* logits = static_cast<const L*>(d.logits) + b * d.logits_strides[0];
-    const int64_t label = draw_label(logits, d.logits_strides[1], d.classes, bits, scratch);
-    d.labels[b] = label;
-    const P* __restrict__ p =
-        static_cast<const P*>(d.correspondence) + label * d.correspondence_strides[0];
-    const int64_t stride = d.correspondence_strides[1];
-    A* __restrict__ mask = static_cast<A*>(d.mask) + b * d.filters;
+    d.labels[b] =
+        draw_label(d.logits + b * d.sample_stride, d.class_stride, d.classes, bits, scratch);
+  }
+}
+
+template <typename P, typename A>
+void draw_filters(const DrawFilters<P, A>& d, int64_t begin, int64_t end) {
+  constexpr int64_t kRun = 512;
+  uint32_t draws[kRun];
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t row = d.rows != nullptr ? d.rows[b] : b;
+    const P* __restrict__ p = d.probabilities + row * d.row_stride;
+    const int64_t stride = d.filter_stride;
+    A* __restrict__ mask = d.mask + b * d.filters;
     const uint64_t first = static_cast<uint64_t>(b) * static_cast<uint64_t>(d.filters);
-    constexpr int64_t kRun = 512;
-    uint32_t draws[kRun];
     for (int64_t begin_run = 0; begin_run < d.filters; begin_run += kRun) {
       const int64_t count = d.filters - begin_run < kRun ? d.filters - begin_run : kRun;
       random_24_bits_run(draws, count, first + static_cast<uint64_t>(begin_run), d.seed,
@@ -190,49 +197,71 @@ PICNN_FAST_HD void scale_rows(const T* x, int64_t stride, T* __restrict__ out, i
 }
 
 template <typename T, typename A, bool kBinary>
-void scale(const ScaleMaps& s, int64_t begin, int64_t end) {
-  const auto [batch, filters, positions] = s.shape;
+PICNN_FAST_HD void scale_channels_last(const ScaleMaps<T, A>& s, const Unit& u, Sink<T>& sink) {
+  const int64_t positions = s.shape.positions;
+  const A* __restrict__ mask = s.mask + u.batch * s.shape.filters + u.begin;
+  const T* x = s.maps + u.batch * s.maps_strides.batch + u.begin;
+  T* out = s.out + u.batch * s.out_strides.batch + u.begin;
+  const int64_t width = u.end - u.begin;
+  const int64_t step = s.out_strides.position == width ? rows_at_once<T>(width) : 1;
+  for (int64_t p = 0; p < positions; p += step) {
+    const int64_t rows = step < positions - p ? step : positions - p;
+    T* stretch = sink.open(out + p * s.out_strides.position, rows * width);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* __restrict__ row = x + (p + r) * s.maps_strides.position;
+      T* __restrict__ out_row = stretch + r * width;
+      for (int64_t i = 0; i < width; ++i) {
+        out_row[i] = masked<T, A, kBinary>(row[i], mask[i]);
+      }
+    }
+    sink.close();
+  }
+}
+
+template <typename T, typename A, bool kBinary>
+PICNN_FAST_HD void scale_contiguous(const ScaleMaps<T, A>& s, const Unit& u, Sink<T>& sink) {
+  const int64_t positions = s.shape.positions, stride = s.maps_strides.filter;
+  const A* mask = s.mask + u.batch * s.shape.filters;
+  const T* x = s.maps + u.batch * s.maps_strides.batch;
+  T* out = s.out + u.batch * s.out_strides.batch;
+  const int64_t step = rows_at_once<T>(positions);
+  for (int64_t first = u.begin; first < u.end; first += step) {
+    const int64_t last = first + step < u.end ? first + step : u.end;
+    T* stretch = sink.open(out + first * positions, (last - first) * positions);
+    prefetch_rows(x, stride, positions, mask, last, u.end);
+    scale_rows<T, A, kBinary>(x, stride, stretch, positions, mask, first, last);
+    sink.close();
+  }
+}
+
+template <typename T, typename A, bool kBinary>
+PICNN_FAST_HD void scale_strided(const ScaleMaps<T, A>& s, const Unit& u) {
+  const Strides from = s.maps_strides, to = s.out_strides;
+  const A* mask = s.mask + u.batch * s.shape.filters;
+  const T* x = s.maps + u.batch * from.batch;
+  T* out = s.out + u.batch * to.batch;
+  for (int64_t i = u.begin; i < u.end; ++i) {
+    for (int64_t p = 0; p < s.shape.positions; ++p) {
+      out[i * to.filter + p * to.position] =
+          masked<T, A, kBinary>(x[i * from.filter + p * from.position], mask[i]);
+    }
+  }
+}
+
+template <typename T, typename A, bool kBinary>
+void scale(const ScaleMaps<T, A>& s, int64_t begin, int64_t end) {
   const Strides from = s.maps_strides, to = s.out_strides;
   const bool channels_last = from.filter == 1 && to.filter == 1;
-  const bool contiguous = from.position == 1 && to.position == 1 && to.filter == positions;
+  const bool contiguous = from.position == 1 && to.position == 1 && to.filter == s.shape.positions;
   Sink<T> sink(s.stream);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit u = unit(s.units, index, filters);
-    const A* __restrict__ mask = static_cast<const A*>(s.mask) + u.batch * filters;
-    const T* x = static_cast<const T*>(s.maps) + u.batch * from.batch;
-    T* out = static_cast<T*>(s.out) + u.batch * to.batch;
+    const Unit u = unit(s.units, index, s.shape.filters);
     if (channels_last) {
-      const int64_t width = u.end - u.begin;
-      const int64_t step = to.position == width ? rows_at_once<T>(width) : 1;
-      for (int64_t p = 0; p < positions; p += step) {
-        const int64_t rows = step < positions - p ? step : positions - p;
-        T* stretch = sink.open(out + p * to.position + u.begin, rows * width);
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* __restrict__ row = x + (p + r) * from.position + u.begin;
-          const A* __restrict__ row_mask = mask + u.begin;
-          T* __restrict__ out_row = stretch + r * width;
-          for (int64_t i = 0; i < width; ++i) {
-            out_row[i] = masked<T, A, kBinary>(row[i], row_mask[i]);
-          }
-        }
-        sink.close();
-      }
+      scale_channels_last<T, A, kBinary>(s, u, sink);
     } else if (contiguous) {
-      const int64_t step = rows_at_once<T>(positions);
-      for (int64_t first = u.begin; first < u.end; first += step) {
-        const int64_t last = first + step < u.end ? first + step : u.end;
-        T* stretch = sink.open(out + first * positions, (last - first) * positions);
-        prefetch_rows(x, from.filter, positions, mask, last, u.end);
-        scale_rows<T, A, kBinary>(x, from.filter, stretch, positions, mask, first, last);
-        sink.close();
-      }
+      scale_contiguous<T, A, kBinary>(s, u, sink);
     } else {
-      for (int64_t i = u.begin; i < u.end; ++i) {
-        for (int64_t p = 0; p < positions; ++p) {
-          out[i * to.filter + p * to.position] =
-              masked<T, A, kBinary>(x[i * from.filter + p * from.position], mask[i]);
-        }
-      }
+      scale_strided<T, A, kBinary>(s, u);
     }
   }
 }
@@ -306,83 +335,108 @@ PICNN_FAST_HD A dot(const T* x, const T* grad, int64_t positions) {
   return sums.sum();
 }
 
-template <typename T>
-void backward(const MaskingBackward& s, int64_t begin, int64_t end) {
-  using A = typename Accumulate<T>::type;
-  const auto [batch, filters, positions] = s.shape;
+template <typename T, typename A>
+PICNN_FAST_HD void backward_channels_last(const MaskingBackward<T, A>& s, const Unit& u,
+                                          Sink<T>& sink) {
+  const int64_t positions = s.shape.positions;
+  const T* x = s.maps + u.batch * s.maps_strides.batch + u.begin;
+  const T* grad = s.grad + u.batch * s.grad_strides.batch + u.begin;
+  T* out = s.grad_maps + u.batch * s.grad_maps_strides.batch + u.begin;
+  const A* __restrict__ mask = s.mask + u.batch * s.shape.filters + u.begin;
+  A* __restrict__ sums = s.grad_mask + u.batch * s.shape.filters + u.begin;
+  const int64_t width = u.end - u.begin;
+  const int64_t step = s.grad_maps_strides.position == width ? rows_at_once<T>(width) : 1;
+  std::memset(sums, 0, width * sizeof(A));
+  for (int64_t p = 0; p < positions; p += step) {
+    const int64_t rows = step < positions - p ? step : positions - p;
+    T* stretch = sink.open(out + p * s.grad_maps_strides.position, rows * width);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* __restrict__ row = x + (p + r) * s.maps_strides.position;
+      const T* __restrict__ grad_row = grad + (p + r) * s.grad_strides.position;
+      T* __restrict__ out_row = stretch + r * width;
+      for (int64_t i = 0; i < width; ++i) {
+        sums[i] += static_cast<A>(widen(row[i])) * static_cast<A>(widen(grad_row[i]));
+        out_row[i] = scaled(grad_row[i], mask[i]);
+      }
+    }
+    sink.close();
+  }
+}
+
+template <typename T, typename A>
+PICNN_FAST_HD void backward_contiguous(const MaskingBackward<T, A>& s, const Unit& u,
+                                       Sink<T>& sink) {
+  const int64_t positions = s.shape.positions;
+  const T* x = s.maps + u.batch * s.maps_strides.batch;
+  const T* grad = s.grad + u.batch * s.grad_strides.batch;
+  T* out = s.grad_maps + u.batch * s.grad_maps_strides.batch;
+  const A* mask = s.mask + u.batch * s.shape.filters;
+  A* grad_mask = s.grad_mask + u.batch * s.shape.filters;
+  const int64_t step = rows_at_once<T>(positions);
+  for (int64_t first = u.begin; first < u.end; first += step) {
+    const int64_t last = first + step < u.end ? first + step : u.end;
+    T* stretch = sink.open(out + first * positions, (last - first) * positions);
+    for (int64_t i = first; i < last; ++i) {
+      grad_mask[i] =
+          dot<T, A>(x + i * s.maps_strides.filter, grad + i * s.grad_strides.filter, positions);
+    }
+    scale_rows<T, A, false>(grad, s.grad_strides.filter, stretch, positions, mask, first, last);
+    sink.close();
+  }
+}
+
+template <typename T, typename A>
+PICNN_FAST_HD void backward_strided(const MaskingBackward<T, A>& s, const Unit& u) {
+  const Strides from = s.maps_strides, grad_from = s.grad_strides, to = s.grad_maps_strides;
+  const T* x = s.maps + u.batch * from.batch;
+  const T* grad = s.grad + u.batch * grad_from.batch;
+  T* out = s.grad_maps + u.batch * to.batch;
+  const A* mask = s.mask + u.batch * s.shape.filters;
+  for (int64_t i = u.begin; i < u.end; ++i) {
+    A sum = 0;
+    for (int64_t p = 0; p < s.shape.positions; ++p) {
+      const T g = grad[i * grad_from.filter + p * grad_from.position];
+      const T value = x[i * from.filter + p * from.position];
+      sum += static_cast<A>(widen(value)) * static_cast<A>(widen(g));
+      out[i * to.filter + p * to.position] = scaled(g, mask[i]);
+    }
+    s.grad_mask[u.batch * s.shape.filters + i] = sum;
+  }
+}
+
+template <typename T, typename A>
+void backward(const MaskingBackward<T, A>& s, int64_t begin, int64_t end) {
   const Strides from = s.maps_strides, grad_from = s.grad_strides, to = s.grad_maps_strides;
   const bool channels_last = from.filter == 1 && grad_from.filter == 1 && to.filter == 1;
-  const bool contiguous =
-      from.position == 1 && grad_from.position == 1 && to.position == 1 && to.filter == positions;
+  const bool contiguous = from.position == 1 && grad_from.position == 1 && to.position == 1 &&
+                          to.filter == s.shape.positions;
   Sink<T> sink(s.stream);
   for (int64_t index = begin; index < end; ++index) {
-    const Unit u = unit(s.units, index, filters);
-    const A* mask = static_cast<const A*>(s.mask) + u.batch * filters;
-    const T* x = static_cast<const T*>(s.maps) + u.batch * from.batch;
-    const T* grad = static_cast<const T*>(s.grad) + u.batch * grad_from.batch;
-    T* out = static_cast<T*>(s.grad_maps) + u.batch * to.batch;
-    A* grad_mask = static_cast<A*>(s.grad_mask) + u.batch * filters;
+    const Unit u = unit(s.units, index, s.shape.filters);
     if (channels_last) {
-      const int64_t width = u.end - u.begin;
-      const int64_t step = to.position == width ? rows_at_once<T>(width) : 1;
-      A* __restrict__ sums = grad_mask + u.begin;
-      const A* __restrict__ row_mask = mask + u.begin;
-      std::memset(sums, 0, width * sizeof(A));
-      for (int64_t p = 0; p < positions; p += step) {
-        const int64_t rows = step < positions - p ? step : positions - p;
-        T* stretch = sink.open(out + p * to.position + u.begin, rows * width);
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* __restrict__ row = x + (p + r) * from.position + u.begin;
-          const T* __restrict__ grad_row = grad + (p + r) * grad_from.position + u.begin;
-          T* __restrict__ out_row = stretch + r * width;
-          for (int64_t i = 0; i < width; ++i) {
-            sums[i] += static_cast<A>(widen(row[i])) * static_cast<A>(widen(grad_row[i]));
-            out_row[i] = scaled(grad_row[i], row_mask[i]);
-          }
-        }
-        sink.close();
-      }
+      backward_channels_last(s, u, sink);
     } else if (contiguous) {
-      const int64_t step = rows_at_once<T>(positions);
-      for (int64_t first = u.begin; first < u.end; first += step) {
-        const int64_t last = first + step < u.end ? first + step : u.end;
-        T* stretch = sink.open(out + first * positions, (last - first) * positions);
-        for (int64_t i = first; i < last; ++i) {
-          grad_mask[i] = dot<T, A>(x + i * from.filter, grad + i * grad_from.filter, positions);
-        }
-        scale_rows<T, A, false>(grad, grad_from.filter, stretch, positions, mask, first, last);
-        sink.close();
-      }
+      backward_contiguous(s, u, sink);
     } else {
-      for (int64_t i = u.begin; i < u.end; ++i) {
-        A sum = 0;
-        for (int64_t p = 0; p < positions; ++p) {
-          const T g = grad[i * grad_from.filter + p * grad_from.position];
-          const T value = x[i * from.filter + p * from.position];
-          sum += static_cast<A>(widen(value)) * static_cast<A>(widen(g));
-          out[i * to.filter + p * to.position] = scaled(g, mask[i]);
-        }
-        grad_mask[i] = sum;
-      }
+      backward_strided(s, u);
     }
   }
 }
 
 template <typename A>
-void logits_backward(const ParametersBackward& s, int64_t begin, int64_t end, A* exponentials) {
-  const A* correspondence = static_cast<const A*>(s.correspondence);
+void logits_backward(const ParametersBackward<A>& s, int64_t begin, int64_t end, A* exponentials) {
   for (int64_t b = begin; b < end; ++b) {
-    const A* grad_mask = static_cast<const A*>(s.grad_mask) + b * s.filters;
-    const A* logits = static_cast<const A*>(s.logits) + b * s.classes;
-    const A* given = static_cast<const A*>(s.grad_y1) + b * s.classes;
-    A* out = static_cast<A*>(s.grad_logits) + b * s.classes;
+    const A* grad_mask = s.grad_mask + b * s.filters;
+    const A* logits = s.logits + b * s.classes;
+    A* out = s.grad_logits + b * s.classes;
     A maximum = logits[0], total = 0, mean = 0;
     for (int64_t k = 1; k < s.classes; ++k) {
       maximum = logits[k] > maximum ? logits[k] : maximum;
     }
     const auto grad_y1 = [&](int64_t k) {
-      return s.grad_y1 != nullptr ? given[k]
-                                  : dot<A, A>(correspondence + k * s.filters, grad_mask, s.filters);
+      return s.grad_y1 != nullptr
+                 ? s.grad_y1[b * s.classes + k]
+                 : dot<A, A>(s.correspondence + k * s.filters, grad_mask, s.filters);
     };
     for (int64_t k = 0; k < s.classes; ++k) {
       const A e = std::exp(logits[k] - maximum), grad = grad_y1(k);
@@ -399,67 +453,53 @@ void logits_backward(const ParametersBackward& s, int64_t begin, int64_t end, A*
 }
 
 template <typename A>
-void correspondence_backward(const ParametersBackward& s, int64_t begin, int64_t end) {
-  A* out = static_cast<A*>(s.grad_correspondence);
+void correspondence_backward(const ParametersBackward<A>& s, int64_t begin, int64_t end) {
   for (int64_t k = 0; k < s.classes; ++k) {
-    std::memset(out + k * s.filters + begin, 0, (end - begin) * sizeof(A));
+    std::memset(s.grad_correspondence + k * s.filters + begin, 0, (end - begin) * sizeof(A));
   }
   for (int64_t b = 0; b < s.batch; ++b) {
-    const A* __restrict__ row = static_cast<const A*>(s.grad_mask) + b * s.filters;
-    A* __restrict__ sums = out + s.labels[b] * s.filters;
+    const A* __restrict__ row = s.grad_mask + b * s.filters;
+    A* __restrict__ sums = s.grad_correspondence + s.labels[b] * s.filters;
     for (int64_t i = begin; i < end; ++i) {
       sums[i] += row[i];
     }
   }
 }
 
-void logits_backward_any(const ParametersBackward& s, bool is_double, int64_t begin, int64_t end,
-                         void* scratch) {
-  is_double ? logits_backward(s, begin, end, static_cast<double*>(scratch))
-            : logits_backward(s, begin, end, static_cast<float*>(scratch));
+template <typename T, typename A>
+constexpr MapKernels<T, A> map_kernels() {
+  MapKernels<T, A> kernels{};
+  kernels.keep = scale<T, A, true>;
+  kernels.scale = scale<T, A, false>;
+  kernels.backward = backward<T, A>;
+  return kernels;
 }
 
-void correspondence_backward_any(const ParametersBackward& s, bool is_double, int64_t begin,
-                                 int64_t end) {
-  is_double ? correspondence_backward<double>(s, begin, end)
-            : correspondence_backward<float>(s, begin, end);
+template <typename A>
+constexpr ParameterKernels<A> parameter_kernels() {
+  ParameterKernels<A> kernels{};
+  kernels.draw_labels = draw_labels<A>;
+  kernels.logits_backward = logits_backward<A>;
+  kernels.correspondence_backward = correspondence_backward<A>;
+  return kernels;
 }
 
-template <typename L, typename P>
-void draw_mask(const Draw& d, bool double_mask, int64_t begin, int64_t end, int64_t* scratch) {
-  double_mask ? draw<L, P, double>(d, begin, end, scratch)
-              : draw<L, P, float>(d, begin, end, scratch);
+template <typename P, typename A>
+constexpr FilterKernels<P, A> filter_kernels() {
+  return {draw_filters<P, A>};
 }
 
-void draw_any(const Draw& d, bool double_logits, bool double_correspondence, bool double_mask,
-              int64_t begin, int64_t end, int64_t* scratch) {
-  if (double_logits) {
-    double_correspondence ? draw_mask<double, double>(d, double_mask, begin, end, scratch)
-                          : draw_mask<double, float>(d, double_mask, begin, end, scratch);
-  } else {
-    double_correspondence ? draw_mask<float, double>(d, double_mask, begin, end, scratch)
-                          : draw_mask<float, float>(d, double_mask, begin, end, scratch);
-  }
-}
-
-void scale_any(const ScaleMaps& s, Storage storage, bool binary, int64_t begin, int64_t end) {
-  with_storage(storage, [&](auto t, auto a) {
-    using T = decltype(t);
-    using A = decltype(a);
-    binary ? scale<T, A, true>(s, begin, end) : scale<T, A, false>(s, begin, end);
-  });
-}
-
-void backward_any(const MaskingBackward& s, Storage storage, int64_t begin, int64_t end) {
-  with_storage(storage, [&](auto t, auto) { backward<decltype(t)>(s, begin, end); });
+constexpr picnn_fast::MaskingKernels all_kernels() {
+  return {map_kernels<float, float>(),     map_kernels<double, double>(),
+          map_kernels<Half, float>(),      map_kernels<BFloat16, float>(),
+          parameter_kernels<float>(),      parameter_kernels<double>(),
+          filter_kernels<float, float>(),  filter_kernels<float, double>(),
+          filter_kernels<double, float>(), filter_kernels<double, double>()};
 }
 
 }  // namespace
 }  // namespace PICNN_FAST_NAMESPACE
 
 namespace picnn_fast {
-const MaskingKernels PICNN_FAST_KERNELS = {
-    PICNN_FAST_NAMESPACE::draw_any, PICNN_FAST_NAMESPACE::scale_any,
-    PICNN_FAST_NAMESPACE::backward_any, PICNN_FAST_NAMESPACE::logits_backward_any,
-    PICNN_FAST_NAMESPACE::correspondence_backward_any};
+constexpr MaskingKernels PICNN_FAST_KERNELS = PICNN_FAST_NAMESPACE::all_kernels();
 }  // namespace picnn_fast

@@ -6,73 +6,105 @@
 #include "units.h"
 
 // The loops of the masking family, compiled once for each instruction set (masking_kernels.cpp).
+// T is how maps are stored, A the type of masks and sums: double for double, else float.
 namespace picnn_fast {
 
-// Everything one call needs.
+template <typename L>  // float or double
+struct DrawLabels {
+  int64_t classes;
+  const L* logits;  // [B, K]
+  int64_t sample_stride, class_stride;
+  uint64_t seed;
+  uint32_t rank;
+  int64_t* labels;  // [B]
+};
+
+template <typename P, typename A>  // float or double each
+struct DrawFilters {
+  int64_t filters;
+  const P* probabilities;  // [rows, N]
+  int64_t row_stride, filter_stride;
+  const int64_t* rows;  // [B], the row of each sample; null: row b is sample b's
+  uint64_t seed;
+  uint32_t rank;
+  A* mask;  // [B, N] contiguous
+};
+
+template <typename T, typename A>
 struct ScaleMaps {
   MapsShape shape;
   Units units;
-  const void* maps;
+  const T* maps;
   Strides maps_strides;
-  const void* mask;  // [B, N] contiguous, float or double
-  void* out;
+  const A* mask;  // [B, N] contiguous
+  T* out;
   Strides out_strides;
   bool stream;  // write past the caches
 };
 
+template <typename T, typename A>
 struct MaskingBackward {
   MapsShape shape;
   Units units;
-  const void* grad;
+  const T* grad;
   Strides grad_strides;
-  const void* maps;
+  const T* maps;
   Strides maps_strides;
-  const void* mask;  // [B, N] contiguous, float or double
-  void* grad_maps;
+  const A* mask;  // [B, N] contiguous
+  T* grad_maps;
   Strides grad_maps_strides;
-  void* grad_mask;  // [B, N] contiguous
-  bool stream;      // write past the caches
+  A* grad_mask;  // [B, N] contiguous
+  bool stream;   // write past the caches
 };
 
-struct Draw {
-  int64_t classes, filters;
-  const void* logits;  // [B, K]
-  int64_t logits_strides[2];
-  const void* correspondence;  // [K, N]
-  int64_t correspondence_strides[2];
-  uint64_t seed;
-  uint32_t rank;
-  void* mask;       // [B, N] contiguous
-  int64_t* labels;  // [B]
-};
-
-// Gradients of mask = one_hot @ correspondence; everything contiguous, all floats of one type.
+// Gradients of mask = one_hot @ correspondence; everything contiguous.
+template <typename A>
 struct ParametersBackward {
   int64_t batch, classes, filters;
-  const void* grad_mask;       // [B, N]
-  const void* logits;          // [B, K]
-  const void* correspondence;  // [K, N]
-  const int64_t* labels;       // [B]
-  const void* grad_y1;         // grad_mask @ correspondence^T [B, K], or null to work it out
-  void* grad_logits;           // [B, K]
-  void* grad_correspondence;   // [K, N]
+  const A* grad_mask;       // [B, N]
+  const A* logits;          // [B, K]
+  const A* correspondence;  // [K, N]
+  const int64_t* labels;    // [B]
+  const A* grad_y1;         // grad_mask @ correspondence^T [B, K], or null to work it out
+  A* grad_logits;           // [B, K]
+  A* grad_correspondence;   // [K, N]
 };
 
-struct MaskingKernels {
-  // Samples [begin, end). scratch holds `classes` integers.
-  void (*draw)(const Draw&, bool double_logits, bool double_correspondence, bool double_mask,
-               int64_t begin, int64_t end, int64_t* scratch);
-  // Units [begin, end). binary: the mask holds only 0 and 1.
-  void (*scale)(const ScaleMaps&, Storage, bool binary, int64_t begin, int64_t end);
-  // Units [begin, end).
-  void (*backward)(const MaskingBackward&, Storage, int64_t begin, int64_t end);
-  // grad_logits of samples [begin, end). scratch holds `classes` numbers.
-  void (*logits_backward)(const ParametersBackward&, bool is_double, int64_t begin, int64_t end,
-                          void* scratch);
-  // grad_correspondence of filters [begin, end).
-  void (*correspondence_backward)(const ParametersBackward&, bool is_double, int64_t begin,
-                                  int64_t end);
+template <typename T, typename A>
+struct MapKernels {
+  // Units [begin, end). keep: the mask holds only 0 and 1.
+  void (*keep)(const ScaleMaps<T, A>&, int64_t begin, int64_t end);
+  void (*scale)(const ScaleMaps<T, A>&, int64_t begin, int64_t end);
+  void (*backward)(const MaskingBackward<T, A>&, int64_t begin, int64_t end);
 };
+
+template <typename A>
+struct ParameterKernels {
+  // Samples [begin, end). scratch holds `classes` integers.
+  void (*draw_labels)(const DrawLabels<A>&, int64_t begin, int64_t end, int64_t* scratch);
+  // grad_logits of samples [begin, end). scratch holds `classes` numbers.
+  void (*logits_backward)(const ParametersBackward<A>&, int64_t begin, int64_t end, A* scratch);
+  // grad_correspondence of filters [begin, end).
+  void (*correspondence_backward)(const ParametersBackward<A>&, int64_t begin, int64_t end);
+};
+
+template <typename P, typename A>
+struct FilterKernels {
+  // Samples [begin, end).
+  void (*draw_filters)(const DrawFilters<P, A>&, int64_t begin, int64_t end);
+};
+
+// Converts to the kernels of any one type.
+struct MaskingKernels : MapKernels<float, float>,
+                        MapKernels<double, double>,
+                        MapKernels<Half, float>,
+                        MapKernels<BFloat16, float>,
+                        ParameterKernels<float>,
+                        ParameterKernels<double>,
+                        FilterKernels<float, float>,
+                        FilterKernels<float, double>,
+                        FilterKernels<double, float>,
+                        FilterKernels<double, double> {};
 
 extern const MaskingKernels masking_kernels_default;
 #ifdef __x86_64__

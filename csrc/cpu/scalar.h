@@ -10,12 +10,8 @@
 // Storage types and their conversions, in branch-free integer arithmetic that compilers vectorise.
 namespace PICNN_FAST_NAMESPACE {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+using picnn_fast::BFloat16;
+using picnn_fast::Half;
 
 template <typename To, typename From>
 PICNN_FAST_HD To bit_cast(From from) {

@@ -35,6 +35,30 @@ inline Storage storage(const torch::stable::Tensor& t, const char* name) {
   }
 }
 
+// Calls run with a value of the type of the elements, and one of the type of their sums.
+template <typename Run>
+void with_types(const torch::stable::Tensor& t, const char* name, const Run& run) {
+  switch (storage(t, name)) {
+    case Storage::kFloat:
+      return run(float{}, float{});
+    case Storage::kDouble:
+      return run(double{}, double{});
+    case Storage::kHalf:
+      return run(Half{}, float{});
+    case Storage::kBFloat16:
+      return run(BFloat16{}, float{});
+  }
+}
+
+// Calls run with a value of the type of the elements, float or double.
+template <typename Run>
+void with_real(const torch::stable::Tensor& t, const char* name, const Run& run) {
+  using torch::headeronly::ScalarType;
+  const bool wide = t.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, name, ": want float32 or float64");
+  wide ? run(double{}) : run(float{});
+}
+
 inline void check_shape(const torch::stable::Tensor& t, const char* name,
                         std::initializer_list<int64_t> want) {
   bool same = t.dim() == static_cast<int64_t>(want.size());

@@ -58,7 +58,7 @@ def build(source: Path, extra_flags: Sequence[str] = ()) -> Path:
     command += ["-isystem", str(torch_folder / "include"), "-I", str(CSRC / "cuda")]
     command += ["-x", "c++", str(source), "-L", str(torch_folder / "lib"), "-ltorch_cpu"]
     digest = hashlib.sha256(repr((command, torch.__version__)).encode())
-    for file in (source, HEADER, *sorted(CSRC.rglob("*.h"))):
+    for file in (source, HEADER, *sorted(CSRC.rglob("*.h")), *sorted(CSRC.rglob("*.cuh"))):
         digest.update(file.read_bytes())
     # In the source tree: what is loaded here nobody else may have put there.
     cache = HERE.parent.parent / "build" / "cuda_on_cpu"
