@@ -15,7 +15,7 @@ from picnn_fast.cli.trained import Trained, add_accelerator, add_path, of_traine
 
 
 def run(arguments: Sequence[str]) -> int:
-    from picnn_fast.data.photographs import read_image
+    from picnn_fast.data.splits import read_image
     from picnn_fast.explain import explain_image
     from picnn_fast.report import plot_explanation
     from picnn_fast.training.options import ConfigError, check_range

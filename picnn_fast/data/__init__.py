@@ -9,7 +9,8 @@ from picnn_fast.data.image_folder import ImageFolderDataModule
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.part_animals import PartAnimals, part_animals
 from picnn_fast.data.parts import PartDataModule, PartDataset, PartSample
-from picnn_fast.data.splits import Batches, shown_image
+from picnn_fast.data.preprocessing import Preprocessing
+from picnn_fast.data.splits import Batches, read_image, shown_image
 from picnn_fast.data.voc_part import VOCPart, voc_part
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "PartDataModule",
     "PartDataset",
     "PartSample",
+    "Preprocessing",
     "SeededDataModule",
     "VOCPart",
+    "read_image",
     "shown_image",
 ]
 

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from picnn_fast.data.files import reading
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.matlab import read_struct
 from picnn_fast.data.matlab_reader import is_hdf5
@@ -17,7 +18,6 @@ from picnn_fast.data.photographs import (
     PhotographedParts,
     checked,
     chosen,
-    reading,
     share,
     some,
 )

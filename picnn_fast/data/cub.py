@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast.data.files import lines, need, reading
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.parts import PartDataModule, PartSample
 from picnn_fast.data.photographs import (
@@ -16,9 +17,6 @@ from picnn_fast.data.photographs import (
     PhotographedParts,
     checked,
     chosen,
-    lines,
-    need,
-    reading,
     some,
 )
 

@@ -7,6 +7,7 @@ from torch.utils.data import TensorDataset
 
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, readers, shift
+from picnn_fast.data.preprocessing import Preprocessing
 
 IMAGE_SIZE = 8
 _SPLIT_SEED = 0
@@ -43,6 +44,7 @@ class DigitsDataModule(SeededDataModule):
 
     num_classes = 10
     in_channels = 1
+    preprocessing = Preprocessing(IMAGE_SIZE, channels=1)
 
     def __init__(
         self,

@@ -3,28 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from typing import Literal
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    SeededDataModule,
-    colours,
-    held_out,
-    readers,
-)
-from picnn_fast.data.photographs import reading, rgb
-from picnn_fast.ops import checks
+from picnn_fast.data.images import Augmentation, ImageDataModule, PictureFiles
+from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, held_out, readers
 
 with extra("train"):
-    from PIL import Image
     from torchvision.datasets.folder import IMG_EXTENSIONS
-    from torchvision.transforms import v2
 
 # Folders that systems and tools put beside a user's own; hidden ones start with a dot.
 _FOREIGN = frozenset(
@@ -37,13 +23,16 @@ _TEST_SHARE, _TEST_SEED = 0.2, 0
 _Labelled = tuple[str, int]  # an image file and its class
 
 
-class ImageFolderDataModule(SeededDataModule):
+class ImageFolderDataModule(ImageDataModule):
     """RGB images from ``root/train/<class>/*`` and ``root/test/<class>/*``.
 
-    Images are ``[3, image_size, image_size]`` float32, normalised channel by channel, labels int64
-    in the alphabetical order of the class folders. Grey images of 16 bits are scaled to 8. Hidden
-    files and folders, and those of tools such as ``__MACOSX``, are left out. A file that cannot be
-    read as an image is an OSError that names it, once its turn comes.
+    Images are ``[3, image_size, image_size]``, normalised channel by channel on their way to the
+    network, labels int64 in the alphabetical order of the class folders. Images are turned upright
+    as their EXIF tag says; grey ones of 16 bits are scaled to 8; a JPEG with twice the pixels that
+    are needed, or more, is decoded at a half of its size, a quarter or an eighth. Hidden files and
+    folders, and those of tools such as ``__MACOSX``, are left out. A file that cannot be read as an
+    image, or that has more than 179 million pixels, is an OSError that names it, once its turn
+    comes.
 
     Validation images come from ``root/validation`` or ``root/val`` where there is one, else they
     are held out of the training images; ``validation=0`` does without either. Where there is no
@@ -89,8 +78,6 @@ class ImageFolderDataModule(SeededDataModule):
         >>> data = ImageFolderDataModule("birds", image_size=128)  # doctest: +SKIP
     """
 
-    in_channels = 3
-
     def __init__(
         self,
         root: str | Path,
@@ -111,65 +98,36 @@ class ImageFolderDataModule(SeededDataModule):
         std: tuple[float, float, float] = IMAGENET_STD,
         num_workers: int | None = None,
     ) -> None:
-        super().__init__(batch_size, readers(num_workers), seed, validation, validation_seed)
-        checks.integer("image_size", image_size, 1)
-        checks.one_of("test_crop", test_crop, ("center", "stretch"))
-        checks.one_of("crop", crop, ("random-resized", "random", "none"))
-        if resize is None:
-            resize = image_size
-        elif test_crop == "stretch" and crop != "random":
-            raise ValueError(
-                f"resize: got {resize} with crop {crop!r} and test_crop 'stretch', which need none;"
-                " want None, or crop 'random'"
-            )
-        if checks.integer("resize", resize, 1) < image_size:
-            raise ValueError(f"resize: got {resize}, want image_size ({image_size}) or more pixels")
-        if checks.integer("padding", padding, 0) > 0 and crop != "random":
-            raise ValueError(f"padding: got {padding} with crop {crop!r}, want 0, or crop 'random'")
-        colours("mean", mean)
-        if min(colours("std", std)) <= 0:
-            raise ValueError(f"std: got {tuple(std)}, want values > 0")
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        augmentation = Augmentation(
+            image_size=image_size,
+            resize=resize,
+            test_crop=test_crop,
+            augment=augment,
+            crop=crop,
+            padding=padding,
+            flip=flip,
+            color_jitter=color_jitter,
+            mean=mean,
+            std=std,
+        )
+        workers = readers(num_workers)
+        super().__init__(augmentation, batch_size, workers, seed, validation, validation_seed)
         self.root = Path(root).expanduser()
-        self.image_size = image_size
-
-        square = (image_size, image_size)
-        resized = v2.Resize(resize, antialias=True)
-        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-        shown: list[Any] = [v2.Resize(square, antialias=True)]
-        if test_crop == "center":
-            shown = [resized, v2.CenterCrop(square)]
-        self.test_transform = v2.Compose([*shown, *finish])
-        self.train_transform = self.test_transform
-        if augment:
-            if crop == "random-resized":
-                shown = [v2.RandomResizedCrop(square, scale=(0.5, 1.0), antialias=True)]
-            elif crop == "random":
-                shown = [resized, v2.RandomCrop(square, padding=padding or None)]
-            if flip:
-                shown.append(v2.RandomHorizontalFlip())
-            if color_jitter is not None:
-                try:
-                    shown.append(v2.ColorJitter(*color_jitter))
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"color_jitter: got {color_jitter}: {error}") from error
-            self.train_transform = v2.Compose([*shown, *finish])
         self._list_images()
 
     def _list_images(self) -> None:
         """The sets, their classes, and where the validation images come from."""
         folders = self._split_folders()
         classes = {split: self._class_folders(folder) for split, folder in folders.items()}
-        self.class_names = classes["train"]
-        self.num_classes = len(self.class_names)
+        class_names = classes["train"]
         for split, names in classes.items():
-            if names != self.class_names:
-                apart = ", ".join(sorted(set(names) ^ set(self.class_names)))
+            if names != class_names:
+                apart = ", ".join(sorted(set(names) ^ set(class_names)))
                 raise ValueError(
                     f"root: {folders['train']} and {folders[split]} hold different classes;"
                     f" only one of them has {apart}"
                 )
-        files = {split: _labelled(folder, self.class_names) for split, folder in folders.items()}
+        files = {split: _labelled(folder, class_names) for split, folder in folders.items()}
         remark = ""
         if "test" not in files:
             images = files["train"]
@@ -183,19 +141,12 @@ class ImageFolderDataModule(SeededDataModule):
                 f"validation: got {self.validation} beside {folders['validation']}, want"
                 f" {_VALIDATION}, the default, to validate on the images there, or 0 for none"
             )
+        chosen = None
         if "validation" in files and self.validation > 0:
-            chosen = files["validation"]
-            self.validation_source = f"the {len(chosen)} images in {folders['validation']}"
-        else:
-            images = files["train"]
-            kept, out = self.hold_out([label for _, label in images])
-            files["train"], chosen = [images[i] for i in kept], [images[i] for i in out]
+            chosen = PictureFiles(files["validation"])
+            self.validation_source = f"the {len(chosen.files)} images in {folders['validation']}"
+        self.use(class_names, PictureFiles(files["train"]), PictureFiles(files["test"]), chosen)
         self.validation_source += remark
-        self.train_set = _Images(files["train"], self.train_transform)
-        self.plain_train_set = _Images(files["train"], self.test_transform)
-        self.test_set = _Images(files["test"], self.test_transform)
-        if chosen:
-            self.validation_set = _Images(chosen, self.test_transform)
 
     def _split_folders(self) -> dict[str, Path]:
         """The folder of each split; of ``train`` alone where ``root`` holds the classes itself."""
@@ -226,21 +177,6 @@ class ImageFolderDataModule(SeededDataModule):
                 f" {self.root}/test/<class>/<image>, or {self.root}/<class>/<image>"
             )
         return names
-
-
-class _Images(Dataset[tuple[Tensor, int]]):
-    def __init__(self, files: Sequence[_Labelled], transform: Any) -> None:
-        self.files = files
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.files[index]
-        with reading(Path(path), "an image"), Image.open(path) as file:
-            image = rgb(file)
-        return self.transform(image), label
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
 import os
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from picnn_fast._extras import extra
+from picnn_fast.data.preprocessing import Preprocessing, as_numbers
 from picnn_fast.ops import checks
 
 with extra("train"):
     import lightning as L
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_PREFETCHED = 4  # batches that each process reads ahead
 
 
 def colours(name: str, values: Sequence[float]) -> Sequence[float]:
@@ -37,7 +39,11 @@ def readers(num_workers: int | None, *, in_memory: bool = False) -> int:
     """How many processes read images: as many as asked for, or as suits the data."""
     if num_workers is not None:
         return num_workers
-    return 0 if in_memory else min(8, os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return 0 if in_memory else min(8, processors)
 
 
 def held_out(
@@ -74,8 +80,67 @@ def held_out(
     return kept.tolist(), sorted(out)
 
 
-def _seed_worker(worker: int, sampler: DistributedSampler[Any]) -> None:
-    torch.manual_seed(derive_seed(sampler.seed, sampler.epoch, sampler.rank, worker))
+class ByteImages(Dataset[tuple[Tensor, int]], ABC):
+    """Labelled images of bytes, ``[C, H, W]`` float32 in [0, 1] one by one.
+
+    A loader reads the bytes: a quarter of what is sent from process to process and to a device,
+    where they become numbers.
+    """
+
+    @abstractmethod
+    def pixels(self, index: int) -> Tensor:
+        """``[H, W, C]`` uint8; drawn from torch's generator what is random about it."""
+
+    @abstractmethod
+    def label(self, index: int) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label = self.label(index)
+        return as_numbers(self.pixels(index).permute(2, 0, 1)), label
+
+
+class _Read(Dataset[Any]):
+    """What a loader reads of a set."""
+
+    def __init__(self, images: Dataset[Any]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(self.images, ByteImages):
+            return self.images.pixels(index), self.images.label(index)
+        return self.images[index]
+
+
+class _Drawn(_Read):
+    """Random changes of an image follow from seed, epoch and its index alone."""
+
+    def __init__(self, images: Dataset[Any], seed: int) -> None:
+        super().__init__(images)
+        self.seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:  # type: ignore[override]
+        state = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(derive_seed(self.seed, *place))
+            return super().__getitem__(place[1])
+        finally:
+            torch.set_rng_state(state)
+
+
+class _Order(DistributedSampler[Any]):
+    """Images with the epoch that they are drawn for, which processes that live on are told so."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+def _channels_innermost(samples: list[Any]) -> Any:
+    """A batch of bytes ``[B, C, H, W]`` as decoders make them and convolutions take them."""
+    images, labels = default_collate(samples)
+    return [images.permute(0, 3, 1, 2), labels]
 
 
 class SeededDataModule(L.LightningDataModule):
@@ -89,7 +154,8 @@ class SeededDataModule(L.LightningDataModule):
             changes them at random; None where it does not.
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
-        test_transform: of a file's image to one of the test set, where that is more than resizing.
+        preprocessing: how files become images of the test set, and these what a network takes;
+            None where there is nothing to tell but their size.
         mean, std: images are normalised by, ``[C, 1, 1]`` on a scale of [0, 1]; None: they are not.
     """
 
@@ -101,7 +167,7 @@ class SeededDataModule(L.LightningDataModule):
     validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
     validation_source = "none"
-    test_transform: Callable[[Any], Tensor] | None = None
+    preprocessing: Preprocessing | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
     # Of the class told from all others, or None: labels are class indices.
@@ -180,13 +246,23 @@ class SeededDataModule(L.LightningDataModule):
         images, labels = batch
         return images, (labels == self.category).to(labels.dtype)
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalisation, of bytes or of numbers in [0, 1]."""
+        if self.preprocessing is None:
+            return batch
+        images, labels = batch
+        # With double precision Lightning turns numbers to those of the network, but not bytes.
+        module = getattr(self.trainer, "lightning_module", None)
+        dtypes = [] if module is None else [parameter.dtype for parameter in module.parameters()]
+        return self.preprocessing.normalise(images, *dtypes[:1]), labels
+
     def as_taken(
         self, images: Tensor, labels: Tensor, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
         """A batch as a network takes it: what Lightning does around the transfer to its device.
 
         Args:
-            images: ``[B, C, H, W]`` of a loader.
+            images: ``[B, C, H, W]`` of a loader, or of the sets.
             labels: ``[B]`` of the same.
             device: to take them to.
         """
@@ -202,25 +278,21 @@ class SeededDataModule(L.LightningDataModule):
         """
         trainer = self.trainer
         # Also right for one process: unlike RandomSampler its order depends on no generator state.
-        sampler: DistributedSampler[Any] = DistributedSampler(
+        drawn = self.plain_train_set is not None
+        sampler: DistributedSampler[Any] = (_Order if drawn else DistributedSampler)(
             self.train_set,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
             seed=self.seed,
         )
-        # Workers start before Lightning tells the sampler, and current_epoch lags when resuming.
+        # Lightning tells the sampler of an epoch, but its current_epoch lags when resuming.
         progress: Any = trainer.fit_loop.epoch_progress.current if trainer else None
         sampler.set_epoch(progress.processed if progress else 0)
-        return DataLoader(
-            self.train_set,
+        return self._loader(
+            _Drawn(self.train_set, self.seed) if drawn else _Read(self.train_set),
             drop_last=len(sampler) > 1 and len(sampler) % self.batch_size == 1,
-            batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            worker_init_fn=partial(_seed_worker, sampler=sampler),
-            # Else it draws from torch's generator, and not as often in a run that resumes.
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
         )
 
     def train_images(self) -> DataLoader[Any]:
@@ -232,7 +304,7 @@ class SeededDataModule(L.LightningDataModule):
         if self.trainer is None or self.trainer.world_size == 1:
             return self.in_order(images)
         share = range(self.trainer.global_rank, len(images), self.trainer.world_size)  # type: ignore[arg-type]
-        return self.in_order(Subset(images, share))
+        return self._loader(Subset(_Read(images), share), of=images)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return [] if self.validation_set is None else self.in_order(self.validation_set)
@@ -242,12 +314,23 @@ class SeededDataModule(L.LightningDataModule):
 
     def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
         """All of a set, in batches as it stands; torch's generator is left as it was."""
+        return self._loader(_Read(images))
+
+    def _loader(
+        self, read: Dataset[Any], of: Dataset[Any] | None = None, **options: Any
+    ) -> DataLoader[Any]:
+        """Batches of what is read ``of`` a set."""
+        of = getattr(read, "images", None) if of is None else of
         return DataLoader(
-            images,
+            read,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            prefetch_factor=_PREFETCHED if self.num_workers > 0 else None,
+            collate_fn=_channels_innermost if isinstance(of, ByteImages) else None,
+            # Else it draws from torch's generator, and not as often in a run that resumes.
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
+            **options,
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, SeededDataModule, colours, shift
+from picnn_fast.data.preprocessing import Preprocessing
 from picnn_fast.ops import checks
 
 
@@ -133,6 +134,7 @@ class PartDataModule(SeededDataModule):
     """
 
     in_channels = 3
+    preprocessing: Preprocessing
 
     def __init__(
         self,
@@ -153,8 +155,8 @@ class PartDataModule(SeededDataModule):
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
-        self.mean: Tensor = torch.tensor(mean).view(3, 1, 1)
-        self.std: Tensor = torch.tensor(std).view(3, 1, 1)
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
         for name, samples in (("train_set", train_set), ("test_set", test_set)):
             if not isinstance(samples, PartDataset):
                 raise TypeError(f"{name}: got {type(samples).__name__}, want a PartDataset")
@@ -166,6 +168,7 @@ class PartDataModule(SeededDataModule):
                 raise ValueError(f"test_set: got {name} {got}, want {want} like train_set")
         self.flip = flip
         self.max_shift = checks.integer("max_shift", max_shift, 0)
+        self.preprocessing = Preprocessing(train_set.image_size, mean=mean, std=std)
         self.class_names = train_set.classes
         self.num_classes = len(self.class_names)
         everything = range(len(train_set))
@@ -191,7 +194,7 @@ class PartDataModule(SeededDataModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images ``[B, 3, S, S]`` in [0, 1] as the network takes them."""
-        return (images - self.mean.to(images)) / self.std.to(images)
+        return self.preprocessing.normalise(images)
 
     def part_loader(self, split: str = "test") -> DataLoader[PartSample]:
         """Collated samples of a split, one of ``part_sets``, in order, none flipped.

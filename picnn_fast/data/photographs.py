@@ -1,8 +1,7 @@
-"""What the readers of photographed objects share: crops by bounding box, files read with care."""
+"""What the readers of photographed objects share: crops by bounding box, and splits."""
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
-from picnn_fast.data.loading import SeededDataModule
+from picnn_fast.data.files import need, reading, rgb
 from picnn_fast.data.parts import PartDataset
 from picnn_fast.ops import checks
 
@@ -90,6 +89,7 @@ class PhotographedParts(PartDataset):
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise ValueError(f"the box {found.box} lies outside of its {file.size} pixels")
             side = (self.image_size, self.image_size)
+            # Not turned as an EXIF tag says: annotations are of the pixels as they are stored.
             if self._crop == "square":
                 box = _square_about(box)
                 image = rgb(file).crop(box).resize(side, Image.Resampling.LANCZOS)
@@ -131,54 +131,6 @@ def _square_about(box: tuple[float, float, float, float]) -> tuple[int, int, int
     return left, top, left + side, top + side
 
 
-def read_image(data: SeededDataModule, path: str | Path) -> tuple[Tensor, Tensor]:
-    """An image file as a test image of some data.
-
-    Args:
-        data: as whose images it is resized and normalised; one without a way of its own resizes it
-            to the size of its test images, whatever its shape.
-        path: of the file.
-
-    Returns:
-        The image as networks trained on the data take it, and as it is shown, in [0, 1]: both
-        ``[C, H, W]`` float32.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DamagedFileError: it is no image.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"image: {path} is missing, or no file")
-    with reading(path, "an image"), Image.open(path) as file:
-        image = rgb(file)
-    if data.test_transform is not None:
-        taken = data.test_transform(image)
-        assert data.mean is not None
-        assert data.std is not None
-        return taken, (taken * data.std + data.mean).clamp(0, 1)
-    channels, height, width = data.test_set[0][0].shape
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    shown = pil_to_tensor(image if channels == 3 else image.convert("L")).float() / 255
-    taken, _ = data.on_after_batch_transfer([shown[None], torch.zeros(1, dtype=torch.int64)], 0)
-    return taken[0], shown
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """An image of three colours of 8 bits; 16 bits of grey are scaled to 8.
-
-    Raises:
-        ValueError: its numbers are of a type whose range tells nothing, such as float.
-    """
-    # Of 16 bits too, as Pillow reads some formats.
-    wide = image.mode == "I" and image.format in ("PNG", "PPM")
-    if wide or image.mode.startswith("I;16"):
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "I"):
-        raise ValueError(f"its pixels are of Pillow's mode {image.mode!r}, of no known range")
-    return image.convert("RGB")
-
-
 def checked(split: str, image_size: int) -> None:
     """The options that all readers share."""
     checks.one_of("split", split, ("train", "test"))
@@ -196,44 +148,10 @@ def chosen(name: str, values: Sequence[str], choices: Sequence[str]) -> list[str
     return list(values)
 
 
-def need(path: Path, download: str) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; want {download}")
-
-
 def some(objects: Sequence[Photograph], split: str, where: Path) -> None:
     """At least one object."""
     if not objects:
         raise ValueError(f"split: got {split!r}, of which {where} holds no object that counts")
-
-
-class DamagedFileError(ValueError, OSError):
-    """A file of a data set that is there but cannot be read as what it should be."""
-
-
-@contextmanager
-def reading(path: Path, kind: str, download: str | None = None) -> Iterator[None]:
-    """An error of a parser becomes a DamagedFileError, which names the file.
-
-    Args:
-        path: of the file.
-        kind: what it should be.
-        download: what to get where it is missing or damaged; None where there is no such thing.
-    """
-    if download is not None:
-        need(path, download)
-    try:
-        yield
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:
-        advice = "" if download is None else f"; it may be damaged, want {download}"
-        raise DamagedFileError(f"{path} cannot be read as {kind} ({error}){advice}") from error
-
-
-def lines(path: Path) -> list[str]:
-    """The lines of a table that hold something, whatever system wrote it."""
-    return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def share(count: int, split: str, seed: int, train_share: float = 0.9) -> list[int]:

@@ -1,14 +1,22 @@
-"""The images of a split in order: as a network takes them, and as they are shown."""
+"""The images of a split in order, and those of files: as a network takes them, and as shown."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule, PartSample
+from picnn_fast.data.preprocessing import as_numbers, read_file
 from picnn_fast.ops import checks
+
+with extra("train"):
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
 SPLITS = ("train", "test")
 
@@ -85,9 +93,30 @@ def shown_image(data: SeededDataModule, split: str, index: int) -> Tensor:
     images = data.test_set
     if split == "train":
         images = data.train_set if data.plain_train_set is None else data.plain_train_set
-    image: Tensor = images[index][0]
-    if data.test_transform is None:  # normalised on its way to the network alone
-        return image
-    assert data.mean is not None
-    assert data.std is not None
-    return (image * data.std + data.mean).clamp(0, 1)
+    image: Tensor = images[index][0]  # normalised on its way to the network alone
+    return image
+
+
+def read_image(data: SeededDataModule, path: str | Path) -> tuple[Tensor, Tensor]:
+    """An image file as a test image of some data.
+
+    Args:
+        data: as whose images it is resized and normalised; one that does not tell how
+            (``preprocessing``) resizes it to the size of its test images, whatever its shape.
+        path: of the file.
+
+    Returns:
+        The image as networks trained on the data take it, and as it is shown, in [0, 1]: both
+        ``[C, H, W]`` float32.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedFileError: it is no image.
+    """
+    if data.preprocessing is not None:
+        return data.preprocessing.read(path)
+    channels, height, width = data.test_set[0][0].shape
+    image = read_file(path).resize((width, height), Image.Resampling.BILINEAR)
+    shown = as_numbers(pil_to_tensor(image if channels == 3 else image.convert("L")))
+    taken, _ = data.as_taken(shown[None], torch.zeros(1, dtype=torch.int64))
+    return taken[0], shown

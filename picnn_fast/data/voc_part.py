@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picnn_fast.data.files import lines, reading
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.matlab import read_struct
 from picnn_fast.data.parts import PartDataModule, PartSample, bounding_boxes, centres
@@ -16,8 +17,6 @@ from picnn_fast.data.photographs import (
     PhotographedParts,
     checked,
     chosen,
-    lines,
-    reading,
     share,
     some,
 )

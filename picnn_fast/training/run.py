@@ -16,8 +16,8 @@ import torch
 
 from picnn_fast._extras import extra, install_command
 from picnn_fast.data import DATA
+from picnn_fast.data.files import DamagedFileError
 from picnn_fast.data.loading import SeededDataModule
-from picnn_fast.data.photographs import DamagedFileError
 from picnn_fast.evaluation import FIGURES, Figures, evaluate, read_figures
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (

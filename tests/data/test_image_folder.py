@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from picnn_fast.data import DATA, ImageFolderDataModule
-from picnn_fast.data.photographs import read_image
+from picnn_fast.data import DATA, ImageFolderDataModule, read_image
+from picnn_fast.data.preprocessing import as_numbers
 
 
 @pytest.fixture
@@ -32,6 +32,11 @@ def test_images_are_square_normalised_and_labelled_by_folder(root):
     data.setup()
     images, labels = _batch(data.test_dataloader())
     assert images.shape == (4, 3, 16, 16)
+    assert images.dtype == torch.uint8  # a quarter of what is sent to a device
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    images, labels = data.as_taken(images, labels)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.tolist() == [0, 0, 1, 1]
     assert (data.class_names, data.num_classes, data.in_channels) == (["ant", "bee"], 2, 3)
     red = (200 / 255 - 0.485) / 0.229
@@ -62,6 +67,7 @@ def test_training_images_can_be_had_in_order_and_as_they_are_tested(root):
         for augment in (True, False)
     )
     images, labels = (torch.cat(values) for values in zip(*data.train_images(), strict=True))
+    images = as_numbers(images)
     assert labels.tolist() == [label for _, label in plain.train_set]
     assert torch.equal(images, torch.stack([image for image, _ in plain.train_set]))
     assert not torch.equal(images, torch.stack([image for image, _ in data.train_set]))
@@ -79,20 +85,32 @@ def test_ranks_share_the_training_images_and_none_is_read_twice(root):
         assert torch.equal(share, whole[rank::3])
 
 
-def test_workers_repeat_their_draws_with_seed_and_epoch(root):
-    Image.effect_noise((40, 40), 80).convert("RGB").save(root / "train" / "ant" / "0.png")
+def test_changes_follow_from_seed_epoch_and_image_whoever_reads_it(root):
+    """Not from torch's generator, nor from what was read before, nor from how many read."""
+    for path in root.glob("train/*/*.png"):
+        Image.effect_noise((40, 40), 80).convert("RGB").save(path)
 
-    def epoch(seed, number, torch_seed):
-        torch.manual_seed(torch_seed)
-        data = ImageFolderDataModule(root, image_size=8, seed=seed, num_workers=1, validation=0)
-        data.setup()
-        loader = data.train_dataloader()
-        loader.sampler.set_epoch(number)
-        return _batch(loader)[0]
+    def epochs(seed, *numbers, workers=0, batch_size=4):
+        loader = ImageFolderDataModule(
+            root, batch_size, image_size=8, seed=seed, num_workers=workers, validation=0
+        ).train_dataloader()
+        for number in numbers:
+            loader.sampler.set_epoch(number)
+            yield [image for images, _ in loader for image in images]
 
-    reference = epoch(0, 1, 5)
-    assert torch.equal(reference, epoch(0, 1, 6))
-    assert not torch.equal(reference, epoch(0, 2, 5))
+    def same(one, other):
+        return torch.equal(torch.stack(one), torch.stack(other))
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second = epochs(0, 1, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not same(first, second)
+    torch.manual_seed(6)
+    # The same processes read one epoch after the other.
+    assert all(map(same, epochs(0, 1, 2, workers=2), (first, second)))
+    assert same(next(epochs(0, 2, batch_size=3)), second)
+    assert not same(next(epochs(1, 1)), first)
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(5, [5]), (4, [4, 2]), (1, [1] * 6)])
@@ -209,8 +227,8 @@ def test_a_folder_of_validation_images_is_taken(root, name):
     data.setup()
     assert (len(data.train_set), len(data.validation_set), len(data.test_set)) == (6, 2, 4)
     assert data.validation_source == f"the 2 images in {root / name}"
-    assert not {path for path, _ in data.validation_set.files} & {
-        path for path, _ in data.test_set.files
+    assert not {path for path, _ in data.validation_set.pictures.files} & {
+        path for path, _ in data.test_set.pictures.files
     }
 
 
@@ -237,11 +255,8 @@ def test_two_folders_of_validation_images_are_refused(root):
         ImageFolderDataModule(root)
 
 
-IMAGENET = [
-    v2.ToImage(),
-    v2.ToDtype(torch.float32, scale=True),
-    v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-]
+NUMBERS = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+IMAGENET = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 @pytest.mark.parametrize(
@@ -279,13 +294,16 @@ def test_the_pipelines_that_the_docstring_names_are_those(root, options, train, 
     for images, transform in ((data.train_set, train), (data.test_set, test)):
         for seed in range(3):
             torch.manual_seed(seed)
-            want = v2.Compose([*transform, *IMAGENET])(image)
+            want = v2.Compose([*transform, *NUMBERS])(image)
             torch.manual_seed(seed)
-            assert torch.equal(images[0][0], want)
+            shown, label = images[0]
+            assert torch.equal(shown, want)
+            taken, _ = data.as_taken(shown[None], torch.tensor([label]))
+            assert torch.equal(taken[0], IMAGENET(want))
 
 
 def _files(images):
-    return [path for path, _ in images.files]
+    return [path for path, _ in images.pictures.files]
 
 
 @pytest.mark.parametrize("name", ["validation", "val"])
@@ -315,7 +333,7 @@ def test_class_folders_without_a_split_are_split_once_for_all(unsplit):
     splits = [_files(images) for images in (data.train_set, data.validation_set, data.test_set)]
     assert [len(files) for files in splits] == [21, 3, 6]
     assert len(set().union(*splits)) == 30
-    assert [label for _, label in data.test_set.files] == [0, 0, 1, 1, 2, 2]
+    assert [label for _, label in data.test_set.pictures.files] == [0, 0, 1, 1, 2, 2]
     assert data.validation_source == (
         "3 of the 24 training images, seed 0; the test split is 6 of the 30 images, drawn once"
     )
@@ -417,7 +435,8 @@ def test_a_file_is_read_as_test_images_are(root):
     data = ImageFolderDataModule(root, image_size=16, num_workers=0, mean=(0.5, 0.4, 0.3))
     path = root / "test" / "bee" / "1.png"
     taken, shown = read_image(data, path)
-    assert torch.equal(taken, data.test_set[3][0])
+    image, label = data.test_set[3]
+    assert torch.equal(taken, data.as_taken(image[None], torch.tensor([label]))[0][0])
     assert (shown - torch.tensor([200, 20, 100])[:, None, None] / 255).abs().max() < 1e-3
     with pytest.raises(FileNotFoundError):
         read_image(data, root / "none.png")

@@ -10,8 +10,8 @@ import torch
 from scipy.io import savemat
 
 from picnn_fast.data import VOCPart, matlab
+from picnn_fast.data.files import DamagedFileError
 from picnn_fast.data.matlab import read_struct
-from picnn_fast.data.photographs import DamagedFileError
 from tests.data.trees import annotate, block, save_v73, structs
 
 NAME = "2008_000001"
