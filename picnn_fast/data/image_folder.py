@@ -66,6 +66,10 @@ class ImageFolderDataModule(ImageDataModule):
         validation_seed: of the choice of the images held out.
         mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
         std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
+        cache: gigabytes of memory for decoded images, which all processes that read them share, so
+            that they are decoded once for all epochs; None: a quarter of what is free; 0: none.
+            What does not fit is decoded each time. Where images are resized before they are cropped
+            at random, or are not cropped so, it is the resized ones that are kept.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
@@ -96,6 +100,7 @@ class ImageFolderDataModule(ImageDataModule):
         validation_seed: int = 0,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
+        cache: float | None = None,
         num_workers: int | None = None,
     ) -> None:
         augmentation = Augmentation(
@@ -111,7 +116,9 @@ class ImageFolderDataModule(ImageDataModule):
             std=std,
         )
         workers = readers(num_workers)
-        super().__init__(augmentation, batch_size, workers, seed, validation, validation_seed)
+        super().__init__(
+            augmentation, batch_size, workers, seed, validation, validation_seed, cache
+        )
         self.root = Path(root).expanduser()
         self._list_images()
 

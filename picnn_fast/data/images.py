@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from picnn_fast._extras import extra
 from picnn_fast.data.files import open_image, reading
@@ -20,6 +21,7 @@ from picnn_fast.data.loading import (
     SeededDataModule,
     colours,
 )
+from picnn_fast.data.memory import ImageMemory, Shelf, image_memory
 from picnn_fast.data.preprocessing import Preprocessing
 from picnn_fast.ops import checks
 
@@ -36,6 +38,7 @@ class Pictures(ABC):
     """Where images are read from: labels, and RGB images of any size."""
 
     labels: Sequence[int]
+    in_memory = False
 
     @abstractmethod
     def open(self, index: int, least: int) -> Image.Image:
@@ -69,6 +72,8 @@ class PictureFiles(Pictures):
 class PictureArrays(Pictures):
     """Images in memory, ``[n, H, W, 3]`` uint8, each with its label."""
 
+    in_memory = True
+
     def __init__(self, arrays: NDArray[np.uint8], labels: Sequence[int]) -> None:
         self.arrays, self.labels = arrays, list(labels)
 
@@ -90,7 +95,12 @@ class LabelledImages(ByteImages):
         prepare: always does the same to an image.
         change: does something else each time; None: nothing.
         least: pixels of a picture's shorter side that are enough.
+
+    Attributes:
+        shelf: where prepared images are kept, or None.
     """
+
+    shelf: Shelf | None = None
 
     def __init__(
         self, pictures: Pictures, prepare: _Change | None, change: _Change | None, least: int
@@ -105,8 +115,16 @@ class LabelledImages(ByteImages):
         return self.pictures.labels[index]
 
     def pixels(self, index: int) -> Tensor:
-        image = self.pictures.open(index, self.least)
-        image = image if self.prepare is None else self.prepare(image)
+        kept = None if self.shelf is None else self.shelf.get(index)
+        if kept is not None and self.change is None:
+            return torch.from_numpy(kept.copy())
+        if kept is not None:
+            image = Image.fromarray(kept)
+        else:
+            image = self.pictures.open(index, self.least)
+            image = image if self.prepare is None else self.prepare(image)
+            if self.shelf is not None:
+                self.shelf.keep(index, np.asarray(image))
         image = image if self.change is None else self.change(image)
         return torch.from_numpy(np.array(image))
 
@@ -208,6 +226,7 @@ class ImageDataModule(SeededDataModule):
     Args:
         augmentation: how images become squares.
         batch_size, num_workers, seed, validation, validation_seed: see ``SeededDataModule``.
+        cache: gigabytes for images that are read from files, see ``ImageFolderDataModule``.
     """
 
     in_channels = 3
@@ -220,9 +239,13 @@ class ImageDataModule(SeededDataModule):
         seed: int,
         validation: float,
         validation_seed: int,
+        cache: float | None,
     ) -> None:
+        if cache is not None:
+            checks.non_negative("cache", cache)
         super().__init__(batch_size, num_workers, seed, validation, validation_seed)
-        self.augmentation = augmentation
+        self.augmentation, self.cache = augmentation, cache
+        self._memory: ImageMemory | None = None
         self.preprocessing = augmentation.preprocessing
         self.image_size = augmentation.image_size
         self.mean = torch.tensor(augmentation.mean).view(3, 1, 1)
@@ -247,3 +270,18 @@ class ImageDataModule(SeededDataModule):
         self.test_set = self.augmentation.tested(test)
         if len(validation.labels) > 0:
             self.validation_set = self.augmentation.tested(validation)
+
+    def _loader(self, *of: Any, **options: Any) -> DataLoader[Any]:
+        # Not before there is something to read, and before there are processes that do.
+        if self._memory is None:
+            processes = 1 if self.trainer is None else self.trainer.num_devices
+            self._memory = image_memory(self.cache, processes)
+            for images in (
+                self.train_set,
+                self.plain_train_set,
+                self.validation_set,
+                self.test_set,
+            ):
+                if isinstance(images, LabelledImages) and not images.pictures.in_memory:
+                    images.shelf = self._memory.shelf(len(images))
+        return super()._loader(*of, **options)

@@ -156,7 +156,7 @@ def compare_folder(
         options.output,
         "compare",
         _identity(_runs(options, methods, seeds)),
-        free=("data.num_workers",),
+        free=("data.cache", "data.num_workers"),
         growing=("runs",),
         read=_read_identity,
     )

@@ -241,8 +241,9 @@ class Options:
         return {name: value for name, value in self.as_dict().items() if name != "output"}
 
     def data_identity(self) -> dict[str, Any]:
-        """Options of the data but how many processes read it, which makes it no other data."""
-        return {name: value for name, value in self.data.items() if name != "num_workers"}
+        """Options of the data but those of how it is read, which make it no other data."""
+        how = ("cache", "num_workers")
+        return {name: value for name, value in self.data.items() if name not in how}
 
     def as_dict(self) -> dict[str, Any]:
         """All options, nested as in a YAML file."""

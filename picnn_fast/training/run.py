@@ -105,7 +105,7 @@ def train_folder(options: Options) -> RunFolder:
         options.output,
         "train",
         options.identity(),
-        free=("data.num_workers",),
+        free=("data.cache", "data.num_workers"),
         growing=("epochs",),
         read=lambda config: Options(**config).identity(),
     )
