@@ -20,7 +20,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const HistogramKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(histogram_kernels); }
+const HistogramKernelTable& kernels() { return PICNN_FAST_KERNELS_IN_USE(histogram_kernels); }
 
 void check_type(const Tensor& t, const char* name, ScalarType type, const char* want) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, ": want ", want);
@@ -37,10 +37,16 @@ Tensor indices_of(const Tensor& activations, const Tensor& labels, int64_t class
 }
 
 // `indices` must outlive the result.
-Samples samples_of(const Tensor& activations, const Tensor& indices) {
-  return {activations.size(0),          activations.size(1),
-          activations.const_data_ptr(), activations.stride(0),
-          activations.stride(1),        static_cast<const int64_t*>(indices.const_data_ptr())};
+template <typename T>
+Samples<T> samples_of(const Tensor& activations, const Tensor& indices) {
+  Samples<T> samples{};
+  samples.count = activations.size(0);
+  samples.filters = activations.size(1);
+  samples.activations = static_cast<const T*>(activations.const_data_ptr());
+  samples.sample_stride = activations.stride(0);
+  samples.filter_stride = activations.stride(1);
+  samples.labels = static_cast<const int64_t*>(indices.const_data_ptr());
+  return samples;
 }
 
 // A table of its own for every filter.
@@ -81,6 +87,58 @@ Grid grid_of(const FilterRange& range, int64_t bins) {
   return PICNN_FAST_NAMESPACE::grid_of(range.minimum, range.maximum, bins);
 }
 
+enum class Method {
+  kBitPlanes,  // count_sliced
+  kTables,     // count_short or count_long
+  kDirect      // range, then count_into
+};
+
+// How the samples of a call are cut and counted.
+struct Plan {
+  Method method;
+  int64_t cells;   // of a filter's table
+  int64_t block;   // filters of a block
+  int64_t blocks;  // of a run
+  int64_t padded;  // filters of a run, in whole blocks
+  int64_t rows;    // of a run
+  int64_t runs;
+
+  int64_t units() const { return runs * blocks; }
+};
+
+Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bool bit_planes) {
+  Plan plan{};
+  plan.cells = 2;
+  while (plan.cells < bins) {
+    plan.cells *= 2;
+  }
+  // Where there are samples enough of every class to fill the vectors.
+  const bool sliced = bit_planes && plan.cells <= kMostSlicedCells && filters >= kSlicedBlock / 2 &&
+                      classes <= kMostSlicedClasses && samples >= 128 * classes;
+  static_assert(8 * kMostSlicedClasses * kMostSlicedCells <= kShortRows, "16 bits hold a run");
+  plan.block = sliced ? kSlicedBlock : kFilterBlock;
+  plan.blocks = ceil_div(filters, plan.block);
+  plan.padded = plan.blocks * plan.block;
+  // Runs for every thread, each with tables of its own where it has many samples for each cell:
+  // clearing the tables and adding them up would cost more than a second read of the samples.
+  const int64_t table_cells = classes * plan.cells;
+  // Even cut in halves, runs must have rows enough for tables.
+  const int64_t most_rows = 8 * table_cells <= kShortRows ? kShortRows : int64_t{1} << 31;
+  const int64_t least_rows = std::max<int64_t>(4096, 4 * table_cells);
+  // Whole rows are read faster than pieces: a run a thread where there are few blocks.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t splits = sliced ? std::min(threads, ceil_div(kSlicedAtOnce * threads, plan.blocks))
+                                : ceil_div(threads, plan.blocks);
+  const int64_t wanted =
+      std::max(ceil_div(samples, most_rows), std::min(splits, samples / least_rows));
+  plan.rows = ceil_div(samples, std::max<int64_t>(1, wanted));
+  plan.runs = ceil_div(samples, plan.rows);
+  plan.method = sliced                         ? Method::kBitPlanes
+                : 4 * table_cells <= plan.rows ? Method::kTables
+                                               : Method::kDirect;
+  return plan;
+}
+
 // The range so far of each filter.
 std::vector<FilterRange> ranges_of(const Tensor& minimum, const Tensor& maximum, int64_t bins,
                                    int64_t padded) {
@@ -104,18 +162,6 @@ std::vector<FilterRange> ranges_of(const Tensor& minimum, const Tensor& maximum,
     }
   }
   return ranges;
-}
-
-// The first filter with a sample that is not finite, in any run; -1 where all are.
-int64_t first_not_finite(const FilterRange* ranges, int64_t runs, int64_t padded, int64_t filters) {
-  for (int64_t n = 0; n < filters; ++n) {
-    for (int64_t run = 0; run < runs; ++run) {
-      if (!ranges[run * padded + n].finite) {
-        return n;
-      }
-    }
-  }
-  return -1;
 }
 
 // Ranges of all runs together, with their grid.
@@ -168,14 +214,13 @@ void for_class_blocks(int64_t classes, const F& visit) {
 }
 
 // Adds the table of filter n of one run.
-template <typename C>
-void add_table(int64_t* counts, const Histogram& h, int64_t block, int64_t run, int64_t n,
-               const FilterRange& to) {
-  const int64_t unit = run * ceil_div(h.samples.filters, block) + n / block;
-  const FilterRange& from = h.ranges[unit * block + n % block];
+template <typename T, typename C>
+void add_table(int64_t* counts, const Histogram<T>& h, const Plan& plan, const C* tables,
+               int64_t run, int64_t n, const FilterRange& to) {
+  const int64_t unit = run * plan.blocks + n / plan.block;
+  const FilterRange& from = h.ranges[run * plan.padded + n];
   const TableLayout& layout = h.layout;
-  const C* table = static_cast<const C*>(h.tables) + unit * h.classes * layout.per_class +
-                   layout.place[n % block];
+  const C* table = tables + unit * h.classes * layout.per_class + layout.place[n % plan.block];
   const Grid grid = grid_of(from, h.bins);
   const int shift = to.exponent - from.exponent;
   for_class_blocks(h.classes, [&](int64_t begin, int64_t end) {
@@ -189,14 +234,115 @@ void add_table(int64_t* counts, const Histogram& h, int64_t block, int64_t run, 
   });
 }
 
+// One call: counts [filters, bins, classes], with the ranges `before` on whose grids they are.
+template <typename T>
+class Update {
+ public:
+  Update(const Samples<T>& samples, const std::vector<FilterRange>& before, int64_t bins,
+         int64_t classes, const Plan& plan, const HistogramKernels<T>& kernels)
+      : before_(before), plan_(plan), kernels_(kernels) {
+    ranges_.reserve(static_cast<size_t>(plan.runs * plan.padded));
+    for (int64_t run = 0; run < plan.runs; ++run) {
+      ranges_.insert(ranges_.end(), before.begin(), before.end());
+    }
+    h_.samples = samples;
+    h_.bins = bins;
+    h_.classes = classes;
+    h_.rows = plan.rows;
+    h_.ranges = ranges_.data();
+    h_.cells = plan.cells;
+    h_.layout =
+        plan.method == Method::kBitPlanes ? sliced_layout(plan.cells) : plain_layout(plan.cells);
+  }
+
+  // The ranges after the call; none, and no count is another, where a sample is not finite.
+  std::vector<FilterRange> run(int64_t* counts) {
+    switch (plan_.method) {
+      case Method::kBitPlanes:
+        return count_in_tables(kernels_.count_sliced, counts);
+      case Method::kTables:
+        return plan_.rows <= kShortRows ? count_in_tables(kernels_.count_short, counts)
+                                        : count_in_tables(kernels_.count_long, counts);
+      case Method::kDirect:
+        break;
+    }
+    return count_directly(counts);
+  }
+
+  // Counting stops at a sample that is not finite: this is the first column that has one.
+  int64_t first_not_finite() {
+    std::vector<FilterRange> all(
+        static_cast<size_t>(ceil_div(h_.samples.filters, kFilterBlock) * kFilterBlock),
+        {0, 0, 0, 0, true});
+    h_.rows = h_.samples.count;
+    h_.ranges = all.data();
+    kernels_.range(h_, 0, ceil_div(h_.samples.filters, kFilterBlock));
+    int64_t n = 0;
+    while (all[static_cast<size_t>(n)].finite) {
+      ++n;
+    }
+    return n;
+  }
+
+ private:
+  template <typename C>
+  std::vector<FilterRange> count_in_tables(void (*kernel)(const Histogram<T>&, C*, int64_t,
+                                                          int64_t),
+                                           int64_t* counts) {
+    const std::unique_ptr<C[]> tables(
+        new C[static_cast<size_t>(plan_.units() * h_.classes * h_.layout.per_class)]);
+    parallel(plan_.units(), plan_.rows * plan_.block,
+             [&](int64_t begin, int64_t end) { kernel(h_, tables.get(), begin, end); });
+    return add(counts, [&](int64_t* filter_counts, int64_t n, const FilterRange& to) {
+      for (int64_t run = 0; run < plan_.runs; ++run) {
+        add_table(filter_counts, h_, plan_, tables.get(), run, n, to);
+      }
+    });
+  }
+
+  std::vector<FilterRange> count_directly(int64_t* counts) {
+    parallel(plan_.units(), plan_.rows * plan_.block,
+             [&](int64_t begin, int64_t end) { kernels_.range(h_, begin, end); });
+    std::vector<FilterRange> after = add(counts, [](int64_t*, int64_t, const FilterRange&) {});
+    if (!after.empty()) {
+      h_.ranges = after.data();
+      parallel(plan_.blocks, h_.samples.count * kFilterBlock,
+               [&](int64_t begin, int64_t end) { kernels_.count_into(h_, counts, begin, end); });
+    }
+    return after;
+  }
+
+  // Moves the counts to the grids of all samples' ranges, which are returned, and calls
+  // add_more(counts of the filter, n, range) for every filter.
+  template <typename AddMore>
+  std::vector<FilterRange> add(int64_t* counts, const AddMore& add_more) const {
+    if (!std::all_of(ranges_.begin(), ranges_.end(), [](const FilterRange& r) { return r.finite; }))
+      return {};
+    const int64_t filters = h_.samples.filters, cells = h_.bins * h_.classes;
+    std::vector<FilterRange> after = joined(before_, ranges_.data(), plan_.runs, filters, h_.bins);
+    parallel(filters, cells, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        move_counts(counts + n * cells, h_.bins, h_.classes, before_[n], after[n]);
+        add_more(counts + n * cells, n, after[n]);
+      }
+    });
+    return after;
+  }
+
+  const std::vector<FilterRange>& before_;
+  const Plan& plan_;
+  const HistogramKernels<T>& kernels_;
+  std::vector<FilterRange> ranges_;  // [runs, padded]
+  Histogram<T> h_{};
+};
+
 Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tensor& maximum,
                         const Tensor& activations, const Tensor& labels) {
   STD_TORCH_CHECK(counts.dim() == 3 && counts.scalar_type() == ScalarType::Long,
                   "counts: want int64 [filters, bins, classes]");
-  const Storage type = storage(activations, "activations");
   const int64_t bins = counts.size(1), classes = counts.size(2);
   const Tensor indices = indices_of(activations, labels, classes);
-  const int64_t filters = activations.size(1);
+  const int64_t samples = activations.size(0), filters = activations.size(1);
   check_shape(counts, "counts", {filters, bins, classes});
   check_bins("counts", bins);
   for (const auto& [t, name] : {std::pair(&minimum, "minimum"), std::pair(&maximum, "maximum")}) {
@@ -205,103 +351,32 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   }
   STD_TORCH_CHECK(counts.is_contiguous() && minimum.is_contiguous() && maximum.is_contiguous(),
                   "counts, minimum, maximum: want contiguous tensors");
-  const Samples samples = samples_of(activations, indices);
   Tensor column = torch::stable::new_empty(labels, {}, ScalarType::Long);
   int64_t& first_bad = *static_cast<int64_t*>(column.mutable_data_ptr());
   first_bad = -1;
-  if (samples.count == 0 || filters == 0) {
-    return column;
-  }
-
-  int64_t cells = 2;
-  while (cells < bins) {
-    cells *= 2;
-  }
-  const HistogramKernels& k = kernels();
-  // Where there are samples enough of every class to fill the vectors.
-  const bool sliced = k.count_sliced != nullptr && counts_bits_fast() &&
-                      cells <= kMostSlicedCells && filters >= kSlicedBlock / 2 &&
-                      classes <= kMostSlicedClasses && samples.count >= 128 * classes;
-  static_assert(8 * kMostSlicedClasses * kMostSlicedCells <= kShortRows, "16 bits hold a run");
-  const int64_t block = sliced ? kSlicedBlock : kFilterBlock;
-  const int64_t blocks = ceil_div(filters, block), padded = blocks * block;
-  // Runs for every thread, each with tables of its own where it has many samples for each cell:
-  // clearing the tables and adding them up would cost more than a second read of the samples.
-  const int64_t table_cells = classes * cells;
-  // Even cut in halves, runs must have rows enough for tables.
-  const int64_t most_rows = 8 * table_cells <= kShortRows ? kShortRows : int64_t{1} << 31;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t least_rows = std::max<int64_t>(4096, 4 * table_cells);
-  // Whole rows are read faster than pieces: a run a thread where there are few blocks.
-  const int64_t splits = sliced ? std::min(threads, ceil_div(kSlicedAtOnce * threads, blocks))
-                                : ceil_div(threads, blocks);
-  const int64_t wanted =
-      std::max(ceil_div(samples.count, most_rows), std::min(splits, samples.count / least_rows));
-  const int64_t rows = ceil_div(samples.count, std::max<int64_t>(1, wanted));
-  const int64_t runs = ceil_div(samples.count, rows);
-
-  const std::vector<FilterRange> before = ranges_of(minimum, maximum, bins, padded);
-  std::vector<FilterRange> ranges;
-  ranges.reserve(static_cast<size_t>(runs * padded));
-  for (int64_t run = 0; run < runs; ++run) {
-    ranges.insert(ranges.end(), before.begin(), before.end());
-  }
-  int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
-  Histogram h{samples,
-              bins,
-              classes,
-              rows,
-              ranges.data(),
-              cells,
-              sliced ? sliced_layout(cells) : plain_layout(cells),
-              nullptr,
-              count};
-  const int64_t unit_elements = rows * block;
-  const bool use_tables = sliced || 4 * table_cells <= rows;
-  const bool short_counts = rows <= kShortRows;
-  std::unique_ptr<unsigned char[]> tables;
-  if (use_tables) {
-    tables.reset(new unsigned char[static_cast<size_t>(
-        runs * blocks * classes * h.layout.per_class *
-        (short_counts ? sizeof(uint16_t) : sizeof(uint32_t)))]);
-    h.tables = tables.get();
-  }
-  const auto count_or_range = sliced ? k.count_sliced : use_tables ? k.count : k.range;
-  parallel(runs * blocks, unit_elements,
-           [&](int64_t begin, int64_t end) { count_or_range(h, type, begin, end); });
-
-  if (first_not_finite(ranges.data(), runs, padded, filters) >= 0) {
-    // Counting stops at a sample that is not finite: ask for the first column that has one.
-    std::vector<FilterRange> all(
-        static_cast<size_t>(ceil_div(filters, kFilterBlock) * kFilterBlock), {0, 0, 0, 0, true});
-    h.rows = samples.count;
-    h.ranges = all.data();
-    k.range(h, type, 0, ceil_div(filters, kFilterBlock));
-    first_bad = first_not_finite(all.data(), 1, 0, filters);
-    return column;
-  }
-  std::vector<FilterRange> after = joined(before, ranges.data(), runs, filters, bins);
-  parallel(filters, bins * classes, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      int64_t* filter_counts = count + n * bins * classes;
-      move_counts(filter_counts, bins, classes, before[n], after[n]);
-      for (int64_t run = 0; use_tables && run < runs; ++run) {
-        short_counts ? add_table<uint16_t>(filter_counts, h, block, run, n, after[n])
-                     : add_table<uint32_t>(filter_counts, h, block, run, n, after[n]);
-      }
+  with_types(activations, "activations", [&](auto value, auto) {
+    using T = decltype(value);
+    if (samples == 0 || filters == 0) {
+      return;
+    }
+    const HistogramKernels<T>& k = kernels();
+    const bool bit_planes = k.count_sliced != nullptr && counts_bits_fast();
+    const Plan plan = plan_of(samples, filters, bins, classes, bit_planes);
+    const std::vector<FilterRange> before = ranges_of(minimum, maximum, bins, plan.padded);
+    Update<T> update(samples_of<T>(activations, indices), before, bins, classes, plan, k);
+    const std::vector<FilterRange> after =
+        update.run(static_cast<int64_t*>(counts.mutable_data_ptr()));
+    if (after.empty()) {
+      first_bad = update.first_not_finite();
+      return;
+    }
+    double* low = static_cast<double*>(minimum.mutable_data_ptr());
+    double* high = static_cast<double*>(maximum.mutable_data_ptr());
+    for (int64_t n = 0; n < filters; ++n) {
+      low[n] = after[n].minimum;
+      high[n] = after[n].maximum;
     }
   });
-  if (!use_tables) {
-    h.ranges = after.data();
-    parallel(blocks, samples.count * kFilterBlock,
-             [&](int64_t begin, int64_t end) { k.count_into(h, type, begin, end); });
-  }
-  double* low = static_cast<double*>(minimum.mutable_data_ptr());
-  double* high = static_cast<double*>(maximum.mutable_data_ptr());
-  for (int64_t n = 0; n < filters; ++n) {
-    low[n] = after[n].minimum;
-    high[n] = after[n].maximum;
-  }
   return column;
 }
 
@@ -313,12 +388,12 @@ void check_scale(const Tensor& low, const Tensor& width, const Tensor& activatio
 }
 
 // Sums the tables of all runs, in order, into counts [filters, bins, classes].
-template <typename A>
-void sum_tables(const SoftHistogram& h, int64_t runs, int64_t filter, A* counts) {
+template <typename T>
+void sum_tables(const SoftHistogram<T>& h, int64_t runs, int64_t filter, Accumulate<T>* counts) {
   const int64_t blocks = ceil_div(h.samples.filters, kFilterBlock);
   const int64_t class_cells = kFilterBlock * h.bins;
-  const A* table = static_cast<const A*>(h.tables) +
-                   filter / kFilterBlock * h.classes * class_cells + filter % kFilterBlock * h.bins;
+  const Accumulate<T>* table =
+      h.tables + filter / kFilterBlock * h.classes * class_cells + filter % kFilterBlock * h.bins;
   for_class_blocks(h.classes, [&](int64_t begin, int64_t end) {
     for (int64_t bin = 0; bin < h.bins; ++bin) {
       for (int64_t k = begin; k < end; ++k) {
@@ -326,51 +401,61 @@ void sum_tables(const SoftHistogram& h, int64_t runs, int64_t filter, A* counts)
         for (int64_t run = 0; run < runs; ++run) {
           sum += table[(run * blocks * h.classes + k) * class_cells + bin];
         }
-        counts[bin * h.classes + k] = static_cast<A>(sum);
+        counts[bin * h.classes + k] = static_cast<Accumulate<T>>(sum);
       }
     }
   });
 }
 
+template <typename T>
+const Accumulate<T>* accumulated(const Tensor& t) {
+  return static_cast<const Accumulate<T>*>(t.const_data_ptr());
+}
+
 Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Tensor& low,
                       const Tensor& width, int64_t bins, int64_t classes) {
-  const Storage type = storage(activations, "activations");
   check_bins("bins", bins);
   STD_TORCH_CHECK(classes >= 1, "num_classes: got ", classes, ", want at least 1");
   const Tensor indices = indices_of(activations, labels, classes);
   check_scale(low, width, activations);
   const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
-  const Samples samples = samples_of(activations, indices);
-  Tensor counts = torch::stable::new_empty(low, {samples.filters, bins, classes});
-  const int64_t blocks = ceil_div(samples.filters, kFilterBlock);
+  const int64_t samples = activations.size(0), filters = activations.size(1);
+  Tensor counts = torch::stable::new_empty(low, {filters, bins, classes});
   // By shape alone, so that the order of the sums does not depend on the number of threads.
   const int64_t rows = std::max<int64_t>(4096, classes * bins);
-  const int64_t runs = std::max<int64_t>(1, ceil_div(samples.count, rows));
-  const bool wide = type == Storage::kDouble;
-  const std::unique_ptr<unsigned char[]> tables(new unsigned char[static_cast<size_t>(
-      runs * blocks * kFilterBlock * bins * classes * (wide ? sizeof(double) : sizeof(float)))]);
-  const SoftHistogram h{
-      samples, bins, classes, rows, lows.const_data_ptr(), widths.const_data_ptr(), tables.get()};
-  if (samples.count == 0) {
-    return torch::stable::zero_(counts);
-  }
-  const HistogramKernels& k = kernels();
-  parallel(runs * blocks, std::min(rows, samples.count) * kFilterBlock,
-           [&](int64_t begin, int64_t end) { k.soft(h, type, begin, end); });
-  void* out = counts.mutable_data_ptr();
-  parallel(samples.filters, runs * bins * classes, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t at = n * bins * classes;
-      wide ? sum_tables(h, runs, n, static_cast<double*>(out) + at)
-           : sum_tables(h, runs, n, static_cast<float*>(out) + at);
+  const int64_t runs = ceil_div(samples, rows), units = runs * ceil_div(filters, kFilterBlock);
+  with_types(activations, "activations", [&](auto value, auto) {
+    using T = decltype(value);
+    using A = Accumulate<T>;
+    if (samples == 0) {
+      torch::stable::zero_(counts);
+      return;
     }
+    const std::unique_ptr<A[]> tables(
+        new A[static_cast<size_t>(units * kFilterBlock * bins * classes)]);
+    SoftHistogram<T> h{};
+    h.samples = samples_of<T>(activations, indices);
+    h.bins = bins;
+    h.classes = classes;
+    h.rows = rows;
+    h.low = accumulated<T>(lows);
+    h.width = accumulated<T>(widths);
+    h.tables = tables.get();
+    const HistogramKernels<T>& k = kernels();
+    parallel(units, std::min(rows, samples) * kFilterBlock,
+             [&](int64_t begin, int64_t end) { k.soft(h, begin, end); });
+    A* out = static_cast<A*>(counts.mutable_data_ptr());
+    parallel(filters, runs * bins * classes, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        sum_tables(h, runs, n, out + n * bins * classes);
+      }
+    });
   });
   return counts;
 }
 
 Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activations,
                                const Tensor& labels, const Tensor& low, const Tensor& width) {
-  const Storage type = storage(activations, "activations");
   STD_TORCH_CHECK(grad_counts.dim() == 3, "grad_counts: want [filters, bins, classes]");
   const int64_t bins = grad_counts.size(1), classes = grad_counts.size(2);
   const Tensor indices = indices_of(activations, labels, classes);
@@ -380,23 +465,26 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
   check_bins("grad_counts", bins);
   const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
   const Tensor grads = torch::stable::contiguous(grad_counts);
-  const Samples samples = samples_of(activations, indices);
   Tensor grad = torch::stable::empty_like(activations);
   constexpr int64_t kRows = 512;
-  const SoftHistogramBackward h{samples,
-                                bins,
-                                classes,
-                                kRows,
-                                lows.const_data_ptr(),
-                                widths.const_data_ptr(),
-                                grads.const_data_ptr(),
-                                grad.mutable_data_ptr(),
-                                grad.stride(0),
-                                grad.stride(1)};
-  const HistogramKernels& k = kernels();
-  parallel(ceil_div(samples.count, kRows) * ceil_div(samples.filters, kFilterBlock),
-           std::min(kRows, samples.count) * kFilterBlock,
-           [&](int64_t begin, int64_t end) { k.soft_backward(h, type, begin, end); });
+  with_types(activations, "activations", [&](auto value, auto) {
+    using T = decltype(value);
+    SoftHistogramBackward<T> h{};
+    h.samples = samples_of<T>(activations, indices);
+    h.bins = bins;
+    h.classes = classes;
+    h.rows = kRows;
+    h.low = accumulated<T>(lows);
+    h.width = accumulated<T>(widths);
+    h.grad_counts = accumulated<T>(grads);
+    h.grad = static_cast<T*>(grad.mutable_data_ptr());
+    h.grad_sample_stride = grad.stride(0);
+    h.grad_filter_stride = grad.stride(1);
+    const HistogramKernels<T>& k = kernels();
+    parallel(ceil_div(h.samples.count, kRows) * ceil_div(h.samples.filters, kFilterBlock),
+             std::min(kRows, h.samples.count) * kFilterBlock,
+             [&](int64_t begin, int64_t end) { k.soft_backward(h, begin, end); });
+  });
   return grad;
 }
 

@@ -17,9 +17,10 @@ constexpr int64_t kSlicedBlock = 64;  // of count_sliced
 PICNN_FAST_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Activations [count, filters] of any strides; labels contiguous and in range.
+template <typename T>
 struct Samples {
   int64_t count, filters;
-  const void* activations;
+  const T* activations;
   int64_t sample_stride, filter_stride;
   const int64_t* labels;
 };
@@ -54,61 +55,69 @@ struct TableLayout {
 
 // Samples are cut into runs of `rows`. A unit is one block of filters of one run, so that any range
 // of units can go to any thread: unit = run * blocks + block.
+template <typename T>
 struct Histogram {
-  Samples samples;
+  Samples<T> samples;
   int64_t bins, classes;
   int64_t rows;         // less than 2^32; tables of up to kShortRows count in 16 bits
   FilterRange* ranges;  // [units, filters of a block]; in: the range so far
   // Cell c of a filter is counted at c modulo `cells`, a power of two and at least `bins`: a range
   // that grows within its grid moves nothing.
   int64_t cells;
-  TableLayout layout;
-  void* tables;     // [units, classes, layout.per_class], uint16 or uint32, uninitialised
-  int64_t* counts;  // [filters, bins, classes]
+  TableLayout layout;  // of tables [units, classes, layout.per_class]
 };
 
-// Everything contiguous but the samples; all floats of the accumulation type.
+template <typename T>
 struct SoftHistogram {
-  Samples samples;
+  Samples<T> samples;
   int64_t bins, classes;
-  int64_t rows;  // of a run
-  const void* low;
-  const void* width;
-  void* tables;  // [units, classes, kFilterBlock, bins], uninitialised
+  int64_t rows;              // of a run
+  const Accumulate<T>* low;  // contiguous, as all below
+  const Accumulate<T>* width;
+  Accumulate<T>* tables;  // [units, classes, kFilterBlock, bins], uninitialised
 };
 
+template <typename T>
 struct SoftHistogramBackward {
-  Samples samples;
+  Samples<T> samples;
   int64_t bins, classes;
   int64_t rows;
-  const void* low;
-  const void* width;
-  const void* grad_counts;  // [filters, bins, classes]
-  void* grad;               // like activations
+  const Accumulate<T>* low;
+  const Accumulate<T>* width;
+  const Accumulate<T>* grad_counts;  // [filters, bins, classes]
+  T* grad;                           // like activations
   int64_t grad_sample_stride, grad_filter_stride;
 };
 
+template <typename T>
 struct HistogramKernels {
-  // Ranges and tables of units [begin, end). A unit with a range that is not finite has no table.
-  void (*count)(const Histogram&, Storage, int64_t begin, int64_t end);
-  // The same for blocks of kSlicedBlock filters, at most kMostSlicedCells cells and uint16 tables.
-  // Null where this build has none; the processor must have
-  // VPOPCNTDQ and GFNI.
-  void (*count_sliced)(const Histogram&, Storage, int64_t begin, int64_t end);
+  // Ranges and tables, uninitialised, of units [begin, end). A unit with a range that is not finite
+  // has no table.
+  void (*count_short)(const Histogram<T>&, uint16_t* tables, int64_t begin, int64_t end);
+  void (*count_long)(const Histogram<T>&, uint32_t* tables, int64_t begin, int64_t end);
+  // The same for blocks of kSlicedBlock filters and at most kMostSlicedCells cells. Null where this
+  // build has none; the processor must have VPOPCNTDQ and GFNI.
+  void (*count_sliced)(const Histogram<T>&, uint16_t* tables, int64_t begin, int64_t end);
   // Ranges alone, in blocks of kFilterBlock, as all that follows.
-  void (*range)(const Histogram&, Storage, int64_t begin, int64_t end);
-  // Adds all samples of filter blocks [begin, end) to `counts`, on the grids of `ranges`
-  // [blocks, kFilterBlock], which hold them.
-  void (*count_into)(const Histogram&, Storage, int64_t begin, int64_t end);
+  void (*range)(const Histogram<T>&, int64_t begin, int64_t end);
+  // Adds all samples of filter blocks [begin, end) to counts [filters, bins, classes], on the grids
+  // of `ranges` [blocks, kFilterBlock], which hold them.
+  void (*count_into)(const Histogram<T>&, int64_t* counts, int64_t begin, int64_t end);
   // Units [begin, end).
-  void (*soft)(const SoftHistogram&, Storage, int64_t begin, int64_t end);
-  void (*soft_backward)(const SoftHistogramBackward&, Storage, int64_t begin, int64_t end);
+  void (*soft)(const SoftHistogram<T>&, int64_t begin, int64_t end);
+  void (*soft_backward)(const SoftHistogramBackward<T>&, int64_t begin, int64_t end);
 };
 
-extern const HistogramKernels histogram_kernels_default;
+// Converts to the kernels of any one type.
+struct HistogramKernelTable : HistogramKernels<float>,
+                              HistogramKernels<double>,
+                              HistogramKernels<Half>,
+                              HistogramKernels<BFloat16> {};
+
+extern const HistogramKernelTable histogram_kernels_default;
 #ifdef __x86_64__
-extern const HistogramKernels histogram_kernels_avx2;
-extern const HistogramKernels histogram_kernels_avx512;
+extern const HistogramKernelTable histogram_kernels_avx2;
+extern const HistogramKernelTable histogram_kernels_avx512;
 #endif
 
 }  // namespace picnn_fast

@@ -10,6 +10,7 @@
 // Storage types and their conversions, in branch-free integer arithmetic that compilers vectorise.
 namespace PICNN_FAST_NAMESPACE {
 
+using picnn_fast::Accumulate;
 using picnn_fast::BFloat16;
 using picnn_fast::Half;
 
@@ -20,16 +21,6 @@ PICNN_FAST_HD To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
-
-// The type sums are kept in.
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
 
 PICNN_FAST_HD float widen(float x) { return x; }
 PICNN_FAST_HD double widen(double x) { return x; }
