@@ -1,6 +1,17 @@
-"""Text of others on the user's terminal."""
+"""Text on the user's terminal: that of others, and what is counted."""
 
 import unicodedata
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in English: one, or several of which the name ends with an s.
+
+    Example:
+        >>> counted(1, "epoch"), counted(1000, "image"), counted(0, "class")
+        ('1 epoch', '1,000 images', '0 classes')
+    """
+    several = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else several}"
 
 
 def printable(text: str) -> str:

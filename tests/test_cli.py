@@ -183,7 +183,7 @@ def test_figures_are_listed_with_their_names_and_readings(capsys, monkeypatch):
         assert f"\n{topic}\n" in f"\n{out}"
         for name, figure in figures.items():
             assert f"\n  {name}   " in out
-            assert f"{figure.meaning}. {figure.reading}" in words
+            assert f"{figure.said}. {figure.reading}" in words
     assert out.count("where it is named alone") == len(FIGURES) - len(default_figures())
     assert (status, max(map(len, out.splitlines())) <= 70) == (0, True)
     status, out, _ = _main(capsys, "figures", "mis", "acc1")
@@ -820,7 +820,7 @@ def test_a_plain_network_of_ones_own_is_measured_as_it_is(capsys, own_module):
             "data.image_size: data digits has no such option, want",
         ),
         (("--model", "null", "--data", "digits"), "model: got null, want the name of a network"),
-        (("--model", "resnet18", "--data", "digits"), "data: got images of 1 channels with"),
+        (("--model", "resnet18", "--data", "digits"), "data: got images of 1 channel with"),
         (("--model", "{own}s", "--data", "digits"), "did you mean 'network'?"),
         (("runs/train", "--layer", "1"), "layer: got '1' with a run, want it with --model alone"),
         (("runs/train", "--weights", "a.pt"), "weights: got 'a.pt' with a run"),
@@ -996,6 +996,23 @@ def test_divergence_is_told_in_a_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "fit", diverge)
     status, _, err = _main(capsys, "train", "--output", tmp_path / "run", "--accelerator", "cpu")
     assert (status, err) == (1, "picnn-fast train: error: train/loss is nan in epoch 1\n")
+
+
+def test_an_image_that_a_network_makes_no_number_of_is_told_in_a_line(
+    capsys, monkeypatch, one_category
+):
+    from picnn_fast.data.part_animals import PartAnimals
+
+    draw = PartAnimals.__getitem__
+
+    def damaged(samples, index):
+        sample = draw(samples, index)
+        return sample._replace(image=sample.image * torch.nan) if index == 4 else sample
+
+    monkeypatch.setattr(PartAnimals, "__getitem__", damaged)
+    status, out, err = _main(capsys, "evaluate", one_category, "--accelerator", "cpu")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert "error: activmap_iou: maps or logits of test image 4 are NaN" in err
 
 
 def test_sigterm_ends_with_its_status_and_says_how_to_go_on(tmp_path):

@@ -61,7 +61,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         raise
     except _expected_errors() as error:
         print(printable(f"picnn-fast {command}: error: {error}"), file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1  # an option, or else the world
+        return 2 if isinstance(error, ValueError) else 1  # what was given, or else the world
     except KeyboardInterrupt:
         return _INTERRUPTED
     except SystemExit as stop:
@@ -132,6 +132,10 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         from picnn_fast.training.run_folder import RunFolderError
 
         ours = (ConfigError, RunFolderError, DivergenceError)
+    if "picnn_fast.evaluation" in sys.modules:
+        from picnn_fast.evaluation import NotFiniteError
+
+        ours = (*ours, NotFiniteError)
     return *ours, OSError, ImportError
 
 

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 
 from picnn_fast._extras import install_command
+from picnn_fast._terminal import counted
 from picnn_fast._version import __version__
 
 _TRAIN_PACKAGES = (
@@ -54,7 +55,9 @@ def run(arguments: Sequence[str]) -> int:
 
     print("\ndevices")
     capability = torch.backends.cpu.get_cpu_capability()
-    print(f"  cpu         {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    used = f"{counted(cores, 'core')}, {counted(threads, 'thread')}"
+    print(f"  cpu         {used}, {capability}")
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         memory = device.total_memory / 2**30

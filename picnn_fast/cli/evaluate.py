@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from picnn_fast._terminal import printable
+from picnn_fast._terminal import counted, printable
 from picnn_fast.cli.figures import figures_named
 from picnn_fast.cli.output import check_writable
 from picnn_fast.cli.plain import add_model, check_no_model, of_model
@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
         if plain:
             layer, filters = run.network.layer, run.network.num_filters
             of = "" if layer is None else f" of layer {layer}"
-            told.append(f"{args['model']}, as it is, by {filters} filters{of}")
+            told.append(f"{args['model']}, as it is, by {counted(filters, 'filter')}{of}")
         runs[run.name] = run._replace(network=None, data=None)
     groups = _seeds_together(runs)
     rows = {label: [measured[name].figures for name in names] for label, names in groups.items()}
@@ -136,8 +136,9 @@ def _check_output(folder: Path | None) -> None:
 
 
 def _write_figures(folder: Path, figures: Mapping[str, "Figures"]) -> None:
+    from picnn_fast._files import write_atomically
     from picnn_fast.evaluation import as_csv
-    from picnn_fast.training.run_folder import write_atomically, write_json
+    from picnn_fast.training.run_folder import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", figures)

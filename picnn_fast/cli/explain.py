@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from picnn_fast._extras import extra
-from picnn_fast._terminal import printable
+from picnn_fast._terminal import counted, printable
 from picnn_fast.cli.output import check_writable
 from picnn_fast.cli.trained import Trained, add_accelerator, add_path, of_trained
 
@@ -214,7 +214,9 @@ def _print_filters(told: Mapping[str, Mapping[str, Any]]) -> None:
         said = {number: by_network[name] for number, by_network in told.items()}
         first = next(iter(said.values()))
         table = Table(
-            title=printable(f"{name}, {first['images']} images of the {first['split']} split"),
+            title=printable(
+                f"{name}, {counted(first['images'], 'image')} of the {first['split']} split"
+            ),
             title_justify="left",
             title_style="bold",
         )
@@ -331,7 +333,7 @@ def _print_explanations(told: Mapping[str, Mapping[str, Any]]) -> None:
             console.print(table)
             left = len(said["groups"]) - _GROUPS_SHOWN
             if left > 0:
-                console.print(f"  and {left} groups that add less")
+                console.print(f"  and {counted(left, 'group')} that add{'s' * (left == 1)} less")
             kind = "is" if said["exact"] else "is, to first order,"
             console.print(
                 printable(

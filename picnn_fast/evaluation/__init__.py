@@ -15,7 +15,7 @@ from picnn_fast.evaluation.figures import (
 )
 from picnn_fast.evaluation.figures.attacks import Attack, adversarial_detection, convolution_means
 from picnn_fast.evaluation.figures.removal import Confusions, confusion_without, removal_ownership
-from picnn_fast.evaluation.loop import Measurement, differences, evaluate, measure
+from picnn_fast.evaluation.loop import Measurement, NotFiniteError, differences, evaluate, measure
 from picnn_fast.evaluation.observation import Observation, pool
 from picnn_fast.evaluation.values import (
     Figures,
@@ -37,6 +37,7 @@ __all__ = [
     "FiguresCallback",
     "Measurement",
     "MutualInformationCallback",
+    "NotFiniteError",
     "Observation",
     "Value",
     "adversarial_detection",

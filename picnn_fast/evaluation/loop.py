@@ -31,13 +31,18 @@ RESAMPLES = 1000
 IMAGES, FORWARD = "images", "forward"
 
 
+class NotFiniteError(ValueError):
+    """What a network makes of a test image is no finite numbers; the message says what to do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """Figures of a network, and what they were made of.
 
     Attributes:
         figures: as ``evaluate`` returns them.
-        replicates: by figure, its value in each resample of the images, ``[R]`` float64 on the CPU.
+        replicates: by figure, its value in each resample of the images, ``[R]`` float64 on the CPU,
+            of which the interval is.
         seconds: wall time by figure, of reading images, ``"images"``, and of the forward pass,
             ``"forward"``; what several figures are parts of, or need of a batch, is counted with
             the first of them.
@@ -85,7 +90,8 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: seed or draws that are no integers, or out of range; a name that is
-            no figure's; a network whose logits are not finite.
+            no figure's.
+        NotFiniteError: a network whose maps or logits of a test image are not finite.
     """
     return measure(
         network,
@@ -114,14 +120,15 @@ def measure(
     """As ``evaluate``, with what is wanted to compare networks, and the time that figures take.
 
     A figure's interval is that of 95 % of its values in resamples of the images: percentiles of
-    the bootstrap. It is of the images alone: networks that other seeds train differ besides.
+    the bootstrap, but where resamples lie to one side of the figure, see ``PerImageMetric``. It is
+    of the images alone: networks that other seeds train differ besides.
 
     Args:
         network, data, figures, seed, draws, device, progress: as of ``evaluate``.
         resamples: of the images; fewer of a figure that costs much, 0: no intervals.
 
     Raises:
-        TypeError, ValueError: as ``evaluate``.
+        TypeError, ValueError, NotFiniteError: as ``evaluate``.
     """
     checks.integer("seed", seed, 0)
     checks.integer("draws", draws, 1)
@@ -175,12 +182,7 @@ def measure(
                 if most not in selected:
                     selected[most] = seen if rows.all() else seen.select(rows)
                     with clock(FORWARD):
-                        logits = selected[most].logits
-                    if not logits.isfinite().all():
-                        raise ValueError(
-                            "network: got logits that are NaN or infinity for a test image, want"
-                            " finite ones; its training diverged, or its weights are damaged"
-                        )
+                        _check_finite(selected[most], rows, place.start, groups[first][0])
                 with clock(first):
                     add(metrics[first], selected[most])
     values: dict[str, Figures] = {
@@ -310,6 +312,30 @@ class _Clock:
         return time.perf_counter()
 
 
+def _check_finite(seen: Observation, rows: Tensor, start: int, figure: str) -> None:
+    """
+    Args:
+        seen: of the images that ``rows`` ``[B]`` bool choose of a batch.
+        start: the first image of that batch.
+        figure: one that is of them.
+
+    Raises:
+        NotFiniteError: maps or logits of an image are NaN or infinity.
+    """
+    finite = seen.logits.isfinite().all(1) & seen.maps.flatten(1).isfinite().all(1)
+    if finite.all():
+        return
+    image = start + int(rows.nonzero()[int((~finite).int().argmax())])
+    pixels = seen.images[~finite].isfinite().all()
+    cause = "its training diverged, or its weights are damaged; want another checkpoint of it"
+    if not pixels:
+        cause = "so is the image itself; want the data without it"
+    raise NotFiniteError(
+        f"{figure}: maps or logits of test image {image} are NaN or infinity, want finite ones of"
+        f" the network: {cause}"
+    )
+
+
 def _replicates(
     metric: Any, figures: Mapping[str, float], images: int, count: int
 ) -> dict[str, Tensor]:
@@ -325,6 +351,8 @@ def _replicates(
         each = torch.cat([FIGURES[name].of(block).cpu().double() for block in blocks])
         if getattr(metric, "resamples_lie_aside", False):
             each += value - each.nanmean()
+        elif getattr(metric, "resamples_lie_above", False):
+            each = (2 * value - each).clamp_min(0)
         values[name] = each
     return values
 

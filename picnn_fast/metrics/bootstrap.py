@@ -110,6 +110,10 @@ class PerImageMetric(Metric):
     #: Whether resamples lie to one side of the figure, such as those of a least value among many:
     #: an interval then has their spread about the figure.
     resamples_lie_aside = False
+    #: Whether the figure, never below 0, is too great by chance, and a resample by as much more: an
+    #: interval is then the basic one, of resamples reflected about the figure, and may lie below it
+    #: (Davison, Hinkley, "Bootstrap Methods and their Application", 1997, section 5.2.1).
+    resamples_lie_above = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -14,7 +14,8 @@ class CalibrationError(PerImageMetric):
 
     An image's confidence is the greatest probability of its softmax. Bins are of one width and
     hold their upper edges; the mean over bins of |accuracy - mean confidence| is weighted by how
-    many images they hold. Of few images it is too high by chance, and a resample's even more so.
+    many images they hold. Of few images it is too high by chance, and a resample's by as much more:
+    an evaluation's interval takes that off.
 
     Args:
         num_classes: K.
@@ -37,6 +38,7 @@ class CalibrationError(PerImageMetric):
     """
 
     higher_is_better = False
+    resamples_lie_above = True
 
     confidence: list[Tensor]
     correct: list[Tensor]

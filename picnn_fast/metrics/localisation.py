@@ -279,6 +279,7 @@ class ActivMapLocalisation(PerImageMetric):
     """
 
     higher_is_better = True
+    resamples_lie_aside = True
 
     ious: list[Tensor]
     labels: list[Tensor]
@@ -361,7 +362,8 @@ class ActivMapLocalisation(PerImageMetric):
         """Of each resample, ``[R]``, by the thresholds of all images.
 
         A filter's class is chosen anew in each. The best of several gains by chance, so that of few
-        images resamples lie above the value itself.
+        images resamples lie above the value itself: an evaluation's interval has their spread about
+        it.
 
         Args:
             counts: ``[R, M]`` int64, how often each image seen is drawn.

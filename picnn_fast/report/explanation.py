@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from picnn_fast._extras import extra
+from picnn_fast._terminal import counted
 from picnn_fast.explain import ImageExplanation
 from picnn_fast.ops import checks
 from picnn_fast.report.style import AS_IT_IS, canvas, displayed, overlay, saved, without_frame
@@ -107,7 +108,9 @@ def plot_explanation(
     axis.axvline(0, color="black", linewidth=0.8)
     axis.invert_yaxis()
     names = ["no class" if g.owner is None else f"class {class_names[g.owner]}" for g in groups]
-    labels = [f"{n}, {len(g.filters)} filters" for g, n in zip(groups, names, strict=True)]
+    labels = [
+        f"{n}, {counted(len(g.filters), 'filter')}" for g, n in zip(groups, names, strict=True)
+    ]
     axis.set_yticks(range(len(groups)), labels, **AS_IT_IS)
     axis.set_xlabel(f"what they add to the logit of {class_names[explanation.target]}", **AS_IT_IS)
     reach = max(map(abs, values)) or 1.0

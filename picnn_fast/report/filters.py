@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast._terminal import counted
 from picnn_fast.explain import FilterIndex, TopImages
 from picnn_fast.ops import checks
 from picnn_fast.report.style import AS_IT_IS, canvas, displayed, saved, without_frame
@@ -133,7 +134,7 @@ def _heading(index: FilterIndex, number: int, class_names: Sequence[str]) -> str
     owner, stands = int(index.owner[number]), "no class"
     if owner >= 0:
         stands = f"{class_names[owner]} ({float(index.owned[number]):.2f})"
-    seen = [f"of {index.num_images} images"]
+    seen = [f"of {counted(index.num_images, 'image')}"]
     if index.constant[number]:
         seen.append("its mean is the same in all of them: it tells nothing of the classes")
     if index.field is None:

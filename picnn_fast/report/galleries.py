@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from picnn_fast._extras import extra
+from picnn_fast._terminal import counted
 from picnn_fast.explain import FilterIndex, LocalisationExamples, PathwayGradCam
 from picnn_fast.ops import checks
 from picnn_fast.report.parts import peak_density
@@ -276,14 +277,15 @@ def peak_gallery(images: Tensor, peaks: Tensor, labels: Sequence[str]) -> Galler
         displayed(images), peaks.detach().cpu().float(), labels, strict=True
     ):
         heat = peak_density(places, height, width, sigma)
-        firing = int((~places.isnan().any(-1)).sum())
+        count = int((~places.isnan().any(-1)).sum())
+        firing = counted(count, "filter")
         shown = _on_image(image, heat / (float(heat.max()) or 1.0))
         pictures += [
             Picture(pixels=_enlarged(image), alt=f"Test image of class {label}", caption=label),
             Picture(
                 pixels=shown,
-                alt=f"Density of the peaks of {firing} filters on the image of class {label}",
-                caption=f"{firing} filters fire",
+                alt=f"Density of the peaks of {firing} on the image of class {label}",
+                caption=f"{firing} fire{'s' * (count == 1)}",
             ),
         ]
     rows = [

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast._terminal import counted
 from picnn_fast.report.galleries import Gallery, data_uri, heat_scale
 from picnn_fast.report.interactive import confusion_chart, curves_chart, matrix_chart, shortened
 
@@ -191,6 +192,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["picture"] = data_uri
+    environment.filters["counted"] = counted
     environment.tests["said"] = lambda value: isinstance(value, str)
     return environment
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast._terminal import counted
 from picnn_fast.report.figures import sort_filters
 
 with extra("report"):
@@ -200,7 +201,7 @@ def confusion_chart(
                 "name": names[label],
                 "said": _told_of_removal(complete, matrix, label, removed[label], names),
                 "rows": columns,
-                "columns": [*columns, f"{rest} others"] if rest else columns,
+                "columns": [*columns, counted(rest, "other")] if rest else columns,
                 "complete": before if rest else None,
                 "without": after,
             }
@@ -240,7 +241,7 @@ def _told_of_removal(
     if removed == 0:
         return f"No filter is class {names[label]}'s own: nothing is removed."
     return (
-        f"Without {removed} filter{'' if removed == 1 else 's'} of class {names[label]},"
+        f"Without {counted(removed, 'filter')} of class {names[label]},"
         f" {own[1]:.0%} of its images are told right ({own[0]:.0%} with all filters), and"
         f" {others[1]:.0%} of all others ({others[0]:.0%})."
     )
@@ -253,7 +254,7 @@ def _confusion_layout() -> Json:
             zmin=0,
             zmax=1,
             colorbar=_bar("share of the images of the class"),
-            hovertemplate="of class %{y}, taken for %{x}<br>%{customdata} images, %{z:.0%} of the"
+            hovertemplate="of class %{y}, taken for %{x}<br>images: %{customdata}, %{z:.0%} of the"
             " class<extra></extra>",
         )
     )

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from picnn_fast._extras import extra
+from picnn_fast._files import replacing
 from picnn_fast.ops import checks
 
 with extra("report"):
@@ -80,9 +81,13 @@ def canvas(
 
 
 def saved(figure: Figure | SubFigure, path: str | Path | None) -> Figure | SubFigure:
-    """The figure, written to ``path`` where there is one."""
+    """The figure, written to ``path`` where there is one, as that file's name ends, or as PNG."""
     if path is not None and isinstance(figure, Figure):
-        figure.savefig(path)
+        path = Path(path)
+        if not path.suffix:
+            path = path.with_name(f"{path.name}.png")
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix[1:])
     return figure
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from picnn_fast._extras import extra
+from picnn_fast._files import replacing
+from picnn_fast._terminal import counted
 from picnn_fast.data import ImageFolderDataModule, SeededDataModule
 from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
@@ -21,7 +23,7 @@ from picnn_fast.training.options import (
     one_line,
     qualified,
 )
-from picnn_fast.training.run_folder import RunFolderError, replacing
+from picnn_fast.training.run_folder import RunFolderError
 
 with extra("train"):
     import lightning as L
@@ -155,8 +157,8 @@ def _as_option(error: Exception, options: Options, num_classes: int, in_channels
         )
     if argument == "num_classes" and options.method.get("task") == "single":
         return (
-            f"method.task: got 'single' with {num_classes} classes, want --category NAME, the class"
-            " that is told from all others"
+            f"method.task: got 'single' with {counted(num_classes, 'class')}, want --category NAME,"
+            " the class that is told from all others"
         )
     for key in ("method", "backbone"):
         text = qualified(error, key, getattr(options, key)["name"])
@@ -405,7 +407,8 @@ def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
         raise ConfigError(str(error)) from error
     if data.num_classes != classes:
         raise ConfigError(
-            f"root: got {data.num_classes} classes in {root}, want {classes}, those of {source}"
+            f"root: got {counted(data.num_classes, 'class')} in {root}, want {classes}, those of"
+            f" {source}"
         )
     network = build_network(options, classes, data.in_channels)
     try:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from picnn_fast._files import write_atomically
+from picnn_fast._terminal import counted
 from picnn_fast.evaluation import Figures, as_csv
 from picnn_fast.models.factory import METHODS
 from picnn_fast.ops import checks
@@ -14,7 +16,7 @@ from picnn_fast.training.checkpoint import CHECKPOINT
 from picnn_fast.training.launch import launch
 from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run import METRICS, assemble, fit, read_metrics
-from picnn_fast.training.run_folder import RunFolder, write_atomically, write_json
+from picnn_fast.training.run_folder import RunFolder, write_json
 
 TABLE = "metrics.csv"
 DEFAULT_METHODS = ("std", "iccnn", "csg", "picnn", "picnn-gumbel")  # as in PICNN's table 1
@@ -236,7 +238,7 @@ def train_part(
     resumed = " (goes on from its last checkpoint)" if goes_on else ""
     run = assemble(options, folder, progress=progress, introduce=introduce, goes_on=goes_on)
     images = len(run.data.train_set)  # type: ignore[arg-type]
-    say(f"{title}: {options.epochs} epochs on {images} images{resumed}")
+    say(f"{title}: {counted(options.epochs, 'epoch')} on {counted(images, 'image')}{resumed}")
     start = time.perf_counter()
     figures = fit(run, progress=progress)
     say(f"{title}: trained and measured in {time.perf_counter() - start:.0f} s")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from picnn_fast._files import replacing
 from picnn_fast.data import Batches, SeededDataModule
 from picnn_fast.explain import FilterIndex, filter_index
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.options import Options
-from picnn_fast.training.run_folder import replacing
 
 # Raised when an index says something else of the same network and images.
 _FORMAT = 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from picnn_fast._terminal import counted
 from picnn_fast.backbones import TIMM, classifier, is_weights_file, preprocessing
 from picnn_fast.backbones.weights import load_weights_file
 from picnn_fast.data.loading import SeededDataModule
@@ -96,8 +97,8 @@ def _found(model: str, data: SeededDataModule, weights: str | None) -> Any:
     trained = named is not None and not is_weights_file(named)
     if data.in_channels != 3 and trained and not model.startswith(TIMM):
         raise ConfigError(
-            f"data: got images of {data.in_channels} channels with trained weights, want colour"
-            f" images, which those take; or weights {RANDOM!r}"
+            f"data: got images of {counted(data.in_channels, 'channel')} with trained weights,"
+            f" want colour images, which those take; or weights {RANDOM!r}"
         )
     return classifier(
         model, num_classes=data.num_classes, image_channels=data.in_channels, weights=named
@@ -176,6 +177,6 @@ def _try(network: Any, model: str, image: Tensor, data: SeededDataModule) -> Non
         ) from error
     if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] != data.num_classes:
         raise ConfigError(
-            f"model: got {model} of {logits.shape[1]} classes, want {data.num_classes}, those of"
-            f" the data ({few(data.class_names)})"
+            f"model: got {model} of {counted(logits.shape[1], 'class')}, want"
+            f" {data.num_classes}, those of the data ({few(data.class_names)})"
         )

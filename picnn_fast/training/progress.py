@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from picnn_fast._extras import extra
-from picnn_fast._terminal import printable
+from picnn_fast._terminal import counted, printable
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.models.base import InterpretableNetwork
 
@@ -107,9 +107,10 @@ class Introduction(Callback):
         self.large = min(height, width) >= 32  # smaller convolutions gain nothing
         self.lines = {
             "images": f"{data_name}: {train} to train on, {test} to test on,"
-            f" {channels} x {height} x {width}, {data.num_classes} classes",
+            f" {channels} x {height} x {width}, {counted(data.num_classes, 'class')}",
             "validation": data.validation_source,
-            "network": f"{type(network).__name__} over {backbone}: {network.num_filters} filters,"
+            "network": f"{type(network).__name__} over {backbone}:"
+            f" {counted(network.num_filters, 'filter')},"
             f" {cost.parameters:,} parameters; target layer, head and method take"
             f" {cost.share:.0%} of the multiplications",
             "output": output,
@@ -121,9 +122,9 @@ class Introduction(Callback):
         device = trainer.strategy.root_device
         where = str(device) if trainer.world_size == 1 else f"{trainer.world_size} x {device.type}"
         lines = {"device": f"{where}, precision {trainer.precision}", **self.lines}
-        first, last = trainer.current_epoch + 1, trainer.max_epochs
+        first, last = trainer.current_epoch + 1, trainer.max_epochs or 0
         lines["training"] = (
-            f"goes on with epoch {first} of {last}" if first > 1 else f"{last} epochs"
+            f"goes on with epoch {first} of {last}" if first > 1 else counted(last, "epoch")
         )
         if trainer.precision == "32-true" and self.large and native_bfloat16(device):
             lines["hint"] = (

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from picnn_fast._extras import extra, install_command
+from picnn_fast._terminal import counted
 from picnn_fast.data import DATA
 from picnn_fast.data.files import DamagedFileError
 from picnn_fast.data.loading import SeededDataModule
@@ -112,11 +113,11 @@ def train_folder(options: Options) -> RunFolder:
 
 
 def _going_on(epochs: int, options: Options) -> str:
-    line = f"goes on with a run of {epochs} epochs"
+    line = f"goes on with a run of {counted(epochs, 'epoch')}"
     if options.schedule == "cosine":
         line += (
-            f"; its cosine was of that length, so this is not the run that {options.epochs} epochs"
-            " from the start would be"
+            f"; its cosine was of that length, so this is not the run that"
+            f" {counted(options.epochs, 'epoch')} from the start would be"
         )
     return line
 
@@ -310,8 +311,8 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
                 network(image)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{what} cannot take images of {width} x {height} pixels and {image.shape[1]} channels:"
-            f" {one_line(error)}"
+            f"{what} cannot take images of {width} x {height} pixels and"
+            f" {counted(image.shape[1], 'channel')}: {one_line(error)}"
         ) from error
     if not finite:
         raise ConfigError(
@@ -387,7 +388,9 @@ def build_data(options: Options) -> SeededDataModule:
         raise ConfigError(text if text.startswith("data.") else f"data: {text}") from error
     images = len(data.test_set)  # type: ignore[arg-type]
     if images < 3:
-        raise ConfigError(f"data: got {images} test images, want at least 3 to measure MIS")
+        raise ConfigError(
+            f"data: got {counted(images, 'test image')}, want at least 3 to measure MIS"
+        )
     if options.category is not None:
         try:
             data.single_out(options.category)

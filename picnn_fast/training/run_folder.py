@@ -8,15 +8,15 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from picnn_fast._extras import extra
+from picnn_fast._files import TEMPORARY, replacing, write_atomically
 from picnn_fast._version import __version__
 from picnn_fast.training.provenance import now, provenance
 
@@ -25,7 +25,6 @@ with extra("train"):
 
 RECORD = "run.json"  # also what it was made with, see provenance
 _LOCK = ".lock"
-_TEMPORARY = ".tmp"  # ends the names of hidden files that are not whole yet
 _KEYS: dict[str, type] = {"kind": str, "config": dict, "overwrite": bool, "goes_on": bool}
 _MOST_SHOWN = 5  # options that differ
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,29 +32,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class RunFolderError(RuntimeError):
     """The output folder cannot be used as asked; the message says why and what to do."""
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, in place of ``path`` once the block ends without an exception.
-
-    Other processes, and a crash, see the old file or the new one, whole.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that other processes, and a crash, see whole or not at all."""
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -358,7 +334,7 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """A kill while a file was written has left it under a name of its own."""
-        for leftover in list(self.work.rglob(f".*{_TEMPORARY}")):
+        for leftover in list(self.work.rglob(f".*{TEMPORARY}")):
             leftover.unlink()
 
     def _kept(self, record: dict[str, Any], overwrite: bool) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from picnn_fast._extras import extra
-from picnn_fast._terminal import printable
+from picnn_fast._files import write_atomically
+from picnn_fast._terminal import counted, printable
 from picnn_fast.backbones import receptive_field
 from picnn_fast.data import Batches, PartDataModule, shown_image
 from picnn_fast.data.loading import SeededDataModule
@@ -38,7 +40,7 @@ from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint
 from picnn_fast.training.filter_index import kept_filter_index
 from picnn_fast.training.options import ConfigError, Options, few
 from picnn_fast.training.run import METRICS, build_data, read_history, read_metrics, reading_images
-from picnn_fast.training.run_folder import flat_options, read_record, write_atomically
+from picnn_fast.training.run_folder import flat_options, read_record
 
 with extra("train"):
     from rich.progress import track
@@ -144,7 +146,7 @@ def summarise(
     histories = {name: [read_history(one.folder) for one in seeds] for name, seeds in rows.items()}
     return Report(
         title=_title(rows),
-        summary=_summary(rows, data),
+        summary=_summary(rows, data) + _diverged(rows, histories),
         names=list(rows),
         figures=figures,
         missing=missing,
@@ -280,10 +282,14 @@ class _Pictured(NamedTuple):
 def _network(name: str, trained: _Trained, look: _Pictured, left_out: str | None) -> Network:
     network = trained.network
     ownership = network.ownership()
+    unknown = _no_ownership(network)
+    if not _finite(network):
+        ownership, unknown = None, f"its weights are {_NO_NUMBERS}"
+        left_out = unknown
     return Network(
         name=name,
         class_names=trained.class_names,
-        ownership=_no_ownership(network) if ownership is None else ownership,
+        ownership=unknown if ownership is None else ownership,
         ownership_meaning=network.ownership_meaning,
         grad_cam=left_out or _grad_cam(trained, look),
         confusion=left_out or _confusion(trained, look),
@@ -291,6 +297,16 @@ def _network(name: str, trained: _Trained, look: _Pictured, left_out: str | None
         peaks=left_out or _peaks(trained, look),
         localisation=left_out or _localisation(trained, look),
     )
+
+
+_NO_NUMBERS = "NaN or infinity"
+
+
+def _finite(network: InterpretableNetwork) -> bool:
+    """Whether all that it learned are finite numbers."""
+    ownership = network.ownership()
+    learned = [*network.parameters(), *([] if ownership is None else [ownership])]
+    return all(bool(values.isfinite().all()) for values in learned)
 
 
 def _no_ownership(network: InterpretableNetwork) -> str:
@@ -549,8 +565,10 @@ def _summary(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> list[str]:
     count = len(every)
     facts = {
         "on the backbone {}": {one.options.backbone["name"] for one in every},
-        "with {} filters in the target layer": {one.network.num_filters for one in every},
-        "for {} epochs": {one.options.epochs for one in every},
+        "with {} in the target layer": {
+            counted(one.network.num_filters, "filter") for one in every
+        },
+        "for {}": {counted(one.options.epochs, "epoch") for one in every},
     }
     alike = [text.format(*values) for text, values in facts.items() if len(values) == 1]
     trained = "One network was trained"
@@ -577,21 +595,42 @@ def _summary(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> list[str]:
     return sentences
 
 
+def _diverged(
+    rows: Mapping[str, Sequence[_Trained]],
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+) -> list[str]:
+    """A sentence about each network whose training diverged."""
+    said = []
+    for name, seeds in rows.items():
+        epochs = [
+            int(row["epoch"]) + 1
+            for run in histories[name]
+            for row in run
+            if not math.isfinite(row.get("train/loss", 0.0))
+        ]
+        found = [f"its loss was {_NO_NUMBERS} from epoch {min(epochs)}"] if epochs else []
+        if not all(_finite(one.network) for one in seeds):
+            found.append(f"its weights are {_NO_NUMBERS}")
+        if found:
+            said.append(f"The training of {name} diverged: {' and '.join(found)}.")
+    return said
+
+
 def _images(rows: Mapping[str, Sequence[_Trained]], data: _Data) -> str:
     sets = _sets(rows)
     if len(sets) > 1:
         return "They differ in their data, so that their figures do not compare."
     (one,) = sets.values()
     module = data.of(one)
-    classes = f"{len(one.class_names)} classes"
+    classes = counted(len(one.class_names), "class")
     if isinstance(module, str):
         return f"The data, {one.options.data['name']}, has {classes}; its images are not here."
-    sizes = [f"{len(images):,}" for images in (module.train_set, module.test_set)]  # type: ignore[arg-type]
+    sizes = [len(images) for images in (module.train_set, module.test_set)]  # type: ignore[arg-type]
     several = sum(map(len, rows.values())) > 1
     return (
-        f"{'They' if several else 'It'} learned from {sizes[0]} images of"
+        f"{'They' if several else 'It'} learned from {counted(sizes[0], 'image')} of"
         f" {one.options.data['name']} in {classes}, and {'were' if several else 'was'} measured on"
-        f" {sizes[1]} that took no part in it."
+        f" {sizes[1]:,} that took no part in it."
     )
 
 

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from sklearn.feature_selection import mutual_info_classif
+from torch.utils.data import TensorDataset
 from torchmetrics import Metric
 
 from picnn_fast import evaluation
 from picnn_fast.backbones.receptive_field import receptive_field
-from picnn_fast.data import DATA
+from picnn_fast.data import DATA, SeededDataModule
 from picnn_fast.evaluation import (
     FIGURES,
     Figure,
+    NotFiniteError,
     as_csv,
     default_figures,
     differences,
@@ -27,6 +29,7 @@ from picnn_fast.evaluation import (
     read_figures,
 )
 from picnn_fast.metrics import (
+    CalibrationError,
     LocationInstability,
     MeanOverDraws,
     PartInterpretability,
@@ -223,6 +226,30 @@ def test_calibration_is_of_the_confidence_in_all_test_images(digits):
     assert values["calibration_error"] == pytest.approx(error, abs=1e-6)
     own = probabilities[torch.arange(360), labels]
     assert values["negative_log_likelihood"] == pytest.approx(-own.log().mean().item())
+
+
+def test_the_interval_of_calibration_takes_off_what_chance_adds():
+    """A network that is sure of as much as it is right has the error of chance alone."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (400,), generator=draw)
+    logits = 2 * torch.randn(400, 3, generator=draw)
+    logits[torch.arange(400), labels] += 4.0  # softmax(2 z), z of a normal about 2 at the label
+    data = SeededDataModule(batch_size=64, num_workers=0, seed=0)
+    data.num_classes = data.in_channels = 3
+    data.class_names = ["a", "b", "c"]
+    data.train_set = data.test_set = TensorDataset(logits[:, :, None, None], labels)
+    parts = (torch.nn.Identity(), torch.nn.Flatten())
+    network = make_interpretable(parts, "std", num_classes=3, num_filters=3, insert_conv=False)
+    found = measure(network, data, figures=["calibration_error"])
+    error, (low, high) = (found.figures["calibration_error" + end] for end in ("", "_interval"))
+    metric = CalibrationError(3)
+    metric.update(logits, labels)
+    each = torch.cat([metric.replicate(counts) for counts in draw_counts(400, 1000)])
+    assert error == pytest.approx(metric.compute().item())
+    assert each.mean() > error + 0.01
+    ends = (2 * error - each).clamp_min(0).quantile(torch.tensor([0.025, 0.975]).double())
+    assert [low, high] == pytest.approx(ends.tolist())
+    assert 0 <= low < error
 
 
 def test_speed_is_measured_where_it_is_asked_for_and_draws_nothing(digits):
@@ -570,8 +597,33 @@ def test_a_network_that_diverged_is_refused():
     network = _network()
     with torch.no_grad():
         next(network.parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="network: got logits that are NaN or infinity"):
+    said = "acc1: maps or logits of test image 0 are NaN or infinity, want finite .* diverged"
+    with pytest.raises(NotFiniteError, match=said):
         evaluate(network, _animals(test_images=6), figures=["acc1"])
+
+
+def test_the_first_image_that_a_network_makes_no_number_of_is_named(monkeypatch):
+    """Of batches of 5, of each of which a figure of 4 images sees one or two."""
+    network, data = _network(), _animals()
+    few = dataclasses.replace(FIGURES["mis"], images=4)
+    monkeypatch.setitem(FIGURES, "few", few)  # of images 0, 3, 6 and 9
+    bright = data.normalise(torch.stack([data.test_set[i][0] for i in range(12)]))[9]
+    encode = network.encode
+
+    def fails(images):
+        maps, bypass = encode(images)
+        seen = (images == bright).flatten(1).all(1)
+        return maps.where(~seen[:, None, None, None], torch.inf), bypass
+
+    monkeypatch.setattr(network, "encode", fails)
+    with pytest.raises(NotFiniteError, match=r"^few: maps .* of test image 9 are .* weights"):
+        evaluate(network, data, figures=["few"])
+    images = torch.stack([data.test_set[i][0] for i in range(12)])
+    images[7] = torch.nan
+    data = SeededDataModule(batch_size=5, num_workers=0, seed=0)
+    data.train_set = data.test_set = TensorDataset(images, torch.arange(12) % 6)
+    with pytest.raises(NotFiniteError, match=r"^acc1: .* test image 7 .* so is the image itself"):
+        evaluate(_network(), data, figures=["acc1"])
 
 
 def test_the_intervals_of_an_untrained_networks_information_are_about_it():

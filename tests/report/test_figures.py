@@ -205,6 +205,11 @@ def test_figures_are_returned_and_written_only_where_told(tmp_path, monkeypatch)
         assert not list(tmp_path.iterdir())
         assert isinstance(draw(*arguments, tmp_path / "figure.png"), Figure)
         (tmp_path / "figure.png").unlink()
+    with pytest.raises(ValueError, match="'nothing' is not supported"):
+        draw(*arguments, tmp_path / "figure.nothing")
+    draw(*arguments, tmp_path / "figure")
+    # Neither half a picture nor what it is written in first.
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
 
 
 def test_curves_show_terms_below_zero(tmp_path):

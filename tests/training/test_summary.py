@@ -9,6 +9,7 @@ import torch
 from picnn_fast import cli
 from picnn_fast.evaluation import FIGURES
 from picnn_fast.models import METHODS
+from picnn_fast.report.html import render
 from picnn_fast.training import checkpoint, filter_index, run, run_folder, summary
 from picnn_fast.training.options import Options
 from picnn_fast.training.run_folder import RunFolder, write_json
@@ -169,6 +170,30 @@ def test_data_that_is_gone_costs_its_pictures_alone(tmp_path, monkeypatch):
     assert report.networks[0].grad_cam == "the data cannot be read (data.root: x is missing)"
     assert "its images are not here" in report.summary[0]
     assert _cells(report, "ACC1")["PICNN"].text == "0.500"
+
+
+def test_a_run_that_diverged_has_a_page_that_says_so(tmp_path):
+    folder = make(tmp_path / "run", epochs=1)
+    with open(folder / "csv" / "version_0" / "metrics.csv", "a") as log:
+        log.write("2,3,nan,0.1\n3,4,nan,0.1\n")
+    report = summarise([folder], images=1, filters=1)
+    assert report.summary[0].startswith("One network was trained")
+    assert "with 10 filters in the target layer, for 1 epoch." in report.summary[0]
+    assert report.summary[-1] == (
+        "The training of PICNN diverged: its loss was NaN or infinity from epoch 3."
+    )
+    assert not isinstance(report.networks[0].grad_cam, str)
+    saved = torch.load(folder / "last.ckpt")
+    for values in saved["state_dict"].values():
+        if values.is_floating_point():
+            values.fill_(torch.nan)
+    torch.save(saved, folder / "last.ckpt")
+    report = summarise([folder], images=1, filters=1)
+    assert report.summary[-1].endswith("from epoch 3 and its weights are NaN or infinity.")
+    (network,) = report.networks
+    pictures = ("ownership", "grad_cam", "confusion", "filters", "peaks", "localisation")
+    assert {getattr(network, name) for name in pictures} == {"its weights are NaN or infinity"}
+    assert "diverged: its loss was NaN or infinity from epoch 3" in render(report)
 
 
 def test_an_older_report_is_replaced_by_a_whole_one_alone(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from picnn_fast._extras import extra
+from picnn_fast._terminal import counted
 from picnn_fast.data.loading import SeededDataModule, derive_seed
 from picnn_fast.evaluation.figures.record import Figure
 from picnn_fast.evaluation.observation import Observation
@@ -321,7 +322,7 @@ def _needs_detection(network: InterpretableNetwork, data: SeededDataModule) -> s
     if not any(isinstance(x, _CONVOLUTIONS) for x in network.modules()):
         return "there is no convolution"
     if images < TRAINING_SAMPLES[0]:
-        return f"the test split has {images} images, want at least {TRAINING_SAMPLES[0]}"
+        return f"the test split has {counted(images, 'image')}, want at least {TRAINING_SAMPLES[0]}"
     return None
 
 

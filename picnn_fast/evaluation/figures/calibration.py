@@ -12,7 +12,8 @@ FIGURES: dict[str, Figure] = {
         reading=(
             "Lower is better: 0 where as many images are right as their confidence says, as of a"
             " guess at chance that knows it is one; a plain network trained to the end is often"
-            " surer than it is right."
+            " surer than it is right. Of few images it is too high by chance, and its interval,"
+            " which takes that off, may lie below it."
         ),
         metric=lambda network, data, draws: CalibrationError(network.num_classes),
         update=lambda metric, seen: metric.update(seen.logits, seen.labels),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from picnn_fast._terminal import counted
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule
 from picnn_fast.evaluation.figures.record import Figure
@@ -134,7 +135,7 @@ def _needs_grids(network: InterpretableNetwork, data: SeededDataModule) -> str |
         return "the maps are not [B, N, h, w]"
     size = _grid_size(network)
     if size is None:
-        return f"{network.num_classes} classes are too few for a grid of different ones"
+        return f"{counted(network.num_classes, 'class')}: too few for a grid of different ones"
     images: Any = data.test_set
     image = images[0][0]
     grid = image.new_zeros(1, len(image), *(size * side for side in image.shape[1:]))

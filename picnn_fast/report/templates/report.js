@@ -163,7 +163,8 @@
       if (klass !== null) {
         const pairs = m.order.map((one) => [one, shareOf(one, klass)])
           .filter(([, value]) => value > 0).sort((a, b) => b[1] - a[1]).slice(0, 8);
-        parts.push(`Class ${text(klass)} keeps most of ${m.most[klass]} filters, of ${m.half[klass]}`
+        parts.push(`Class ${text(klass)} keeps most of ${m.most[klass]}`
+          + ` ${m.most[klass] === 1 ? "filter" : "filters"}, of ${m.half[klass]}`
           + ` more than half; its surest are ${listed(pairs, String)}.`);
       }
       if (m.window < count) {
