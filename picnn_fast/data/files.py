@@ -2,15 +2,17 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from urllib.error import URLError
 
 import numpy as np
 
 from picnn_fast._extras import extra
 
 with extra("train"):
+    from filelock import FileLock
     from PIL import Image, ImageOps
 
 
@@ -41,6 +43,36 @@ def reading(path: Path | str, kind: str, download: str | None = None) -> Iterato
     except Exception as error:
         advice = "" if download is None else f"; it may be damaged, want {download}"
         raise DamagedFileError(f"{path} cannot be read as {kind} ({error}){advice}") from error
+
+
+@contextmanager
+def fetching(root: Path, download: bool, want: str, *, there: bool = False) -> Iterator[None]:
+    """Where torchvision fetches a data set, one process at a time.
+
+    Args:
+        root: to fetch it to.
+        download: whether it may.
+        want: what is wanted, and where it is to be had.
+        there: whether nothing has to be fetched.
+
+    Raises:
+        FileNotFoundError: it is not there, or not whole, or cannot be fetched.
+    """
+    lock: AbstractContextManager[Any] = nullcontext()
+    if download and not there:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / ".download.lock")
+    try:
+        with lock:
+            if not (there or download or root.is_dir()):
+                raise RuntimeError("missing")
+            yield
+    except (RuntimeError, URLError) as error:
+        if download:
+            text = f"root: {root} cannot be filled ({error}); want {want}"
+        else:
+            text = f"root: {root} is missing, or not whole; want {want}, or download true"
+        raise FileNotFoundError(text) from error
 
 
 def lines(path: Path) -> list[str]:

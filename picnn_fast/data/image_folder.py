@@ -134,7 +134,7 @@ class ImageFolderDataModule(ImageDataModule):
                     f"root: {folders['train']} and {folders[split]} hold different classes;"
                     f" only one of them has {apart}"
                 )
-        files = {split: _labelled(folder, class_names) for split, folder in folders.items()}
+        files = {split: labelled_files(folder, class_names) for split, folder in folders.items()}
         remark = ""
         if "test" not in files:
             images = files["train"]
@@ -176,7 +176,7 @@ class ImageFolderDataModule(ImageDataModule):
         return found
 
     def _class_folders(self, folder: Path) -> list[str]:
-        names = [path.name for path in _folders(folder)]
+        names = class_folders(folder)
         if not names:
             problem = "holds no class folder" if folder.is_dir() else "is missing"
             raise FileNotFoundError(
@@ -186,6 +186,11 @@ class ImageFolderDataModule(ImageDataModule):
         return names
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Their names in alphabetical order; none where there is no such folder."""
+    return [path.name for path in _folders(folder)]
+
+
 def _folders(folder: Path) -> list[Path]:
     """Class folders in alphabetical order."""
     if not folder.is_dir():
@@ -193,7 +198,7 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not _foreign(p.name))
 
 
-def _labelled(folder: Path, class_names: Sequence[str]) -> list[_Labelled]:
+def labelled_files(folder: Path, class_names: Sequence[str]) -> list[_Labelled]:
     """The images of each class.
 
     Raises:

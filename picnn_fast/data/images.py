@@ -274,7 +274,7 @@ class ImageDataModule(SeededDataModule):
     def _loader(self, *of: Any, **options: Any) -> DataLoader[Any]:
         # Not before there is something to read, and before there are processes that do.
         if self._memory is None:
-            processes = 1 if self.trainer is None else self.trainer.num_devices
+            processes = getattr(self.trainer, "num_devices", 1)
             self._memory = image_memory(self.cache, processes)
             for images in (
                 self.train_set,

@@ -38,6 +38,9 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 
+# Options of data by which it is read, and becomes no other.
+HOW_READ = ("cache", "download", "num_workers")
+
 
 class ConfigError(ValueError):
     """An option that cannot be used; the message names it, what it got and what it wants."""
@@ -242,8 +245,7 @@ class Options:
 
     def data_identity(self) -> dict[str, Any]:
         """Options of the data but those of how it is read, which make it no other data."""
-        how = ("cache", "num_workers")
-        return {name: value for name, value in self.data.items() if name not in how}
+        return {name: value for name, value in self.data.items() if name not in HOW_READ}
 
     def as_dict(self) -> dict[str, Any]:
         """All options, nested as in a YAML file."""

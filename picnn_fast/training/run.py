@@ -33,7 +33,7 @@ from picnn_fast.training.checkpoint import (
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
 from picnn_fast.training.module import InterpretableModule
-from picnn_fast.training.options import ConfigError, Options, few, one_line, qualified
+from picnn_fast.training.options import HOW_READ, ConfigError, Options, few, one_line, qualified
 from picnn_fast.training.progress import (
     Introduction,
     ProgressBar,
@@ -106,7 +106,7 @@ def train_folder(options: Options) -> RunFolder:
         options.output,
         "train",
         options.identity(),
-        free=("data.cache", "data.num_workers"),
+        free=[f"data.{name}" for name in HOW_READ],
         growing=("epochs",),
         read=lambda config: Options(**config).identity(),
     )

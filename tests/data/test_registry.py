@@ -7,14 +7,22 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from picnn_fast.data import DATA
 from picnn_fast.data.loading import held_out
-from tests.data.trees import animal_tree, cub_tree, voc_tree
+from tests.data.trees import (
+    animal_tree,
+    cifar100_tree,
+    cifar_tree,
+    cub_tree,
+    folder_tree,
+    imagenet_tree,
+    stl_tree,
+    tiny_tree,
+    voc_tree,
+)
 
 TAKEN_BY_ALL = {
     "num_workers": None,
@@ -24,19 +32,13 @@ TAKEN_BY_ALL = {
 }
 
 
-def _folder_tree(root):
-    for split, count in (("train", 20), ("test", 3)):
-        for index, name in enumerate(("ant", "bee")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                random = np.random.default_rng((len(split), index, i))
-                pixels = random.integers(0, 256, (12, 9, 3), np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
 TREES = {
-    "folder": _folder_tree,
+    "folder": folder_tree,
+    "cifar10": cifar_tree,
+    "cifar100": cifar100_tree,
+    "stl10": stl_tree,
+    "tiny-imagenet": tiny_tree,
+    "imagenet": imagenet_tree,
     "voc-part": voc_tree,
     "cub": cub_tree,
     "animal-part": animal_tree,
@@ -44,6 +46,11 @@ TREES = {
 OPTIONS = {
     "digits": {},
     "folder": {"image_size": 8},
+    "cifar10": {"image_size": 8},
+    "cifar100": {"image_size": 8},
+    "stl10": {"image_size": 8},
+    "tiny-imagenet": {"image_size": 8},
+    "imagenet": {"image_size": 8, "resize": 9},
     "part-animals": {"image_size": 16, "train_images": 40, "test_images": 6},
     "voc-part": {"image_size": 8, "categories": ["cat", "dog"]},
     "cub": {"image_size": 8, "landmark_names": ["tail", "back"]},
@@ -62,6 +69,14 @@ def roots(tmp_path_factory):
         return {"root": str(written[name])} if name in written else {}
 
     return root
+
+
+@pytest.fixture(autouse=True)
+def written_anew(monkeypatch):
+    """Trees are not those whose checksums torchvision knows."""
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file()
+    )
 
 
 @pytest.fixture(params=DATA)

@@ -1,5 +1,7 @@
 """Trees of annotated photographs in the layouts that the readers take."""
 
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -166,3 +168,66 @@ def animal_tree(root):
     animal_category(root, GOLDFISH, boxes, places, None)
     repaint(root, 2)
     return root
+
+
+def folder_tree(root, names=("ant", "bee"), splits=(("train", 20), ("test", 3)), below=""):
+    """Noise, in folders of classes."""
+    for split, count in splits:
+        for index, name in enumerate(names):
+            (root / split / name / below).mkdir(parents=True)
+            for i in range(count):
+                random = np.random.default_rng((len(split), index, i))
+                pixels = random.integers(0, 256, (12, 9, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / below / f"{i}.png")
+    return root
+
+
+def cifar_tree(root, classes=2):
+    """The batches of CIFAR-10, or CIFAR-100's files, of two classes with two images a batch."""
+    hundred = classes == 100
+    folder = root / ("cifar-100-python" if hundred else "cifar-10-batches-py")
+    folder.mkdir()
+    batches = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    sizes = dict.fromkeys(batches, 4) if not hundred else {"train": 20, "test": 4}
+    for place, (name, count) in enumerate(sizes.items()):
+        pixels = np.random.default_rng(place).integers(0, 256, (count, 3072), np.uint8)
+        labels = "fine_labels" if hundred else "labels"
+        content = {"data": pixels, labels: [i % 2 for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    meta, key = ("meta", "fine_label_names") if hundred else ("batches.meta", "label_names")
+    (folder / meta).write_bytes(pickle.dumps({key: ["airplane", "automobile"]}))
+    return root
+
+
+def cifar100_tree(root):
+    return cifar_tree(root, 100)
+
+
+def stl_tree(root):
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    write_lines(folder / "class_names.txt", [("airplane",), ("bird",)])
+    for split, count in (("train", 20), ("test", 4)):
+        random = np.random.default_rng(count)
+        random.integers(0, 256, (count, 3, 96, 96), np.uint8).tofile(folder / f"{split}_X.bin")
+        (np.arange(count, dtype=np.uint8) % 2 + 1).tofile(folder / f"{split}_y.bin")
+    return root
+
+
+WNIDS = ("n01443537", "n01629819")
+
+
+def tiny_tree(root):
+    folder_tree(root, WNIDS, [("train", 20)], below="images")
+    folder_tree(root / "val", ["images"], [("", 6)])
+    write_lines(root / "wnids.txt", [(wnid,) for wnid in reversed(WNIDS)])
+    words = ["goldfish, Carassius auratus", "European fire salamander, Salamandra salamandra"]
+    rows = [f"{wnid}\t{word}" for wnid, word in zip(WNIDS, words, strict=True)]
+    (root / "words.txt").write_text("\n".join(rows) + "\n")
+    rows = [f"{i}.png\t{WNIDS[i % 2]}\t0\t0\t9\t9" for i in range(6)]
+    (root / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def imagenet_tree(root):
+    return folder_tree(root, WNIDS, [("train", 20), ("val", 3)])
