@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1119,6 +1120,26 @@ def of_folder(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     torch.save(content, path)
     return path
+
+
+def test_an_image_is_explained_where_the_data_is_not(capsys, monkeypatch, tmp_path, of_folder):
+    """How images are resized and normalised, and the names of classes, are in the checkpoint."""
+    foreign = tmp_path / "foreign.jpg"
+    Image.effect_noise((70, 50), 80).convert("RGB").save(foreign)
+    arguments = ("explain", of_folder, foreign, "--output", tmp_path / "shown", "--json")
+    told = []
+    for data in (("--data.num_workers", 0), ()):  # with the data, and without
+        status, out, err = _main(capsys, *arguments, *data)
+        assert (status, err) == (0, "")
+        told.append(json.loads(out))
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+    assert told[0] == told[1]
+    assert next(iter(told[1][str(foreign)].values()))["predicted"] in ("a\x1b[2J", "b\u202e")
+    content = torch.load(of_folder, weights_only=True)
+    del content["picnn_fast"]["preprocessing"]  # as of earlier sources
+    torch.save(content, of_folder)
+    status, _, err = _main(capsys, *arguments)
+    assert (status, "--data.root, or another option of --data, says where else" in err) == (2, True)
 
 
 def test_evaluation_finds_the_data_from_anywhere_and_says_how_to_name_it(

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         " image. Images are resized and normalised as the test images of the training's data."
         " Or, with --filter, show what filters stand for.",
         add=add,
+        without=not of_filters,
     )
     check_writable(args["output"])
     if of_filters:
@@ -71,15 +73,17 @@ def run(arguments: Sequence[str]) -> int:
     check_range("filters", args["filters"], 1)
     told: dict[str, dict[str, Any]] = {}
     written: set[str] = set()
-    for name, checkpoint, network, _, data, _ in trained:
-        names = list(data.class_names)
+    for one in trained:
+        name, network, names = one.name, one.network, one.class_names
         if args["target"] is not None and args["target"] not in names:
             raise ConfigError(f"target: got {args['target']!r}, want one of {', '.join(names)}")
         target = None if args["target"] is None else names.index(args["target"])
-        with reading_images():
-            try_image(network, data, f"the network in {checkpoint}")
         # All are read before the first picture is written.
-        images = {path: read_image(data, path) for path in args["images"]}
+        read = one.preprocessing.read if one.data is None else partial(read_image, one.data)
+        images = {path: read(path) for path in args["images"]}
+        tried = next(iter(images.values()))[0][None] if one.data is None else one.data
+        with reading_images():
+            try_image(network, tried, f"the network in {one.checkpoint}")
         for path, (taken, shown) in images.items():
             seen = explain_image(network.eval(), taken, target=target)
             args["output"].mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,7 @@ def _explain_filters(args: Mapping[str, Any], trained: Iterator[Trained]) -> int
     numbers = list(dict.fromkeys(args["filter"]))
     device = device_of(args["accelerator"])
     told: dict[str, dict[str, Any]] = {}
-    for name, checkpoint, network, options, data, _ in trained:
+    for name, checkpoint, network, options, data, *_ in trained:
         for number in numbers:
             if not 0 <= number < network.num_filters:
                 raise ConfigError(

@@ -76,4 +76,6 @@ def of_model(
         network = plain_network(
             model, data, weights=args["weights"], layer=args["layer"], seed=options.seed
         )
-    return args, iter([Trained(model, Path(model), network, options, data, options.seed)])
+    names = list(data.class_names)
+    path, seed, way = Path(model), options.seed, data.preprocessing
+    return args, iter([Trained(model, path, network, options, data, seed, names, way)])

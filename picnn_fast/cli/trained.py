@@ -13,6 +13,8 @@ class Trained(NamedTuple):
     options: Any
     data: Any
     seed: int  # of the training
+    class_names: list[str]
+    preprocessing: Any  # of images, None where the checkpoint tells none
 
     @property
     def plain(self) -> bool:
@@ -39,11 +41,13 @@ def add_accelerator(parser: Any, what: str) -> None:
 
 
 def of_trained(
-    arguments: Sequence[str], **described: Any
+    arguments: Sequence[str], *, without: bool = False, **described: Any
 ) -> tuple[dict[str, Any], Iterator[Trained]]:
     """The arguments of a command on trained networks, and these, each with its data.
 
-    The data is that of the training, but for what the arguments say of it.
+    The data is that of the training, but for what the arguments say of it. ``without`` does without
+    it, so that it need not be there, where they say nothing and the checkpoint tells how images are
+    preprocessed.
     """
     from picnn_fast.training.options import parse
 
@@ -54,22 +58,31 @@ def of_trained(
     rest, of_data = without_data(arguments)
     args = parse(rest, groups=("data",), **described)
     del args["data"]
-    return args, _with_data(args, arguments if of_data else None, described)
+    return args, _with_data(args, arguments if of_data else None, described, without)
 
 
 def _with_data(
-    args: dict[str, Any], of_data: Sequence[str] | None, described: Mapping[str, Any]
+    args: dict[str, Any],
+    of_data: Sequence[str] | None,
+    described: Mapping[str, Any],
+    without: bool,
 ) -> Iterator[Trained]:
     import dataclasses
 
-    from picnn_fast.training.checkpoint import load_checkpoint
+    from picnn_fast.training.checkpoint import load_checkpoint, read_preprocessing
     from picnn_fast.training.options import ConfigError, few, parse
     from picnn_fast.training.run import build_data
 
     paths = args["path"] if isinstance(args["path"], list) else [args["path"]]
     for name, checkpoint in _named(paths).items():
         network, options, class_names = load_checkpoint(checkpoint)
-        seed = options.seed
+        seed, preprocessing = options.seed, read_preprocessing(checkpoint)
+        if without and of_data is None and preprocessing is not None:
+            name = options.method["name"] if name == "." else name
+            yield Trained(
+                name, checkpoint, network, options, None, seed, class_names, preprocessing
+            )
+            continue
         if of_data is not None:
             # What is not given is as in the training.
             defaults = {"data": options.data}
@@ -94,7 +107,9 @@ def _with_data(
                 f" {checkpoint} was trained on ({few(class_names)})"
             )
         name = options.method["name"] if name == "." else name
-        yield Trained(name, checkpoint, network, options, data, seed)
+        yield Trained(
+            name, checkpoint, network, options, data, seed, class_names, data.preprocessing
+        )
 
 
 def _named(paths: Sequence[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import torch
 from picnn_fast._extras import extra
 from picnn_fast._files import replacing
 from picnn_fast._terminal import counted
-from picnn_fast.data import ImageFolderDataModule, SeededDataModule
+from picnn_fast.data import ImageFolderDataModule, Preprocessing, SeededDataModule
 from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
@@ -178,6 +178,7 @@ class SaveOptions(Callback):
             "num_classes": data.num_classes,
             "in_channels": data.in_channels,
             "class_names": list(data.class_names),
+            "preprocessing": None if data.preprocessing is None else data.preprocessing.as_dict(),
         }
         if source is not None:  # its weights are in the network's own
             self.saved["source"] = source.saved
@@ -316,6 +317,17 @@ def load_checkpoint(path: str | Path) -> tuple[InterpretableNetwork, Options, li
     return network.eval(), options, class_names
 
 
+def read_preprocessing(path: str | Path) -> Preprocessing | None:
+    """How images become what the network in a checkpoint takes; None where it does not tell.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RunFolderError: not a checkpoint of picnn-fast, damaged, or of another version's.
+    """
+    told = read_checkpoint(Path(path))[_SAVED].get("preprocessing")
+    return None if told is None else Preprocessing(**told)
+
+
 def _network_in(content: dict[str, Any]) -> InterpretableNetwork:
     """The trained network in the content of a checkpoint."""
     network = _untrained(content[_SAVED])
@@ -402,7 +414,7 @@ def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
         output=str(target.parent),
     )
     try:
-        data = ImageFolderDataModule(root)
+        data = ImageFolderDataModule(root, resize=options.data["resize"])
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     if data.num_classes != classes:

@@ -291,15 +291,20 @@ def _try_image(options: Options, network: InterpretableNetwork, data: SeededData
     return cost
 
 
-def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) -> torch.Tensor:
-    """A test image ``[1, C, H, W]``, once the network, in eval mode, has taken it.
+def try_image(
+    network: InterpretableNetwork, data: SeededDataModule | torch.Tensor, what: str
+) -> torch.Tensor:
+    """A test image ``[1, C, H, W]`` of the data, or the one that is given, once it is taken.
 
     Raises:
         ConfigError: it cannot take the image, or makes no finite numbers of it; the message begins
             with ``what``, or with the method.
     """
-    with reading_images():
-        image: torch.Tensor = data.test_set[0][0][None]
+    if isinstance(data, torch.Tensor):
+        image = data
+    else:
+        with reading_images():
+            image = data.test_set[0][0][None]
     height, width = image.shape[2:]
     try:
         with torch.no_grad():
@@ -316,7 +321,7 @@ def try_image(network: InterpretableNetwork, data: SeededDataModule, what: str) 
         ) from error
     if not finite:
         raise ConfigError(
-            f"{what} makes NaN or infinity of the first test image: its training diverged, or its"
+            f"{what} makes NaN or infinity of the first image: its training diverged, or its"
             " weights are damaged; want another one"
         )
     return image
