@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.harness import Effort
-from picnn_fast import functional
-from picnn_fast.ops import checks
+from picnn_fast import checks, functional
 from picnn_fast.reference import masking as reference
 
 CPU_SHAPES = (

@@ -20,8 +20,8 @@ def _is_command() -> bool:
 # torch. Everyone else has all of it, and all operators, with the package.
 if TYPE_CHECKING or not _is_command():
     from picnn_fast import functional, losses
+    from picnn_fast.backends import available_backends, build_info, use_backend
     from picnn_fast.models import CSG, ICCNN, ICNN, PICNN, STD, make_interpretable
-    from picnn_fast.ops.registry import available_backends, build_info, use_backend
     from picnn_fast.ops.templates import PartTemplate
 else:
 
@@ -30,7 +30,7 @@ else:
         if name in ("functional", "losses"):
             return importlib.import_module(f"{__name__}.{name}")
         if name in __all__:
-            for home in ("models", "ops.registry", "ops.templates"):
+            for home in ("models", "backends", "ops.templates"):
                 module = importlib.import_module(f"{__name__}.{home}")
                 if hasattr(module, name):
                     return getattr(module, name)

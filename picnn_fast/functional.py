@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from picnn_fast.ops import checks
+from picnn_fast import checks
 from picnn_fast.ops import correlation as _correlation
 from picnn_fast.ops import filter_loss as _filter_loss
 from picnn_fast.ops import masking as _masking

@@ -5,8 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from picnn_fast import functional
-from picnn_fast.ops import checks
+from picnn_fast import checks, functional
 from picnn_fast.ops.filter_loss import published_beta
 from picnn_fast.ops.templates import CENTERS, PartTemplate, check_scale, check_template
 

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from picnn_fast import functional
-from picnn_fast.ops import checks
+from picnn_fast import checks, functional
 from picnn_fast.ops.filter_loss import ESTIMATORS, filter_loss
 from picnn_fast.ops.templates import PartTemplate, check_maps, check_template
 

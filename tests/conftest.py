@@ -19,7 +19,7 @@ if not HAS_GPU:
     # Triton reads it when a kernel is decorated, so before any import of a kernel.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from picnn_fast.ops import registry  # noqa: E402
+from picnn_fast import backends  # noqa: E402
 
 IN_CI = os.environ.get("CI") == "true"
 # Benchmarks that a test runs write where the test says.
@@ -51,10 +51,10 @@ class Backend:
 
 
 def expected_server(backend: Backend, operator: str) -> str:
-    """The only name ``registry.serving`` may give for ``operator`` while ``backend`` is forced."""
+    """The only name ``backends.serving`` may give for ``operator`` while ``backend`` is forced."""
     forced = backend.name.removesuffix("-gpu").partition("-")[0]
     if forced in ("triton", "cuda") and operator in WITHOUT_GPU_KERNEL:
-        compiled = backend.device.type == "cpu" and registry.extension is not None
+        compiled = backend.device.type == "cpu" and backends.extension is not None
         return "cpp" if compiled else "reference"
     return forced
 
@@ -80,24 +80,24 @@ def _serve_cpp(capability: str | None) -> Iterator[None]:
     if importlib.util.find_spec("picnn_fast._C") is None:
         raise Unavailable("picnn_fast._C is not installed")
     # Installed but not loading is a failure, not a reason to skip.
-    assert registry.extension is not None, registry.extension_error
+    assert backends.extension is not None, backends.extension_error
     if capability is None:
-        with registry.use_backend("cpp"):
+        with backends.use_backend("cpp"):
             yield
         return
-    runnable = registry.extension.build_info()["cpu_capabilities"]
+    runnable = backends.extension.build_info()["cpu_capabilities"]
     if capability not in runnable:
         raise Unavailable(f"this build and processor run {', '.join(runnable)}")
-    previous = registry.extension.set_cpu_capability(capability)
+    previous = backends.extension.set_cpu_capability(capability)
     try:
-        with registry.use_backend("cpp"):
+        with backends.use_backend("cpp"):
             yield
     finally:
-        registry.extension.set_cpu_capability(previous)
+        backends.extension.set_cpu_capability(previous)
 
 
 def _serve_fibres() -> Iterator[None]:
-    override = registry.override_kernels(fibre_kernels(), ("CPU",))
+    override = backends.override_kernels(fibre_kernels(), ("CPU",))
     try:
         yield
     finally:
@@ -105,12 +105,12 @@ def _serve_fibres() -> Iterator[None]:
 
 
 def _serve_registered(name: str) -> Iterator[None]:
-    reason = registry.build_info()["backends"][name]
+    reason = backends.build_info()["backends"][name]
     if name == "triton" and importlib.util.find_spec("picnn_fast.triton_kernels") is None:
         reason = "picnn_fast.triton_kernels is not installed"
     if reason is not None:
         raise Unavailable(reason)
-    with registry.use_backend(name):
+    with backends.use_backend(name):
         yield
 
 
@@ -145,9 +145,9 @@ BACKENDS = (
 
 def other_instruction_sets() -> list[str]:
     """Backends of those that build and processor have, but for the one that "cpp" itself runs."""
-    if registry.extension is None:
+    if backends.extension is None:
         return []
-    info = registry.extension.build_info()
+    info = backends.extension.build_info()
     return [f"cpp-{name}" for name in info["cpu_capabilities"] if name != info["cpu_capability"]]
 
 

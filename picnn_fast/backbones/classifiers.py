@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.backbones.registry import TIMM, timm_network, torchvision_network
 from picnn_fast.backbones.weights import is_weights_file, load_weights_file
-from picnn_fast.ops import checks
 
 
 class Preprocessing(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from picnn_fast.ops import checks
+from picnn_fast import checks
 
 # Width at half maximum of a normal distribution, in standard deviations.
 _HALF_MAXIMUM = 2 * math.sqrt(2 * math.log(2))

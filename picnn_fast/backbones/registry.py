@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.backbones.networks import (
     cifar_resnet,
@@ -20,7 +21,6 @@ from picnn_fast.backbones.networks import (
 )
 from picnn_fast.backbones.split import Split, last_maps, split, split_halves
 from picnn_fast.backbones.weights import is_weights_file, load_weights_file
-from picnn_fast.ops import checks
 
 TIMM = "timm:"  # begins the names of timm's networks
 _OR_FILE = "or a file of its state dict (.pth, .pt, .safetensors)"

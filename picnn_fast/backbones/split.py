@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from picnn_fast.ops import checks
+from picnn_fast import checks
 
 _WINDOW = ("kernel_size", "stride", "padding")
 # Functions and methods of tensors that do what a layer does; their arguments after the input.

@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     importlib.import_module("picnn_fast.functional")  # with which the operators are registered
-    from picnn_fast.ops.registry import build_info
+    from picnn_fast.backends import build_info
 
     print(f"picnn_fast    {__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")

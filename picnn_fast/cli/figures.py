@@ -37,8 +37,8 @@ def figures_named(names: Sequence[str] | None) -> list[str] | None:
     Raises:
         ConfigError: a name that there is not.
     """
+    from picnn_fast.checks import did_you_mean
     from picnn_fast.evaluation import FIGURES, full_headings
-    from picnn_fast.ops.checks import did_you_mean
     from picnn_fast.training.options import ConfigError
 
     by_heading = {heading.lower(): name for name, heading in full_headings().items()}

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.data.files import reading
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.matlab import read_struct
@@ -21,7 +22,6 @@ from picnn_fast.data.photographs import (
     share,
     some,
 )
-from picnn_fast.ops import checks
 
 CATEGORIES = {
     "goldfish": "n01443537",

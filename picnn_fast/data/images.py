@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.files import open_image, reading
 from picnn_fast.data.loading import (
@@ -23,7 +24,6 @@ from picnn_fast.data.loading import (
 )
 from picnn_fast.data.memory import ImageMemory, Shelf, image_memory
 from picnn_fast.data.preprocessing import Preprocessing
-from picnn_fast.ops import checks
 
 with extra("train"):
     from PIL import Image

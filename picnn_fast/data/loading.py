@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.preprocessing import Preprocessing, as_numbers
-from picnn_fast.ops import checks
 
 with extra("train"):
     import lightning as L

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.parts import PartDataModule, PartDataset, PartSample, bounding_boxes, centres
-from picnn_fast.ops import checks
 
 Floats = NDArray[np.float32]
 Random = np.random.Generator

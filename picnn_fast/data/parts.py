@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from picnn_fast import checks
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, SeededDataModule, colours, shift
 from picnn_fast.data.preprocessing import Preprocessing
-from picnn_fast.ops import checks
 
 
 class PartSample(NamedTuple):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.files import need, reading, rgb
 from picnn_fast.data.parts import PartDataset
-from picnn_fast.ops import checks
 
 with extra("train"):
     from PIL import Image

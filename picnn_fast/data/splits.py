@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.parts import PartDataModule, PartSample
 from picnn_fast.data.preprocessing import as_numbers, read_file
-from picnn_fast.ops import checks
 
 with extra("train"):
     from PIL import Image

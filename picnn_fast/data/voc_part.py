@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.data.files import lines, reading
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
 from picnn_fast.data.matlab import read_struct
@@ -20,7 +21,6 @@ from picnn_fast.data.photographs import (
     share,
     some,
 )
-from picnn_fast.ops import checks
 
 ANIMALS = ("bird", "cat", "cow", "dog", "horse", "sheep")
 _LANDMARKS = ["head", "neck", "torso"]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.evaluation.figures import FIGURES
@@ -16,7 +17,6 @@ from picnn_fast.evaluation.observation import pool
 from picnn_fast.evaluation.values import Figures
 from picnn_fast.metrics import MutualInformationScore
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.ops import checks
 
 with extra("train"):
     import lightning as L

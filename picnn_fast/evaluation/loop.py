@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, derive_seed
 from picnn_fast.data.parts import PartDataModule, PartSample
@@ -20,7 +21,6 @@ from picnn_fast.evaluation.observation import Observation
 from picnn_fast.evaluation.values import INTERVAL, NOT_AVAILABLE, Figures, as_numbers
 from picnn_fast.metrics import draw_counts, percentile_interval
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.ops import checks
 
 with extra("train"):
     from rich.progress import track

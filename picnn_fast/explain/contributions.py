@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.gradients import logit_gradients
-from picnn_fast.ops import checks
 
 # Of the greatest contribution: what rounding leaves between the logit and the sum.
 _ROUNDING = 1e-4

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from picnn_fast import functional
+from picnn_fast import checks, functional
 from picnn_fast._extras import extra
 from picnn_fast.backbones import ReceptiveField, receptive_field
 from picnn_fast.explain.contributions import contribution_maps, owners
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.ops import checks
 
 _MEMORY_LIMIT = 2**30
 # Share of its mean by which a filter may vary and count as constant: the rounding of float32.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.ops import checks
 
 with extra("report"):
     from captum.attr import LayerGradCam

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from picnn_fast import checks
 from picnn_fast.metrics.localisation import region_ious, saliency_maps, top_regions
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.gradients import class_activation, class_saliency
-from picnn_fast.ops import checks
 
 
 class LocalisationExamples(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from picnn_fast.ops import checks
+from picnn_fast import checks
 
 # Counts that are drawn at a time: 128 MiB.
 _BLOCK = 2**24

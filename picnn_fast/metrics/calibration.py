@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric
-from picnn_fast.ops import checks
 
 
 class CalibrationError(PerImageMetric):

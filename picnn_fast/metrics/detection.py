@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from picnn_fast import checks
 from picnn_fast.metrics.pathway import MeanOverDraws
-from picnn_fast.ops import checks
 
 TRAINING_SAMPLES = (500, 1000, 2000)  # table 3 of the paper
 TREES = 100

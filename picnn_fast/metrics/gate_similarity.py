@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from picnn_fast import checks
 from picnn_fast.metrics.class_means import ClassMeans
-from picnn_fast.ops import checks
 
 
 class GateSimilarities(NamedTuple):

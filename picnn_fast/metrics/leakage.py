@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.pathway import MeanOverDraws
-from picnn_fast.ops import checks
 
 # A pair's images are of two classes, or of one; an image is alone in the first batch.
 _APART, _TOGETHER, _ALONE = range(3)

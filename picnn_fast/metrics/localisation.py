@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.thresholds import kth_greatest
-from picnn_fast.ops import checks
 
 # Elements that are looked at together.
 _BLOCK = 2**22

@@ -12,8 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from picnn_fast import functional
-from picnn_fast.ops import checks, histogram
+from picnn_fast import checks, functional
+from picnn_fast.ops import histogram
 from picnn_fast.reference.histogram import plug_in, widen
 
 # What compute() takes: the samples as they came, joined, and in double precision a block of filters

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.backbones import ReceptiveField
 from picnn_fast.metrics.bootstrap import PerImageMetric
 from picnn_fast.metrics.thresholds import kth_greatest
-from picnn_fast.ops import checks
 
 # Elements that compute() works on at a time.
 _BLOCK = 2**22

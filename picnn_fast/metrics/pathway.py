@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
-from picnn_fast.ops import checks
 
 
 class MeanOverDraws(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
-from picnn_fast.ops import checks
 
 
 class _Kept(NamedTuple):

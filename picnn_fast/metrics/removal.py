@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.class_means import ClassMeans
-from picnn_fast.ops import checks
 
 # Of more classes, so many are removed, spread evenly.
 MOST_CLASSES = 20

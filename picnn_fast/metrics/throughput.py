@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from picnn_fast.ops import checks
+from picnn_fast import checks
 
 _WARM_UP = 3  # rounds that are not timed
 

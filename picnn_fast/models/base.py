@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.models.correspondence import drawn_mask
 from picnn_fast.models.masked_head import MaskedHead
 from picnn_fast.models.on_backbone import parts_on_backbone
-from picnn_fast.ops import checks
 
 
 class Performer(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.functional import bernoulli_mask
-from picnn_fast.ops import checks
 
 NORMALIZATIONS = ("class_softmax", "sigmoid")
 INITIAL = ("uniform", "published")

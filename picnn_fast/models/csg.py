@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.functional import class_gate, gate_penalty, project_gate
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.ops import checks
 from picnn_fast.ops.layout import whole
 
 STD_PATH, CSG_PATH = "std", "csg"  # names of the two optimisers, too

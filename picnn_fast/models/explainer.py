@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.backbones import Split, cut, split
 from picnn_fast.functional import filter_loss
 from picnn_fast.layers import TemplateMask, inserted_convolution
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork, Performer, check_task
 from picnn_fast.models.masked_head import MaskedHead, layers_of, leading_pooling
-from picnn_fast.ops import checks
 from picnn_fast.ops.layout import whole
 from picnn_fast.ops.templates import PartTemplate, check_template
 

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any, Literal
 
+from picnn_fast import checks
 from picnn_fast.layers import check_insert_kernel
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.csg import CSG
@@ -11,7 +12,6 @@ from picnn_fast.models.iccnn import ICCNN
 from picnn_fast.models.icnn import ICNN
 from picnn_fast.models.picnn import PICNN
 from picnn_fast.models.std import STD
-from picnn_fast.ops import checks
 
 METHODS: dict[str, type[InterpretableNetwork]] = {
     "std": STD,

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.functional import group_class_loss, group_correlation_loss
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import Copies, check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork, check_task
-from picnn_fast.ops import checks
 
 DECAY = 0.95  # of the moving mean
 PUBLISHED_GROUPS = 16

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.layers import (
     LearnedBeta,
     TemplateMask,
@@ -18,7 +19,6 @@ from picnn_fast.layers import (
 from picnn_fast.losses import FilterLoss, PublishedFilterLoss, check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork, check_task
 from picnn_fast.models.masked_head import layers_of, leading_pooling
-from picnn_fast.ops import checks
 from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
 
 TASKS = ("softmax", "logistic", "single")

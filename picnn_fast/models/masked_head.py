@@ -6,8 +6,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.functional import mask_channels
-from picnn_fast.ops import checks
 
 # Per-channel reductions that carry a non-negative scale of a channel through: pool(z * H) =
 # z * pool(H) for z >= 0. Averages are linear; a maximum only moves with the scale (padding is

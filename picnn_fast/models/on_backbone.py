@@ -4,8 +4,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from picnn_fast import checks
 from picnn_fast.backbones import cut
-from picnn_fast.ops import checks
 
 # A bound of ours: with so many for each of a thousand classes the inserted convolution would be
 # most of the network.

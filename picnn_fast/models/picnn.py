@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.functional import bernoulli_mask, gumbel_mask
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
-from picnn_fast.ops import checks
 from picnn_fast.ops.layout import whole
 
 

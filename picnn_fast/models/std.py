@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast.backbones import cut_trained
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.correspondence import Correspondence
-from picnn_fast.ops import checks
 
 # Of the greatest logit: what cutting a network may change by rounding alone.
 _ROUNDING = 1e-3

@@ -1,17 +1,16 @@
-"""Operators: schema, shape function, autograd.Function and argument checks, one file a family."""
+"""Operators: schema, shape function, derivative and argument checks, one file a family."""
 
+from picnn_fast import backends
 from picnn_fast.ops import (
     correlation,
     filter_loss,
     histogram,
     masking,
     mutual_information,
-    registry,
     templates,
 )
 
-registry.load_extension()
-registry.register_triton_for_cuda()
+backends.load()
 
 __all__ = [
     "correlation",
@@ -19,6 +18,5 @@ __all__ = [
     "histogram",
     "masking",
     "mutual_information",
-    "registry",
     "templates",
 ]

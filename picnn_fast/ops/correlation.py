@@ -5,58 +5,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from picnn_fast.ops import checks, registry
+from picnn_fast import checks
+from picnn_fast.ops.define import define
 from picnn_fast.ops.layout import readable
 from picnn_fast.reference import correlation as reference
 from picnn_fast.reference.masking import accumulate_dtype
 
 
-class GroupCorrelation(torch.autograd.Function):
+def _setup_group_correlation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    maps, mean, groups, _, positive = inputs
+    _, norms, sums, moments = output
+    ctx.save_for_backward(maps, mean, groups, positive, norms, sums, moments)
+    ctx.mark_non_differentiable(norms, sums, moments)
+
+
+def _group_correlation_gradient(
+    ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: None
+) -> tuple[Tensor]:
     """The mean map is a constant."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        maps: Tensor,
-        mean: Tensor,
-        groups: Tensor,
-        num_groups: int,
-        positive: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with registry.below_autograd():
-            loss, norms, sums, moments = torch.ops.picnn_fast.group_correlation.default(
-                maps, mean, groups, num_groups, positive
-            )
-        ctx.save_for_backward(maps, mean, groups, positive, norms, sums, moments)
-        ctx.mark_non_differentiable(norms, sums, moments)
-        ctx.set_materialize_grads(False)
-        return loss, norms, sums, moments
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return None, None, None, None, None
-        grad = torch.ops.picnn_fast.group_correlation_backward.default(
-            grad_loss, *ctx.saved_tensors
-        )
-        return grad, None, None, None, None
-
-
-class GroupCorrelationBackward(torch.autograd.Function):
-    """Without a gradient of its own: whoever asks for second derivatives is told so."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Tensor | None) -> Tensor:
-        with registry.below_autograd():
-            grad: Tensor = torch.ops.picnn_fast.group_correlation_backward.default(*arguments)
-        return grad
-
-    @staticmethod
-    def backward(ctx: Any, grad_grad: Tensor) -> None:
-        raise RuntimeError(
-            "group_correlation_loss: got its gradient to differentiate, want first derivatives"
-            " alone: double backward is not offered"
-        )
+    return (torch.ops.picnn_fast.group_correlation_backward.default(grad_loss, *saved),)
 
 
 def _fake_group_correlation(
@@ -85,21 +52,21 @@ def _fake_group_correlation_backward(
     return torch.empty_like(maps)
 
 
-registry.define(
+define(
     "correlation",
     "group_correlation(Tensor maps, Tensor mean, Tensor groups, SymInt num_groups,"
     " Tensor? positive) -> (Tensor loss, Tensor norms, Tensor sums, Tensor moments)",
     reference=reference.group_correlation,
     fake=_fake_group_correlation,
-    autograd=GroupCorrelation.apply,
+    setup_context=_setup_group_correlation,
+    backward=_group_correlation_gradient,
 )
-registry.define(
+define(
     "correlation",
     "group_correlation_backward(Tensor grad_loss, Tensor maps, Tensor mean, Tensor groups,"
     " Tensor? positive, Tensor norms, Tensor sums, Tensor moments) -> Tensor",
     reference=reference.group_correlation_backward,
     fake=_fake_group_correlation_backward,
-    autograd=GroupCorrelationBackward.apply,
 )
 
 
@@ -121,8 +88,8 @@ def _check_groups(maps: Tensor, groups: Tensor, num_groups: int | None) -> tuple
         checks.integer("num_groups", num_groups, 1)
     limit = filters if num_groups is None else num_groups
     checks.indices("groups", groups, filters, limit, of="filter", kind="group indices")
-    if num_groups is None and not (torch.compiler.is_compiling() or groups.device.type != "cpu"):
-        limit = int(groups.max()) + 1
+    if num_groups is None and not checks.asynchronous(groups):
+        limit = int(checks.unwrapped(groups).max()) + 1
     return groups.to(torch.int64), limit
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from picnn_fast.ops import checks, registry
+from picnn_fast import checks
+from picnn_fast.ops.define import define, may_be_differentiated
 from picnn_fast.ops.layout import readable
 from picnn_fast.ops.templates import (
     ARGUMENTS,
@@ -82,61 +82,33 @@ class FilterLossState:
         return cls(log_mean, log_mean[:, 0].clone(), momentum)
 
 
-class FilterLoss(torch.autograd.Function):
-    """Both forms: the operator yields the loss, its gradient and, of the running one, the state."""
-
-    @staticmethod
-    def _forward(ctx: Any, operator: Any, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        with registry.below_autograd():
-            loss, grad, *state = operator(x, *others)
-        # Differentiable, so that whoever differentiates the gradient comes to backward again.
-        ctx.save_for_backward(grad)
-        ctx.dtype = x.dtype
-        ctx.others = len(others)
-        ctx.with_grad = others[-1]
-        ctx.mark_non_differentiable(*state)
-        ctx.set_materialize_grads(False)
-        return loss, grad, *state
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        if grad_grad is not None:
-            raise RuntimeError(
-                "filter_loss: got its gradient to differentiate, want first derivatives alone:"
-                " double backward is not offered"
-            )
-        if grad_loss is None:
-            return None, *(None,) * ctx.others
-        (grad,) = ctx.saved_tensors
-        if not ctx.with_grad:
-            raise ValueError("with_grad: got False, want True for maps that are differentiated")
-        scaled = (grad * grad_loss[:, None, None]).to(ctx.dtype)
-        return scaled, *(None,) * ctx.others
+def _setup_filter_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *_, ctx.with_grad = inputs
+    _, grad, *state = output
+    # Differentiable, so that whoever differentiates the gradient comes to backward again.
+    ctx.save_for_backward(grad)
+    ctx.dtype = x.dtype
+    ctx.mark_non_differentiable(*state)
 
 
-class BatchFilterLoss(FilterLoss):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        return FilterLoss._forward(ctx, torch.ops.picnn_fast.filter_loss.default, x, *others)
-
-
-class RunningFilterLoss(FilterLoss):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        operator = torch.ops.picnn_fast.filter_loss_running.default
-        return FilterLoss._forward(ctx, operator, x, *others)
-
-
-def _detached(function: type[FilterLoss]) -> Callable[..., tuple[Tensor, ...]]:
-    """``function``, its gradient a constant to the caller."""
-
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
-        loss, grad, *state = function.apply(*arguments)
-        return loss, grad.detach(), *state
-
-    return call
+def _filter_loss_gradient(
+    ctx: Any,
+    saved: tuple[Tensor],
+    grad_loss: Tensor | None,
+    grad_grad: Tensor | None,
+    *_: None,
+) -> tuple[Tensor]:
+    """The operator yields the loss and its gradient."""
+    if grad_grad is not None:
+        raise RuntimeError(
+            "filter_loss: got its gradient to differentiate, want first derivatives alone:"
+            " double backward is not offered"
+        )
+    assert grad_loss is not None
+    if not ctx.with_grad:
+        raise ValueError("with_grad: got False, want True for maps that are differentiated")
+    (grad,) = saved
+    return ((grad * grad_loss[:, None, None]).to(ctx.dtype),)
 
 
 def _fake_loss(x: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -176,21 +148,25 @@ def _fake_filter_loss_running(
     return loss, grad, log_mean.new_empty(log_mean.shape), log_ratio.new_empty(log_ratio.shape)
 
 
-registry.define(
+define(
     "filter_loss",
     f"filter_loss(Tensor x, {ARGUMENTS}, float tau, bool with_grad) -> (Tensor loss, Tensor grad)",
     reference=reference.filter_loss,
     fake=_fake_filter_loss,
-    autograd=_detached(BatchFilterLoss),
+    setup_context=_setup_filter_loss,
+    backward=_filter_loss_gradient,
+    constants=[1],
 )
-registry.define(
+define(
     "filter_loss",
     "filter_loss_running(Tensor x, Tensor log_mean, Tensor log_ratio, float momentum,"
     f" Tensor? assigned, {ARGUMENTS}, float tau, bool with_grad)"
     " -> (Tensor loss, Tensor grad, Tensor log_mean_, Tensor log_ratio_)",
     reference=reference.filter_loss_running,
     fake=_fake_filter_loss_running,
-    autograd=_detached(RunningFilterLoss),
+    setup_context=_setup_filter_loss,
+    backward=_filter_loss_gradient,
+    constants=[1],
 )
 
 
@@ -273,7 +249,7 @@ def filter_loss(
     arguments = check_template(template).arguments(height, width, x)
     _check_options(x, estimator, labels, filter_category, state)
     maps = readable(x)
-    with_grad = x.requires_grad and torch.is_grad_enabled()
+    with_grad = may_be_differentiated(x)
     options = (*arguments, template.tau_for(height, width), with_grad)
     if state is None:
         loss: Tensor = torch.ops.picnn_fast.filter_loss.default(maps, *options)[0]

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from picnn_fast.ops import checks, registry
+from picnn_fast import checks
+from picnn_fast.ops.define import define
 from picnn_fast.reference import histogram as reference
 
 
@@ -32,14 +33,14 @@ def _fake_soft_histogram_backward(
     return torch.empty_like(activations)
 
 
-registry.define(
+define(
     "histogram",
     "histogram_update(Tensor(a!) counts, Tensor(b!) minimum, Tensor(c!) maximum,"
     " Tensor activations, Tensor labels) -> Tensor",
     reference=reference.histogram_update,
     fake=_fake_histogram_update,
 )
-registry.define(
+define(
     "histogram",
     "soft_histogram_backward(Tensor grad_counts, Tensor activations, Tensor labels, Tensor low,"
     " Tensor width) -> Tensor",
@@ -48,47 +49,33 @@ registry.define(
 )
 
 
-class SoftHistogram(torch.autograd.Function):
-    """Gradient of the soft counts in the activations; ``low`` and ``width`` are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        activations: Tensor,
-        labels: Tensor,
-        low: Tensor,
-        width: Tensor,
-        bins: int,
-        num_classes: int,
-    ) -> Tensor:
-        ctx.save_for_backward(activations, labels, low, width)
-        with registry.below_autograd():
-            counts: Tensor = torch.ops.picnn_fast.soft_histogram.default(
-                activations, labels, low, width, bins, num_classes
-            )
-        return counts
-
-    @staticmethod
-    def backward(ctx: Any, grad_counts: Tensor) -> tuple[Tensor | None, ...]:
-        grad = None
-        if ctx.needs_input_grad[0]:
-            # With create_graph the gradient is to have one itself, which the definition's has.
-            backward = (
-                reference.soft_histogram_backward
-                if torch.is_grad_enabled()
-                else torch.ops.picnn_fast.soft_histogram_backward.default
-            )
-            grad = backward(grad_counts, *ctx.saved_tensors)
-        return grad, None, None, None, None, None
+def _setup_soft_histogram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
 
 
-registry.define(
+def _soft_histogram_gradient(
+    ctx: Any, saved: tuple[Tensor, ...], grad_counts: Tensor
+) -> tuple[Tensor | None]:
+    """In the activations; ``low`` and ``width`` are constants."""
+    if not ctx.needs_input_grad[0]:
+        return (None,)
+    # With create_graph the gradient is to have one itself, which the definition's has.
+    backward = (
+        reference.soft_histogram_backward
+        if torch.is_grad_enabled()
+        else torch.ops.picnn_fast.soft_histogram_backward.default
+    )
+    return (backward(grad_counts, *saved),)
+
+
+define(
     "histogram",
     "soft_histogram(Tensor activations, Tensor labels, Tensor low, Tensor width, SymInt bins,"
     " SymInt num_classes) -> Tensor",
     reference=reference.soft_histogram,
     fake=_fake_soft_histogram,
-    autograd=SoftHistogram.apply,
+    setup_context=_setup_soft_histogram,
+    backward=_soft_histogram_gradient,
 )
 
 

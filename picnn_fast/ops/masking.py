@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from picnn_fast.ops import checks, registry
+from picnn_fast import checks
+from picnn_fast.ops.define import define
 from picnn_fast.ops.layout import readable
 from picnn_fast.reference import masking as reference
 
@@ -77,85 +78,68 @@ def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.dtype == dtype else value.to(dtype)
 
 
-class BernoulliMask(torch.autograd.Function):
+def _setup_bernoulli_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, logits, correspondence, _, _ = inputs
+    _, mask, pseudo_label = output
+    ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
+    ctx.mark_non_differentiable(pseudo_label)
+
+
+def _bernoulli_mask_gradient(
+    ctx: Any,
+    saved: tuple[Tensor, ...],
+    grad_masked: Tensor | None,
+    grad_mask: Tensor | None,
+    _: None,
+) -> tuple[Tensor | None, ...]:
     """Straight-through gradients of the Bernoulli mask (PICNN eq. 5, 8)."""
-
-    # Not split into forward and setup_context: apply() then binds the arguments by inspecting the
-    # signature, three times the cost of the operator's own dispatch.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        logits: Tensor,
-        correspondence: Tensor,
-        seed: Tensor,
-        rank: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with registry.below_autograd():
-            masked, mask, pseudo_label = torch.ops.picnn_fast.bernoulli_mask.default(
-                features, logits, correspondence, seed, rank
-            )
-        ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(pseudo_label)
-        return masked, mask, pseudo_label
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_masked: Tensor | None, grad_mask: Tensor | None, _: None
-    ) -> tuple[Tensor | None, ...]:
-        features, logits, correspondence, mask, pseudo_label = ctx.saved_tensors
-        grad_features = None
-        if grad_masked is not None:
-            grad_features, grad_z = _maps_gradient(grad_masked, features, mask)
-            if grad_mask is not None:
-                grad_z = grad_z + grad_mask
-        elif grad_mask is not None:
-            grad_z = grad_mask
-        else:
-            return None, None, None, None, None
-        grad_logits = grad_correspondence = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dtype = torch.promote_types(logits.dtype, correspondence.dtype)
-            grad_logits, grad_correspondence = _parameters_gradient(
-                _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
-            )
-            grad_logits = _as(grad_logits, logits.dtype)
-            grad_correspondence = _as(grad_correspondence, correspondence.dtype)
-        return grad_features, grad_logits, grad_correspondence, None, None
+    features, logits, correspondence, mask, pseudo_label = saved
+    grad_features, grad_z = None, grad_mask
+    if grad_masked is not None:
+        grad_features, grad_z = _maps_gradient(grad_masked, features, mask)
+        if grad_mask is not None:
+            grad_z = grad_z + grad_mask
+    grad_logits = grad_correspondence = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        assert grad_z is not None
+        dtype = torch.promote_types(logits.dtype, correspondence.dtype)
+        grad_logits, grad_correspondence = _parameters_gradient(
+            _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
+        )
+        grad_logits = _as(grad_logits, logits.dtype)
+        grad_correspondence = _as(grad_correspondence, correspondence.dtype)
+    return grad_features, grad_logits, grad_correspondence
 
 
-class MaskChannels(torch.autograd.Function):
-    """Gradients of ``features * mask``."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(features, mask)
-        with registry.below_autograd():
-            masked: Tensor = torch.ops.picnn_fast.mask_channels.default(features, mask)
-        return masked
-
-    @staticmethod
-    def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor, Tensor]:
-        return _maps_gradient(grad_masked, *ctx.saved_tensors)
+def _setup_mask_channels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-registry.define(
+def _mask_channels_gradient(
+    ctx: Any, saved: tuple[Tensor, ...], grad_masked: Tensor
+) -> tuple[Tensor, Tensor]:
+    features, mask = saved
+    return _maps_gradient(grad_masked, features, mask)
+
+
+define(
     "masking",
     "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed,"
     " SymInt rank) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
     reference=reference.bernoulli_mask,
     fake=_fake_bernoulli_mask,
-    autograd=BernoulliMask.apply,
+    setup_context=_setup_bernoulli_mask,
+    backward=_bernoulli_mask_gradient,
 )
-registry.define(
+define(
     "masking",
     "mask_channels(Tensor features, Tensor mask) -> Tensor",
     reference=reference.mask_channels,
     fake=_fake_mask_channels,
-    autograd=MaskChannels.apply,
+    setup_context=_setup_mask_channels,
+    backward=_mask_channels_gradient,
 )
-registry.define(
+define(
     "masking",
     "bernoulli_parameters_backward(Tensor grad_mask, Tensor logits, Tensor correspondence,"
     " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
@@ -163,7 +147,7 @@ registry.define(
     fake=_fake_parameters_backward,
     triton=False,  # small matrix algebra: the library's product serves
 )
-registry.define(
+define(
     "masking",
     "masking_backward(Tensor grad_masked, Tensor features, Tensor mask)"
     " -> (Tensor grad_features, Tensor grad_mask)",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from picnn_fast.ops import registry
+from picnn_fast.ops.define import define
 from picnn_fast.reference import mutual_information as reference
 
 
@@ -17,7 +17,7 @@ def _fake_knn_mutual_information(
     )
 
 
-registry.define(
+define(
     "mutual_information",
     "knn_mutual_information(Tensor values, Tensor labels, SymInt num_classes, int n_neighbors)"
     " -> (Tensor per_class, Tensor joint)",

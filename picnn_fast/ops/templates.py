@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from picnn_fast.ops import checks, registry
+from picnn_fast import checks
+from picnn_fast.ops.define import define
 from picnn_fast.ops.layout import readable
 from picnn_fast.reference import templates as reference
 from picnn_fast.reference.masking import accumulate_dtype
@@ -198,55 +199,24 @@ def _distances(height: int, width: int, norm: int, device: torch.device) -> Tens
     return (rows * rows + columns * columns).to(torch.float64).sqrt()
 
 
-class TemplateMask(torch.autograd.Function):
+def _setup_template_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, table, *ctx.template = inputs
+    _, peak = output
+    ctx.save_for_backward(peak, table)
+    ctx.mark_non_differentiable(peak)
+
+
+def _template_mask_gradient(
+    ctx: Any, saved: tuple[Tensor, Tensor | None], grad_masked: Tensor, *_: None
+) -> tuple[Tensor]:
     """The mask is a constant in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *template: Any) -> tuple[Tensor, Tensor]:
-        with registry.below_autograd():
-            masked, peak = torch.ops.picnn_fast.template_mask.default(x, *template)
-        table, *ctx.template = template
-        ctx.save_for_backward(peak, table)
-        ctx.mark_non_differentiable(peak)
-        ctx.set_materialize_grads(False)
-        return masked, peak
-
-    @staticmethod
-    def backward(ctx: Any, grad_masked: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (1 + len(ctx.template))
-        if grad_masked is None:
-            return None, *nothing
-        return _masked_again(grad_masked, *ctx.saved_tensors, *ctx.template), *nothing
+    backward = torch.ops.picnn_fast.template_mask_backward.default
+    return (backward(readable(grad_masked), *saved, *ctx.template),)
 
 
-class _MaskedAgain(torch.autograd.Function):
-    """The product with a mask that is known, which is its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, peak: Tensor, *template: Any) -> Tensor:
-        table, *ctx.template = template
-        ctx.save_for_backward(peak, table)
-        with registry.below_autograd():
-            masked: Tensor = torch.ops.picnn_fast.template_mask_backward.default(
-                values, peak, *template
-            )
-        return masked
-
-    @staticmethod
-    def backward(ctx: Any, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _masked_again(grad_masked, *ctx.saved_tensors, *ctx.template)
-        return grad, *(None,) * (2 + len(ctx.template))
-
-
-def _masked_again(values: Tensor, peak: Tensor, *template: Any) -> Tensor:
-    """``values`` times the mask, differentiable where gradients are recorded (create_graph)."""
-    values = readable(values)
-    masked: Tensor = (
-        _MaskedAgain.apply(values, peak, *template)
-        if torch.is_grad_enabled()
-        else torch.ops.picnn_fast.template_mask_backward.default(values, peak, *template)
-    )
-    return masked
+def _setup_template_mask_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, peak, table, *ctx.template = inputs
+    ctx.save_for_backward(peak, table)
 
 
 def _fake_template_mask(
@@ -302,19 +272,23 @@ def _decomposed_template_mask(
     return (x.to(dtype) * (template.clamp_min(0) * scale)).to(x.dtype), peak
 
 
-registry.define(
+define(
     "templates",
     f"template_mask(Tensor x, {ARGUMENTS}, float scale) -> (Tensor masked, Tensor peak)",
     reference=reference.template_mask,
     fake=_fake_template_mask,
-    autograd=TemplateMask.apply,
+    setup_context=_setup_template_mask,
+    backward=_template_mask_gradient,
     decomposition=_decomposed_template_mask,
 )
-registry.define(
+define(
     "templates",
     f"template_mask_backward(Tensor grad_masked, Tensor peak, {ARGUMENTS}, float scale) -> Tensor",
     reference=reference.template_mask_backward,
     fake=_fake_template_mask_backward,
+    # The product with a mask that is known, which is its own gradient.
+    setup_context=_setup_template_mask_backward,
+    backward=_template_mask_gradient,
 )
 
 

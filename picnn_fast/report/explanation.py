@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast._terminal import counted
 from picnn_fast.explain import ImageExplanation
-from picnn_fast.ops import checks
 from picnn_fast.report.style import AS_IT_IS, canvas, displayed, overlay, saved, without_frame
 
 with extra("report"):

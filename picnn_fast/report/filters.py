@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast._terminal import counted
 from picnn_fast.explain import FilterIndex, TopImages
-from picnn_fast.ops import checks
 from picnn_fast.report.style import AS_IT_IS, canvas, displayed, saved, without_frame
 
 with extra("report"):

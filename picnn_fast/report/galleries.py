@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast._terminal import counted
 from picnn_fast.explain import FilterIndex, LocalisationExamples, PathwayGradCam
-from picnn_fast.ops import checks
 from picnn_fast.report.parts import peak_density
 from picnn_fast.report.style import HEAT_COLOURS, displayed, overlaid
 

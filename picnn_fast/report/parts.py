@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.backbones import ReceptiveField
-from picnn_fast.ops import checks
 from picnn_fast.report.style import (
     AS_IT_IS,
     HEAT_COLOURS,

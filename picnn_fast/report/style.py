@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast._files import replacing
-from picnn_fast.ops import checks
 
 with extra("report"):
     from matplotlib import colormaps

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from picnn_fast import checks
 from picnn_fast._files import write_atomically
 from picnn_fast._terminal import counted
 from picnn_fast.evaluation import Figures, as_csv
 from picnn_fast.models.factory import METHODS
-from picnn_fast.ops import checks
 from picnn_fast.training.checkpoint import CHECKPOINT
 from picnn_fast.training.launch import launch
 from picnn_fast.training.options import HOW_READ, ConfigError, Options

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, derive_seed
 from picnn_fast.evaluation import FIGURES, Observation, pool, sharing
 from picnn_fast.losses import MutualInformationLoss
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.ops import checks
 from picnn_fast.training.checkpoint import load_checkpoint
 from picnn_fast.training.options import check_steps
 from picnn_fast.training.progress import WatchesImages

@@ -21,11 +21,11 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.backbones import BACKBONES, TIMM, cut, is_weights_file
 from picnn_fast.data import DATA
 from picnn_fast.models.factory import METHODS
-from picnn_fast.ops import checks
 
 with extra("train"):
     import yaml

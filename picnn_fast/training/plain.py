@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast._terminal import counted
 from picnn_fast.backbones import TIMM, classifier, is_weights_file, preprocessing
 from picnn_fast.backbones.weights import load_weights_file
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.models import STD, as_std
-from picnn_fast.ops import checks
 from picnn_fast.training.options import GROUPS, ConfigError, few, one_line
 
 RANDOM = "random"  # weights that nothing has trained

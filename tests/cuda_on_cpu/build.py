@@ -82,19 +82,19 @@ def load() -> dict[str, Callable[..., Any]]:
     """Every operator that a file in csrc/cuda implements, run by fibres on CPU tensors.
 
     Returns:
-        Operator name to callable, for ``picnn_fast.ops.registry.override_kernels``.
+        Operator name to callable, for ``picnn_fast.backends.override_kernels``.
     """
     global _library
     _library = torch.library.Library(LIBRARY, "DEF")
-    from picnn_fast.ops import registry
+    from picnn_fast import backends
 
-    for name in registry.operators():
+    for name in backends.operators():
         schema = getattr(torch.ops.picnn_fast, name).default._schema
         _library.define(str(schema).removeprefix("picnn_fast::"))
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         torch.ops.load_library(str(build(source)))
     return {
         name: getattr(torch.ops.picnn_fast_fibres, name)
-        for name in registry.operators()
+        for name in backends.operators()
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{LIBRARY}::{name}", "CPU")
     }

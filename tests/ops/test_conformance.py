@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from picnn_fast.ops import registry
+from picnn_fast import backends
 from tests.cases import Row, case_id, few, in_turn
 from tests.conftest import BACKENDS, WITHOUT_GPU_KERNEL, Backend, other_instruction_sets
 from tests.ops.cases import (
@@ -184,7 +184,7 @@ def assert_conforms(backend: Backend, case: OperatorCase, arguments: Arguments) 
 
 
 def test_every_operator_has_a_case():
-    assert sorted(case.name for case in CASES) == sorted(registry.operators())
+    assert sorted(case.name for case in CASES) == sorted(backends.operators())
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_second_derivatives_are_right_or_refused_never_zero(backend: Backend, ca
         return tuple(t for t in as_tuple(case.operator(*given)) if t.requires_grad)
 
     if not case.second:
-        with pytest.raises(RuntimeError, match=r"^\w+: .* double backward is not offered$"):
+        with pytest.raises(RuntimeError, match=r"^\w+: got its (gradient|result) to differ"):
             penalty(outputs, leaves)
         return
     count = len(outputs())

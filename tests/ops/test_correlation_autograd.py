@@ -78,7 +78,7 @@ def test_the_gradient_may_be_asked_for_twice(backend: Backend):
 def test_second_derivatives_are_refused_never_zero(backend: Backend):
     x = leaf(backend.device)
     refused = pytest.raises(
-        RuntimeError, match=r"^group_correlation_loss: .* double backward is not offered$"
+        RuntimeError, match=r"^group_correlation_backward: .* no derivative of it is offered$"
     )
     for function in (
         loss_of,
@@ -92,13 +92,29 @@ def test_second_derivatives_are_refused_never_zero(backend: Backend):
             torch.autograd.grad(grad.square().sum(), x)
 
 
-def test_vmap_and_forward_mode_are_refused(backend: Backend):
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_reverse_mode_and_vmap_of_torch_func(backend: Backend):
     x = leaf(backend.device)
-    with pytest.raises(RuntimeError, match=r"vmap|functorch"):
-        torch.func.vmap(lambda t: loss_of(t))(x.detach()[None])
-    refused = pytest.raises((RuntimeError, NotImplementedError), match="forward")
+    values = x.detach()
+    (want,) = torch.autograd.grad(loss_of(x), x)
+    torch.testing.assert_close(torch.func.grad(loss_of)(values), want)
+    torch.testing.assert_close(torch.func.jacrev(loss_of)(values), want)
+    each = torch.stack([torch.func.grad(loss_of)(image[None])[0] for image in values])
+    of_each = torch.func.grad(lambda image: loss_of(image[None]))
+    torch.testing.assert_close(torch.func.vmap(of_each)(values), each)
+    losses = torch.func.vmap(lambda image: loss_of(image[None]))(x)
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), x)[0], each)
+    with pytest.raises(RuntimeError, match=r"^group_correlation_backward: .* no derivative of it"):
+        torch.func.jacrev(torch.func.grad(loss_of))(values)
+
+
+def test_forward_mode_is_refused(backend: Backend):
+    x = leaf(backend.device).detach()
+    refused = pytest.raises(RuntimeError, match=r"^group_correlation: got forward-mode")
+    with refused:
+        torch.func.jvp(loss_of, (x,), (x,))
     with refused, torch.autograd.forward_ad.dual_level():
-        loss_of(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+        loss_of(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_a_loss_that_nothing_uses_sends_nothing_back(backend: Backend):

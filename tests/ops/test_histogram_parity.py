@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from picnn_fast.ops import histogram, registry
+from picnn_fast import backends
+from picnn_fast.ops import histogram
 from picnn_fast.reference import histogram as reference
 from tests.cases import case_id, every_instruction_set, few, in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
@@ -392,9 +393,9 @@ def test_the_first_column_that_is_not_finite_is_named_wherever_its_sample_lies(
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_update_refuses_and_writes_nothing(name: str):
-    if name not in registry.available_backends():
+    if name not in backends.available_backends():
         pytest.skip(f"{name} is not available")
-    with registry.use_backend(name):
+    with backends.use_backend(name):
         state = fresh(3, 4, 2)
         histogram.update(*state, torch.randn(8, 3), torch.arange(8, dtype=torch.int32) % 2)
         before = tuple(t.clone() for t in state)

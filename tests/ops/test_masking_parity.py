@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from picnn_fast import backends
 from picnn_fast.functional import bernoulli_mask, class_gate, mask_channels
-from picnn_fast.ops import registry
 from picnn_fast.reference import masking as reference
 from tests.cases import case_id, every_instruction_set, few, in_turn, kernel_cases, pairwise
 from tests.conftest import (
@@ -169,11 +169,11 @@ def draws(logits: Tensor, correspondence: Tensor, seed: int, rank: int = 0) -> t
 
 def test_the_named_backend_serves_every_operator(backend: Backend):
     if backend.name == "cuda-fibres":
-        assert set(fibre_kernels()) == set(registry.operators()) - WITHOUT_GPU_KERNEL
+        assert set(fibre_kernels()) == set(backends.operators()) - WITHOUT_GPU_KERNEL
         return
-    for operator in registry.operators():
+    for operator in backends.operators():
         served_by = expected_server(backend, operator)
-        assert registry.serving(backend.device.type, operator) == served_by
+        assert backends.serving(backend.device.type, operator) == served_by
         overridden = served_by in ("reference", "triton")
         assert overridden or torch._C._dispatch_has_kernel_for_dispatch_key(
             f"picnn_fast::{operator}", backend.device.type.upper()
@@ -949,7 +949,7 @@ def test_compiled_kernels_equal_the_reference_on_arbitrary_inputs(cpp: Backend, 
         return [*exact, gated, *sums]
 
     got = run()
-    with registry.use_backend("reference"):
+    with backends.use_backend("reference"):
         expected = run()
     for one, two in zip(got[:4], expected[:4], strict=True):
         assert torch.equal(one, two)
@@ -967,11 +967,11 @@ def test_compiled_kernels_equal_the_reference_on_arbitrary_inputs(cpp: Backend, 
 
 
 def compiled_core() -> Any:
-    if registry.extension is None:
+    if backends.extension is None:
         if IN_CI:
-            pytest.fail(f"CI must run the compiled core: {registry.extension_error}")
-        pytest.skip(f"{registry.extension_error}")
-    return registry.extension
+            pytest.fail(f"CI must run the compiled core: {backends.extension_error}")
+        pytest.skip(f"{backends.extension_error}")
+    return backends.extension
 
 
 @pytest.mark.parametrize(

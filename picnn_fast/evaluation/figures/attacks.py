@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast._terminal import counted
 from picnn_fast.data.loading import SeededDataModule, derive_seed
@@ -14,7 +15,6 @@ from picnn_fast.evaluation.figures.record import Figure
 from picnn_fast.evaluation.observation import Observation
 from picnn_fast.metrics import TRAINING_SAMPLES, Detection, DetectionError
 from picnn_fast.models.base import InterpretableNetwork
-from picnn_fast.ops import checks
 
 with extra("train"):
     from rich.progress import track

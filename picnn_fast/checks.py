@@ -1,7 +1,7 @@
 """Argument checks shared by the operator families: the argument, what it got, what it wants.
 
 Shapes, dtypes and devices are known to the host, so they raise at once. Values are not: on the CPU
-they are read and raise ``ValueError``; on a GPU (and inside ``torch.compile``) they become
+they are read and raise ``ValueError``; on a GPU (and wherever a call is traced) they become
 ``torch._assert_async``, a check that runs on the device in stream order, before the operator's
 own kernel, without waiting for it. Like PyTorch's own ``bernoulli`` and ``nll_loss``, a failed
 check then surfaces as a device-side assert at the next synchronisation.
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -88,6 +90,8 @@ def did_you_mean(value: object, names: Iterable[str]) -> str:
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+    if value.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, want a torch.Tensor of one shape")
 
 
 def module(name: str, value: object) -> None:
@@ -170,9 +174,32 @@ def estimator(
         one_of("bias_correction", bias_correction, ("miller_madow",))
 
 
+def asynchronous(value: Tensor) -> bool:
+    """Whether the host is not to read values: on a GPU it would wait, and a trace has none."""
+    return (
+        torch.compiler.is_compiling()
+        or value.is_cuda
+        or value.is_meta
+        or isinstance(value, FakeTensor)
+        # The stack first: it is asked for in a tenth of the time.
+        or (torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
+    )
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """The tensor that transforms of ``torch.func`` have wrapped: of a vmap, all samples at once."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(value):
+            value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 def holds(name: str, condition: Tensor, got: Callable[[], str], want: str) -> None:
     """A condition on values, 0-dim bool; ``got`` is asked where it can be and does not hold."""
-    if torch.compiler.is_compiling() or condition.is_cuda or condition.is_meta:
+    condition = unwrapped(condition)
+    if condition.ndim:
+        condition = condition.all()
+    if asynchronous(condition):
         torch._assert_async(condition, f"{name}: want {want}")
     elif not condition:
         raise ValueError(f"{name}: got {got()}, want {want}")
@@ -182,8 +209,8 @@ def _within(name: str, value: Tensor, high: int, want: str) -> None:
     """Every element in [0, high]. NaN fails: ``aminmax`` passes it on, and no comparison holds."""
     if value.numel() == 0:
         return
-    least, most = value.detach().aminmax()
-    if torch.compiler.is_compiling() or value.is_cuda or value.is_meta:
+    least, most = unwrapped(value).detach().aminmax()
+    if asynchronous(value):
         torch._assert_async((least >= 0) & (most <= high), f"{name}: want {want}")
     elif not (least.item() >= 0 and most.item() <= high):
         raise ValueError(f"{name}: got values in [{least.item()}, {most.item()}], want {want}")

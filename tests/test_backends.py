@@ -1,6 +1,7 @@
 """Which backend serves, how one is forced, and what a missing one says."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import picnn_fast
-from picnn_fast.ops import registry
+from picnn_fast import backends
 from tests import conftest
 from tests.conftest import Backend, expected_server
 
@@ -41,6 +42,12 @@ def call() -> torch.Tensor:
     )
 
 
+def replace(monkeypatch: pytest.MonkeyPatch, name: str, **fields: Any) -> None:
+    """Change the record of a backend until the test ends."""
+    changed = dataclasses.replace(backends.BACKENDS[name], **fields)
+    monkeypatch.setitem(backends.BACKENDS, name, changed)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the reference operators that ran since, in order."""
@@ -53,14 +60,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    wrapped = {name: spy(name, function) for name, function in registry._references.items()}
-    monkeypatch.setattr(registry, "_references", wrapped)
+    reference = backends.BACKENDS["reference"]
+    wrapped = {name: spy(name, function) for name, function in reference.kernels().items()}
+    replace(monkeypatch, "reference", kernels=lambda: wrapped)
     return names
 
 
 def test_the_masking_operators_are_defined_with_a_schema():
-    assert set(registry.operators()) >= OPERATORS
-    for name in registry.operators():
+    assert set(backends.operators()) >= OPERATORS
+    for name in backends.operators():
         assert str(getattr(torch.ops.picnn_fast, name).default._schema).startswith("picnn_fast::")
 
 
@@ -80,9 +88,9 @@ def test_build_info_names_every_backend_and_operator():
 
 
 def test_the_cpu_is_served_by_compiled_kernels_where_there_are_any():
-    expected = "cpp" if registry.extension is not None else "reference"
-    for name in registry.operators():
-        assert registry.serving("cpu", name) == expected
+    expected = "cpp" if backends.extension is not None else "reference"
+    for name in backends.operators():
+        assert backends.serving("cpu", name) == expected
 
 
 def test_a_forced_backend_serves_every_operator_and_leaves(backend: Backend):
@@ -92,7 +100,7 @@ def test_a_forced_backend_serves_every_operator_and_leaves(backend: Backend):
     kind = backend.device.type
     with picnn_fast.use_backend(name):
         expected = {operator: expected_server(backend, operator) for operator in OPERATORS}
-        assert {o: registry.serving(kind, o) for o in registry.operators()} == expected
+        assert {o: backends.serving(kind, o) for o in backends.operators()} == expected
         serving = picnn_fast.build_info()["operators"]
         assert {operator: by[kind] for operator, by in serving.items()} == expected
 
@@ -142,11 +150,11 @@ def test_expanded_maps_are_read_where_they_are_or_refused(backend: Backend, name
 
 
 def test_the_forced_reference_really_runs(calls):
-    before = registry.serving("cpu", "mask_channels")
+    before = backends.serving("cpu", "mask_channels")
     with picnn_fast.use_backend("reference"):
         call()
         assert calls == ["mask_channels"]
-    assert registry.serving("cpu", "mask_channels") == before
+    assert backends.serving("cpu", "mask_channels") == before
     call()
     assert calls == ["mask_channels"]
 
@@ -154,7 +162,7 @@ def test_the_forced_reference_really_runs(calls):
 def test_forced_backends_nest_and_come_back(calls, cpp: Backend):
     with picnn_fast.use_backend("reference"):
         with picnn_fast.use_backend("cpp"):
-            assert registry.serving("cpu", "mask_channels") == "cpp"
+            assert backends.serving("cpu", "mask_channels") == "cpp"
             call()
             assert calls == []
             with picnn_fast.use_backend("reference"):
@@ -162,17 +170,17 @@ def test_forced_backends_nest_and_come_back(calls, cpp: Backend):
                 assert len(calls) == 1
             call()
             assert len(calls) == 1
-        assert registry.serving("cpu", "mask_channels") == "reference"
+        assert backends.serving("cpu", "mask_channels") == "reference"
         call()
         assert len(calls) == 2
-    assert registry.serving("cpu", "mask_channels") == "cpp"
+    assert backends.serving("cpu", "mask_channels") == "cpp"
 
 
 def test_a_forced_backend_leaves_after_an_exception(calls):
-    before = registry.serving("cpu", "mask_channels")
+    before = backends.serving("cpu", "mask_channels")
     with pytest.raises(KeyError, match="mine"), picnn_fast.use_backend("reference"):
         raise KeyError("mine")
-    assert registry.serving("cpu", "mask_channels") == before
+    assert backends.serving("cpu", "mask_channels") == before
     with picnn_fast.use_backend("reference"):
         with pytest.raises(KeyError), picnn_fast.use_backend("reference"):
             raise KeyError("mine")
@@ -184,15 +192,14 @@ def test_a_backend_that_fails_to_install_leaves_the_current_one_in_charge(monkey
     def broken() -> Any:
         raise ImportError("kernels are missing")
 
-    monkeypatch.setattr(registry, "_triton_kernels", broken)
-    monkeypatch.setattr(registry, "_triton_status", lambda: None)
+    replace(monkeypatch, "triton", kernels=broken, missing=lambda: None)
     with picnn_fast.use_backend("reference"):
         with (
             pytest.raises(ImportError, match="kernels are missing"),
             picnn_fast.use_backend("triton"),
         ):
             pytest.fail("the body must not run")
-        assert registry.serving("cpu", "mask_channels") == "reference"
+        assert backends.serving("cpu", "mask_channels") == "reference"
         call()
         assert calls == ["mask_channels"]
 
@@ -202,11 +209,11 @@ def test_forcing_outlives_a_decorated_call(calls):
     def decorated() -> torch.Tensor:
         return call()
 
-    before = registry.serving("cpu", "mask_channels")
+    before = backends.serving("cpu", "mask_channels")
     decorated()
     decorated()
     assert calls == ["mask_channels"] * 2
-    assert registry.serving("cpu", "mask_channels") == before
+    assert backends.serving("cpu", "mask_channels") == before
 
 
 @pytest.mark.parametrize("name", ["cuDNN", "", "CPP", None])
@@ -218,7 +225,7 @@ def test_an_unknown_backend_is_refused_by_name(name):
 
 @pytest.mark.parametrize("name", ["cpp", "triton", "cuda"])
 def test_an_unavailable_backend_says_why(monkeypatch, name):
-    monkeypatch.setattr(registry, "_status", lambda _: "it rained")
+    replace(monkeypatch, name, missing=lambda: "it rained")
     message = f"backend '{name}' is not available: it rained"
     with pytest.raises(RuntimeError, match=message), picnn_fast.use_backend(name):
         pytest.fail("the body must not run")
@@ -233,26 +240,26 @@ def test_cuda_says_what_is_missing(monkeypatch):
             return {"cuda": self.cuda, "cuda_reason": "" if self.cuda else "nvcc was not found"}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(registry, "extension", None)
-    monkeypatch.setattr(registry, "extension_error", "no compiler")
-    assert registry.build_info()["backends"]["cuda"] == "no compiler"
-    assert registry.build_info()["backends"]["cpp"] == "no compiler"
-    monkeypatch.setattr(registry, "extension_error", None)
-    monkeypatch.setattr(registry, "extension", Built(cuda=False))
-    assert "nvcc was not found" in registry.build_info()["backends"]["cuda"]
-    monkeypatch.setattr(registry, "extension", Built(cuda=True))
-    assert "no CUDA device" in registry.build_info()["backends"]["cuda"]
+    monkeypatch.setattr(backends, "extension", None)
+    monkeypatch.setattr(backends, "extension_error", "no compiler")
+    assert backends.build_info()["backends"]["cuda"] == "no compiler"
+    assert backends.build_info()["backends"]["cpp"] == "no compiler"
+    monkeypatch.setattr(backends, "extension_error", None)
+    monkeypatch.setattr(backends, "extension", Built(cuda=False))
+    assert "nvcc was not found" in backends.build_info()["backends"]["cuda"]
+    monkeypatch.setattr(backends, "extension", Built(cuda=True))
+    assert "no CUDA device" in backends.build_info()["backends"]["cuda"]
 
 
 def test_triton_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if importlib.util.find_spec("triton") is None:
-        assert "triton is not installed" in registry.build_info()["backends"]["triton"]
+        assert "triton is not installed" in backends.build_info()["backends"]["triton"]
         return
-    assert "TRITON_INTERPRET=1" in registry.build_info()["backends"]["triton"]
+    assert "TRITON_INTERPRET=1" in backends.build_info()["backends"]["triton"]
     monkeypatch.setitem(sys.modules, "triton", None)  # makes the import fail
-    assert "triton is not installed" in registry.build_info()["backends"]["triton"]
+    assert "triton is not installed" in backends.build_info()["backends"]["triton"]
 
 
 def python(code: str, **environment: str) -> str:
@@ -304,10 +311,10 @@ print([name for name in heavy if name in sys.modules])
 
 
 def test_the_instruction_set_is_chosen_by_the_environment():
-    if registry.extension is None:
-        pytest.skip(f"{registry.extension_error}")
+    if backends.extension is None:
+        pytest.skip(f"{backends.extension_error}")
     show = "import picnn_fast; print(picnn_fast.build_info()['extension']['cpu_capability'])"
-    names = registry.extension.build_info()["cpu_capabilities"]
+    names = backends.extension.build_info()["cpu_capabilities"]
     assert python(show, PICNN_FAST_CPU_CAPABILITY="default").strip() == "default"
     assert python(show, PICNN_FAST_CPU_CAPABILITY="").strip() == names[-1]
 
