@@ -973,7 +973,7 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
     checkpoint.parent.mkdir()
     checkpoint.touch()
     status, _, err = _main(capsys, "demo", "--output", tmp_path / "demo")
-    assert "interrupted; the same command goes on from the last complete epoch" in err
+    assert "interrupted; the same command goes on from the last checkpoint" in err
 
 
 def test_ctrl_c_before_a_training_promises_nothing(capsys, monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ def telling_how_to_go_on(folder: "RunFolder") -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, BrokenPipeError):
         if launch(None).first:  # one of several processes speaks for all
             kept = any(folder.work.rglob("*.ckpt"))
-            how = "goes on from the last complete epoch" if kept else "starts anew"
+            how = "goes on from the last checkpoint" if kept else "starts anew"
             print(
                 f"\npicnn-fast {folder.kind}: interrupted; the same command {how}",
                 file=sys.stderr,

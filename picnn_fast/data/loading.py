@@ -1,5 +1,6 @@
 """Loaders whose order and augmentation depend on seed and epoch alone, so that a run can resume."""
 
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
@@ -131,10 +132,50 @@ class _Drawn(_Read):
 
 
 class _Order(DistributedSampler[Any]):
+    """Of an epoch; a pass may begin further on."""
+
+    skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(super().__iter__(), self.skipped, None)
+
+
+class _DrawnOrder(_Order):
     """Images with the epoch that they are drawn for, which processes that live on are told so."""
 
     def __iter__(self) -> Iterator[Any]:
         return ((self.epoch, index) for index in super().__iter__())
+
+
+class EpochLoader(DataLoader[Any]):
+    """A loader that a run which goes on within an epoch begins in the midst.
+
+    Its state is how many batches all ranks together have taken in this epoch.
+    """
+
+    _taken = 0
+    _begin = 0
+
+    def __iter__(self) -> Any:
+        self._taken, self._begin = self._begin, 0
+        order: Any = self.sampler
+        order.skipped = self._taken * (self.batch_size or 1)
+        return self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self._taken * self._ranks()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next pass goes on from there, with another number of ranks from just before it."""
+        self._begin = state["batches"] // self._ranks()
+
+    def _ranks(self) -> int:
+        return getattr(self.sampler, "num_replicas", 1)
 
 
 def _channels_innermost(samples: list[Any]) -> Any:
@@ -151,7 +192,7 @@ class SeededDataModule(L.LightningDataModule):
 
     Attributes:
         plain_train_set: the training images as the test images are made, where ``train_set``
-            changes them at random; None where it does not.
+            changes them at random, by torch's generator; None where it does not.
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
         preprocessing: how files become images of the test set, and these what a network takes;
@@ -279,7 +320,7 @@ class SeededDataModule(L.LightningDataModule):
         trainer = self.trainer
         # Also right for one process: unlike RandomSampler its order depends on no generator state.
         drawn = self.plain_train_set is not None
-        sampler: DistributedSampler[Any] = (_Order if drawn else DistributedSampler)(
+        sampler = (_DrawnOrder if drawn else _Order)(
             self.train_set,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
@@ -290,6 +331,7 @@ class SeededDataModule(L.LightningDataModule):
         sampler.set_epoch(progress.processed if progress else 0)
         return self._loader(
             _Drawn(self.train_set, self.seed) if drawn else _Read(self.train_set),
+            kind=EpochLoader,
             drop_last=len(sampler) > 1 and len(sampler) % self.batch_size == 1,
             sampler=sampler,
             persistent_workers=self.num_workers > 0,
@@ -317,11 +359,15 @@ class SeededDataModule(L.LightningDataModule):
         return self._loader(_Read(images))
 
     def _loader(
-        self, read: Dataset[Any], of: Dataset[Any] | None = None, **options: Any
+        self,
+        read: Dataset[Any],
+        of: Dataset[Any] | None = None,
+        kind: type[DataLoader[Any]] = DataLoader,
+        **options: Any,
     ) -> DataLoader[Any]:
         """Batches of what is read ``of`` a set."""
         of = getattr(read, "images", None) if of is None else of
-        return DataLoader(
+        return kind(
             read,
             batch_size=self.batch_size,
             num_workers=self.num_workers,

@@ -27,7 +27,7 @@ from picnn_fast.training.run_folder import RunFolderError
 
 with extra("train"):
     import lightning as L
-    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.callbacks import Callback, Checkpoint
     from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 CHECKPOINT = "last.ckpt"
@@ -187,6 +187,34 @@ class SaveOptions(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[_SAVED] = self.saved
+
+
+class StepCheckpoints(Checkpoint):
+    """Writes a checkpoint every so many steps, but where that of the epoch's end comes next.
+
+    Args:
+        path: of the file, which the one of the epoch's end replaces, too.
+        every: steps.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self._saved = 0  # of several batches that make a step the first is the one that made it
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,  # that of picnn-fast
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every or step == self._saved or trainer.is_last_batch:
+            return
+        self._saved = step
+        pl_module.check_weights(batch[0])
+        trainer.save_checkpoint(self.path)
 
 
 class FollowSchedule(Callback):

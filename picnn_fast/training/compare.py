@@ -14,7 +14,7 @@ from picnn_fast.evaluation import Figures, as_csv
 from picnn_fast.models.factory import METHODS
 from picnn_fast.training.checkpoint import CHECKPOINT
 from picnn_fast.training.launch import launch
-from picnn_fast.training.options import HOW_READ, ConfigError, Options
+from picnn_fast.training.options import FREE, ConfigError, Options
 from picnn_fast.training.run import METRICS, assemble, fit, read_metrics
 from picnn_fast.training.run_folder import RunFolder, write_json
 
@@ -158,7 +158,7 @@ def compare_folder(
         options.output,
         "compare",
         _identity(_runs(options, methods, seeds)),
-        free=[f"data.{name}" for name in HOW_READ],
+        free=FREE,
         growing=("runs",),
         read=_read_identity,
     )

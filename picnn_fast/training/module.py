@@ -1,13 +1,15 @@
 """The Lightning module that trains and evaluates an interpretable network."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -27,10 +29,34 @@ with extra("train"):
 
 # Numbers that keep the draws of training and validation apart.
 _TRAIN, _EVALUATE = 0, 1
+_WITHIN = "picnn_fast_epoch"  # key of what a checkpoint within an epoch holds of that epoch
 
 
 class DivergenceError(RuntimeError):
     """Training diverged: the loss is no finite number; the message says what may help."""
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The states of the generators that training may draw from, of what ``torch.load`` trusts."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    kind, keys, *rest = numpy
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def _set_generators(states: Mapping[str, Any], device: torch.device) -> None:
+    kind, keys, *rest = states["numpy"]
+    torch.set_rng_state(states["torch"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(states["python"])
+    if "device" in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states["device"])
 
 
 class _TrainingImages:
@@ -80,8 +106,10 @@ class InterpretableModule(L.LightningModule):
 
     Logged: ``train/loss`` and its terms ``train/<term>``; of the validation images, where there
     are any, ``val/acc1``, and ``val/acc2`` and ``val/acc3`` where filters belong to classes, after
-    every epoch. All random draws follow from ``seed``, epoch and rank, so a run that resumes from
-    an epoch's checkpoint ends like one never interrupted.
+    every epoch. All random draws follow from ``seed``, epoch and rank, and a checkpoint within an
+    epoch has the states of the generators and the sums of the epoch's means, of every rank: a run
+    that resumes from a checkpoint ends like one never interrupted, if it goes on with as many ranks
+    and its loader has a state, as those of the data modules here.
 
     Args:
         network: the network, also at ``.network``.
@@ -143,6 +171,11 @@ class InterpretableModule(L.LightningModule):
         )
         self.mutual_information = MutualInformationLoss(network.num_classes)
         self.seed = seed
+        # Of the epoch so far: sums of what is logged over its images, and how many these are.
+        self._sums: dict[str, Tensor] = {}
+        self._images = 0
+        self._within: dict[str, Any] | None = None  # the epoch that a checkpoint is within
+        self._earlier: dict[str, Tensor] | None = None  # sums that are not logged yet
         # Lightning steps one optimiser by itself; where several take turns, training_step does.
         self.automatic_optimization = len(network.optimizers(self.lr)) == 1
         self._sharing = sharing(
@@ -258,12 +291,61 @@ class InterpretableModule(L.LightningModule):
         name = self.network.optimizer_of(self.current_epoch + 1, epochs if epochs > 0 else None)
         return self._names.index(name)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
+        if progress.ready == progress.processed:  # between epochs
+            return
+        mine = {
+            "generators": _generators(self.device),
+            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "images": self._images,
+        }
+        ranks = [mine]
+        if self.trainer.world_size > 1:
+            ranks = [{} for _ in range(self.trainer.world_size)]
+            distributed.all_gather_object(ranks, mine)
+        checkpoint[_WITHIN] = {"epoch": self.current_epoch, "ranks": ranks}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._within = checkpoint.get(_WITHIN)
+        if self._within is None or self._trainer is None:
+            return
+        before, now = len(self._within["ranks"]), self.trainer.world_size
+        if before != now:
+            # Each rank now takes another share of the epoch, of which as much is done.
+            steps = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            done = steps["ready"] * before // now
+            steps.update(ready=done, started=done, processed=done, completed=done - 1)
+
+    def _go_on_within(self, within: dict[str, Any]) -> None:
+        """Be as in the midst of the epoch that a checkpoint was written in."""
+        ranks, rank = within["ranks"], self.global_rank
+        if len(ranks) == self.trainer.world_size:
+            _set_generators(ranks[rank]["generators"], self.device)
+            shares = [ranks[rank]]
+        else:
+            batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            torch.manual_seed(derive_seed(self.seed, _TRAIN, self.current_epoch, rank, batches))
+            shares = ranks if rank == 0 else []
+        self._images = sum(share["images"] for share in shares)
+        for share in shares:
+            for name, value in share["sums"].items():
+                self._sums[name] = self._sums.get(name, 0.0) + value.to(self.device)
+        self._earlier = dict(self._sums)
+
     def on_train_start(self) -> None:
         # The first epoch after resuming has no on_train_epoch_start.
         self._begun: int | None = None
-        self.on_train_epoch_start()
+        within, self._within = self._within, None
+        if within is not None and within["epoch"] == self.current_epoch:
+            self._begun = self.current_epoch
+            self._sums, self._images = {}, 0
+            self._go_on_within(within)
+        else:
+            self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
+        self._sums, self._images, self._earlier = {}, 0, None
         if self._begun != self.current_epoch:
             self._begun = self.current_epoch
             batches = self.trainer.num_training_batches
@@ -291,15 +373,7 @@ class InterpretableModule(L.LightningModule):
         loss = torch.stack(list(terms.values())).sum()
         if not loss.is_cuda:  # there the look would stall the GPU: once an epoch is enough
             self._check_finite(loss)
-        # Means over the epoch, and over ranks.
-        by_epoch: dict[str, Any] = {
-            "on_step": False,
-            "on_epoch": True,
-            "sync_dist": True,
-            "batch_size": len(labels),
-        }
-        self.log("train/loss", loss, prog_bar=True, **by_epoch)
-        self.log_dict({f"train/{name}": term for name, term in terms.items()}, **by_epoch)
+        self._log_means({"loss": loss.detach(), **terms}, len(labels))
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers()[self._turn()]  # type: ignore[index]
             self.zero_grad()
@@ -308,18 +382,54 @@ class InterpretableModule(L.LightningModule):
             self.network.after_step()
         return loss
 
+    def _log_means(self, terms: Mapping[str, Tensor], images: int) -> None:
+        """Means over the epoch, and over ranks; their sums so far, for a checkpoint."""
+        if self._earlier is not None:
+            # What Lightning counts, which it does not save: a sum, and how many images it is of.
+            self._log(self._earlier, 1)
+            self._log(
+                {name: torch.zeros_like(x) for name, x in self._earlier.items()}, self._images - 1
+            )
+            self._earlier = None
+        self._log(terms, images)
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + term.detach() * images
+        self._images += images
+
+    def _log(self, terms: Mapping[str, Tensor], images: int) -> None:
+        for name, term in terms.items():
+            self.log(
+                f"train/{name}",
+                term,
+                prog_bar=name == "loss",
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                batch_size=images,
+            )
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # No loss is computed of what the last step makes of the weights, and they are saved next.
-        if self.trainer.is_last_batch:
-            images = batch[0].to(next(self.network.parameters()).dtype)
-            training = {part: part.training for part in self.network.modules()}
-            with torch.no_grad():
-                network = self.network.eval()
-                maps, bypass = network.encode(images)
-                logits = network.head_logits(maps, bypass=bypass)
-            for part, mode in training.items():
-                part.training = mode
-            self._check_finite(logits.abs().amax(), "the largest logit after the last step")
+        if self.trainer.is_last_batch:  # the weights are saved next
+            self.check_weights(batch[0])
+
+    def check_weights(self, images: Tensor) -> None:
+        """No loss was computed yet of what a step has made of the weights.
+
+        Args:
+            images: ``[B, C, H, W]`` that the network was trained on.
+
+        Raises:
+            DivergenceError: logits of them are no finite numbers.
+        """
+        images = images.to(next(self.network.parameters()).dtype)
+        training = {part: part.training for part in self.network.modules()}
+        with torch.no_grad():
+            network = self.network.eval()
+            maps, bypass = network.encode(images)
+            logits = network.head_logits(maps, bypass=bypass)
+        for part, mode in training.items():
+            part.training = mode
+        self._check_finite(logits.abs().amax(), "the largest logit after the last step")
 
     def on_train_epoch_end(self) -> None:
         if not self.automatic_optimization:

@@ -114,6 +114,10 @@ GROUPS: dict[str, Group] = {
 }
 
 
+# Another value makes no other run.
+FREE = (*(f"data.{name}" for name in HOW_READ), "checkpoint_every")
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of a training run, checked, with every default filled in.
@@ -151,6 +155,8 @@ class Options:
         report_epoch: the epoch whose figures are reported: the last; the one with the best ACC1 on
             the validation images; or best_on_test, on the test split that is reported on, as in
             PICNN's published code, which flatters: it wants data.validation 0.
+        checkpoint_every: steps after which a checkpoint is written within an epoch, to go on from
+            after an interruption; null: at the end of each epoch alone.
         seed: of initial weights, order, augmentation and masks.
         precision: of the arithmetic.
         accelerator: device type.
@@ -188,6 +194,7 @@ class Options:
     schedule_factor: float = 0.1
     warmup_epochs: int = 0
     report_epoch: Literal["last", "best_on_validation", "best_on_test"] = "last"
+    checkpoint_every: int | None = None
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
@@ -274,6 +281,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "schedule_floor": (0.0, 1.0),
     "warmup_epochs": (0, math.inf),
+    "checkpoint_every": (1, math.inf),
     "seed": (0, 2**32 - 1),
     "devices": (1, 1024),
 }

@@ -122,10 +122,13 @@ class Introduction(Callback):
         device = trainer.strategy.root_device
         where = str(device) if trainer.world_size == 1 else f"{trainer.world_size} x {device.type}"
         lines = {"device": f"{where}, precision {trainer.precision}", **self.lines}
-        first, last = trainer.current_epoch + 1, trainer.max_epochs or 0
+        first, last, step = trainer.current_epoch + 1, trainer.max_epochs or 0, _begun(trainer)
+        goes_on = first > 1 or step > 0
         lines["training"] = (
-            f"goes on with epoch {first} of {last}" if first > 1 else counted(last, "epoch")
+            f"goes on with epoch {first} of {last}" if goes_on else counted(last, "epoch")
         )
+        if step:
+            lines["training"] += f", after {step} of its {_batches(trainer)} steps"
         if trainer.precision == "32-true" and self.large and native_bfloat16(device):
             lines["hint"] = (
                 "this device has units for bfloat16, with which --precision bf16-mixed makes steps"
@@ -158,6 +161,13 @@ class _Pace:
 def _batches(trainer: L.Trainer) -> int:
     """Of an epoch."""
     return max(int(trainer.num_training_batches), 1)
+
+
+def _begun(trainer: L.Trainer) -> int:
+    """Batches of the epoch that training begins with that were trained on before."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    within = progress.started > progress.processed
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready if within else 0
 
 
 def _epoch(trainer: L.Trainer) -> str:
@@ -261,7 +271,7 @@ class ProgressBar(WatchesImages):
         self.task = self.bar.add_task(
             _epoch(trainer),
             total=_batches(trainer) * (trainer.max_epochs or 1),
-            completed=_batches(trainer) * trainer.current_epoch,
+            completed=_batches(trainer) * trainer.current_epoch + _begun(trainer),
             figures="",
         )
         self.bar.start()

@@ -26,6 +26,7 @@ from picnn_fast.training.checkpoint import (
     CHECKPOINT,
     FollowSchedule,
     SaveOptions,
+    StepCheckpoints,
     WholeCheckpoints,
     build_network,
     read_checkpoint,
@@ -33,7 +34,7 @@ from picnn_fast.training.checkpoint import (
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch
 from picnn_fast.training.module import InterpretableModule
-from picnn_fast.training.options import HOW_READ, ConfigError, Options, few, one_line, qualified
+from picnn_fast.training.options import FREE, ConfigError, Options, few, one_line, qualified
 from picnn_fast.training.progress import (
     Introduction,
     ProgressBar,
@@ -106,7 +107,7 @@ def train_folder(options: Options) -> RunFolder:
         options.output,
         "train",
         options.identity(),
-        free=[f"data.{name}" for name in HOW_READ],
+        free=FREE,
         growing=("epochs",),
         read=lambda config: Options(**config).identity(),
     )
@@ -180,14 +181,11 @@ def assemble(
         optimizer(network.parameter_groups(module.lr))
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from error
-    callbacks: list[Callback] = [
-        SaveOptions(options, data, source),
-        FollowSchedule(),
-        ModelCheckpoint(
-            dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
-        ),
-    ]
+    callbacks: list[Callback] = [SaveOptions(options, data, source), FollowSchedule()]
+    if options.checkpoint_every is not None:
+        callbacks.append(StepCheckpoints(folder / CHECKPOINT, options.checkpoint_every))
     if options.report_epoch != "last":
+        # Before the last checkpoint, which tells of it: a kill between the two repeats the epoch.
         callbacks.append(
             ModelCheckpoint(
                 dirpath=folder,
@@ -197,6 +195,11 @@ def assemble(
                 enable_version_counter=False,
             )
         )
+    callbacks.append(
+        ModelCheckpoint(
+            dirpath=folder, filename=Path(CHECKPOINT).stem, enable_version_counter=False
+        )
+    )
     if progress and introduce:
         introduction = Introduction(
             data,

@@ -241,8 +241,7 @@ def test_the_term_is_the_loss_of_the_pooled_maps(channel_dim):
         network = STD(features, head, 3, 6, channel_dim=-1)
     module = InterpretableModule(network, mutual_information_weight=0.5)
     logged = {}
-    module.log = lambda *arguments, **options: None
-    module.log_dict = lambda values, **options: logged.update(values)
+    module.log = lambda name, value, **options: logged.update({name: value})
     images, labels = next(iter(_loader()))
     module.training_step((images, labels), 0)
     maps = network.filter_maps(images).movedim(channel_dim, 1)

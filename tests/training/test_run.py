@@ -11,9 +11,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -238,36 +235,6 @@ def test_seed_decides_the_weights(config, tmp_path):
         paths.append(_weights(folder / "last.ckpt"))
     same = [all(torch.equal(paths[0][k], other[k]) for k in other) for other in paths[1:]]
     assert same == [True, False]
-
-
-def test_killed_run_leaves_no_final_folder_and_goes_on(config, tmp_path):
-    output = tmp_path / "runs" / "killed"
-    record = tmp_path / "options.yaml"
-    record.write_text(json.dumps({**config.as_dict(), "output": str(output), "epochs": 100}))
-    command = [sys.executable, "-m", "picnn_fast", "train", "--config", str(record)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    work = output.with_name(".killed.partial")
-    try:
-        deadline = time.monotonic() + 300
-        while not (work / "last.ckpt").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not output.exists()
-    done = torch.load(work / "last.ckpt", weights_only=True)["epoch"]
-    assert done < 99
-
-    # The rest in this process: as many epochs as the record says would take too long.
-    config = dataclasses.replace(config, output=str(output), epochs=done + 2)
-    record = json.loads((work / "run.json").read_text())
-    record["config"]["epochs"] = config.epochs
-    (work / "run.json").write_text(json.dumps(record))
-    train(config, progress=False)
-    assert _epoch(output) == done + 1
-    epochs = [row["epoch"] for row in read_history(output)]
-    assert epochs == list(range(done + 2))
 
 
 def _epoch(folder):

@@ -1,0 +1,175 @@
+"""Kills trainings at random moments: each must go on to what one left alone ends with, bit for bit.
+
+    python -m tests.training.kill --kills 20 --method picnn
+
+No part of a test's file, for it forks trainings from a process that has never trained, which costs
+no start of Python each; ``test_surviving.py`` runs it with few kills.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from picnn_fast.training.options import Options
+from picnn_fast.training.run import METRICS, train
+
+# What makes a schedule of each method turn within a few epochs.
+METHODS: dict[str, dict[str, Any]] = {
+    "std": {},
+    "picnn": {"sampling": "bernoulli"},
+    "csg": {"start": 1, "period": 2},
+    "icnn": {"estimator": "running", "learn_beta": True},
+    "iccnn": {"groups": 3},
+}
+
+
+def write_images(root: Path, side: int = 16) -> None:
+    """Two classes of noise, dark and bright, to train and test on."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for name, level in (("bright", 120), ("dark", 0)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 120, (side, side, 3)) + level
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+
+
+def options_of(method: Any, root: Path, output: Path, **given: Any) -> Options:
+    """Of a run on these images, changed at random as they are read, of 3 steps an epoch.
+
+    Args:
+        method: name, or name and options.
+        root, output: folders.
+        given: other options.
+    """
+    if isinstance(method, str):
+        method = {"name": method, **METHODS.get(method, {})}
+    data = {"name": "folder", "root": str(root), "image_size": 12, "num_workers": 0}
+    return Options(
+        **{
+            "method": method,
+            "data": {**data, "validation": 0.25},
+            "output": str(output),
+            "num_filters": 8,
+            "batch_size": 8,
+            "epochs": 4,
+            "accelerator": "cpu",
+            "checkpoint_every": 1,
+            **given,
+        }
+    )
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """In what the checkpoints and figures of two runs differ."""
+    states = [torch.load(path / "last.ckpt", weights_only=True) for path in (one, two)]
+    found = []
+    for part in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        first, second = (_flat(state[part], part) for state in states)
+        found += [key for key in first.keys() | second.keys() if not _same(first, second, key)]
+    if all((path / METRICS).exists() for path in (one, two)):
+        first, second = (json.loads((path / METRICS).read_text()) for path in (one, two))
+        found += [METRICS] if first != second else []
+    return sorted(found)
+
+
+def _flat(content: Any, name: str) -> dict[str, Any]:
+    """Nested values by name."""
+    if isinstance(content, dict | list | tuple):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        return {k: v for key, value in pairs for k, v in _flat(value, f"{name}.{key}").items()}
+    return {name: content}
+
+
+def _same(one: dict[str, Any], two: dict[str, Any], key: str) -> bool:
+    first, second = one.get(key), two.get(key)
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.equal(first, second)
+    return bool(first == second)
+
+
+def _start(options: Options) -> int:
+    """A process that trains; its number."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        try:
+            train(options, progress=False)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return process
+
+
+def _finish(process: int) -> None:
+    _, status = os.waitpid(process, 0)
+    if status != 0:
+        raise RuntimeError(f"a training ended with status {status}")
+
+
+def kill_and_compare(method: str, kills: int, folder: Path, workers: int = 0, seed: int = 0) -> int:
+    """How many of so many runs, each killed once, end like one left alone; tells of each."""
+    images = folder / "images"
+    write_images(images)
+    options = options_of(method, images, folder / "whole")
+    options = dataclasses.replace(options, data={**options.data, "num_workers": workers})
+    start = time.monotonic()
+    _finish(_start(options))
+    lasts = time.monotonic() - start
+    draw = random.Random(seed)
+    equal = done = 0
+    while done < kills:
+        killed = folder / f"killed-{done}"
+        run = dataclasses.replace(options, output=str(killed))
+        process = _start(run)
+        after = draw.uniform(0, lasts)
+        time.sleep(after)
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if not os.WIFSIGNALED(status):
+            lasts = after  # it was done before
+            continue
+        work = killed.with_name(f".{killed.name}.partial")
+        had = "no checkpoint"
+        with contextlib.suppress(FileNotFoundError):
+            had = f"step {torch.load(work / 'last.ckpt', weights_only=True)['global_step']}"
+        _finish(_start(run))
+        found = differences(folder / "whole", killed)
+        equal += not found
+        done += 1
+        told = "equal" if not found else f"differs in {', '.join(found[:5])}"
+        print(f"{method}: killed after {after:.2f} s with {had}: {told}", flush=True)
+    print(f"{method}: {equal}/{kills} runs killed once end like one left alone", flush=True)
+    return equal
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--method", nargs="+", default=["picnn"], choices=METHODS)
+    parser.add_argument("--kills", type=int, default=20, help="of each method")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    equal = 0
+    for method in args.method:
+        with tempfile.TemporaryDirectory() as folder:
+            equal += kill_and_compare(method, args.kills, Path(folder), args.workers)
+    return int(equal < args.kills * len(args.method))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

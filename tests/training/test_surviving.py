@@ -1,0 +1,121 @@
+"""Runs that are interrupted within an epoch go on as if nothing had happened."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from picnn_fast.models import METHODS
+from picnn_fast.training.module import InterpretableModule
+from picnn_fast.training.run import assemble, build_data, read_history
+from tests.training.kill import differences, options_of, write_images
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_images(root, side=32)
+    return root
+
+
+def fit(options, folder):
+    run = assemble(options, folder, progress=False)
+    last = folder / "last.ckpt"
+    run.trainer.fit(run.module, run.data, ckpt_path=last if last.exists() else None)
+    return run
+
+
+def with_a_power_cut(options, folder, monkeypatch, after):
+    """Training that breaks off after so many steps."""
+    original = InterpretableModule.training_step
+
+    def step(self, batch, number):
+        if self.trainer.global_step == after:
+            raise RuntimeError("power cut")
+        return original(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpretableModule, "training_step", step)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(options, folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_goes_on_within_an_epoch_ends_like_one_left_alone(
+    images, tmp_path, monkeypatch, method
+):
+    options = options_of("std" if method == "explainer" else method, images, tmp_path / "run")
+    if method == "explainer":
+        data = {**options.data, "image_size": 32}
+        told = {"data": data, "insert_conv": False, "num_filters": None}
+        plain = options_of("std", images, tmp_path, backbone="small-vgg", epochs=1, **told)
+        fit(plain, tmp_path / "performer")
+        explained = {"name": method, "performer": str(tmp_path / "performer")}
+        options = options_of(explained, images, tmp_path / "run", **told)
+    fit(options, tmp_path / "whole")
+    for after in (1, 4, 10):
+        with_a_power_cut(options, tmp_path / "cut", monkeypatch, after)
+    fit(options, tmp_path / "cut")
+    assert differences(tmp_path / "whole", tmp_path / "cut") == []
+    assert read_history(tmp_path / "cut") == read_history(tmp_path / "whole")
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_weights_and_figures():
+    # Of each method once; by hand twenty times each.
+    command = [sys.executable, "-m", "tests.training.kill", "--kills", "1"]
+    done = subprocess.run(
+        [*command, "--method", "picnn", "csg", "icnn"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("1/1 runs killed once end like one left alone") == 3
+
+
+def batches_of(options, epoch=3, state=None, **data):
+    module = build_data(dataclasses.replace(options, data={**options.data, **data}))
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    if state is not None:
+        loader.load_state_dict(state)
+    return loader, list(loader)
+
+
+def test_images_are_changed_alike_whoever_reads_them_and_wherever_a_pass_begins(images, tmp_path):
+    options = options_of("std", images, tmp_path)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    loader, whole = batches_of(options)
+    assert torch.equal(torch.get_rng_state(), before)
+    state = loader.state_dict()
+    assert state == {"batches": len(whole)} == {"batches": 3}
+    torch.manual_seed(2)
+    _, later = batches_of(options, state={"batches": 1}, num_workers=1)
+    for one, two in zip(whole[1:], later, strict=True):
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+    again = list(loader)
+    assert len(again) == 3
+    assert torch.equal(again[0][0], whole[0][0])
+    assert not torch.equal(batches_of(options, epoch=4)[1][0][0], whole[0][0])
+
+
+def test_a_run_goes_on_within_an_epoch_with_another_number_of_processes(
+    images, tmp_path, monkeypatch
+):
+    options = options_of("picnn", images, tmp_path / "run", epochs=1, batch_size=4)
+    with_a_power_cut(options, tmp_path, monkeypatch, 1)
+    path = tmp_path / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    # As three processes write it after a step each.
+    content["picnn_fast_epoch"]["ranks"] *= 3
+    content["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": 3}]
+    torch.save(content, path)
+    assert fit(options, tmp_path).trainer.global_step == 3  # of five batches two were left
+    (row,) = read_history(tmp_path)
+    assert 0 < row["train/loss"] < 5
