@@ -150,6 +150,11 @@ def report(results: dict[str, Any]) -> str:
     if rows:
         header = ["to be asked for", "images", "time", "with reading and forward passes", "peak"]
         tables.append(harness.table(header, rows))
+    tables += [
+        f"Not measured: {_heading(entry['figures'])} ({entry['not_available']})."
+        for entry in results["asked"]
+        if "seconds" not in entry and "not_available" in entry
+    ]
     return "\n\n".join(tables)
 
 

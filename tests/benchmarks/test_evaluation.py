@@ -51,3 +51,4 @@ def test_a_table_can_be_measured_alone(tmp_path, monkeypatch, table, figure):
     assert path.name.startswith(f"evaluation-{table}-")
     assert "run" not in content
     assert content["asked"] == [{"figures": [figure], "not_available": "not today"}]
+    assert evaluation.report(content) == f"Not measured: {figure} (not today)."
