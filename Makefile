@@ -8,8 +8,9 @@ OLDEST_VENV ?= .venv-oldest
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-# A process a core, with one thread each; files stay whole, for some have costly fixtures.
-PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
+# A process a core, with one thread each. Each begins with a stretch of the files, in which costly
+# fixtures are made once, and takes from another's when it is done with its own.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint test: export PICNN_FAST_WERROR ?= 1
 test test-oldest test-oldest-quick: export OMP_NUM_THREADS ?= 1

@@ -1,5 +1,6 @@
 """Compiles CUDA files for the CPU (see cuda_on_cpu.h) and loads their operators."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -44,8 +45,11 @@ def compiler() -> list[str] | None:
     return words if shutil.which(words[0]) else None
 
 
-def build(source: Path, extra_flags: Sequence[str] = ()) -> Path:
+def build(source: Path, extra_flags: Sequence[str] = (), *, wait: bool = True) -> Path | None:
     """Compile one CUDA file to a shared library, once for each state of the sources.
+
+    Returns:
+        The library; None where another process is at it, unless ``wait``.
 
     Raises:
         RuntimeError: no compiler, or it fails; the message holds its output.
@@ -64,16 +68,23 @@ def build(source: Path, extra_flags: Sequence[str] = ()) -> Path:
     cache = HERE.parent.parent / "build" / "cuda_on_cpu"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{source.stem}_{digest.hexdigest()[:20]}.so"
-    if not target.exists():
-        # Renamed when it is whole: other test processes may be at it as well.
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            partial = Path(scratch) / target.name
-            done = subprocess.run(
-                [*command, "-o", str(partial)], capture_output=True, text=True, check=False
-            )
-            if done.returncode != 0:
-                raise RuntimeError(f"{source.name} does not compile for the CPU:\n{done.stderr}")
-            partial.replace(target)
+    with target.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        if not target.exists():
+            # Renamed when it is whole: a process that is killed leaves none.
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                partial = Path(scratch) / target.name
+                done = subprocess.run(
+                    [*command, "-o", str(partial)], capture_output=True, text=True, check=False
+                )
+                if done.returncode != 0:
+                    raise RuntimeError(
+                        f"{source.name} does not compile for the CPU:\n{done.stderr}"
+                    )
+                partial.replace(target)
     return target
 
 
@@ -91,7 +102,11 @@ def load() -> dict[str, Callable[..., Any]]:
     for name in backends.operators():
         schema = getattr(torch.ops.picnn_fast, name).default._schema
         _library.define(str(schema).removeprefix("picnn_fast::"))
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    # Processes that begin at once share the work: each passes over what another is at.
+    for source in sources:
+        build(source, wait=False)
+    for source in sources:
         torch.ops.load_library(str(build(source)))
     return {
         name: getattr(torch.ops.picnn_fast_fibres, name)

@@ -167,7 +167,7 @@ def assert_conforms(backend: Backend, case: OperatorCase, arguments: Arguments) 
         if units is None:
             assert torch.equal(got.cpu(), one)
         else:
-            assert_near(got, two, units, sums)
+            assert_near(got, two, units, sums, case.least)
     if not case.leaves:
         return
     grads = gradients(case, moved(backend, arguments))[len(results) :]
@@ -177,7 +177,7 @@ def assert_conforms(backend: Backend, case: OperatorCase, arguments: Arguments) 
         assert (got.shape, got.dtype) == (leaf.shape, leaf.dtype)
         if dense(leaf):
             assert steps(got) == steps(leaf)
-        assert_near(got, two, units, sums)
+        assert_near(got, two, units, sums, case.least)
 
 
 # Which backend runs -------------------------------------------------------------------------------
@@ -238,6 +238,11 @@ def test_any_number_of_threads_gives_the_same_bits(backend: Backend, case, threa
             assert all(torch.equal(others[0], other) for other in others[1:])
 
 
+def layout_rows(case: OperatorCase, backend: str) -> list[Row]:
+    """The two that kernels tell apart."""
+    return [(layout,) for layout in case.layouts[:2]]
+
+
 # Arguments ----------------------------------------------------------------------------------------
 
 
@@ -274,7 +279,7 @@ def test_arguments_of_another_shape_or_dtype_are_refused_by_name(backend: Backen
         assert any(re.search(rf"\b{word}\b", message) for word in words), f"{what}: {message}"
 
 
-@over(CASES, ("layout",), lambda case, backend: [(name,) for name in case.layouts[:3]], compiled)
+@over(CASES, ("layout",), lambda case, _: [(name,) for name in case.layouts[:3]], compiled)
 def test_kernels_read_their_arguments_where_they_lie(backend: Backend, case, layout):
     if backend.name.startswith(case.copied):
         pytest.skip("copied by design")
@@ -310,15 +315,16 @@ class Copies:
         ]
 
 
-@over(CASES)
-def test_values_that_are_not_finite_are_those_of_the_reference(backend: Backend, case):
-    arguments = list(case.arguments())
+@over(CASES, ("layout",), layout_rows)
+def test_values_that_are_not_finite_are_those_of_the_reference(backend: Backend, case, layout):
+    arguments = list(case.arguments(layout=layout))
     for i in case.maps:
         x = arguments[i] = arguments[i].clone()
         for place, value in enumerate((math.nan, math.inf, -math.inf)):
             # One a filter, be that the first axis or the second.
-            x[(place, 1) if case.name.startswith("knn") else (1, place)] = value
-    got, want = run(case, moved(backend, arguments)), expected(case, tuple(arguments))
+            at = (place, 1) if case.name.startswith("knn") else (1, place)
+            x[(*at, *(side // 2 for side in x.shape[2:]))] = value
+    got, want = run(case, moved(backend, tuple(arguments))), expected(case, tuple(arguments))
     for i, (one, two) in enumerate(zip(got, want, strict=True)):
         if i not in case.internal:
             finite = two.isfinite()
@@ -412,6 +418,40 @@ def test_second_derivatives_are_right_or_refused_never_zero(backend: Backend, ca
     for one, two in zip(got, want, strict=True):
         assert two.any()
         torch.testing.assert_close(one.cpu(), two, rtol=1e-9, atol=1e-9)
+
+
+@over([case for case in CASES if not case.leaves and not case.written()], backends=traced)
+def test_what_has_no_derivative_refuses_to_be_differentiated(backend: Backend, case):
+    arguments = moved(backend, case.arguments())
+    given = [
+        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]
+    outputs = [t for t in as_tuple(case.operator(*given)) if t.requires_grad]
+    assert outputs
+    with pytest.raises(RuntimeError, match=rf"^{case.name}: got its result to differentiate.*$"):
+        sum(t.sum() for t in outputs).backward()
+
+
+@over(DIFFERENTIABLE, backends=traced)
+def test_reverse_mode_of_torch_func_is_that_of_autograd(backend: Backend, case):
+    arguments = moved(backend, case.arguments())
+
+    def total(*leaves: Tensor) -> Tensor:
+        given = list(arguments)
+        for i, leaf in zip(case.leaves, leaves, strict=True):
+            given[i] = leaf
+        results = as_tuple(case.operator(*given))
+        return sum((results[i] * weight).sum() for i, weight in weights.items())
+
+    given, leaves = with_leaves(case, arguments)
+    results = as_tuple(case.operator(*given))
+    wanted = {i: t for i, t in enumerate(results) if t.requires_grad}
+    weights = dict(zip(wanted, cotangents(wanted.values()), strict=True))
+    got = torch.func.grad(total, tuple(range(len(leaves))))(*(t.detach() for t in leaves))
+    want = torch.autograd.grad(list(wanted.values()), leaves, list(weights.values()))
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 # torch.library and torch.compile ------------------------------------------------------------------
