@@ -139,7 +139,7 @@ def report(results: dict[str, Any]) -> str:
     rows = [
         [
             _heading(entry["figures"]),
-            "all" if entry["images"] is None else str(entry["images"]),
+            str(min(entry["images"] or results["images"], results["images"])),
             _seconds(entry["seconds"].get(entry["figures"][0], 0.0)),
             _seconds(entry["total"]),
             "" if entry["bytes"] is None else f"{entry['bytes'] / 2**20:.0f} MiB",
@@ -150,11 +150,12 @@ def report(results: dict[str, Any]) -> str:
     if rows:
         header = ["to be asked for", "images", "time", "with reading and forward passes", "peak"]
         tables.append(harness.table(header, rows))
-    tables += [
-        f"Not measured: {_heading(entry['figures'])} ({entry['not_available']})."
-        for entry in results["asked"]
-        if "seconds" not in entry and "not_available" in entry
-    ]
+    for entry in results["asked"]:
+        reasons = entry.get("not_available", {})
+        if isinstance(reasons, str):
+            reasons = {_heading(entry["figures"]): reasons}
+        told = {_heading([name]): why.removeprefix("n/a: ") for name, why in reasons.items()}
+        tables += [f"Not measured: {name} ({why})." for name, why in told.items()]
     return "\n\n".join(tables)
 
 
