@@ -36,7 +36,6 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Effort
 from picnn_fast import functional
-from picnn_fast.ops import histogram as histogram_ops
 from picnn_fast.reference import mutual_information as reference
 
 JOBS = 2
@@ -312,7 +311,7 @@ def einsum(
     activations: Tensor, labels: Tensor, low: Tensor, width: Tensor, bins: int, classes: int
 ) -> Tensor:
     """Soft counts as triangular weights [M, N, bins] times one-hot labels."""
-    t = ((activations - low) / width - 0.5).clamp(0, bins - 1)
+    t = ((activations - low) / width).clamp(0, bins - 1)
     centres = torch.arange(bins, device=t.device, dtype=t.dtype)
     weights = (1 - (t[..., None] - centres).abs()).relu()
     one_hot = torch.nn.functional.one_hot(labels, classes).to(t.dtype)
@@ -324,7 +323,7 @@ def scatter(
 ) -> Tensor:
     """Soft counts as two additions a sample and filter."""
     filters = activations.shape[1]
-    t = ((activations - low) / width - 0.5).clamp(0, bins - 1)
+    t = ((activations - low) / width).clamp(0, bins - 1)
     cell = t.detach().floor().clamp_max(bins - 2)
     upper = t - cell
     first = torch.arange(filters, device=t.device) * bins
@@ -340,7 +339,7 @@ def bench_soft(shape: HistogramShape, device: torch.device, effort: Effort) -> d
     activations, labels = pooled_maps(shape.samples, shape.filters, shape.classes, device)
     activations.requires_grad_()
     low, high = activations.detach().aminmax(dim=0)
-    width = (high - low) / shape.bins
+    width = (high - low) / (shape.bins - 1)
     generator = torch.Generator(device).manual_seed(0)
     grad = torch.randn(shape.filters, shape.bins, shape.classes, device=device, generator=generator)
 
@@ -354,8 +353,8 @@ def bench_soft(shape: HistogramShape, device: torch.device, effort: Effort) -> d
 
     torch._dynamo.reset()
     candidates = {
-        "fused": step(histogram_ops.soft_histogram),
-        "reference": step(histogram_ops.soft_histogram),
+        "fused": step(torch.ops.picnn_fast.soft_histogram),
+        "reference": step(torch.ops.picnn_fast.soft_histogram),
         "einsum": step(einsum),
         "einsum, compiled": step(torch.compile(einsum, backend=effort.compiler)),
         "scatter": step(scatter),

@@ -127,53 +127,6 @@ def pooled(name: str, value: Tensor) -> None:
         )
 
 
-# Of a histogram: soft counts place a sample in single precision, which tells no more apart.
-MOST_BINS = 2**24
-
-# Options of mutual_information: the estimators they belong to, and their defaults.
-_OPTIONS: dict[str, tuple[tuple[str, ...], object]] = {
-    "random_state": (("knn",), 0),
-    "n_neighbors": (("knn",), 3),
-    "bins": (("histogram", "soft_histogram"), 64),
-    "bias_correction": (("histogram", "soft_histogram"), None),
-}
-
-
-def estimator(
-    value: str,
-    choices: tuple[str, ...],
-    *,
-    random_state: int | torch.Generator,
-    n_neighbors: int,
-    bins: int,
-    bias_correction: str | None,
-) -> None:
-    """An estimator of mutual information, with options that are its own, or left at the default."""
-    one_of("estimator", value, choices)
-    given = {
-        "random_state": random_state,
-        "n_neighbors": n_neighbors,
-        "bins": bins,
-        "bias_correction": bias_correction,
-    }
-    for name, (owners, default) in _OPTIONS.items():
-        if value not in owners and given[name] != default:
-            raise ValueError(
-                f"{name}: got {given[name]!r} with estimator={value!r}, want none: it is an option"
-                f" of {' and '.join(map(repr, owners))}"
-            )
-    if isinstance(random_state, bool) or not isinstance(random_state, int | torch.Generator):
-        raise TypeError(
-            f"random_state: got {type(random_state).__name__}, want an int or a torch.Generator"
-        )
-    if isinstance(random_state, int):
-        integer("random_state", random_state, 0, 2**32)
-    integer("n_neighbors", n_neighbors, 1)
-    integer("bins", bins, 2, MOST_BINS + 1)
-    if bias_correction is not None:
-        one_of("bias_correction", bias_correction, ("miller_madow",))
-
-
 def asynchronous(value: Tensor) -> bool:
     """Whether the host is not to read values: on a GPU it would wait, and a trace has none."""
     return (

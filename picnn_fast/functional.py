@@ -1,6 +1,5 @@
 """Functions on tensors: the operators of picnn_fast as plain PyTorch calls."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,9 +11,14 @@ from picnn_fast.ops import masking as _masking
 from picnn_fast.ops import templates as _templates
 from picnn_fast.ops.correlation import group_class_loss, group_correlation_loss
 from picnn_fast.ops.filter_loss import FilterLossState
+from picnn_fast.ops.mutual_information import (
+    histogram_mutual_information,
+    knn_mutual_information,
+    mutual_information,
+    mutual_information_score,
+    soft_histogram_mutual_information,
+)
 from picnn_fast.ops.templates import PartTemplate
-from picnn_fast.reference import histogram as _histogram_reference
-from picnn_fast.reference import mutual_information as _knn_reference
 
 __all__ = [
     "FilterLossState",
@@ -25,11 +29,14 @@ __all__ = [
     "group_class_loss",
     "group_correlation_loss",
     "gumbel_mask",
+    "histogram_mutual_information",
+    "knn_mutual_information",
     "mask_channels",
     "mutual_information",
     "mutual_information_score",
     "project_gate",
     "published_filter_loss",
+    "soft_histogram_mutual_information",
     "template_mask",
 ]
 
@@ -258,261 +265,6 @@ def gumbel_mask(
         mask = (one_hot + y1 - y1.detach()).to(assignment.dtype) @ assignment
     masked = mask_channels(features, mask, channel_dim=channel_dim)
     return masked, mask.to(features.dtype), pseudo_label
-
-
-# Scratch that is taken however small the activations are.
-_SCRATCH_BYTES = 2**24
-
-
-def mutual_information(
-    activations: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    estimator: Literal["knn", "histogram", "soft_histogram"] = "knn",
-    random_state: int | torch.Generator = 0,
-    n_neighbors: int = 3,
-    bins: int = 64,
-    bias_correction: Literal["miller_madow"] | None = None,
-    target: Literal["class", "label"] = "class",
-) -> Tensor:
-    """Mutual information between filters and classes, in nats (CSG, section 4.1).
-
-    m[c, i] tells how much filter i's pooled activation says about 1[y = c], whether a sample is of
-    class c: from 0 to the entropy of 1[y = c], at most log 2.
-
-    - "knn": nearest neighbours (Ross 2014), the papers' figure. To 1e-9 that of
-      ``sklearn.feature_selection.mutual_info_classif(activations, labels == c,
-      discrete_features=False, n_neighbors=n_neighbors, random_state=random_state)``, for all
-      classes at the cost of one: O(M (log M + n_neighbors log M)) a filter.
-    - "histogram": from the frequencies in ``bins / 2`` to ``bins`` bins of equal width, a power of
-      two. Faster; too high by about (bins in use - 1) / 2M, which ``bias_correction`` takes off.
-    - "soft_histogram": from linear binning, where a sample is shared out between the two nearest
-      of ``bins`` bin centres, evenly from least to greatest activation; differentiable in
-      ``activations``, with the centres as constants. Second derivatives are without bound where a
-      sample is at a centre, as the least and the greatest are.
-
-    Args:
-        activations: ``[M, N]``, M samples of N filters, maps averaged over their positions;
-            float32, float64, bfloat16 or float16, any strides.
-        labels: ``[M]`` integers in [0, K).
-        num_classes: K, below 2**31.
-        estimator: see above.
-        random_state: of "knn", which breaks ties by noise of about 1e-10. An int in [0, 2**32)
-            seeds scikit-learn's noise, drawn on the host; the noise of a filter depends on its
-            place in the matrix. A ``torch.Generator`` on the device of ``activations`` draws it
-            there, without any work on the host: as good, but other noise.
-        n_neighbors: of "knn", at least 1: the neighbour that a radius reaches to. A class with
-            no more samples takes its farthest.
-        bins: of the histograms, 2 to 2**24.
-        bias_correction: of the histograms: None, or "miller_madow", which may leave less than 0.
-        target: "class", or "label" for the mutual information with y itself, up to log K.
-
-    Returns:
-        m ``[K, N]``, or ``[N]`` for target "label"; float64 on the device of ``activations``, but
-        float32 of "soft_histogram" unless the activations are float64.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: shapes, devices or values out of range; labels that are no class; an option of
-            another estimator. NaN or infinity ("soft_histogram" passes them on, to the filters
-            that hold them). Fewer samples than the estimate needs: "knn" 2 of one label or 3, with
-            target "label" 2 of some label, the others 1. On a GPU values are checked there,
-            without a host sync, and fail as a device-side assert, see ``bernoulli_mask``.
-
-    Note:
-        Where data are scarce "knn" does as scikit-learn does. A class with one sample: that sample
-        counts nowhere, and its row is that of the others alone, 0. A class without samples, and
-        K = 1: likewise 0. The noise alone tells the samples of a constant filter apart, and the
-        zeros that a ReLU leaves: about 0 nats. Where it is lost in rounding, equal samples count
-        together.
-
-        Takes less than twice the memory of the activations (as float32) beside them, by blocks of
-        filters, and some 80 MB; "histogram" at least 100 bytes for each bin and class;
-        "soft_histogram" more.
-
-    Source:
-        Liang et al., "Training Interpretable CNNs by Differentiating Class-Specific Filters",
-        ECCV 2020; Ross, "Mutual Information between Discrete and Continuous Data Sets", PLoS ONE
-        9(2), 2014.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import mutual_information
-        >>> labels = torch.arange(40) % 2
-        >>> activations = torch.rand(40, 2, generator=torch.Generator().manual_seed(0))
-        >>> activations[:, 0] += labels  # tells the classes apart: log 2 = 0.693, as estimated
-        >>> mutual_information(activations, labels, 2)[:, 0].tolist()
-        [0.705..., 0.705...]
-        >>> mutual_information(activations, labels, 2, estimator="histogram", bins=8)[0, 1] < 0.2
-        tensor(True)
-    """
-    checks.estimator(
-        estimator,
-        ("knn", "histogram", "soft_histogram"),
-        random_state=random_state,
-        n_neighbors=n_neighbors,
-        bins=bins,
-        bias_correction=bias_correction,
-    )
-    checks.one_of("target", target, ("class", "label"))
-    checks.integer("num_classes", num_classes, 1, 2**31)
-    checks.pooled("activations", activations)
-    checks.labels("labels", labels, len(activations), num_classes)
-    checks.same_device("labels", labels, "activations", activations)
-    labels = labels.to(torch.int64)
-    if len(activations) == 0:
-        raise ValueError("activations: got no sample, want at least one")
-    if estimator == "soft_histogram":
-        return _soft_histogram(activations, labels, num_classes, bins, bias_correction, target)
-    activations = activations.detach()
-    if estimator == "histogram":
-        return _hard_histogram(activations, labels, num_classes, bins, bias_correction, target)
-    return _knn(activations, labels, num_classes, random_state, n_neighbors, target)
-
-
-def mutual_information_score(mi: Tensor) -> Tensor:
-    """MIS: how much filters tell about the class they tell most about (CSG, section 4.1).
-
-    Args:
-        mi: m ``[K, N]`` of ``mutual_information``.
-
-    Returns:
-        A scalar: the mean over filters of the maximum over classes.
-
-    Raises:
-        TypeError: not a tensor of floating dtype.
-        ValueError: of another shape, or without a class or a filter.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import mutual_information_score
-        >>> mutual_information_score(torch.tensor([[0.5, 0.1], [0.0, 0.3]])).item()
-        0.4000...
-    """
-    checks.floating("mi", mi)
-    if mi.ndim != 2 or mi.numel() == 0:
-        raise ValueError(
-            f"mi: got shape {tuple(mi.shape)}, want [classes, filters], at least one of each"
-        )
-    return mi.amax(0).mean()
-
-
-def _check_finite(finite: Tensor, column: Tensor) -> None:
-    """``column`` names the first one that is not."""
-    checks.holds(
-        "activations", finite, lambda: f"NaN or infinity in column {column.item()}", "finite values"
-    )
-
-
-def _knn(
-    activations: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    random_state: int | torch.Generator,
-    n_neighbors: int,
-    target: str,
-) -> Tensor:
-    finite = activations.isfinite().all(0)
-    _check_finite(finite.all(), finite.long().argmin())
-    samples = len(activations)
-    if samples == 1:
-        raise ValueError("activations: got 1 sample, want at least 2")
-    if target == "label":
-        ordered = labels.sort().values
-        checks.holds(
-            "labels",
-            (ordered[1:] == ordered[:-1]).any(),
-            lambda: "one sample of each label",
-            "at least two of some label",
-        )
-    elif samples == 2:
-        checks.holds(
-            "activations",
-            labels[0] == labels[1],
-            lambda: "2 samples, of different classes",
-            "at least 3",
-        )
-    if isinstance(random_state, torch.Generator):
-        if random_state.device != activations.device:
-            raise ValueError(
-                f"random_state: got a generator on {random_state.device}, want"
-                f" {activations.device} like activations"
-            )
-        prepared = _prepare_with(activations, random_state)
-    else:
-        prepared = _knn_reference.prepare(activations, random_state)
-    n_neighbors = min(n_neighbors, samples)  # an int of any size
-    parts = []
-    for values in prepared:
-        per_class, joint = torch.ops.picnn_fast.knn_mutual_information(
-            values.to(activations.device), labels, num_classes, n_neighbors
-        )
-        parts.append(per_class if target == "class" else joint)
-        del values  # before the next block is allocated
-    return torch.cat(parts, -1)
-
-
-def _prepare_with(activations: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """As the reference's ``prepare``, with noise drawn on the device by ``generator``."""
-    samples, filters = activations.shape
-    size = max(1, filters * activations.element_size() // 8)
-    few = max(1, _SCRATCH_BYTES // (8 * samples))
-    for start in range(0, filters, size):
-        columns = activations[:, start : start + size].T
-        block = torch.empty(columns.shape, dtype=torch.float64, device=columns.device)
-        for values, column in zip(block.split(few), columns.split(few), strict=True):
-            values.copy_(column)
-            scale = values.std(1, correction=0, keepdim=True)
-            values /= torch.where(scale < 10 * torch.finfo(torch.float64).eps, 1.0, scale)
-            weight = 1e-10 * values.abs().mean(1, keepdim=True).clamp_min(1)
-            noise = torch.empty_like(values).normal_(generator=generator)
-            values += noise.mul_(weight)
-        yield block
-        del block, values
-
-
-def _hard_histogram(
-    activations: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    bins: int,
-    bias_correction: Literal["miller_madow"] | None,
-    target: Literal["class", "label"],
-) -> Tensor:
-    # The counts of a block, and some ten times as much to make information of them.
-    scratch = max(_SCRATCH_BYTES, 4 * activations.numel())
-    size = max(1, scratch // (12 * 8 * bins * num_classes))
-    parts = []
-    for start in range(0, activations.shape[1], size):
-        columns = activations[:, start : start + size]
-        width = columns.shape[1]
-        counts = columns.new_zeros((width, bins, num_classes), dtype=torch.int64)
-        minimum = columns.new_full((width,), torch.inf, dtype=torch.float64)
-        bad = torch.ops.picnn_fast.histogram_update(counts, minimum, -minimum, columns, labels)
-        _check_finite(bad < 0, start + bad)
-        parts.append(_histogram_reference.plug_in(counts, target, bias_correction))
-    return torch.cat(parts, -1)
-
-
-def _soft_histogram(
-    activations: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    bins: int,
-    bias_correction: Literal["miller_madow"] | None,
-    target: Literal["class", "label"],
-) -> Tensor:
-    dtype = torch.promote_types(activations.dtype, torch.float32)
-    least, most = (edge.to(dtype) for edge in activations.detach().aminmax(dim=0))
-    width = (most - least) / (bins - 1)
-    # Samples of a constant filter lie below the first centre, where the gradient is 0.
-    low = least - width / 2
-    width = torch.where(width == 0, 1, width)
-    counts = torch.ops.picnn_fast.soft_histogram.default(
-        activations, labels, low, width, bins, num_classes
-    )
-    return _histogram_reference.plug_in(counts, target, bias_correction)
 
 
 def template_mask(

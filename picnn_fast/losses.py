@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from picnn_fast import checks, functional
 from picnn_fast.ops.filter_loss import ESTIMATORS, filter_loss
+from picnn_fast.ops.histogram import MOST_BINS
 from picnn_fast.ops.templates import PartTemplate, check_maps, check_template
 
 __all__ = ["FilterLoss", "MutualInformationLoss", "PublishedFilterLoss"]
@@ -61,7 +62,7 @@ class MutualInformationLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = checks.integer("num_classes", num_classes, 1, 2**31)
-        self.bins = checks.integer("bins", bins, 2, checks.MOST_BINS + 1)
+        self.bins = checks.integer("bins", bins, 2, MOST_BINS + 1)
         checks.one_of("objective", objective, ("class", "label"))
         self.objective = objective
         if temperature is not None:
@@ -104,13 +105,8 @@ class MutualInformationLoss(nn.Module):
                 )
             dtype = torch.promote_types(activations.dtype, torch.float32)
             activations = activations.flatten(2).mean(-1, dtype=dtype)
-        information = functional.mutual_information(
-            activations,
-            labels,
-            self.num_classes,
-            estimator="soft_histogram",
-            bins=self.bins,
-            target=self.objective,
+        information = functional.soft_histogram_mutual_information(
+            activations, labels, self.num_classes, bins=self.bins, target=self.objective
         )
         if self.objective == "class":
             information = self._maximum(information)

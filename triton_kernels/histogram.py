@@ -107,9 +107,9 @@ def count_kernel(
 def _soft_position(x, low, width):
     """Position among the bin centres, every operation rounded to nearest."""
     if x.dtype == tl.float64:
-        return (x - low) / width - 0.5
+        return (x - low) / width
     else:
-        return tl.div_rn(x - low, width) - 0.5
+        return tl.div_rn(x - low, width)
 
 
 @triton.jit

@@ -93,10 +93,10 @@ struct SoftBin {
   T upper;
 };
 
-// Position among the bin centres: t = j at the centre of bin j.
+// Position among the bin centres, of which the first is `low`: t = j at that of bin j.
 template <typename T>
 PICNN_FAST_HD T soft_position(T x, T low, T width) {
-  return (x - low) / width - T(0.5);
+  return (x - low) / width;
 }
 
 // bins in [2, 2^24]. NaN goes to bin 0 with weight NaN.

@@ -14,12 +14,15 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from picnn_fast import checks, functional
 from picnn_fast.ops import histogram
-from picnn_fast.reference.histogram import plug_in, widen
+from picnn_fast.ops.mutual_information import plug_in
+from picnn_fast.reference.histogram import widen
 
 # What compute() takes: the samples as they came, joined, and in double precision a block of filters
-# at a time, of as many bytes again or this many; and bytes a sample for each thread.
+# at a time, of as many bytes again or this many; bytes a sample for each thread; and what a step of
+# the preparation holds.
 _BLOCK = 2**26
 _SCRATCH = 128
+_STEP = 24 * 2**20
 _MEMORY_LIMIT = 2**32
 # Share of its value by which a filter may vary, and count as constant: rounding of float32 that
 # went through a network in batches of several sizes.
@@ -52,7 +55,7 @@ class MutualInformationScore(Metric):
         bins: of "histogram", 2 to 2**24.
         bias_correction: of "histogram": None or "miller_madow".
         memory_limit: of "knn", in bytes: ``update`` refuses samples with which ``compute`` would
-            need more on this process, those of other ranks included; some 30 MB are not counted.
+            need more on this process, those of other ranks included.
             4 GiB are enough for some 50,000 samples of 6,000 filters in float32.
         **kwargs: of ``torchmetrics.Metric``.
 
@@ -98,28 +101,27 @@ class MutualInformationScore(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        checks.one_of("estimator", estimator, ("knn", "histogram"))
         self.num_classes = checks.integer("num_classes", num_classes, 1, 2**31)
-        # A generator would give another matrix each time.
-        checks.integer("random_state", random_state, 0, 2**32)
-        checks.estimator(
-            estimator,
-            ("knn", "histogram"),
-            random_state=random_state,
-            n_neighbors=n_neighbors,
-            bins=bins,
-            bias_correction=bias_correction,
-        )
+        what = f"estimator={estimator!r}, which has no such option"
+        if estimator == "knn":
+            checks.left_out(what, bins=(bins, 64), bias_correction=(bias_correction, None))
+        else:
+            checks.left_out(
+                what,
+                n_neighbors=(n_neighbors, 3),
+                random_state=(random_state, 0),
+                memory_limit=(memory_limit, _MEMORY_LIMIT),
+            )
         self.estimator = estimator
-        self.n_neighbors = n_neighbors
-        self.random_state = random_state
-        self.bins = bins
+        self.n_neighbors = checks.integer("n_neighbors", n_neighbors, 1)
+        # A generator would give another matrix each time.
+        self.random_state = checks.integer("random_state", random_state, 0, 2**32)
+        self.bins = checks.integer("bins", bins, 2, histogram.MOST_BINS + 1)
+        if bias_correction is not None:
+            checks.one_of("bias_correction", bias_correction, ("miller_madow",))
         self.bias_correction = bias_correction
         self.memory_limit = checks.integer("memory_limit", memory_limit, 1)
-        if estimator != "knn" and memory_limit != _MEMORY_LIMIT:
-            raise ValueError(
-                f"memory_limit: got {memory_limit} with estimator={estimator!r}, want none: it is"
-                " an option of 'knn'"
-            )
         self._matrix: Tensor | None = None
         self._warned = False
         if estimator == "knn":
@@ -209,7 +211,7 @@ class MutualInformationScore(Metric):
         activations, labels = dim_zero_cat(self.activations), dim_zero_cat(self.labels)
         if activations.device.type not in ("cpu", "cuda"):  # MPS has no float64
             activations, labels = activations.cpu(), labels.cpu()
-        matrix = functional.mutual_information(
+        matrix = functional.knn_mutual_information(
             activations,
             labels,
             self.num_classes,
@@ -269,8 +271,9 @@ class MutualInformationScore(Metric):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size(self.process_group)
         samples, stored = ranks * samples, ranks * stored
-        block = min(8 * samples * activations.shape[1], max(stored, _BLOCK))
-        needed = 2 * stored + block + _SCRATCH * torch.get_num_threads() * samples
+        elements = samples * activations.shape[1]
+        needed = 2 * stored + min(8 * elements, max(stored, _BLOCK)) + min(24 * elements, _STEP)
+        needed += _SCRATCH * torch.get_num_threads() * samples
         if needed > self.memory_limit:
             raise ValueError(
                 f"memory_limit: got {samples} samples of {activations.shape[1]} filters, for which"

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
-from picnn_fast import functional
+from picnn_fast import checks, functional
 from picnn_fast.metrics.bootstrap import check_counts, resampled_means
 from picnn_fast.metrics.mutual_information import MutualInformationScore
-from picnn_fast.reference import histogram
-from picnn_fast.reference.mutual_information import prepare, ross_terms
+from picnn_fast.ops.histogram import MOST_BINS
+from picnn_fast.ops.mutual_information import prepare
+from picnn_fast.reference.histogram import bins_of
+from picnn_fast.reference.mutual_information import ross_terms
 
 # Elements that a step may hold beside the activations.
 _BLOCK = 2**22
@@ -74,7 +76,7 @@ class MutualInformationEstimates(MutualInformationScore):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, n_neighbors, random_state, **kwargs)
-        self.bins = bins
+        self.bins = checks.integer("bins", bins, 2, MOST_BINS + 1)
 
     @property
     def seen(self) -> int:
@@ -92,9 +94,11 @@ class MutualInformationEstimates(MutualInformationScore):
         assert self._matrix is not None
         self._matrices = ScoreEstimates(
             self._matrix,
-            self._histogram("histogram"),
-            self._histogram("histogram", "miller_madow"),
-            self._histogram("soft_histogram"),
+            self._by_blocks(functional.histogram_mutual_information),
+            self._by_blocks(
+                functional.histogram_mutual_information, bias_correction="miller_madow"
+            ),
+            self._by_blocks(functional.soft_histogram_mutual_information),
         )
         others = (functional.mutual_information_score(m).to(knn) for m in self._matrices[1:])
         return ScoreEstimates(knn, *others)
@@ -132,23 +136,12 @@ class MutualInformationEstimates(MutualInformationScore):
             activations, labels = activations.cpu(), labels.cpu()
         return activations, labels
 
-    def _histogram(
-        self,
-        estimator: Literal["histogram", "soft_histogram"],
-        bias_correction: Literal["miller_madow"] | None = None,
-    ) -> Tensor:
-        """m ``[K, N]``, by blocks of filters."""
+    def _by_blocks(self, estimate: Callable[..., Tensor], **options: Any) -> Tensor:
+        """m ``[K, N]`` of a histogram, by blocks of filters."""
         activations, labels = self._samples()
         some = max(1, _BLOCK // (self.bins * self.num_classes))
         blocks = [
-            functional.mutual_information(
-                part,
-                labels,
-                self.num_classes,
-                estimator=estimator,
-                bins=self.bins,
-                bias_correction=bias_correction,
-            )
+            estimate(part, labels, self.num_classes, bins=self.bins, **options)
             for part in activations.split(some, 1)
         ]
         return torch.cat(blocks, 1)
@@ -168,11 +161,11 @@ class MutualInformationEstimates(MutualInformationScore):
 
     def _hard_terms(self, activations: Tensor, labels: Tensor, classes: Tensor) -> Iterator[Tensor]:
         for x, own in self._blocks(activations, labels, classes):
-            bins = histogram.bins_of(x, *x.aminmax(dim=0), self.bins)
+            bins = bins_of(x, *x.aminmax(dim=0), self.bins)
             cells = (torch.arange(x.shape[1], device=x.device) * self.bins + bins) * 2 + own
             size = (x.shape[1], self.bins, 2)
             counts = cells.flatten().bincount(minlength=math.prod(size)).view(size)
-            yield histogram.log_ratios(counts).flatten()[cells]
+            yield _log_ratios(counts).flatten()[cells]
 
     def _soft_terms(self, activations: Tensor, labels: Tensor, classes: Tensor) -> Iterator[Tensor]:
         for x, own in self._blocks(activations, labels, classes):
@@ -185,7 +178,7 @@ class MutualInformationEstimates(MutualInformationScore):
             counts = x.new_zeros(2 * self.bins * x.shape[1])
             counts.index_add_(0, cells, (1 - upper).flatten())
             counts.index_add_(0, cells + 2, upper.flatten())
-            ratios = histogram.log_ratios(counts.view(-1, self.bins, 2)).flatten()
+            ratios = _log_ratios(counts.view(-1, self.bins, 2)).flatten()
             terms = (1 - upper) * ratios[cells].view_as(x)
             yield terms + upper * ratios[cells + 2].view_as(x)
 
@@ -196,6 +189,22 @@ class MutualInformationEstimates(MutualInformationScore):
         some = max(1, _BLOCK // len(labels))
         for part, of in zip(activations.split(some, 1), classes.split(some), strict=True):
             yield part.double(), (labels[:, None] == of).long()
+
+
+def _log_ratios(counts: Tensor) -> Tensor:
+    """What a sample of each cell adds to the plug-in estimate: log p(b, y) / p(b) p(y).
+
+    Args:
+        counts: ``[N, bins, K]``, hard or soft.
+
+    Returns:
+        ``[N, bins, K]`` float64, in nats; 0 where no sample is.
+    """
+    counts = counts.double()
+    some = counts > 0
+    total = counts.sum((1, 2), keepdim=True)
+    apart = counts.sum(2, keepdim=True) * counts.sum(1, keepdim=True)
+    return torch.where(some, counts * total / torch.where(some, apart, 1), 1.0).log()
 
 
 def _resampled(

@@ -9,6 +9,77 @@ from picnn_fast import checks
 from picnn_fast.ops.define import define
 from picnn_fast.reference import histogram as reference
 
+# Soft counts place a sample in single precision, which tells no more bin centres apart.
+MOST_BINS = 2**24
+
+
+def update(
+    counts: Tensor, minimum: Tensor, maximum: Tensor, activations: Tensor, labels: Tensor
+) -> None:
+    """Add samples to class-conditional histograms in place, widening their range without loss.
+
+    Args:
+        counts: ``[N, bins, K]`` int64, contiguous, bins in [2, 2**24]; zeros before the first
+            sample.
+        minimum, maximum: ``[N]`` float64, the range so far; +inf, -inf before the first sample.
+        activations: ``[M, N]`` of any floating dtype and any strides.
+        labels: ``[M]`` integers in [0, K).
+
+    Raises:
+        TypeError: not tensors, or of the wrong dtype.
+        ValueError: of another shape or device, labels out of range, or activations that are not
+            finite; the message names the first such column, and nothing was written. On a GPU and
+            under torch.compile, values are checked on the device without a host sync and fail as a
+            device-side assert (RuntimeError).
+
+    Example:
+        >>> import torch
+        >>> counts = torch.zeros(1, 4, 2, dtype=torch.int64)
+        >>> minimum = torch.full((1,), torch.inf, dtype=torch.float64)
+        >>> maximum = -minimum
+        >>> update(counts, minimum, maximum, torch.tensor([[0.5], [3.5]]), torch.tensor([0, 1]))
+        >>> counts[0].T.tolist()  # bins of width 1 from 0
+        [[1, 0, 0, 0], [0, 0, 0, 1]]
+    """
+    checks.tensor("counts", counts)
+    if counts.dtype != torch.int64:
+        raise TypeError(f"counts: got dtype {counts.dtype}, want torch.int64")
+    if counts.ndim != 3 or not 2 <= counts.shape[1] <= MOST_BINS or counts.shape[2] < 1:
+        raise ValueError(
+            f"counts: got shape {tuple(counts.shape)}, want [filters, bins, classes] with 2 to"
+            f" {MOST_BINS} bins and at least a class"
+        )
+    if not counts.is_contiguous():
+        raise ValueError(f"counts: got strides {counts.stride()}, want a contiguous tensor")
+    filters, _, num_classes = counts.shape
+    for name, bound in (("minimum", minimum), ("maximum", maximum)):
+        checks.tensor(name, bound)
+        if bound.dtype != torch.float64:
+            raise TypeError(f"{name}: got dtype {bound.dtype}, want torch.float64")
+        if tuple(bound.shape) != (filters,) or not bound.is_contiguous():
+            raise ValueError(
+                f"{name}: got shape {tuple(bound.shape)}, want ({filters},), contiguous, as the"
+                " filters of counts"
+            )
+        checks.same_device(name, bound, "counts", counts)
+    checks.pooled("activations", activations)
+    checks.labels("labels", labels, len(activations), num_classes)
+    checks.same_device("labels", labels, "activations", activations)
+    checks.same_device("activations", activations, "counts", counts)
+    if activations.shape[1] != filters:
+        raise ValueError(
+            f"activations: got {activations.shape[1]} filters, want {filters} as in counts"
+        )
+    column: Tensor = torch.ops.picnn_fast.histogram_update(
+        counts, minimum, maximum, activations.detach(), labels.to(torch.int64)
+    )
+    checks.holds(
+        "activations",
+        column < 0,
+        lambda: f"NaN or infinity in column {column.item()}",
+        "finite activations",
+    )
+
 
 def _fake_histogram_update(
     counts: Tensor, minimum: Tensor, maximum: Tensor, activations: Tensor, labels: Tensor
@@ -65,7 +136,8 @@ def _soft_histogram_gradient(
         if torch.is_grad_enabled()
         else torch.ops.picnn_fast.soft_histogram_backward.default
     )
-    return (backward(grad_counts, *saved),)
+    activations, labels, low, width = saved
+    return (backward(grad_counts, activations, labels, low.detach(), width.detach()),)
 
 
 define(
@@ -77,133 +149,3 @@ define(
     setup_context=_setup_soft_histogram,
     backward=_soft_histogram_gradient,
 )
-
-
-def _check_samples(activations: Tensor, labels: Tensor, num_classes: int) -> None:
-    checks.pooled("activations", activations)
-    checks.labels("labels", labels, activations.shape[0], num_classes)
-    checks.same_device("labels", labels, "activations", activations)
-
-
-def update(
-    counts: Tensor, minimum: Tensor, maximum: Tensor, activations: Tensor, labels: Tensor
-) -> None:
-    """Add samples to class-conditional histograms in place, widening their range without loss.
-
-    Args:
-        counts: ``[N, bins, K]`` int64, contiguous, bins in [2, 2**24]; zeros before the first
-            sample.
-        minimum, maximum: ``[N]`` float64, the range so far; +inf, -inf before the first sample.
-        activations: ``[M, N]`` of any floating dtype and any strides.
-        labels: ``[M]`` integers in [0, K).
-
-    Raises:
-        TypeError: not tensors, or of the wrong dtype.
-        ValueError: of another shape or device, labels out of range, or activations that are not
-            finite; the message names the first such column, and nothing was written. On a GPU and
-            under torch.compile, values are checked on the device without a host sync and fail as a
-            device-side assert (RuntimeError).
-
-    Example:
-        >>> import torch
-        >>> counts = torch.zeros(1, 4, 2, dtype=torch.int64)
-        >>> minimum = torch.full((1,), torch.inf, dtype=torch.float64)
-        >>> maximum = -minimum
-        >>> update(counts, minimum, maximum, torch.tensor([[0.5], [3.5]]), torch.tensor([0, 1]))
-        >>> counts[0].T.tolist()  # bins of width 1 from 0
-        [[1, 0, 0, 0], [0, 0, 0, 1]]
-    """
-    checks.tensor("counts", counts)
-    if counts.dtype != torch.int64:
-        raise TypeError(f"counts: got dtype {counts.dtype}, want torch.int64")
-    if counts.ndim != 3 or not 2 <= counts.shape[1] <= checks.MOST_BINS or counts.shape[2] < 1:
-        raise ValueError(
-            f"counts: got shape {tuple(counts.shape)}, want [filters, bins, classes] with 2 to"
-            f" {checks.MOST_BINS} bins and at least a class"
-        )
-    if not counts.is_contiguous():
-        raise ValueError(f"counts: got strides {counts.stride()}, want a contiguous tensor")
-    filters, _, num_classes = counts.shape
-    for name, bound in (("minimum", minimum), ("maximum", maximum)):
-        checks.tensor(name, bound)
-        if bound.dtype != torch.float64:
-            raise TypeError(f"{name}: got dtype {bound.dtype}, want torch.float64")
-        if tuple(bound.shape) != (filters,) or not bound.is_contiguous():
-            raise ValueError(
-                f"{name}: got shape {tuple(bound.shape)}, want ({filters},), contiguous, as the"
-                " filters of counts"
-            )
-        checks.same_device(name, bound, "counts", counts)
-    _check_samples(activations, labels, num_classes)
-    checks.same_device("activations", activations, "counts", counts)
-    if activations.shape[1] != filters:
-        raise ValueError(
-            f"activations: got {activations.shape[1]} filters, want {filters} as in counts"
-        )
-    column: Tensor = torch.ops.picnn_fast.histogram_update(
-        counts, minimum, maximum, activations.detach(), labels.to(torch.int64)
-    )
-    checks.holds(
-        "activations",
-        column < 0,
-        lambda: f"NaN or infinity in column {column.item()}",
-        "finite activations",
-    )
-
-
-def soft_histogram(
-    activations: Tensor,
-    labels: Tensor,
-    low: Tensor,
-    width: Tensor,
-    bins: int,
-    num_classes: int,
-) -> Tensor:
-    """Class-conditional histograms by linear binning, differentiable in the activations.
-
-    Args:
-        activations: ``[M, N]`` of any floating dtype and any strides. NaN makes the counts of its
-            own filter NaN.
-        labels: ``[M]`` integers in [0, num_classes).
-        low: ``[N]``, the lower edge of the first bin. A constant, as ``width`` is.
-        width: ``[N]``, of the bins, positive.
-        bins: 2 to 2**24.
-        num_classes: K, at least 1.
-
-    Returns:
-        ``[N, bins, K]`` float32; float64 for float64 activations. The counts of a filter add up to
-        M.
-
-    Raises:
-        TypeError: not tensors, or of the wrong dtype.
-        ValueError: of another shape or device, or labels out of range (on a GPU and under
-            torch.compile a device-side assert).
-
-    Example:
-        >>> import torch
-        >>> x, y = torch.tensor([[0.75]], requires_grad=True), torch.tensor([0])
-        >>> counts = soft_histogram(x, y, torch.zeros(1), torch.ones(1), bins=3, num_classes=1)
-        >>> counts.flatten().tolist()  # a quarter of the way between the centres 0.5 and 1.5
-        [0.75, 0.25, 0.0]
-    """
-    checks.integer("bins", bins, 2, checks.MOST_BINS + 1)
-    checks.integer("num_classes", num_classes, 1)
-    _check_samples(activations, labels, num_classes)
-    dtype = torch.float64 if activations.dtype == torch.float64 else torch.float32
-    for name, value in (("low", low), ("width", width)):
-        checks.floating(name, value)
-        if tuple(value.shape) != (activations.shape[1],):
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, want ({activations.shape[1]},), one a"
-                " filter"
-            )
-        checks.same_device(name, value, "activations", activations)
-    counts: Tensor = torch.ops.picnn_fast.soft_histogram.default(
-        activations,
-        labels.to(torch.int64),
-        low.detach().to(dtype),
-        width.detach().to(dtype),
-        bins,
-        num_classes,
-    )
-    return counts

@@ -1,4 +1,4 @@
-"""Class-conditional histograms of activations, hard and soft, and mutual information from them.
+"""Class-conditional histograms of activations, hard and soft.
 
 The kernels in ``csrc/`` and ``triton_kernels/`` compute what this file says, the hard counts bit
 for bit. Shapes: M samples, N filters, K classes.
@@ -9,8 +9,6 @@ exponent with which ``bins`` bins reach the maximum. The grid follows from the r
 wider range only merges bins of the narrower one. So counts depend neither on the order of the
 samples, nor on how they were cut into batches, nor on which rank saw them, and no count is lost.
 """
-
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -161,16 +159,17 @@ def soft_histogram(
 ) -> Tensor:
     """Linear binning: a sample counts in the two bins whose centres enclose it.
 
-    With t = (x - low) / width - 1/2, the position among the bin centres, and b = floor(t), bin b
-    gets 1 - (t - b) and bin b + 1 gets t - b; beyond the outer centres, the outer bin gets 1.
+    With t = (x - low) / width, the position among the bin centres, and b = floor(t), bin b gets
+    1 - (t - b) and bin b + 1 gets t - b; beyond the outer centres, the outer bin gets 1.
     Differentiable in the activations by autograd, which defines ``soft_histogram_backward`` but
     for the last centre itself, t = bins - 1, where that is 0.
 
     Args:
         activations: ``[M, N]`` of any floating dtype.
         labels: ``[M]`` int64 in [0, num_classes).
-        low: ``[N]``, the lower edge of the first bin, float32; float64 for float64 activations.
-        width: ``[N]``, of the bins, positive, in the dtype of ``low``.
+        low: ``[N]``, the centre of the first bin, float32; float64 for float64 activations.
+        width: ``[N]``, from a centre to the next, positive, perhaps infinite, in the dtype of
+            ``low``.
         bins: at least 2.
         num_classes: K.
 
@@ -182,7 +181,7 @@ def soft_histogram(
         Linear binning: Jones and Lotwick, "A remark on algorithm AS 176", Applied Statistics 33,
         1984.
     """
-    t = (activations.to(low.dtype) - low) / width - 0.5
+    t = (activations.to(low.dtype) - low) / width
     below = t.detach().floor().clamp(0, bins - 2)
     below = torch.where(below.isnan(), 0, below)
     upper_weight = (t - below).clamp(0, 1)
@@ -211,7 +210,7 @@ def soft_histogram_backward(
         ``[M, N]`` like ``activations``.
     """
     filters, bins, classes = grad_counts.shape
-    t = (activations.to(low.dtype) - low) / width - 0.5
+    t = (activations.to(low.dtype) - low) / width
     inside = (t >= 0) & (t < bins - 1)
     below = torch.where(inside, t, 0).long()
     row = torch.arange(filters, device=low.device) * bins
@@ -220,89 +219,3 @@ def soft_histogram_backward(
     slope = (flat[cell + classes] - flat[cell]) / width
     grad = torch.where(inside, slope, torch.where(t.isnan(), t, 0))
     return torch.empty_like(activations).copy_(grad)
-
-
-def log_ratios(counts: Tensor) -> Tensor:
-    """What a sample of each cell adds to the plug-in estimate: log p(b, y) / p(b) p(y).
-
-    Args:
-        counts: ``[N, bins, K]``, hard or soft.
-
-    Returns:
-        ``[N, bins, K]`` float64, in nats; 0 where no sample is.
-    """
-    counts = counts.double()
-    some = counts > 0
-    total = counts.sum((1, 2), keepdim=True)
-    apart = counts.sum(2, keepdim=True) * counts.sum(1, keepdim=True)
-    return torch.where(some, counts * total / torch.where(some, apart, 1), 1.0).log()
-
-
-def _information(joint: Tensor, first: Tensor, second: Tensor, total: Tensor) -> Tensor:
-    """joint / total * log(joint * total / (first * second)), 0 where joint is 0."""
-    some = joint > 0
-    # Chosen before the logarithm, so that no gradient passes through log 0.
-    ratio = torch.where(some, joint * total, 1) / torch.where(some, first * second, 1)
-    return torch.where(some, joint, 0) / total * ratio.log()
-
-
-def plug_in(
-    counts: Tensor,
-    target: Literal["class", "label"] = "class",
-    bias_correction: Literal["miller_madow"] | None = None,
-) -> Tensor:
-    """Plug-in mutual information of bin and class from class-conditional histograms.
-
-    The entropy of the observed frequencies, in nats, with 0 log 0 = 0. Too large by about
-    (bins in use - 1) * (classes - 1) / (2 M); Miller and Madow's correction takes that off to
-    first order, which may leave less than 0: (B_x + B_y - B_xy - 1) / (2 M) is added, with B the
-    numbers of bins, classes and pairs of both in use.
-
-    Differentiable in soft counts: the term of an empty cell, whose slope is infinite, passes no
-    gradient, and neither does the correction.
-
-    Args:
-        counts: ``[N, bins, K]`` from ``histogram_update`` or ``soft_histogram``.
-        target: "class" for filter against each 1[y = c], "label" for filter against y.
-        bias_correction: None or "miller_madow".
-
-    Returns:
-        ``[K, N]``, or ``[N]`` for target "label", in nats; float64 for integer counts, else in
-        the dtype of ``counts``. NaN for a filter without samples.
-
-    Source:
-        Miller, "Note on the bias of information estimates", in Information Theory in Psychology,
-        1955.
-
-    Example:
-        >>> import torch
-        >>> counts = torch.tensor([[[5, 0], [0, 5]], [[2, 2], [3, 3]]])  # two filters
-        >>> plug_in(counts, target="label").tolist()  # log 2, and 0
-        [0.6931471805599453, 0.0]
-    """
-    if not counts.is_floating_point():
-        counts = counts.double()
-    per_bin = counts.sum(2, keepdim=True)
-    per_class = counts.sum(1, keepdim=True)
-    total = per_class.sum(2, keepdim=True)
-    information = _information(counts, per_bin, per_class, total)
-    if target == "label":
-        result = information.sum((1, 2))
-    else:
-        # Rounding of the sums leaves a little where the other classes have nothing.
-        slack = counts.shape[2] * torch.finfo(counts.dtype).eps
-        rest = per_bin - counts
-        rest = torch.where(rest > per_bin * slack, rest, 0)
-        information = information + _information(rest, per_bin, total - per_class, total)
-        result = information.sum(1).T
-    if bias_correction is None:
-        return result
-    bins_used = (per_bin > 0).sum(1)
-    used = (counts > 0).sum(1)
-    if target == "label":
-        classes_used = (per_class > 0).sum((1, 2))
-        degrees = bins_used[:, 0] + classes_used - used.sum(1) - 1
-        return result + degrees / (2 * total.detach()[:, 0, 0])
-    classes_used = ((per_class > 0).long() + (total - per_class > 0).long())[:, 0]
-    degrees = bins_used + classes_used - (used + (rest > 0).sum(1)) - 1
-    return result + (degrees / (2 * total.detach()[:, 0])).T

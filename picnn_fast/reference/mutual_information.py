@@ -4,62 +4,14 @@ As ``sklearn.feature_selection.mutual_info_classif`` estimates it, in nats. Shap
 filters, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 # Elements that a step may hold beside the block it works on.
 _CHUNK = 2**20
-# Elements of a block that are too few to draw the noise twice for (64 MiB).
-_SMALL = 2**23
-
-
-def prepare(activations: Tensor, random_state: int) -> Iterator[Tensor]:
-    """Scikit-learn's preparation of the columns, bit for bit: scale, then break ties by noise.
-
-    Each filter is divided by its standard deviation (by 1 where that is below 10 eps) and gets
-    noise of 1e-10 * max(1, mean absolute value). The noise is drawn for the whole matrix, so it
-    depends on a filter's place in it.
-
-    Args:
-        activations: ``[M, N]``, any floating dtype, any strides; finite, M >= 1.
-        random_state: seed of the noise, an int in [0, 2**32).
-
-    Yields:
-        The filters in order as float64 ``[n, M]`` on the CPU, in blocks of n filters that take
-        about as much memory as the activations, or 64 MiB. Every block draws the noise again.
-    """
-    samples, filters = activations.shape
-    size = max(1, filters * activations.element_size() // 8, _SMALL // samples)
-    for start in range(0, filters, size):
-        columns = activations[:, start : start + size]
-        block = torch.empty((columns.shape[1], samples), dtype=torch.float64)
-        values = block.copy_(columns.T).numpy()
-        few = max(1, _CHUNK // samples)
-        weights = [_standardise(values[i : i + few].T) for i in range(0, len(values), few)]
-        noise_weight = 1e-10 * np.concatenate(weights)
-        state = np.random.RandomState(random_state)
-        rows = max(1, _CHUNK // filters)
-        for row in range(0, samples, rows):
-            noise = state.standard_normal((min(rows, samples - row), filters))
-            values[:, row : row + rows] += (noise_weight * noise[:, start : start + size]).T
-        yield block
-        del block, values  # before the next one is allocated
-
-
-def _standardise(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scale ``columns`` in place and return the noise each gets, in units of 1e-10.
-
-    ``columns`` is in Fortran order, on which the order of numpy's sums depends.
-    """
-    scale = np.nanstd(columns, axis=0)
-    scale[scale < 10 * np.finfo(np.float64).eps] = 1.0
-    columns /= scale
-    noise: NDArray[np.float64] = np.maximum(1, np.abs(columns).mean(axis=0))
-    return noise
 
 
 def knn_mutual_information(
@@ -68,7 +20,7 @@ def knn_mutual_information(
     """Mutual information of every filter with every class, and with the label, in nats.
 
     Args:
-        values: ``[N, M]`` float64, filters as ``prepare`` gives them.
+        values: ``[N, M]`` float64, filters scaled and with noise, as scikit-learn prepares them.
         labels: ``[M]`` int64 in [0, K).
         num_classes: K.
         n_neighbors: k >= 1.
@@ -101,7 +53,8 @@ def ross_terms(values: Tensor, labels: Tensor, n_neighbors: int) -> Tensor:
     """What each sample adds to Ross's estimate: psi(k) - psi(n) - psi(m).
 
     Args:
-        values: ``[N, M]`` float64, finite, filters as ``prepare`` gives them.
+        values: ``[N, M]`` float64, finite, filters scaled and with noise, as scikit-learn prepares
+            them.
         labels: ``[M]`` int64, at least 0.
         n_neighbors: k >= 1.
 

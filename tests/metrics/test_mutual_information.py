@@ -2,7 +2,9 @@
 
 import math
 import pickle
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from picnn_fast.functional import mutual_information
 from picnn_fast.metrics import MutualInformationScore
+from picnn_fast.metrics import mutual_information as score
+from picnn_fast.ops import mutual_information as family
 
 SAMPLES, FILTERS, CLASSES = 60, 5, 3
 ESTIMATORS = ("knn", "histogram")
@@ -205,9 +209,9 @@ def test_the_memory_limit_holds_before_the_samples_are_kept(
     assert sum(map(len, metric.activations)) == sum(map(len, metric.labels)) == SAMPLES
     with pytest.raises(ValueError, match=message):  # calling the metric sets samples aside
         metric(many, many_labels)
-    for _ in range(7):  # 12,480 bytes each time
+    for _ in range(4):  # 19,680 bytes each time
         metric(activations, labels)
-    with pytest.raises(ValueError, match=r"^memory_limit: got 540 samples"):
+    with pytest.raises(ValueError, match=r"^memory_limit: got 360 samples"):
         metric(activations, labels)
 
 
@@ -218,12 +222,41 @@ def test_the_default_limit_takes_what_its_description_says() -> None:
         metric._check_memory(torch.empty(1, device="meta").expand(50_000, 9_000))
 
 
-def test_the_limit_counts_a_block_of_double_precision() -> None:
-    # 24 MB, kept and joined, and a block of 64 MiB.
+def test_the_limit_counts_a_block_of_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 24 MB, kept and joined, a block of 64 MiB, and a step of 24.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     activations = torch.empty(1, device="meta", dtype=torch.float16).expand(30_000, 400)
     MutualInformationScore(CLASSES, memory_limit=150_000_000)._check_memory(activations)
     with pytest.raises(ValueError, match=r"^memory_limit: "):
-        MutualInformationScore(CLASSES, memory_limit=110_000_000)._check_memory(activations)
+        MutualInformationScore(CLASSES, memory_limit=140_000_000)._check_memory(activations)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_the_score_takes_no_more_memory_than_the_limit_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the samples are what counts: masks and copies of them show."""
+    monkeypatch.setattr(score, "_BLOCK", 0)
+    monkeypatch.setattr(score, "_STEP", 24 * 2**16)
+    monkeypatch.setattr(family, "_SMALL", 0)
+    monkeypatch.setattr(family, "_CHUNK", 2**16)
+    activations = torch.rand(
+        1500, 3000, dtype=torch.float64
+    )  # larger than any memory that the allocator keeps
+    metric = filled(activations, torch.arange(1500) % CLASSES, 1000)
+    metric.memory_limit = 1
+    with pytest.raises(ValueError, match="about") as refused:
+        metric.update(activations[:0], torch.zeros(0, dtype=torch.int64))
+    (needed,) = re.findall(r"about (\d+) bytes", str(refused.value))
+
+    def resident(line: str) -> int:
+        return 1024 * int(re.findall(line + r":\s*(\d+)", Path("/proc/self/status").read_text())[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    without = resident("VmRSS") - activations.nbytes  # what the metric keeps is a copy
+    metric.compute()
+    # A little is of the process itself.
+    assert resident("VmHWM") - without <= int(needed) + 2**22
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

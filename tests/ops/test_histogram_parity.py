@@ -15,6 +15,7 @@ from torch import Tensor
 
 from picnn_fast import backends
 from picnn_fast.ops import histogram
+from picnn_fast.ops.mutual_information import plug_in
 from picnn_fast.reference import histogram as reference
 from tests.cases import case_id, every_instruction_set, few, in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
@@ -455,7 +456,7 @@ def soft_inputs(
     spread = torch.exp2(torch.arange(shape.filters) % 7 - 3.0)
     low = (-1.7 * spread).to(wide)
     width = (3.1 * spread / shape.bins).to(wide)
-    values[::5] = low + (0.5 + torch.arange(len(values[::5]))[:, None] % shape.bins) * width
+    values[::5] = low + torch.arange(len(values[::5]))[:, None] % shape.bins * width
     x = laid_out(values.to(dtype), layout, device)
     return x, labels.to(device), low.to(device), width.to(device)
 
@@ -488,9 +489,9 @@ def test_soft_counts_are_the_definition_in_double_precision(backend: Backend):
     shape = Shape(45, 4, 6, 3)
     x, labels, low, width = soft_inputs(shape, "c_order", torch.float64, backend.device)
     x = (x + 0.01 * width).requires_grad_()  # off the centres, where the slope has a step
-    counts = histogram.soft_histogram(x, labels, low, width, 6, 3)
+    counts = OPS.soft_histogram(x, labels, low, width, 6, 3)
     # Weight max(0, 1 - |t - j|) for bin j of a position clamped to the outer centres.
-    t = ((x - low) / width - 0.5).clamp(0, 5)
+    t = ((x - low) / width).clamp(0, 5)
     weights = (1 - (t[..., None] - torch.arange(6, device=x.device)).abs()).clamp_min(0)
     one_hot = torch.nn.functional.one_hot(labels, 3).double()
     definition = torch.einsum("mnb,mk->nbk", weights, one_hot)
@@ -507,7 +508,7 @@ def test_soft_gradcheck(backend: Backend):
     x, labels, low, width = soft_inputs(shape, "c_order", torch.float64, backend.device)
     x = (x + 0.01 * width).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda a: histogram.soft_histogram(a, labels, low, width, 4, 2),
+        lambda a: OPS.soft_histogram(a, labels, low, width, 4, 2),
         x,
         fast_mode=backend.slow,
     )
@@ -523,10 +524,10 @@ def test_soft_second_derivatives_are_those_of_the_definition(backend: Backend):
         return lambda x: (function(x, labels, low, width, 4, 2).square() * weight).sum()
 
     assert_same_second_derivatives(
-        backend, total(histogram.soft_histogram), total(reference.soft_histogram), (x,)
+        backend, total(OPS.soft_histogram), total(reference.soft_histogram), (x,)
     )
     assert torch.autograd.gradgradcheck(
-        lambda x: histogram.soft_histogram(x, labels, low, width, 4, 2), x, fast_mode=backend.slow
+        lambda x: OPS.soft_histogram(x, labels, low, width, 4, 2), x, fast_mode=backend.slow
     )
 
 
@@ -551,7 +552,7 @@ def test_only_the_activations_have_a_gradient(backend: Backend):
     x, labels, low, width = soft_inputs(SHAPES["odd"], "c_order", torch.float32, backend.device)
     for leaf in (x, low, width):
         leaf.requires_grad_()
-    counts = histogram.soft_histogram(x, labels, low, width, 4, 4)
+    counts = OPS.soft_histogram(x, labels, low, width, 4, 4)
     (grad,) = torch.autograd.grad(counts.square().sum(), x, create_graph=True)
     grad.sum().backward()
     assert low.grad is None
@@ -559,8 +560,6 @@ def test_only_the_activations_have_a_gradient(backend: Backend):
     direct = OPS.soft_histogram(x, labels, low, width, 4, 4)
     (expected,) = torch.autograd.grad(direct.square().sum(), x)
     torch.testing.assert_close(grad, expected)
-    frozen = histogram.soft_histogram(x.detach(), labels, low, width, 4, 4)
-    assert not frozen.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=case_id)
@@ -591,25 +590,6 @@ def test_long_soft_sums_stay_accurate(cpp: Backend):
     counts = OPS.soft_histogram(x, labels, low, width, 8, 2)
     expected = reference.soft_histogram(x.double(), labels, low.double(), width.double(), 8, 2)
     torch.testing.assert_close(counts.double(), expected, rtol=1e-4, atol=1e-2)
-
-
-def test_soft_arguments_are_checked():
-    x, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
-    low, width = torch.zeros(3), torch.ones(3)
-    with pytest.raises(ValueError, match="bins: got 1"):
-        histogram.soft_histogram(x, labels, low, width, 1, 2)
-    with pytest.raises(ValueError, match="bins: got 16777217"):
-        histogram.soft_histogram(x, labels, low, width, 2**24 + 1, 2)
-    with pytest.raises(ValueError, match="num_classes: got 0"):
-        histogram.soft_histogram(x, labels, low, width, 4, 0)
-    with pytest.raises(ValueError, match="width: got shape"):
-        histogram.soft_histogram(x, labels, low, width[:2], 4, 2)
-    with pytest.raises(ValueError, match="activations: got shape"):
-        histogram.soft_histogram(x[0], labels, low, width, 4, 2)
-    with pytest.raises(ValueError, match="labels: got"):
-        histogram.soft_histogram(x, labels + 2, low, width, 4, 2)
-    with pytest.raises(TypeError, match="activations: got dtype"):
-        histogram.soft_histogram(x.int(), labels, low, width, 4, 2)
 
 
 # opcheck and torch.compile ------------------------------------------------------------------------
@@ -650,8 +630,8 @@ def test_soft_histogram_compiles_into_one_graph(backend: Backend):
     x.requires_grad_()
 
     def loss(x: Tensor) -> Tensor:
-        counts = histogram.soft_histogram(x * 2, labels, low, width, 4, 4)
-        return -reference.plug_in(counts, "label").sum()
+        counts = OPS.soft_histogram(x * 2, labels, low, width, 4, 4)
+        return -plug_in(counts, "label").sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, expected = compiled(x), loss(x)

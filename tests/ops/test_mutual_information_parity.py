@@ -20,6 +20,7 @@ from sklearn.feature_selection._mutual_info import _compute_mi_cd
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from picnn_fast.ops.mutual_information import prepare
 from picnn_fast.reference import mutual_information as reference
 from tests.conftest import Backend
 
@@ -242,7 +243,7 @@ def test_compiled_kernel_agrees_with_scikit_learn_on_ties(cpp: Backend, case):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_prepared_columns_agree_with_mutual_info_classif(cpp: Backend, case, random_state, dtype):
     x, y, classes = case["x"].astype(dtype), case["y"], case["classes"]
-    values = torch.cat(list(reference.prepare(torch.from_numpy(x), random_state)))
+    values = torch.cat(list(prepare(torch.from_numpy(x), random_state)))
     per_class, joint = estimate(values, torch.from_numpy(y), classes, case["n_neighbors"])
 
     @one_thread

@@ -1,5 +1,6 @@
-"""functional.mutual_information: against scikit-learn, in corner cases, and what it refuses."""
+"""Mutual information: against scikit-learn, in corner cases, and what is refused."""
 
+import itertools
 import math
 from typing import Any
 
@@ -9,9 +10,14 @@ import torch
 from sklearn.feature_selection import mutual_info_classif
 from torch import Tensor
 
-from picnn_fast import functional
-from picnn_fast.functional import mutual_information, mutual_information_score
+from picnn_fast.functional import (
+    mutual_information,
+    mutual_information_score,
+    soft_histogram_mutual_information,
+)
+from picnn_fast.ops import mutual_information as family
 from picnn_fast.reference import histogram as histogram_reference
+from tests.conftest import Backend
 
 ESTIMATORS = ("knn", "histogram", "soft_histogram")
 
@@ -209,7 +215,7 @@ def test_soft_second_derivatives_are_those_of_the_definition(target: Any) -> Non
     activations, ends, labels = within_fixed_ends()
     activations, labels = activations[:12, :2], torch.cat([labels[:12], labels[-2:]])
     width = torch.full((2,), 10 / 7, dtype=torch.float64)
-    low = -1 - width / 2
+    low = torch.full((2,), -1.0, dtype=torch.float64)
 
     def ours(activations: Tensor) -> Tensor:
         x = torch.cat([activations, ends[:, :2]])
@@ -219,11 +225,28 @@ def test_soft_second_derivatives_are_those_of_the_definition(target: Any) -> Non
     def definition(activations: Tensor) -> Tensor:
         x = torch.cat([activations, ends[:, :2]])
         counts = histogram_reference.soft_histogram(x, labels, low, width, 8, 3)
-        return histogram_reference.plug_in(counts, target).square().sum()
+        return family.plug_in(counts, target).square().sum()
 
     one, two = (torch.autograd.functional.hessian(f, activations) for f in (ours, definition))
     assert two.any()
     torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_same_samples_have_a_gradient_wherever_the_activations_lie(
+    backend: Backend, dtype: torch.dtype
+) -> None:
+    """The least, and none of the greatest: rounding of the centres plays no part."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(40, 30, generator=generator, dtype=torch.float64)
+    labels = torch.arange(40, device=backend.device) % 3
+    for offset, bins in itertools.product((0, 1, -3, 1000), (2, 7)):
+        moved = (x + offset).to(backend.device, dtype).requires_grad_()
+        soft_histogram_mutual_information(moved, labels, 3, bins=bins).square().sum().backward()
+        least, most = (moved.detach() == end for end in (moved.amin(0), moved.amax(0)))
+        constant = least & most
+        assert (moved.grad[most] == 0).all()
+        assert (moved.grad[least & ~constant] != 0).all()
 
 
 def test_a_constant_filter_has_no_gradient() -> None:
@@ -240,7 +263,7 @@ def test_blocks_of_filters_make_no_difference(
 ) -> None:
     activations, labels = sample(filters=11)
     whole = mutual_information(activations.double(), labels, 3, estimator=estimator)
-    monkeypatch.setattr(functional, "_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(family, "_SCRATCH_BYTES", 1)
     close(mutual_information(activations, labels, 3, estimator=estimator), whole)
 
 
@@ -265,7 +288,7 @@ def test_a_generator_draws_other_noise_that_tells_the_same() -> None:
 def test_a_generator_scales_and_adds_noise_as_scikit_learn_does() -> None:
     activations = sample(samples=5000, filters=3)[0].double() * 1e3
     activations[:, 2] = 7.0
-    (block,) = functional._prepare_with(activations, torch.Generator().manual_seed(0))
+    (block,) = family._prepare_with(activations, torch.Generator().manual_seed(0))
     deviation = activations.std(0, correction=0)
     scaled = (activations / torch.where(deviation > 0, deviation, 1)).T
     noise = (block - scaled) / scaled.abs().mean(1, keepdim=True).clamp_min(1)
@@ -336,7 +359,7 @@ def test_values_that_are_not_finite_are_refused_by_column(
     activations = activations.to(dtype)
     message = "^activations: got NaN or infinity in column 3, want finite values"
     for scratch in (2**24, 1):  # in one block, and in one for each filter
-        monkeypatch.setattr(functional, "_SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(family, "_SCRATCH_BYTES", scratch)
         with pytest.raises(ValueError, match=message):
             mutual_information(activations, labels, 3, estimator=estimator)
 
