@@ -242,7 +242,9 @@ def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
         if value.numel() != 1:
             raise ValueError(f"seed: got a tensor of shape {tuple(value.shape)}, want one element")
         if value.device != device:
-            raise ValueError(f"seed: got device {value.device}, want {device} like features")
+            raise ValueError(
+                f"seed: got device {value.device}, want {device} like the other tensors"
+            )
         return value.reshape(1)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"seed: got {type(value).__name__}, want an int, an int64 tensor or None")

@@ -2,15 +2,21 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from picnn_fast import checks
 from picnn_fast.ops import filter_loss as _filter_loss
-from picnn_fast.ops import masking as _masking
 from picnn_fast.ops import templates as _templates
 from picnn_fast.ops.correlation import group_class_loss, group_correlation_loss
 from picnn_fast.ops.filter_loss import FilterLossState
+from picnn_fast.ops.masking import (
+    bernoulli_mask,
+    class_gate,
+    draw_mask,
+    gate_penalty,
+    gumbel_mask,
+    mask_channels,
+    project_gate,
+)
 from picnn_fast.ops.mutual_information import (
     histogram_mutual_information,
     knn_mutual_information,
@@ -24,6 +30,7 @@ __all__ = [
     "FilterLossState",
     "bernoulli_mask",
     "class_gate",
+    "draw_mask",
     "filter_loss",
     "gate_penalty",
     "group_class_loss",
@@ -39,232 +46,6 @@ __all__ = [
     "soft_histogram_mutual_information",
     "template_mask",
 ]
-
-
-def bernoulli_mask(
-    features: Tensor,
-    logits: Tensor,
-    correspondence: Tensor,
-    *,
-    seed: int | Tensor | None = None,
-    rank: int | None = None,
-    channel_dim: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask feature maps by the filters drawn for a pseudo-label (PICNN, eq. 4-10).
-
-    A pseudo-label is drawn for each sample from softmax(logits); filter i of that sample is kept
-    with probability ``correspondence[pseudo_label, i]``. Gradients are straight-through: those of
-    ``mask = ỹ @ correspondence`` with ỹ the one-hot pseudo-label carrying the gradient of
-    softmax(logits). The same seed gives the same mask on every backend and device, bit for bit.
-
-    Args:
-        features: ``[B, N, *spatial]`` float32, float64, bfloat16 or float16. Contiguous and
-            channels_last inputs are read in place and keep their layout.
-        logits: ``[B, K]`` of the discrimination pathway, any of these dtypes (float16 and
-            bfloat16 are widened to float32). A row with NaN or +inf draws the last class.
-        correspondence: ``[K, N]`` probabilities in [0, 1], any of these dtypes.
-        seed: 64-bit int, or int64 tensor of one element on the device of ``features``; None draws
-            one from torch's generator, so ``torch.manual_seed`` reproduces the call.
-        rank: separates the draws of processes that share a seed; None takes the rank in the
-            default process group, 0 alone.
-        channel_dim: the filter axis of ``features``, e.g. -1 for ``[B, T, N]`` tokens.
-
-    Returns:
-        masked, like ``features`` (exactly 0 where a filter is dropped, whatever its map holds);
-        mask ``[B, N]`` of 0 and 1 in the dtype of ``features``; pseudo_label ``[B]`` int64, not
-        differentiable.
-
-    Raises:
-        TypeError: unsupported dtype, or a seed or rank that is no int.
-        ValueError: shapes or devices that disagree; probabilities outside [0, 1] or not finite.
-            On a GPU, and under torch.compile, this last check runs on the device without a host
-            sync and fails as a device-side assert (RuntimeError), as in ``torch.bernoulli``.
-
-    Note:
-        The gradient of the mask is the sum over positions of features times gradient, for dropped
-        filters too (that is how they learn to come back), so a NaN in a dropped map makes the
-        gradient of that one probability NaN.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import bernoulli_mask
-        >>> masked, mask, pseudo_label = bernoulli_mask(
-        ...     torch.ones(2, 3, 4, 4), torch.tensor([[9., 0.], [0., 9.]]),
-        ...     torch.tensor([[1., 0., 1.], [0., 1., 0.]]), seed=0)
-        >>> pseudo_label.tolist(), mask.tolist()
-        ([0, 1], [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    """
-    return _masking.bernoulli_mask(
-        features, logits, correspondence, seed=seed, rank=rank, channel_dim=channel_dim
-    )
-
-
-def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int = 1) -> Tensor:
-    """Scale each channel of each sample's feature maps.
-
-    Args:
-        features: ``[B, N, *spatial]`` float32, float64, bfloat16 or float16.
-        mask: ``[B, N]`` any of these dtypes; used in float32 (float64 for float64 features).
-        channel_dim: the filter axis of ``features``.
-
-    Returns:
-        ``features[b, i] * mask[b, i]``, like ``features``; exactly 0 where the mask is 0, whatever
-        the features hold there.
-
-    Raises:
-        TypeError: unsupported dtype.
-        ValueError: shapes or devices that disagree.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import mask_channels
-        >>> mask_channels(torch.ones(1, 2, 1, 1), torch.tensor([[0.5, 0.0]])).flatten()
-        tensor([0.5000, 0.0000])
-    """
-    return _masking.mask_channels(features, mask, channel_dim=channel_dim)
-
-
-def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int = 1) -> Tensor:
-    """Scale feature maps by the gate row of each sample's label (Class-Specific Gate, section 3.1).
-
-    Args:
-        features: ``[B, N, *spatial]`` float32, float64, bfloat16 or float16.
-        gate: ``[K, N]`` any of these dtypes; used in float32 (float64 for float64 features).
-        labels: ``[B]`` integers in [0, K).
-        channel_dim: the filter axis of ``features``.
-
-    Returns:
-        ``mask_channels(features, gate[labels])``: exactly 0 where the gate is 0.
-
-    Raises:
-        TypeError: unsupported dtype, labels that are not integers.
-        ValueError: shapes or devices that disagree, labels out of range (on a GPU and under
-            torch.compile a device-side assert, see ``bernoulli_mask``).
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import class_gate
-        >>> gate, labels = torch.tensor([[.5, 0.]]), torch.tensor([0])
-        >>> class_gate(torch.ones(1, 2, 1, 1), gate, labels).flatten()
-        tensor([0.5000, 0.0000])
-    """
-    return _masking.class_gate(features, gate, labels, channel_dim=channel_dim)
-
-
-def project_gate(gate: Tensor) -> Tensor:
-    """A gate back among those allowed: in [0, 1], and 1 for some class of every filter.
-
-    Each filter's column is divided by its greatest element, the sign included, and clipped to
-    [0, 1], as in the authors' code. A column without a positive element, which yields NaN or all
-    ones there, becomes 1 at its greatest element and 0 elsewhere. Composed of PyTorch's operators:
-    a gate is small beside the maps it is for.
-
-    Args:
-        gate: ``[K, N]`` float32, float64, bfloat16 or float16.
-
-    Returns:
-        Of the same shape and dtype; what is allowed already is returned as it is. A column with
-        NaN keeps it.
-
-    Raises:
-        TypeError: unsupported dtype.
-        ValueError: no gate ``[K, N]`` of at least one class.
-
-    Source:
-        Liang et al., "Training Interpretable Convolutional Neural Networks by Differentiating
-        Class-specific Filters", ECCV 2020, section 3.4.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import project_gate
-        >>> project_gate(torch.tensor([[0.2, -3.0], [0.4, -1.0]]))
-        tensor([[0.5000, 0.0000],
-                [1.0000, 1.0000]])
-    """
-    return _masking.project_gate(gate)
-
-
-def gate_penalty(
-    gate: Tensor, bound: float, *, norm: Literal["l1", "l2", "smooth_l1"] = "l1"
-) -> Tensor:
-    """What is to be paid for a gate above its bound: ψ(max(‖gate‖₁ - bound, 0)) (CSG, eq. 3).
-
-    Args:
-        gate: ``[K, N]`` float32, float64, bfloat16 or float16.
-        bound: g, a number >= 0.
-        norm: ψ(r): "l1" is r, "l2" is r², "smooth_l1" r²/2 up to 1 and r - 1/2 beyond.
-
-    Returns:
-        A scalar, float64 for a float64 gate, else float32.
-
-    Raises:
-        TypeError: unsupported dtype, a bound that is no number.
-        ValueError: no gate ``[K, N]``, a bound below 0, an unknown norm.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import gate_penalty
-        >>> gate_penalty(torch.ones(2, 3), 4.0), gate_penalty(torch.ones(2, 3), 7.0)
-        (tensor(2.), tensor(0.))
-    """
-    return _masking.gate_penalty(gate, bound, norm=norm)
-
-
-def gumbel_mask(
-    features: Tensor,
-    logits: Tensor,
-    correspondence: Tensor,
-    *,
-    temperature: float = 0.01,
-    seed: int | Tensor | None = None,
-    channel_dim: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gumbel-softmax in place of the Bernoulli draw: the ablation of PICNN, table 4.
-
-    In plain PyTorch, but for the masking itself.
-
-    One assignment of filters to classes is drawn per call, a Gumbel-softmax of ``correspondence``
-    over the class axis with noise from torch's generator, and each sample is masked by the row of
-    its pseudo-label. The pseudo-label is drawn, and differentiated, as in ``bernoulli_mask``.
-
-    Args:
-        temperature: of the Gumbel-softmax; > 0.
-        features, logits, correspondence, seed, channel_dim: see ``bernoulli_mask``; ``seed`` rules
-            the pseudo-label alone.
-
-    Returns:
-        masked, mask (in [0, 1], near 0 or 1 at low temperature) and pseudo_label, as
-        ``bernoulli_mask``.
-
-    Raises:
-        TypeError, ValueError: a temperature that is not a positive number; and as
-            ``bernoulli_mask``.
-
-    Example:
-        >>> import torch
-        >>> from picnn_fast.functional import gumbel_mask
-        >>> _, mask, _ = gumbel_mask(
-        ...     torch.ones(1, 2, 3, 3), torch.tensor([[9., 0.]]), torch.eye(2), seed=0)
-        >>> mask.round().tolist()
-        [[1.0, 0.0]]
-    """
-    checks.positive("temperature", temperature)
-    # The pseudo-label and the checks of bernoulli_mask, on maps of no size.
-    maps = _masking.channels_second(features, channel_dim)
-    _masking.check_table("correspondence", correspondence, maps.shape[1], features, channel_dim)
-    empty = maps.new_empty((*maps.shape[:2], 0))
-    _, _, pseudo_label = bernoulli_mask(empty, logits, correspondence, seed=seed)
-    assignment = torch.nn.functional.gumbel_softmax(
-        checks.accumulable(correspondence).clamp_min(torch.finfo(torch.float32).tiny).log(),
-        tau=temperature,
-        dim=0,
-    )
-    y1 = checks.accumulable(logits).softmax(-1)
-    one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
-    with torch.autocast(features.device.type, enabled=False):
-        mask = (one_hot + y1 - y1.detach()).to(assignment.dtype) @ assignment
-    masked = mask_channels(features, mask, channel_dim=channel_dim)
-    return masked, mask.to(features.dtype), pseudo_label
 
 
 def template_mask(

@@ -21,6 +21,8 @@ from tests.conftest import Backend, expected_server
 OPERATORS = {
     "bernoulli_mask",
     "bernoulli_parameters_backward",
+    "draw_filters",
+    "draw_labels",
     "filter_loss",
     "filter_loss_running",
     "group_correlation",

@@ -191,6 +191,7 @@ def test_the_documentation_lists_every_page_and_every_public_module():
         "__main__",
         "_C",
         "_extras",
+        "_files",
         "_terminal",
         "_version",
         "checks",

@@ -116,6 +116,24 @@ def _scale(x, y, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s):
     )
 
 
+@triton.jit
+def _kept(seed, index, p, rank, mask_type: tl.constexpr):
+    """Bernoulli draws number ``index`` with probabilities ``p``, 1 or 0."""
+    bits = _random_24_bits(index, tl.load(seed), 0, rank)
+    return (bits.to(tl.float32) * 5.9604644775390625e-8 < p).to(mask_type)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def filters_kernel(
+    probabilities, seed, rank, mask, N, count, p_b, p_n, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Bernoulli draws with a row of probabilities for each sample."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    p = tl.load(probabilities + index // N * p_b + index % N * p_n, mask=inside, other=0.0)
+    tl.store(mask + index, _kept(seed, index, p, rank, mask.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rank"])
 def bernoulli_kernel(
     features, correspondence, label, seed, rank, masked, mask,
@@ -126,9 +144,7 @@ def bernoulli_kernel(
     b, n, s, part = _place(N, S, CHANNELS, POSITIONS)
     k = tl.load(label + b)
     p = tl.load(correspondence + k * p_k + n * p_n, mask=n < N, other=0.0)
-    bits = _random_24_bits(b * N + n, tl.load(seed), 0, rank)
-    keep = bits.to(tl.float32) * 5.9604644775390625e-8 < p
-    factor = keep.to(mask.dtype.element_ty)
+    factor = _kept(seed, b * N + n, p, rank, mask.dtype.element_ty)
     if part == 0:
         tl.store(mask + b * N + n, factor, mask=n < N)
     _scale(features, masked, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s)
@@ -194,6 +210,30 @@ def _tile(features: Tensor) -> tuple[int, int]:
     return min(channels, TILE // positions), positions
 
 
+def draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
+    """Pseudo-labels; see ``reference.masking.draw_labels``."""
+    B, classes = logits.shape
+    label = logits.new_empty((B,), dtype=torch.int64)
+    if B > 0:
+        pseudo_label_kernel[(B,)](
+            logits, seed, rank, label, classes, *logits.stride(),
+            CLASS_BLOCK=min(CLASS_BLOCK, triton.next_power_of_2(classes)),
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return label
+
+
+def draw_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
+    """Bernoulli masks; see ``reference.masking.draw_filters``."""
+    mask = probabilities.new_empty(probabilities.shape)
+    if mask.numel() > 0:
+        filters_kernel[(triton.cdiv(mask.numel(), TILE),)](
+            probabilities, seed, rank, mask, mask.shape[1], mask.numel(), *probabilities.stride(),
+            BLOCK=TILE,
+        )  # fmt: skip
+    return mask
+
+
 def bernoulli_mask(
     features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,14 +243,7 @@ def bernoulli_mask(
     B, N, S = features.shape
     mask_dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     mask = features.new_empty((B, N), dtype=mask_dtype)
-    label = logits.new_empty((B,), dtype=torch.int64)
-    if B > 0:
-        classes = logits.shape[1]
-        pseudo_label_kernel[(B,)](
-            logits, seed, rank, label, classes, *logits.stride(),
-            CLASS_BLOCK=min(CLASS_BLOCK, triton.next_power_of_2(classes)),
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    label = draw_labels(logits, seed, rank)
     if B * N > 0:
         channels, positions = _tile(features)
         grid = (B * triton.cdiv(N, channels) * max(triton.cdiv(S, positions), 1),)

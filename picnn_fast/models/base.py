@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from picnn_fast import checks
-from picnn_fast.models.correspondence import drawn_mask
+from picnn_fast.functional import draw_mask
 from picnn_fast.models.masked_head import MaskedHead
 from picnn_fast.models.on_backbone import parts_on_backbone
 
@@ -271,7 +271,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         probabilities = self.ownership()
         if probabilities is None:
             raise ValueError(f"class_mask: {type(self).__name__} gives no filter to a class")
-        return drawn_mask(probabilities, labels, seed=seed)
+        return draw_mask(probabilities, labels, seed=seed)
 
     def performer(self) -> Performer | None:
         """The trained network that this one explains, or None: it explains itself."""

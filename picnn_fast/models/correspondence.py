@@ -1,13 +1,11 @@
-"""The filter-class correspondence matrix of PICNN: its probabilities, optimiser group and draws."""
+"""The filter-class correspondence matrix of PICNN: its probabilities and optimiser group."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from picnn_fast import checks
-from picnn_fast.functional import bernoulli_mask
 
 NORMALIZATIONS = ("class_softmax", "sigmoid")
 INITIAL = ("uniform", "published")
@@ -90,26 +88,3 @@ class Correspondence(nn.Module):
 
     def extra_repr(self) -> str:
         return f"normalization={self.normalization!r}, initial={self.initial!r}"
-
-
-def drawn_mask(
-    probabilities: Tensor, labels: Tensor, *, seed: int | Tensor | None = None
-) -> Tensor:
-    """A Bernoulli mask ``[B, N]`` for the rows of ``[K, N]`` probabilities that labels name.
-
-    Args:
-        probabilities: in [0, 1].
-        labels: ``[B]`` integers in [0, K), on the same device.
-        seed: as in ``functional.bernoulli_mask``.
-
-    Raises:
-        TypeError, ValueError: labels that are no class indices.
-    """
-    checks.tensor("labels", labels)
-    checks.labels("labels", labels, labels.numel(), len(probabilities))
-    checks.same_device("labels", labels, "the model", probabilities)
-    # All of softmax's weight on the label: the pseudo-label drawn is the label itself.
-    logits = probabilities.new_full((len(labels), len(probabilities)), -math.inf)
-    logits = logits.scatter(1, labels.to(torch.int64)[:, None], 0.0)
-    maps = probabilities.new_zeros(len(labels), probabilities.shape[1])
-    return bernoulli_mask(maps, logits, probabilities, seed=seed)[1]

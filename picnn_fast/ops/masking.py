@@ -1,7 +1,6 @@
 """Operators of the masking family: masks of channels, drawn (PICNN) or by a gate's rows (CSG)."""
 
-import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,151 +11,300 @@ from picnn_fast.ops.layout import readable
 from picnn_fast.reference import masking as reference
 
 
-def _fake_bernoulli_mask(
-    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+def bernoulli_mask(
+    features: Tensor,
+    logits: Tensor,
+    correspondence: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    rank: int | None = None,
+    channel_dim: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask_dtype = reference.accumulate_dtype(features.dtype)
-    return (
-        torch.empty_like(features),
-        features.new_empty(features.shape[:2], dtype=mask_dtype),
-        logits.new_empty(logits.shape[:1], dtype=torch.int64),
-    )
+    """Mask feature maps by the filters drawn for a pseudo-label (PICNN, eq. 4-10).
 
+    A pseudo-label is drawn for each sample from softmax(logits); filter i of that sample is kept
+    with probability ``correspondence[pseudo_label, i]``. Gradients are straight-through: those of
+    ``mask = ỹ @ correspondence`` with ỹ the one-hot pseudo-label carrying the gradient of
+    softmax(logits). The same seed gives the same mask on every backend and device, bit for bit.
 
-def _fake_parameters_backward(
-    grad_mask: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
-) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape), correspondence.new_empty(correspondence.shape)
+    Args:
+        features: ``[B, N, *spatial]`` float32, float64, bfloat16 or float16. Contiguous and
+            channels_last inputs are read in place and keep their layout.
+        logits: ``[B, K]`` of the discrimination pathway, any of these dtypes (float16 and
+            bfloat16 are widened to float32). A row with NaN or +inf draws the last class.
+        correspondence: ``[K, N]`` probabilities in [0, 1], any of these dtypes.
+        seed: 64-bit int, or int64 tensor of one element on the device of ``features``; None draws
+            one from torch's generator, so ``torch.manual_seed`` reproduces the call.
+        rank: separates the draws of processes that share a seed; None takes the rank in the
+            default process group, 0 alone.
+        channel_dim: the filter axis of ``features``, e.g. -1 for ``[B, T, N]`` tokens.
 
+    Returns:
+        masked, like ``features`` (exactly 0 where a filter is dropped, whatever its map holds);
+        mask ``[B, N]`` of 0 and 1 in the dtype of ``features``; pseudo_label ``[B]`` int64, not
+        differentiable.
 
-def _fake_mask_channels(features: Tensor, mask: Tensor) -> Tensor:
-    return torch.empty_like(features)
+    Raises:
+        TypeError: unsupported dtype, or a seed or rank that is no int.
+        ValueError: shapes or devices that disagree; probabilities outside [0, 1] or not finite.
+            On a GPU, and under torch.compile, this last check runs on the device without a host
+            sync and fails as a device-side assert (RuntimeError), as in ``torch.bernoulli``.
 
+    Note:
+        The gradient of the mask is the sum over positions of features times gradient, for dropped
+        filters too (that is how they learn to come back), so a NaN in a dropped map makes the
+        gradient of that one probability NaN.
 
-def _fake_masking_backward(
-    grad_masked: Tensor, features: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(features), mask.new_empty(mask.shape)
-
-
-def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the maps and of the mask.
-
-    Gradients are recorded in a backward pass with ``create_graph`` alone: these then have gradients
-    themselves.
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import bernoulli_mask
+        >>> masked, mask, pseudo_label = bernoulli_mask(
+        ...     torch.ones(2, 3, 4, 4), torch.tensor([[9., 0.], [0., 9.]]),
+        ...     torch.tensor([[1., 0., 1.], [0., 1., 0.]]), seed=0)
+        >>> pseudo_label.tolist(), mask.tolist()
+        ([0, 1], [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
     """
-    if torch.is_grad_enabled():
-        grad_features = torch.ops.picnn_fast.mask_channels.default(readable(grad_masked), mask)
-        products = features.to(mask.dtype) * grad_masked.to(mask.dtype)
-        return grad_features, products.reshape(*mask.shape, math.prod(features.shape[2:])).sum(-1)
-    grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.masking_backward.default(
-        readable(grad_masked), features, mask
+    maps = _channels_second(features, channel_dim)
+    _check_draws(maps, logits, correspondence, channel_dim)
+    rank, seed = checks.rank(rank), checks.seed(seed, features.device)
+    checks.probabilities("correspondence", correspondence)
+    masked, mask, pseudo_label = torch.ops.picnn_fast.bernoulli_mask.default(
+        readable(maps), checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
     )
-    return grads
+    if channel_dim != 1:
+        masked = masked.movedim(1, channel_dim)
+    return masked, _as(mask, features.dtype), pseudo_label
 
 
-def _parameters_gradient(
-    grad_z: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the logits and of the correspondence, as ``_maps_gradient``."""
-    if not torch.is_grad_enabled():
-        grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_parameters_backward.default(
-            grad_z, logits, correspondence, pseudo_label
-        )
-        return grads
+def gumbel_mask(
+    features: Tensor,
+    logits: Tensor,
+    correspondence: Tensor,
+    *,
+    temperature: float = 0.01,
+    seed: int | Tensor | None = None,
+    channel_dim: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gumbel-softmax in place of the Bernoulli draw: the ablation of PICNN, table 4.
+
+    In plain PyTorch, but for the masking itself.
+
+    One assignment of filters to classes is drawn per call, a Gumbel-softmax of ``correspondence``
+    over the class axis with noise from torch's generator, and each sample is masked by the row of
+    its pseudo-label. The pseudo-label is drawn, and differentiated, as in ``bernoulli_mask``.
+
+    Args:
+        temperature: of the Gumbel-softmax; > 0.
+        features, logits, correspondence, seed, channel_dim: see ``bernoulli_mask``; ``seed`` rules
+            the pseudo-label alone.
+
+    Returns:
+        masked, mask (in [0, 1], near 0 or 1 at low temperature) and pseudo_label, as
+        ``bernoulli_mask``.
+
+    Raises:
+        TypeError, ValueError: a temperature that is not a positive number; and as
+            ``bernoulli_mask``.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import gumbel_mask
+        >>> _, mask, _ = gumbel_mask(
+        ...     torch.ones(1, 2, 3, 3), torch.tensor([[9., 0.]]), torch.eye(2), seed=0)
+        >>> mask.round().tolist()
+        [[1.0, 0.0]]
+    """
+    checks.positive("temperature", temperature)
+    maps = _channels_second(features, channel_dim)
+    _check_draws(maps, logits, correspondence, channel_dim)
+    rank, seed = checks.rank(None), checks.seed(seed, features.device)
+    checks.probabilities("correspondence", correspondence)
+    logits, table = checks.accumulable(logits), checks.accumulable(correspondence)
+    pseudo_label = torch.ops.picnn_fast.draw_labels.default(logits.detach(), seed, rank)
+    assignment = torch.nn.functional.gumbel_softmax(
+        table.clamp_min(torch.finfo(torch.float32).tiny).log(), tau=temperature, dim=0
+    )
     y1 = logits.softmax(-1)
-    one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
-    with torch.autocast(logits.device.type, enabled=False):
-        grad_y1 = grad_z @ correspondence.T
-        # Straight through: the one-hot label carries the gradient of the softmax here too.
-        grad_correspondence = (one_hot + y1 - y1.detach()).T @ grad_z
-    return y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True)), grad_correspondence
+    with torch.autocast(features.device.type, enabled=False):
+        mask = (_one_hot(pseudo_label, y1) + y1 - y1.detach()).to(assignment.dtype) @ assignment
+    masked = mask_channels(features, mask, channel_dim=channel_dim)
+    return masked, _as(mask, features.dtype), pseudo_label
 
 
-def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value.to(dtype)``, without the dispatch where that changes nothing."""
-    return value if value.dtype == dtype else value.to(dtype)
+def draw_mask(
+    correspondence: Tensor,
+    labels: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    rank: int | None = None,
+) -> Tensor:
+    """Draw masks of channels for labels that are given (PICNN, eq. 7).
+
+    Args:
+        correspondence: ``[K, N]`` probabilities in [0, 1], float32, float64, bfloat16 or float16.
+        labels: ``[B]`` integers in [0, K).
+        seed, rank: see ``bernoulli_mask``, whose mask this is where it draws these labels.
+
+    Returns:
+        ``[B, N]`` of 0 and 1 in the dtype of ``correspondence``, whose gradient is that of
+        ``correspondence[labels]`` (straight-through).
+
+    Raises:
+        TypeError: unsupported dtype, labels that are not integers, a seed or rank that is no int.
+        ValueError: shapes or devices that disagree; labels out of range, probabilities outside
+            [0, 1] or not finite (on a GPU and under torch.compile a device-side assert, see
+            ``bernoulli_mask``).
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import draw_mask
+        >>> draw_mask(torch.tensor([[1., 0.], [0., 1.]]), torch.tensor([1, 0, 1]))
+        tensor([[0., 1.],
+                [1., 0.],
+                [0., 1.]])
+    """
+    _check_table("correspondence", correspondence)
+    checks.tensor("labels", labels)
+    checks.labels("labels", labels, labels.numel(), correspondence.shape[0])
+    checks.same_device("labels", labels, "correspondence", correspondence)
+    rank, seed = checks.rank(rank), checks.seed(seed, correspondence.device)
+    checks.probabilities("correspondence", correspondence)
+    rows = _rows(checks.accumulable(correspondence), labels)
+    mask: Tensor = torch.ops.picnn_fast.draw_filters.default(rows, seed, rank)
+    return _as(mask, correspondence.dtype)
 
 
-def _setup_bernoulli_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, logits, correspondence, _, _ = inputs
-    _, mask, pseudo_label = output
-    ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
-    ctx.mark_non_differentiable(pseudo_label)
+def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int = 1) -> Tensor:
+    """Scale each channel of each sample's feature maps.
 
+    Args:
+        features: ``[B, N, *spatial]`` float32, float64, bfloat16 or float16.
+        mask: ``[B, N]`` any of these dtypes; used in float32 (float64 for float64 features).
+        channel_dim: the filter axis of ``features``.
 
-def _bernoulli_mask_gradient(
-    ctx: Any,
-    saved: tuple[Tensor, ...],
-    grad_masked: Tensor | None,
-    grad_mask: Tensor | None,
-    _: None,
-) -> tuple[Tensor | None, ...]:
-    """Straight-through gradients of the Bernoulli mask (PICNN eq. 5, 8)."""
-    features, logits, correspondence, mask, pseudo_label = saved
-    grad_features, grad_z = None, grad_mask
-    if grad_masked is not None:
-        grad_features, grad_z = _maps_gradient(grad_masked, features, mask)
-        if grad_mask is not None:
-            grad_z = grad_z + grad_mask
-    grad_logits = grad_correspondence = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        assert grad_z is not None
-        dtype = torch.promote_types(logits.dtype, correspondence.dtype)
-        grad_logits, grad_correspondence = _parameters_gradient(
-            _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
+    Returns:
+        ``features[b, i] * mask[b, i]``, like ``features``; exactly 0 where the mask is 0, whatever
+        the features hold there.
+
+    Raises:
+        TypeError: unsupported dtype.
+        ValueError: shapes or devices that disagree.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import mask_channels
+        >>> mask_channels(torch.ones(1, 2, 1, 1), torch.tensor([[0.5, 0.0]])).flatten()
+        tensor([0.5000, 0.0000])
+    """
+    maps = _channels_second(features, channel_dim)
+    checks.floating("mask", mask)
+    if mask.shape != maps.shape[:2]:
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, want {tuple(maps.shape[:2])}: the batch and the"
+            f" channels, axis {channel_dim}, of features {tuple(features.shape)}"
         )
-        grad_logits = _as(grad_logits, logits.dtype)
-        grad_correspondence = _as(grad_correspondence, correspondence.dtype)
-    return grad_features, grad_logits, grad_correspondence
+    checks.same_device("mask", mask, "features", features)
+    return _masked(maps, _as(mask, reference.accumulate_dtype(features.dtype)), channel_dim)
 
 
-def _setup_mask_channels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int = 1) -> Tensor:
+    """Scale feature maps by the gate row of each sample's label (Class-Specific Gate, section 3.1).
+
+    Args:
+        features: ``[B, N, *spatial]`` float32, float64, bfloat16 or float16.
+        gate: ``[K, N]`` any of these dtypes; used in float32 (float64 for float64 features).
+        labels: ``[B]`` integers in [0, K).
+        channel_dim: the filter axis of ``features``.
+
+    Returns:
+        ``mask_channels(features, gate[labels])``: exactly 0 where the gate is 0.
+
+    Raises:
+        TypeError: unsupported dtype, labels that are not integers.
+        ValueError: shapes or devices that disagree, labels out of range (on a GPU and under
+            torch.compile a device-side assert, see ``bernoulli_mask``).
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import class_gate
+        >>> gate, labels = torch.tensor([[.5, 0.]]), torch.tensor([0])
+        >>> class_gate(torch.ones(1, 2, 1, 1), gate, labels).flatten()
+        tensor([0.5000, 0.0000])
+    """
+    maps = _channels_second(features, channel_dim)
+    _check_filters("gate", gate, maps, channel_dim)
+    checks.labels("labels", labels, maps.shape[0], gate.shape[0])
+    checks.same_device("labels", labels, "features", features)
+    # Widened before a row is taken: the gradients of its samples are summed in the wider type.
+    rows = _rows(_as(gate, reference.accumulate_dtype(features.dtype)), labels)
+    return _masked(maps, rows, channel_dim)
 
 
-def _mask_channels_gradient(
-    ctx: Any, saved: tuple[Tensor, ...], grad_masked: Tensor
-) -> tuple[Tensor, Tensor]:
-    features, mask = saved
-    return _maps_gradient(grad_masked, features, mask)
+def project_gate(gate: Tensor) -> Tensor:
+    """A gate back among those allowed: in [0, 1], and 1 for some class of every filter.
+
+    Each filter's column is divided by its greatest element, the sign included, and clipped to
+    [0, 1], as in the authors' code. A column without a positive element, which yields NaN or all
+    ones there, becomes 1 at its greatest element and 0 elsewhere. Composed of PyTorch's operators:
+    a gate is small beside the maps it is for.
+
+    Args:
+        gate: ``[K, N]`` float32, float64, bfloat16 or float16.
+
+    Returns:
+        Of the same shape and dtype; what is allowed already is returned as it is. A column with
+        NaN keeps it.
+
+    Raises:
+        TypeError: unsupported dtype.
+        ValueError: no gate ``[K, N]`` of at least one class.
+
+    Source:
+        Liang et al., "Training Interpretable Convolutional Neural Networks by Differentiating
+        Class-specific Filters", ECCV 2020, section 3.4.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import project_gate
+        >>> project_gate(torch.tensor([[0.2, -3.0], [0.4, -1.0]]))
+        tensor([[0.5000, 0.0000],
+                [1.0000, 1.0000]])
+    """
+    return reference.project_gate(_gate(gate))
 
 
-define(
-    "masking",
-    "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed,"
-    " SymInt rank) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
-    reference=reference.bernoulli_mask,
-    fake=_fake_bernoulli_mask,
-    setup_context=_setup_bernoulli_mask,
-    backward=_bernoulli_mask_gradient,
-)
-define(
-    "masking",
-    "mask_channels(Tensor features, Tensor mask) -> Tensor",
-    reference=reference.mask_channels,
-    fake=_fake_mask_channels,
-    setup_context=_setup_mask_channels,
-    backward=_mask_channels_gradient,
-)
-define(
-    "masking",
-    "bernoulli_parameters_backward(Tensor grad_mask, Tensor logits, Tensor correspondence,"
-    " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
-    reference=reference.bernoulli_parameters_backward,
-    fake=_fake_parameters_backward,
-    triton=False,  # small matrix algebra: the library's product serves
-)
-define(
-    "masking",
-    "masking_backward(Tensor grad_masked, Tensor features, Tensor mask)"
-    " -> (Tensor grad_features, Tensor grad_mask)",
-    reference=reference.masking_backward,
-    fake=_fake_masking_backward,
-)
+def gate_penalty(
+    gate: Tensor, bound: float, *, norm: Literal["l1", "l2", "smooth_l1"] = "l1"
+) -> Tensor:
+    """What is to be paid for a gate above its bound: ψ(max(‖gate‖₁ - bound, 0)) (CSG, eq. 3).
+
+    Args:
+        gate: ``[K, N]`` float32, float64, bfloat16 or float16.
+        bound: g, a number >= 0.
+        norm: ψ(r): "l1" is r, "l2" is r², "smooth_l1" r²/2 up to 1 and r - 1/2 beyond.
+
+    Returns:
+        A scalar, float64 for a float64 gate, else float32.
+
+    Raises:
+        TypeError: unsupported dtype, a bound that is no number.
+        ValueError: no gate ``[K, N]``, a bound below 0, an unknown norm.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import gate_penalty
+        >>> gate_penalty(torch.ones(2, 3), 4.0), gate_penalty(torch.ones(2, 3), 7.0)
+        (tensor(2.), tensor(0.))
+    """
+    checks.non_negative("bound", bound)
+    checks.one_of("norm", norm, ("l1", "l2", "smooth_l1"))
+    return reference.gate_penalty(checks.accumulable(_gate(gate)), bound, norm)
 
 
-def channels_second(features: Tensor, channel_dim: int) -> Tensor:
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _channels_second(features: Tensor, channel_dim: int) -> Tensor:
     """A view ``[B, N, *spatial]``, after checking both arguments."""
     checks.floating("features", features)
     if features.ndim < 2:
@@ -175,32 +323,24 @@ def channels_second(features: Tensor, channel_dim: int) -> Tensor:
     return features.movedim(channel_dim, 1)
 
 
-def check_table(
-    name: str, table: Tensor, num_filters: int, features: Tensor, channel_dim: int
-) -> None:
+def _check_table(name: str, table: Tensor) -> None:
     checks.floating(name, table)
     if table.ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(table.shape)}, want [classes, filters]")
-    if table.shape[1] != num_filters:
+
+
+def _check_filters(name: str, table: Tensor, maps: Tensor, channel_dim: int) -> None:
+    _check_table(name, table)
+    if table.shape[1] != maps.shape[1]:
         raise ValueError(
             f"{name}: got {table.shape[1]} filters (shape {tuple(table.shape)}), want"
-            f" {num_filters}, the size of axis {channel_dim} of features {tuple(features.shape)}"
+            f" {maps.shape[1]}, the size of axis {channel_dim} of features"
         )
-    checks.same_device(name, table, "features", features)
+    checks.same_device(name, table, "features", maps)
 
 
-def bernoulli_mask(
-    features: Tensor,
-    logits: Tensor,
-    correspondence: Tensor,
-    *,
-    seed: int | Tensor | None,
-    rank: int | None,
-    channel_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``functional.bernoulli_mask``."""
-    maps = channels_second(features, channel_dim)
-    check_table("correspondence", correspondence, maps.shape[1], features, channel_dim)
+def _check_draws(maps: Tensor, logits: Tensor, correspondence: Tensor, channel_dim: int) -> None:
+    _check_filters("correspondence", correspondence, maps, channel_dim)
     if correspondence.shape[0] < 1:
         raise ValueError("correspondence: got no class, want at least one row")
     checks.floating("logits", logits)
@@ -210,47 +350,7 @@ def bernoulli_mask(
             f"logits: got shape {tuple(logits.shape)}, want {expected}:"
             " the batch of features and the classes of correspondence"
         )
-    checks.same_device("logits", logits, "features", features)
-    rank = checks.rank(rank)
-    seed = checks.seed(seed, features.device)
-    checks.probabilities("correspondence", correspondence)
-    masked, mask, pseudo_label = torch.ops.picnn_fast.bernoulli_mask.default(
-        readable(maps), checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
-    )
-    if channel_dim != 1:
-        masked = masked.movedim(1, channel_dim)
-    return masked, _as(mask, features.dtype), pseudo_label
-
-
-def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int) -> Tensor:
-    """See ``functional.mask_channels``."""
-    maps = channels_second(features, channel_dim)
-    checks.floating("mask", mask)
-    if mask.shape != maps.shape[:2]:
-        raise ValueError(
-            f"mask: got shape {tuple(mask.shape)}, want {tuple(maps.shape[:2])}: the batch and the"
-            f" channels, axis {channel_dim}, of features {tuple(features.shape)}"
-        )
-    checks.same_device("mask", mask, "features", features)
-    return _masked(maps, _as(mask, reference.accumulate_dtype(features.dtype)), channel_dim)
-
-
-def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int) -> Tensor:
-    """See ``functional.class_gate``."""
-    maps = channels_second(features, channel_dim)
-    check_table("gate", gate, maps.shape[1], features, channel_dim)
-    checks.labels("labels", labels, maps.shape[0], gate.shape[0])
-    checks.same_device("labels", labels, "features", features)
-    # Widened before a row is taken: the gradients of its samples are summed in the wider type.
-    rows = _as(gate, reference.accumulate_dtype(features.dtype)).index_select(
-        0, _as(labels, torch.int64)
-    )
-    return _masked(maps, rows, channel_dim)
-
-
-def _masked(maps: Tensor, mask: Tensor, channel_dim: int) -> Tensor:
-    masked: Tensor = torch.ops.picnn_fast.mask_channels.default(readable(maps), mask)
-    return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
+    checks.same_device("logits", logits, "features", maps)
 
 
 def _gate(value: Tensor) -> Tensor:
@@ -262,13 +362,221 @@ def _gate(value: Tensor) -> Tensor:
     return value
 
 
-def project_gate(gate: Tensor) -> Tensor:
-    """See ``functional.project_gate``."""
-    return reference.project_gate(_gate(gate))
+# Between the two ----------------------------------------------------------------------------------
 
 
-def gate_penalty(gate: Tensor, bound: float, *, norm: str) -> Tensor:
-    """See ``functional.gate_penalty``."""
-    checks.non_negative("bound", bound)
-    checks.one_of("norm", norm, ("l1", "l2", "smooth_l1"))
-    return reference.gate_penalty(checks.accumulable(_gate(gate)), bound, norm)
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``, without the dispatch where that changes nothing."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def _rows(table: Tensor, labels: Tensor) -> Tensor:
+    """``table[labels]``, whose gradient has the same bits every time: no atomic sums."""
+    return torch.embedding(table, _as(labels, torch.int64))
+
+
+def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """Rows like ``like``'s; PyTorch's own ``one_hot`` cannot be mapped over by ``vmap``."""
+    return torch.zeros_like(like).scatter(-1, labels[:, None], 1.0)
+
+
+def _masked(maps: Tensor, mask: Tensor, channel_dim: int) -> Tensor:
+    masked: Tensor = torch.ops.picnn_fast.mask_channels.default(readable(maps), mask)
+    return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
+
+
+# Draws --------------------------------------------------------------------------------------------
+
+
+def _fake_draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
+    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
+
+
+define(
+    "masking",
+    "draw_labels(Tensor logits, Tensor seed, SymInt rank) -> Tensor",
+    reference=reference.draw_labels,
+    fake=_fake_draw_labels,
+)
+
+
+def _fake_draw_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
+    return probabilities.new_empty(probabilities.shape)
+
+
+def _draw_filters_gradient(ctx: Any, saved: tuple[()], grad_mask: Tensor) -> tuple[Tensor]:
+    """Straight through."""
+    return (grad_mask,)
+
+
+define(
+    "masking",
+    "draw_filters(Tensor probabilities, Tensor seed, SymInt rank) -> Tensor",
+    reference=reference.draw_filters,
+    fake=_fake_draw_filters,
+    backward=_draw_filters_gradient,
+)
+
+
+# The Bernoulli mask -------------------------------------------------------------------------------
+
+
+def _fake_bernoulli_mask(
+    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask_dtype = reference.accumulate_dtype(features.dtype)
+    return (
+        torch.empty_like(features),
+        features.new_empty(features.shape[:2], dtype=mask_dtype),
+        logits.new_empty(logits.shape[:1], dtype=torch.int64),
+    )
+
+
+def _setup_bernoulli_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, logits, correspondence, _, _ = inputs
+    _, mask, pseudo_label = output
+    ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
+    ctx.mark_non_differentiable(pseudo_label)
+
+
+def _bernoulli_mask_gradient(
+    ctx: Any,
+    saved: tuple[Tensor, ...],
+    grad_masked: Tensor | None,
+    grad_mask: Tensor | None,
+    _: None,
+) -> tuple[Tensor | None, ...]:
+    """Straight-through (PICNN eq. 5, 8)."""
+    features, logits, correspondence, mask, pseudo_label = saved
+    grad_features, grad_z = None, grad_mask
+    if grad_masked is not None:
+        grad_features, grad_z = _maps_gradient(grad_masked, features, mask)
+        if grad_mask is not None:
+            grad_z = grad_z + grad_mask
+    grad_logits = grad_correspondence = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        assert grad_z is not None
+        dtype = torch.promote_types(logits.dtype, correspondence.dtype)
+        grad_logits, grad_correspondence = _parameters_gradient(
+            _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
+        )
+        grad_logits = _as(grad_logits, logits.dtype)
+        grad_correspondence = _as(grad_correspondence, correspondence.dtype)
+    return grad_features, grad_logits, grad_correspondence
+
+
+def _parameters_gradient(
+    grad_z: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the logits and of the correspondence.
+
+    In PyTorch's own operators where they may be differentiated again.
+    """
+    if not torch.is_grad_enabled():
+        grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_parameters_backward.default(
+            grad_z, logits, correspondence, pseudo_label
+        )
+        return grads
+    y1 = logits.softmax(-1)
+    with torch.autocast(logits.device.type, enabled=False):
+        grad_y1 = grad_z @ correspondence.T
+        # Straight through: the one-hot label carries the gradient of the softmax here too.
+        grad_correspondence = (_one_hot(pseudo_label, y1) + y1 - y1.detach()).T @ grad_z
+    return y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True)), grad_correspondence
+
+
+define(
+    "masking",
+    "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed,"
+    " SymInt rank) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
+    reference=reference.bernoulli_mask,
+    fake=_fake_bernoulli_mask,
+    setup_context=_setup_bernoulli_mask,
+    backward=_bernoulli_mask_gradient,
+)
+
+
+def _fake_parameters_backward(
+    grad_mask: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape), correspondence.new_empty(correspondence.shape)
+
+
+define(
+    "masking",
+    "bernoulli_parameters_backward(Tensor grad_mask, Tensor logits, Tensor correspondence,"
+    " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
+    reference=reference.bernoulli_parameters_backward,
+    fake=_fake_parameters_backward,
+    triton=False,  # small matrix algebra: the library's product serves
+)
+
+
+# Masks that are given -----------------------------------------------------------------------------
+
+
+def _fake_mask_channels(features: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the maps and of the mask."""
+    grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.masking_backward.default(
+        readable(grad_masked), features, mask
+    )
+    return grads
+
+
+def _mask_channels_gradient(
+    ctx: Any, saved: tuple[Tensor, Tensor], grad_masked: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _maps_gradient(grad_masked, *saved)
+
+
+define(
+    "masking",
+    "mask_channels(Tensor features, Tensor mask) -> Tensor",
+    reference=reference.mask_channels,
+    fake=_fake_mask_channels,
+    setup_context=_save_inputs,
+    backward=_mask_channels_gradient,
+)
+
+
+def _fake_masking_backward(
+    grad_masked: Tensor, features: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features), mask.new_empty(mask.shape)
+
+
+def _masking_backward_gradient(
+    ctx: Any,
+    saved: tuple[Tensor, Tensor, Tensor],
+    grad_grad_features: Tensor | None,
+    grad_grad_mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of ``grad_masked * mask`` and of the sums of ``features * grad_masked``."""
+    grad_masked, features, mask = saved
+    to_grad = to_features = to_mask = None
+    if grad_grad_features is not None:
+        to_grad, to_mask = _maps_gradient(grad_grad_features, grad_masked, mask)
+    if grad_grad_mask is not None:
+        to_features = torch.ops.picnn_fast.mask_channels.default(grad_masked, grad_grad_mask)
+        through = torch.ops.picnn_fast.mask_channels.default(features, grad_grad_mask)
+        to_grad = through if to_grad is None else to_grad + through
+    return to_grad, to_features, to_mask
+
+
+define(
+    "masking",
+    "masking_backward(Tensor grad_masked, Tensor features, Tensor mask)"
+    " -> (Tensor grad_features, Tensor grad_mask)",
+    reference=reference.masking_backward,
+    fake=_fake_masking_backward,
+    setup_context=_save_inputs,
+    backward=_masking_backward_gradient,
+)

@@ -91,8 +91,8 @@ def softmax_weights(logits: Tensor) -> Tensor:
     return torch.where(in_range, weights, 0)
 
 
-def sample_pseudo_label(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
-    """Categorical draw from softmax(logits) by inverse CDF (PICNN eq. 9-10).
+def draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
+    """Pseudo-labels, categorical draws from softmax(logits) by inverse CDF (PICNN eq. 9-10).
 
     Returns:
         int64 ``[B]``: the first class whose cumulative weight exceeds u * total, u a multiple of
@@ -107,11 +107,15 @@ def sample_pseudo_label(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
     return (cumulative <= threshold[:, None]).sum(-1).clamp_max(classes - 1)
 
 
-def sample_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
-    """Independent Bernoulli draws, bool ``[B, N]``: kept where u < p (PICNN eq. 7)."""
+def draw_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
+    """Independent Bernoulli draws: 1 where u < p, else 0 (PICNN eq. 7).
+
+    ``probabilities`` ``[B, N]`` is float32 or float64, and so is the mask.
+    """
     index = torch.arange(probabilities.numel(), device=probabilities.device)
     bits = random_24_bits(index.view(probabilities.shape), seed, FILTER_STREAM, rank)
-    return bits.float() * 2.0**-24 < probabilities
+    kept = bits.float() * 2.0**-24 < probabilities
+    return kept.to(probabilities.dtype, memory_format=torch.contiguous_format)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -150,9 +154,9 @@ def bernoulli_mask(
         masked, like ``features``; mask ``[B, N]`` (float32; float64 for float64 features) and
         pseudo_label ``[B]`` int64.
     """
-    pseudo_label = sample_pseudo_label(logits, seed, rank)
-    keep = sample_filters(correspondence[pseudo_label], seed, rank)
-    mask = keep.to(accumulate_dtype(features.dtype))
+    pseudo_label = draw_labels(logits, seed, rank)
+    mask = draw_filters(correspondence[pseudo_label], seed, rank)
+    mask = mask.to(accumulate_dtype(features.dtype))
     return mask_channels(features, mask), mask, pseudo_label
 
 
@@ -164,12 +168,12 @@ def straight_through(
     Arguments and results as ``bernoulli_mask``; every product is an ordinary one, so NaN in a
     dropped map shows here.
     """
-    pseudo_label = sample_pseudo_label(logits.detach(), seed, rank)
+    pseudo_label = draw_labels(logits.detach(), seed, rank)
     y1 = logits.softmax(-1)
     one_hot = torch.nn.functional.one_hot(pseudo_label, logits.shape[-1])
     p = (one_hot + y1 - y1.detach()) @ correspondence
-    keep = sample_filters(correspondence.detach()[pseudo_label], seed, rank)
-    mask = (keep + p - p.detach()).to(accumulate_dtype(features.dtype))
+    kept = draw_filters(correspondence.detach()[pseudo_label], seed, rank)
+    mask = (kept + p - p.detach()).to(accumulate_dtype(features.dtype))
     return features * _beside(mask, features).to(features.dtype), mask, pseudo_label
 
 
@@ -189,8 +193,16 @@ def bernoulli_parameters_backward(
         grad_y1 = grad_mask @ correspondence.T
     y1 = logits.softmax(-1)
     grad_logits = y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True))
-    grad_correspondence = correspondence.new_zeros(correspondence.shape)
-    return grad_logits, grad_correspondence.index_add_(0, pseudo_label, grad_mask)
+    return grad_logits, sums_by_label(grad_mask, pseudo_label, len(correspondence))
+
+
+def sums_by_label(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Rows ``[B, N]`` added up by label, ``[classes, N]``; the same bits every time."""
+    sums = rows.new_zeros(classes, rows.shape[1])
+    if rows.is_cuda:
+        # index_add_ would add there in whatever order threads come; this sorts the labels first.
+        return sums.index_put_((labels,), rows, accumulate=True)
+    return sums.index_add_(0, labels, rows)
 
 
 def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

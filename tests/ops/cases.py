@@ -216,6 +216,25 @@ def _mask(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tenso
     return mask.to(accumulate_dtype(dtype))
 
 
+def _draw_labels(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    logits = torch.randn(shape, generator=generator).mul(2).to(dtype)
+    return matrix(logits, layout), torch.tensor([-12345]), 1
+
+
+def _draw_filters(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    probabilities = torch.rand(shape, generator=generator).to(dtype)
+    return matrix(probabilities, layout), torch.tensor([-12345]), 1
+
+
+def _drawn_straight_through(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
+    kept = masking_reference.draw_filters(probabilities.detach(), seed, rank)
+    return kept + probabilities - probabilities.detach()
+
+
 def _bernoulli_mask(
     shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Arguments:
@@ -269,7 +288,37 @@ def matrix(values: Tensor, layout: str) -> Tensor:
 
 MATRIX_LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 
+# Of tables of a row a sample.
+_DRAWS: dict[str, Any] = _MASKING | {
+    "shapes": {
+        "odd": (33, 11),
+        "small": (4, 5),
+        "one_of_each": (1, 1),
+        "vector_tails": (3, 1031),
+        "empty_batch": (0, 3),
+    },
+    "layouts": MATRIX_LAYOUTS,
+    "many": (300, 700),
+    "any_shape": st.tuples(st.integers(0, 40), st.integers(1, 40)),
+    "free": {0: (0, 1)},
+    "dtypes": DTYPES[:2],
+}
+
 MASKING = (
+    OperatorCase(
+        name="draw_labels", make=_draw_labels, rounding=(None,), judged_wide=False, **_DRAWS
+    ),
+    OperatorCase(
+        name="draw_filters",
+        make=_draw_filters,
+        rounding=(None,),
+        leaves=(0,),
+        gradient_rounding=(0,),
+        plain=_drawn_straight_through,
+        judged_wide=False,
+        # A table's gradient lies as the mask does, whatever the table's layout.
+        **(_DRAWS | {"layouts": ("contiguous", "strided", "expanded")}),
+    ),
     OperatorCase(
         name="bernoulli_mask",
         make=_bernoulli_mask,

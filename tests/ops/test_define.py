@@ -122,12 +122,12 @@ def test_what_is_called_without_gradients_inside_a_transform_has_none():
     torch.testing.assert_close(torch.func.grad(half)(x), want.expand_as(x))
 
 
-@pytest.mark.parametrize("name", ["masking_backward", "soft_histogram_backward"])
+@pytest.mark.parametrize("name", ["bernoulli_parameters_backward", "soft_histogram_backward"])
 def test_an_operator_without_a_derivative_refuses_to_be_differentiated(name):
-    x, y, _ = inputs()
+    x, y, z = inputs()
     x.requires_grad_()
-    if name == "masking_backward":
-        out = torch.ops.picnn_fast.masking_backward(x, x.detach(), P[y])[0]
+    if name == "bernoulli_parameters_backward":
+        out = torch.ops.picnn_fast.bernoulli_parameters_backward(x[:, :, 0, 0], z, P, y)[0]
     else:
         counts = torch.rand(6, 4, 3, dtype=torch.float64)
         ones = torch.ones(6, dtype=torch.float64)

@@ -13,7 +13,7 @@ from picnn_fast.ops.filter_loss import FilterLossState
 from picnn_fast.reference import filter_loss as reference
 from tests.cases import in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
-from tests.ops.test_masking_autograd import OPCHECKS
+from tests.ops.test_conformance import OPCHECKS
 from tests.reference.test_filter_loss import TEMPLATES, all_templates, of_filter, running_loss
 
 SHAPE = (3, 2, 3, 4)

@@ -7,9 +7,17 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
-from picnn_fast.functional import bernoulli_mask, class_gate, gumbel_mask, mask_channels
+from picnn_fast.functional import (
+    bernoulli_mask,
+    class_gate,
+    draw_mask,
+    gumbel_mask,
+    mask_channels,
+)
+from picnn_fast.reference import masking as reference
 from tests.conftest import Backend
 
 BATCH, FILTERS, CLASSES = 3, 5, 4
@@ -93,42 +101,17 @@ def test_bernoulli_gradients_of_tokens_and_vectors_are_the_same_definition(backe
     )
 
 
-def test_bernoulli_gradcheck_in_the_features(backend: Backend):
-    features, logits, correspondence = inputs(backend.device)
-    assert gradcheck(
-        lambda x: bernoulli_mask(x, logits.detach(), correspondence.detach(), seed=SEED)[0],
-        features,
-        fast_mode=backend.slow,
-    )
-
-
-def test_class_gate_gradcheck(backend: Backend):
-    features, _, gate = inputs(backend.device)
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_first_and_second_derivatives_equal_differences(backend: Backend, check):
+    features, _, gate = inputs(backend.device, size=(1, 2))
     labels = torch.tensor([3, 0, 3], device=backend.device)
-    assert gradcheck(
-        lambda x, g: class_gate(x, g, labels), (features, gate), fast_mode=backend.slow
-    )
     tokens = features.detach().flatten(2).transpose(1, 2).requires_grad_()
-    assert gradcheck(
-        lambda x, g: class_gate(x, g, labels, channel_dim=2), (tokens, gate), fast_mode=backend.slow
-    )
-
-
-def test_only_the_gradients_asked_for_are_computed(backend: Backend):
-    leaves = inputs(backend.device)
-    everything = bernoulli_mask(*leaves, seed=SEED)[0].sum()
-    expected = torch.autograd.grad(everything, leaves)
-    for wanted in range(3):
-        some = [t if i == wanted else t.detach() for i, t in enumerate(leaves)]
-        masked, _, label = bernoulli_mask(*some, seed=SEED)
-        masked.sum().backward()
-        torch.testing.assert_close(some[wanted].grad, expected[wanted])
-        assert all(t.grad is None for i, t in enumerate(some) if i != wanted)
-        some[wanted].grad = None
-        assert not label.requires_grad
-    masked, mask, _ = bernoulli_mask(*(t.detach() for t in leaves), seed=SEED)
-    assert not masked.requires_grad
-    assert not mask.requires_grad
+    mask = gate.detach()[:BATCH].clone().requires_grad_()
+    for function, leaves in (
+        (mask_channels, (features, mask)),
+        (lambda x, g: class_gate(x, g, labels, channel_dim=2), (tokens, gate)),
+    ):
+        assert check(function, leaves, fast_mode=backend.slow)
 
 
 def test_a_dropped_filter_still_learns(backend: Backend):
@@ -198,58 +181,46 @@ def per_channel(rows: Tensor, x: Tensor, channel_dim: int) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_inplace_layer_may_follow_the_bernoulli_mask(backend: Backend, layout):
-    features, *parameters = inputs(backend.device)
-    x, channel_dim = laid_out(features, layout)
-    before = x.detach().clone()
-    relu = torch.nn.ReLU(inplace=True)
-    weight = torch.arange(x.numel(), device=x.device).view_as(x)
-    masked, mask, label = bernoulli_mask(x, *parameters, seed=SEED, channel_dim=channel_dim)
-    assert channel_dim != 1 or not masked._is_view()
-    out = relu(masked)
-    assert out.data_ptr() == masked.data_ptr()
-    assert (out >= 0).all()
-    assert torch.equal(x, before)
-    got = torch.autograd.grad((out * weight).sum(), (x, *parameters))
-
-    _, z = straight_through(torch.zeros_like(mask), *parameters, mask, label)
-    want = (x * per_channel(z, x, channel_dim)).relu()
-    assert want.any()
-    torch.testing.assert_close(out, want)
-    expected = torch.autograd.grad((want * weight).sum(), (x, *parameters))
-    for one, two in zip(got, expected, strict=True):
-        assert two.any()
-        torch.testing.assert_close(one, two)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_inplace_layer_may_follow_the_class_gate(backend: Backend, layout):
-    features, _, gate = inputs(backend.device)
+def test_an_inplace_layer_may_follow(backend: Backend, layout):
+    features, logits, table = inputs(backend.device)
     x, channel_dim = laid_out(features, layout)
     before = x.detach().clone()
     labels = torch.tensor([3, 0, 3], device=backend.device)
     weight = torch.arange(x.numel(), device=x.device).view_as(x)
-    masked = class_gate(x, gate, labels, channel_dim=channel_dim)
-    assert channel_dim != 1 or not masked._is_view()
-    out = torch.nn.ReLU(inplace=True)(masked)
-    assert out.data_ptr() == masked.data_ptr()
-    assert torch.equal(x, before)
-    got = torch.autograd.grad((out * weight).sum(), (x, gate))
 
-    want = (x * per_channel(gate[labels], x, channel_dim)).relu()
-    torch.testing.assert_close(out, want)
-    expected = torch.autograd.grad((want * weight).sum(), (x, gate))
-    for one, two in zip(got, expected, strict=True):
-        assert two.any()
-        torch.testing.assert_close(one, two)
+    def drawn(x: Tensor, logits: Tensor, table: Tensor) -> Tensor:
+        return bernoulli_mask(x, logits, table, seed=SEED, channel_dim=channel_dim)[0]
+
+    def gated(x: Tensor, table: Tensor) -> Tensor:
+        return class_gate(x, table, labels, channel_dim=channel_dim)
+
+    _, mask, label = bernoulli_mask(x, logits, table, seed=SEED, channel_dim=channel_dim)
+    _, z = straight_through(torch.zeros_like(mask), logits, table, mask, label)
+    for function, leaves, factor in (
+        (drawn, (x, logits, table), z),
+        (gated, (x, table), table[labels]),
+    ):
+        masked = function(*leaves)
+        assert channel_dim != 1 or not masked._is_view()
+        out = torch.nn.ReLU(inplace=True)(masked)
+        assert out.data_ptr() == masked.data_ptr()
+        assert torch.equal(x, before)
+        want = (x * per_channel(factor, x, channel_dim)).relu()
+        assert want.any()
+        torch.testing.assert_close(out, want)
+        got = torch.autograd.grad((out * weight).sum(), leaves)
+        expected = torch.autograd.grad((want * weight).sum(), leaves)
+        for one, two in zip(got, expected, strict=True):
+            assert two.any()
+            torch.testing.assert_close(one, two)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_inplace_layer_may_follow_under_compile(backend: Backend, layout):
-    features, logits, correspondence = inputs(backend.device)
+def test_an_inplace_layer_may_follow_under_compile(cpp: Backend, layout):
+    features, logits, correspondence = inputs(cpp.device)
     x, channel_dim = laid_out(features, layout)
-    labels = torch.tensor([3, 0, 3], device=backend.device)
+    labels = torch.tensor([3, 0, 3])
 
     def loss(x: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
         masked, _, _ = bernoulli_mask(x, logits, correspondence, seed=SEED, channel_dim=channel_dim)
@@ -291,66 +262,45 @@ def assert_same_second_derivatives(
     torch.testing.assert_close(*penalties, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("through", ["masked", "mask", "both"])
-@pytest.mark.parametrize("layout", ["maps", "tokens", "vectors"])
-def test_bernoulli_second_derivatives_are_the_straight_through_definition(
-    backend: Backend, layout, through
-):
-    features, *parameters = inputs(backend.device, size=(1, 2))
-    x, channel_dim = laid_out(features, layout)
-    _, mask, label = bernoulli_mask(x, *parameters, seed=SEED, channel_dim=channel_dim)
+def test_the_hessian_is_that_of_the_straight_through_definition(backend: Backend):
+    leaves = inputs(backend.device, size=(1, 2))
+    _, mask, label = bernoulli_mask(*leaves, seed=SEED)
     assert 0 < mask.sum() < mask.numel()
 
     def loss(masked: Tensor, z: Tensor) -> Tensor:
-        total = masked.new_zeros(())
-        if through != "mask":
-            weight = torch.arange(masked.numel(), device=masked.device).view_as(masked)
-            total = total + (masked.sin() * weight).sum()
-        if through != "masked":
-            total = total + (z.exp() * torch.arange(z.numel(), device=z.device).view_as(z)).sum()
-        return total
+        weight = torch.arange(masked.numel(), device=masked.device).view_as(masked)
+        return (masked.sin() * weight).sum() + (z.exp() * weight.sum((2, 3))).sum()
 
-    def ours(x: Tensor, *parameters: Tensor) -> Tensor:
-        return loss(*bernoulli_mask(x, *parameters, seed=SEED, channel_dim=channel_dim)[:2])
-
-    def definition(x: Tensor, *parameters: Tensor) -> Tensor:
-        _, z = straight_through(torch.zeros_like(mask), *parameters, mask, label)
-        return loss(x * per_channel(z, x, channel_dim), z)
-
-    if through == "mask":  # nothing depends on the maps
-        assert_same_second_derivatives(
-            backend,
-            lambda *leaves: ours(x, *leaves),
-            lambda *leaves: definition(x, *leaves),
-            (*parameters,),
-        )
-    else:
-        assert_same_second_derivatives(backend, ours, definition, (x, *parameters))
-
-
-@pytest.mark.parametrize("layout", ["maps", "tokens", "vectors"])
-def test_class_gate_second_derivatives_are_those_of_the_product(backend: Backend, layout):
-    features, _, gate = inputs(backend.device, size=(1, 2))
-    x, channel_dim = laid_out(features, layout)
-    gate = gate.detach().index_fill(1, torch.tensor([1], device=x.device), 0).requires_grad_()
-    labels = torch.tensor([3, 0, 3], device=x.device)
-    weight = torch.arange(x.numel(), device=x.device).view_as(x)
     assert_same_second_derivatives(
         backend,
-        lambda x, g: (class_gate(x, g, labels, channel_dim=channel_dim).sin() * weight).sum(),
-        lambda x, g: ((x * per_channel(g[labels], x, channel_dim)).sin() * weight).sum(),
-        (x, gate),
+        lambda *leaves: loss(*bernoulli_mask(*leaves, seed=SEED)[:2]),
+        lambda *leaves: loss(*straight_through(*leaves, mask, label)),
+        leaves,
     )
-    assert gradgradcheck(
-        lambda x, g: class_gate(x, g, labels, channel_dim=channel_dim),
-        (x, gate),
-        fast_mode=backend.slow,
-    )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_single_samples_reach_logits_and_tables_by_vmap(backend: Backend):
+    x, logits, table = (t.detach() for t in inputs(backend.device))
+    labels = torch.tensor([3, 0, 3], device=backend.device)
+
+    def loss(table: Tensor, logits: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        x, logits, label = x[None], logits[None], label[None]
+        masked, mask, _ = bernoulli_mask(x, logits, table, seed=SEED)
+        gated = class_gate(x, table, label)
+        drawn = draw_mask(table, label, seed=SEED)
+        return masked.sin().sum() + mask.sum() + gated.sin().sum() + (drawn * logits.sum()).sum()
+
+    gradient = torch.func.grad(loss, (0, 1))
+    got = torch.func.vmap(gradient, (None, 0, 0, 0))(table, logits, x, labels)
+    expected = [gradient(table, *sample) for sample in zip(logits, x, labels, strict=True)]
+    for one, samples in zip(got, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(samples))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_that_have_gradients_are_the_usual_ones(backend: Backend, dtype):
-    features, logits, correspondence = inputs(backend.device, dtype)
+def test_gradients_that_have_gradients_are_the_usual_ones(cpp: Backend, dtype):
+    features, logits, correspondence = inputs(cpp.device, dtype)
     # Whole numbers: sums are exact in whatever order. Infinity in a filter that the gate drops.
     x = features.detach().mul(4).round().requires_grad_()
     gate = torch.arange(4.0, device=x.device)[:, None].expand(4, FILTERS).clone().requires_grad_()
@@ -375,39 +325,6 @@ def test_gradients_that_have_gradients_are_the_usual_ones(backend: Backend, dtyp
 
 
 # Beside autograd ----------------------------------------------------------------------------------
-
-
-def test_operators_called_directly_are_differentiable(backend: Backend):
-    leaves = inputs(backend.device)
-    flat = leaves[0].detach().flatten(2).requires_grad_()
-    seed = torch.tensor([SEED], device=backend.device)
-    ops = torch.ops.picnn_fast
-    direct = ops.bernoulli_mask(flat, leaves[1], leaves[2], seed, 0)
-    public = bernoulli_mask(*leaves, seed=SEED)
-    for one, two in zip(direct, public, strict=True):
-        assert torch.equal(one.view_as(two), two)
-    assert not direct[2].requires_grad
-    got = torch.autograd.grad(
-        direct[0].square().sum() + direct[1].sum(), (flat, leaves[1], leaves[2])
-    )
-    expected = torch.autograd.grad(public[0].square().sum() + public[1].sum(), leaves)
-    for one, two in zip(got, expected, strict=True):
-        assert torch.equal(one.view_as(two), two)
-    mask = leaves[2].detach()[:BATCH].contiguous().requires_grad_()
-    got = torch.autograd.grad(ops.mask_channels(flat, mask).square().sum(), (flat, mask))
-    expected = torch.autograd.grad(mask_channels(leaves[0], mask).square().sum(), (leaves[0], mask))
-    for one, two in zip(got, expected, strict=True):
-        assert torch.equal(one.view_as(two), two)
-
-
-def test_inference_mode_and_no_grad_give_the_same_forward(backend: Backend):
-    leaves = inputs(backend.device)
-    expected = bernoulli_mask(*leaves, seed=SEED)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            for one, two in zip(bernoulli_mask(*leaves, seed=SEED), expected, strict=True):
-                assert torch.equal(one, two)
-                assert not one.requires_grad
 
 
 def test_gumbel_gradients_reach_all_inputs_and_vanish_nowhere_by_accident():
@@ -439,89 +356,78 @@ def test_gumbel_assigns_filters_as_often_as_the_correspondence_says():
     assert ((mask < 0.01) | (mask > 0.99)).double().mean() > 0.97
 
 
-# opcheck ------------------------------------------------------------------------------------------
+# Draws for labels that are given ------------------------------------------------------------------
 
 
-OPCHECKS = {
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-}
+def test_a_drawn_mask_has_the_gradient_of_its_probabilities(backend: Backend):
+    _, _, table = inputs(backend.device)
+    labels = torch.tensor([3, 0, 3], device=backend.device, dtype=torch.int32)
+    mask = draw_mask(table, labels, seed=SEED)
+    weight = torch.arange(mask.numel(), device=mask.device).view_as(mask)
+    (got,) = torch.autograd.grad((mask.exp() * weight).sum(), table)
+    expected = torch.zeros_like(table).index_add(0, labels, mask.detach().exp() * weight)
+    torch.testing.assert_close(got, expected)
+    half = draw_mask(table.detach().half(), labels, seed=SEED)
+    assert half.dtype == torch.float16
+    assert torch.equal(half.double(), mask)
 
 
-@pytest.mark.parametrize("operator", ["bernoulli_mask", "mask_channels", "masking_backward"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_opcheck(backend: Backend, operator, layout):
-    features, logits, correspondence = inputs(backend.device, torch.float32)
-    memory = {"contiguous": features, "sliced": features[:, :, ::2]}.get(layout)
-    if memory is None:
-        memory = features.contiguous(memory_format=torch.channels_last)
-    flat = memory.detach().flatten(2).requires_grad_()
-    arguments: dict[str, tuple[Any, ...]] = {
-        "bernoulli_mask": (
-            flat,
-            logits,
-            correspondence,
-            torch.tensor([SEED], device=backend.device),
-            0,
-        ),
-        "mask_channels": (flat, correspondence.detach()[:BATCH].contiguous().requires_grad_()),
-        "masking_backward": (
-            torch.ones_like(flat),
-            flat.detach(),
-            correspondence.detach()[:BATCH].contiguous(),
-        ),
-    }
-    results = torch.library.opcheck(
-        getattr(torch.ops.picnn_fast, operator).default, arguments[operator]
-    )
-    assert set(results) == OPCHECKS
+# Sums over samples of one label -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
-@pytest.mark.parametrize("size", [(3, 5, 4), (1, 1, 1), (0, 3, 4), (3, 257, 256)])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck_of_the_parameters_backward(backend: Backend, size, layout, dtype):
-    batch, classes, filters = size
+class Names(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_tables_are_added_up_in_one_order_on_a_gpu():
+    """Where index_add_ would add atomically; only names of operators are seen without a GPU."""
+    features, _, table = inputs(torch.device("cpu"))
+    labels = torch.tensor([3, 0, 3])
+    for mask in (lambda t: class_gate(features, t, labels), lambda t: draw_mask(t, labels)):
+        loss = mask(table).sum()
+        with Names() as eager:
+            loss.backward()
+        assert "embedding_dense_backward" in eager.names
+        assert not any("index_add" in name for name in eager.names)
+    with FakeTensorMode():
+        rows = torch.rand(3, FILTERS, device="cuda")
+        labels = torch.zeros(3, dtype=torch.int64, device="cuda")
+        with Names() as eager:
+            sums = reference.sums_by_label(rows, labels, CLASSES)
+    assert sums.shape == (CLASSES, FILTERS)
+    assert "index_put_" in eager.names
+    assert not any("index_add" in name for name in eager.names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference-gpu", "triton-gpu", "cuda"], indirect=True)
+def test_gradients_of_tables_have_the_same_bits_every_time(backend: Backend):
     generator = torch.Generator().manual_seed(0)
-    tables = [
-        torch.rand(shape, generator=generator, dtype=dtype).to(backend.device)
-        for shape in ((batch, filters), (batch, classes), (classes, filters))
-    ]
-    if layout == "transposed":
-        tables = [t.T.contiguous().T for t in tables]
-    label = torch.randint(0, classes, (batch,), generator=generator).to(backend.device)
-    operator = torch.ops.picnn_fast.bernoulli_parameters_backward.default
-    assert set(torch.library.opcheck(operator, (*tables, label))) == OPCHECKS
+    features = torch.randn(4096, 64, 2, generator=generator).cuda()
+    logits, table = torch.zeros(4096, 3).cuda(), torch.rand(3, 64, generator=generator).cuda()
+    labels = torch.randint(0, 3, (4096,), generator=generator).cuda()
+    table.requires_grad_()
 
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
-    features, logits, correspondence = (
-        t.detach() for t in inputs(backend.device, dtype, size=(4,))
-    )
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    seed = torch.tensor([SEED], device=backend.device)
-    ops = torch.ops.picnn_fast
-    for operator, arguments in (
-        (ops.bernoulli_mask, (features, logits.float(), correspondence.float(), seed, 0)),
-        (ops.mask_channels, (features, correspondence.to(wide)[:BATCH])),
-        (ops.masking_backward, (features, features, correspondence.to(wide)[:BATCH])),
-        (
-            ops.bernoulli_parameters_backward,
-            (
-                correspondence.to(wide)[:BATCH],
-                logits.to(wide),
-                correspondence.to(wide),
-                torch.tensor([3, 0, 3], device=backend.device),
-            ),
-        ),
-    ):
-        torch.library.opcheck(
-            operator.default, arguments, test_utils=("test_schema", "test_faketensor")
+    def gradients() -> tuple[Tensor, ...]:
+        outputs = (
+            bernoulli_mask(features, logits, table, seed=SEED)[0],
+            class_gate(features, table, labels),
+            draw_mask(table, labels, seed=SEED) * features[..., 0],
         )
+        return tuple(torch.autograd.grad((t * t).sum(), table)[0] for t in outputs)
+
+    first = gradients()
+    for _ in range(20):
+        for one, two in zip(gradients(), first, strict=True):
+            assert torch.equal(one, two)
 
 
 # torch.compile ------------------------------------------------------------------------------------
@@ -542,14 +448,6 @@ def assert_compiled_equals_eager(compiled: Any, leaves: tuple[Tensor, ...], labe
     torch.testing.assert_close(
         torch.autograd.grad(got[0], leaves), torch.autograd.grad(expected[0], leaves)
     )
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_fullgraph_equals_eager(backend: Backend):
-    leaves = inputs(backend.device, torch.float32)
-    labels = torch.tensor([3, 1, 3], device=backend.device)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert_compiled_equals_eager(compiled, leaves, labels)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -633,17 +531,17 @@ def test_autocast_keeps_the_maps_type_and_the_draws(backend: Backend):
 
 
 @pytest.mark.parametrize(("classes", "filters"), [(CLASSES, FILTERS), (257, 256)])
-def test_gradients_do_not_depend_on_autocast_around_backward(backend: Backend, classes, filters):
+def test_gradients_do_not_depend_on_autocast_around_backward(cpp: Backend, classes, filters):
     """All leaves are float32, so nothing here is autocast's to lower.
 
     The gradient of the larger logits is the library's product, which autocast would lower.
     """
     generator = torch.Generator().manual_seed(0)
     leaves = tuple(
-        torch.rand(size, generator=generator).to(backend.device).requires_grad_()
+        torch.rand(size, generator=generator).to(cpp.device).requires_grad_()
         for size in ((BATCH, filters, 2, 1), (BATCH, classes), (classes, filters))
     )
-    labels = torch.tensor([3, 1, 3], device=backend.device)
+    labels = torch.tensor([3, 1, 3], device=cpp.device)
 
     def gradients() -> tuple[Tensor, ...]:
         masked = bernoulli_mask(*leaves, seed=SEED)[0]
@@ -651,7 +549,7 @@ def test_gradients_do_not_depend_on_autocast_around_backward(backend: Backend, c
         return torch.autograd.grad(masked.square().sum() + gated.square().sum(), leaves)
 
     expected = gradients()
-    with torch.autocast(backend.device.type, torch.bfloat16):
+    with torch.autocast(cpp.device.type, torch.bfloat16):
         got = gradients()
     torch.testing.assert_close(got, expected)
 

@@ -12,7 +12,8 @@ from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
 from picnn_fast.layers import TemplateMask
 from tests.conftest import Backend
-from tests.ops.test_masking_autograd import OPCHECKS, assert_same_second_derivatives
+from tests.ops.test_conformance import OPCHECKS
+from tests.ops.test_masking_autograd import assert_same_second_derivatives
 
 SHAPE = (2, 3, 4, 3)
 TEMPLATES = {

@@ -110,15 +110,15 @@ def test_a_filter_is_kept_exactly_when_u_is_below_p():
         exact = u.to(dtype)
         assert torch.equal(exact.double(), u)
         above = torch.nextafter(exact, torch.ones((), dtype=dtype))
-        assert not masking.sample_filters(exact.view(20, 100), seed, 0).any()
-        assert masking.sample_filters(above.view(20, 100), seed, 0).all()
-    assert not masking.sample_filters(torch.zeros(20, 100), seed, 0).any()
-    assert masking.sample_filters(torch.ones(20, 100), seed, 0).all()
+        assert not masking.draw_filters(exact.view(20, 100), seed, 0).any()
+        assert masking.draw_filters(above.view(20, 100), seed, 0).all()
+    assert not masking.draw_filters(torch.zeros(20, 100), seed, 0).any()
+    assert masking.draw_filters(torch.ones(20, 100), seed, 0).all()
 
 
 def test_filters_are_kept_as_often_as_their_probability_says():
     p = torch.tensor([0.0, 1e-3, 0.1, 0.25, 0.5, 0.9, 0.999, 1.0])
-    frequency = masking.sample_filters(p.expand(SAMPLES, -1), tensor(2), 0).double().mean(0)
+    frequency = masking.draw_filters(p.expand(SAMPLES, -1), tensor(2), 0).double().mean(0)
     deviation = (p.double() * (1 - p.double()) / SAMPLES).sqrt()
     assert ((frequency - p).abs() <= SIGMAS * deviation + 1e-9).all()
     assert frequency[0] == 0
@@ -129,7 +129,7 @@ def test_filters_are_kept_as_often_as_their_probability_says():
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_pseudo_labels_are_drawn_as_often_as_softmax_says(classes, scale):
     logits = torch.randn(classes, generator=torch.Generator().manual_seed(classes)) * scale
-    labels = masking.sample_pseudo_label(logits.expand(SAMPLES, -1), tensor(3), 0)
+    labels = masking.draw_labels(logits.expand(SAMPLES, -1), tensor(3), 0)
     observed = labels.bincount(minlength=classes).double()
     expected = logits.double().softmax(-1) * SAMPLES
     assert expected.min() > 20
@@ -200,7 +200,7 @@ def test_softmax_weights_do_not_overflow_at_the_ends_of_the_dtype():
 def test_the_label_threshold_is_exact_for_any_total():
     # bits * total / 2**24 in two halves, at sums of up to a thousand classes.
     logits = torch.zeros(4096, 1000)
-    labels = masking.sample_pseudo_label(logits, tensor(4), 0)
+    labels = masking.draw_labels(logits, tensor(4), 0)
     bits = masking.random_24_bits(torch.arange(4096), tensor(4), masking.LABEL_STREAM, 0)
     expected = [b * (1000 << 30) // 2**24 >> 30 for b in bits.tolist()]
     assert labels.tolist() == expected

@@ -20,7 +20,7 @@ TABLES = ("fp32", "fp64")
 POINTERS = {
     "features": "maps", "masked": "maps", "grad_masked": "maps", "grad_features": "maps",
     "mask": "masks", "grad_mask": "masks",
-    "logits": "table", "correspondence": "table",
+    "logits": "table", "correspondence": "table", "probabilities": "table",
     "seed": "i64", "label": "i64", "labels": "i64",
     "activations": "maps", "grad": "maps", "grad_counts": "masks",
     "least": "masks", "most": "masks", "low": "masks", "width": "masks",
