@@ -423,7 +423,10 @@ def test_bad_values_are_refused_by_name(capsys, tmp_path):
         ("demo --draws 3", "draws: there is no such option; --help lists all there are"),
         ("demo --epochs x", "epochs: got 'x', want an integer"),
         ("demo --seed -1", "seed: got -1, want an integer >= 0 and <= 4294967295"),
-        ("convert a b", "root: got nothing, want a path"),
+        (
+            "convert a b",
+            "source: a holds no last.ckpt; want a checkpoint, or the folder of a run; .*",
+        ),
         ("convert a --root x", "target: got nothing, want a path"),
         ("convert a b --rot x", "rot: there is no such option; did you mean 'root'?"),
         ("train --lr 0.1", "lr: there is no such option; did you mean 'optimizer.lr'?"),
@@ -1040,7 +1043,7 @@ def test_sigterm_ends_with_its_status_and_says_how_to_go_on(tmp_path):
 
 
 def test_convert_writes_a_checkpoint_that_evaluate_takes(capsys, tmp_path):
-    from picnn_fast.models import make_interpretable
+    from picnn_fast.models import PICNN, make_interpretable
 
     for split, count in (("train", 2), ("test", 3)):
         for name in ("boat", "car"):
@@ -1094,6 +1097,31 @@ def test_convert_writes_a_checkpoint_that_evaluate_takes(capsys, tmp_path):
         )
         assert (status, message in err, err.count("\n")) == (2, True, 1), err
     assert not (tmp_path / "x.ckpt").exists()
+
+    folder, again = tmp_path / "folder", tmp_path / "again.ckpt"
+    status, out, err = _main(capsys, "convert", target, folder)
+    assert (status, "from_pretrained loads it" in out) == (0, True), err
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
+    card = PICNN.from_pretrained(folder).card
+    assert card["class_names"] == ["boat", "car"]
+    assert card["preprocessing"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert _main(capsys, "convert", folder, again)[0] == 0
+    one, two = (torch.load(path, weights_only=True) for path in (target, again))
+    assert one["picnn_fast"] == two["picnn_fast"]
+    assert all(
+        torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items()
+    )
+    assert _main(capsys, "convert", source, tmp_path / "theirs", *root)[0] == 0
+    network.save_pretrained(tmp_path / "own")
+    for arguments, message in (
+        ((target, again), "which exists; want a new file or folder"),
+        ((target, tmp_path / "x.ckpt"), "want a folder; or, of a file of the authors', --root"),
+        ((folder, tmp_path / "x"), "want a file that ends in .ckpt: "),
+        ((tmp_path / "own", tmp_path / "x.ckpt"), "tells of no training, want one that picnn-fast"),
+        ((source, tmp_path / "x"), "theirs.pth is not one of picnn-fast train; a file of"),
+    ):
+        status, _, err = _main(capsys, "convert", *arguments)
+        assert (status, message in err, err.count("\n")) == (2, True, 1), err
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import abc
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -73,6 +74,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         ownership_meaning: what the matrix of ``ownership`` is, for the reader of a report.
         network_from: the option that names a run, whose trained network the method is put on in
             place of a backbone; None for methods that are put on a backbone.
+        recipe: what ``make_interpretable`` made it of; None where it was put together by hand.
+        card: of ``from_pretrained``; None for a network that was not loaded so.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -87,6 +90,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     draws_masks: ClassVar[bool] = True
     ownership_meaning: ClassVar[str] = "how much of each filter belongs to each class"
     network_from: ClassVar[str | None] = None
+    recipe: Mapping[str, Any] | None = None
+    card: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -288,6 +293,69 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         network.add_module("features", self.features)
         network.add_module("head", self.head)
         network.training = self.training
+        return network
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save the network in a folder: ``model.safetensors`` and a card, ``config.json``.
+
+        The card says how the network is built again: method and options, backbone, versions. What
+        is left out of what follows is as on the card that the network was loaded with, if any.
+
+        Args:
+            folder: to make, or to write over.
+            class_names: one a class.
+            preprocessing: how images become what it takes, as ``Preprocessing.as_dict()`` says it:
+                "image_size", "mean", "std" and more.
+            notes: what else to tell, of JSON's types.
+
+        Raises:
+            ValueError: a network that ``make_interpretable`` did not make, an option that JSON has
+                no way to tell, such as a function, or other than K class names.
+            ImportError: safetensors is not installed.
+
+        Example:
+            >>> import tempfile
+            >>> import picnn_fast
+            >>> network = picnn_fast.make_interpretable("small-cnn", "picnn", num_classes=2)
+            >>> folder = tempfile.mkdtemp()
+            >>> network.save_pretrained(folder, class_names=["cat", "dog"])
+            >>> picnn_fast.PICNN.from_pretrained(folder).card["class_names"]
+            ['cat', 'dog']
+        """
+        from picnn_fast.models import pretrained
+
+        pretrained.save(
+            self, folder, class_names=class_names, preprocessing=preprocessing, notes=notes
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, backbone: Any = None) -> Self:
+        """The network that ``save_pretrained`` saved in a folder, in eval mode, on the CPU.
+
+        Nothing is downloaded, and no code of the folder's is run.
+
+        Args:
+            folder: on this machine.
+            backbone: the module, or the pair of modules, that the method was put on, where that was
+                no name: with any weights; its layers are used in place.
+
+        Raises:
+            FileNotFoundError: the folder holds no such network.
+            ValueError: another method than that of the class, a backbone that is missing or not
+                wanted, a card of a newer version, or files that are damaged.
+            ImportError: safetensors is not installed, or what the backbone comes from.
+        """
+        from picnn_fast.models import pretrained
+
+        network = pretrained.load(cls, folder, backbone=backbone)
+        assert isinstance(network, cls)
         return network
 
     def extra_repr(self) -> str:

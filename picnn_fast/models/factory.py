@@ -97,6 +97,8 @@ def make_interpretable(
         )
     checks.integer("num_classes", num_classes, 1)
     check_insert_kernel(insert_kernel, inserted=insert_conv)
+    # A network that is explained is told itself, not from where.
+    given = {name: value for name, value in options.items() if name != METHODS[method].network_from}
     if insert_kernel != 3:  # methods need not know of it
         options["insert_kernel"] = insert_kernel
     kind = METHODS[method]
@@ -122,5 +124,28 @@ def make_interpretable(
         stem=stem,
         **options,
     )
+    model.recipe = {
+        "method": method,
+        "backbone": _told(backbone),
+        "network": {
+            "num_classes": num_classes,
+            "layer": layer,
+            "num_filters": num_filters,
+            "insert_conv": insert_conv,
+            "insert_kernel": insert_kernel,
+            "in_channels": in_channels,
+            "image_channels": image_channels,
+            "stem": stem,
+        },
+        "options": given,
+    }
     placed = next(model.features.parameters(), None)
     return model if placed is None else model.to(placed.device)
+
+
+def _told(backbone: Any) -> Any:
+    """The name of a backbone, or the recipe of a network, or None where neither builds it again."""
+    if isinstance(backbone, InterpretableNetwork):
+        recipe = backbone.recipe
+        return recipe if recipe is not None and recipe["backbone"] is not None else None
+    return backbone if isinstance(backbone, str) else None

@@ -15,6 +15,7 @@ from picnn_fast.data import ImageFolderDataModule, Preprocessing, SeededDataModu
 from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
+from picnn_fast.models.pretrained import CARD
 from picnn_fast.training.options import (
     BY_IMAGE_SIZE,
     ConfigError,
@@ -33,6 +34,7 @@ with extra("train"):
 CHECKPOINT = "last.ckpt"
 BEST = "best.ckpt"  # of the epoch to report, where that is not the last
 _SAVED = "picnn_fast"  # key of what we add to Lightning's checkpoints
+_TRAINING = "training"  # key of the same among the notes of a card
 _PREFIX = "network."  # of the network's parameters in the module that trains it
 
 
@@ -400,21 +402,85 @@ def find_checkpoints(path: str | Path) -> list[Path]:
     return found
 
 
-def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
-    """Write an authors' PICNN checkpoint as one of ours, which ``evaluate`` takes.
+def convert(source: str | Path, target: str | Path, root: str | Path | None = None) -> None:
+    """Write a network in another form.
 
     Args:
-        source: file of spdj2271/PICNN, a network on ResNet-18.
-        target: file to write; must not exist.
-        root: folder of the images it was trained on, ``train/<class>/…`` and ``test/<class>/…``:
-            names of the classes, and what ``evaluate`` measures on.
+        source: run of picnn-fast, or its checkpoint; folder of ``save_pretrained`` that this wrote;
+            or, with ``root``, file of spdj2271/PICNN, a network on ResNet-18.
+        target: a folder as of ``save_pretrained``, or, where the source is no checkpoint of ours, a
+            file that ends in ``.ckpt``, which ``evaluate`` takes; must not exist.
+        root: folder of the images that the authors' network was trained on,
+            ``train/<class>/…`` and ``test/<class>/…``: names of the classes, and what ``evaluate``
+            measures on.
 
     Raises:
         ConfigError: another kind of file, classes that do not match, or a target that is there.
     """
     source, target = Path(source), Path(target)
     if target.exists():
-        raise ConfigError(f"target: got {target}, which exists; want a new file")
+        raise ConfigError(f"target: got {target}, which exists; want a new file or folder")
+    to_checkpoint = target.suffix == Path(CHECKPOINT).suffix
+    if root is not None:
+        content = _of_authors(source, target, root)
+    elif (source / CARD).is_file():
+        if not to_checkpoint:
+            raise ConfigError(
+                f"target: got {target}, want a file that ends in .ckpt: {source} is such a folder"
+            )
+        content = _of_folder(source)
+    else:
+        if to_checkpoint:
+            raise ConfigError(
+                f"target: got {target} with {source}, want a folder; or, of a file of the authors',"
+                " --root, too"
+            )
+        content = _of_run(source)
+    if to_checkpoint:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        WholeCheckpoints().save_checkpoint(content, target)
+        return
+    saved = content[_SAVED]
+    _network_in(content).save_pretrained(
+        target,
+        class_names=saved["class_names"],
+        preprocessing=saved.get("preprocessing"),
+        notes={_TRAINING: saved},
+    )
+
+
+def _of_run(source: Path) -> dict[str, Any]:
+    """The content of a checkpoint of ours."""
+    try:
+        found = find_checkpoints(source)
+        if len(found) > 1:
+            raise ConfigError(
+                f"source: got {source}, which holds {few([str(path) for path in found])}; want one"
+            )
+        return read_checkpoint(found[0])
+    except (FileNotFoundError, RunFolderError) as error:
+        text = str(error).partition(": ")[2]
+        raise ConfigError(f"source: {text}; a file of the authors' wants --root, too") from error
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    """What a folder of ``save_pretrained`` holds, as a checkpoint."""
+    try:
+        network = InterpretableNetwork.from_pretrained(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"source: {error}") from error
+    saved = ((network.card or {}).get("notes") or {}).get(_TRAINING)
+    if saved is None:
+        raise ConfigError(
+            f"source: {folder} tells of no training, want one that picnn-fast convert wrote of a"
+            " run; InterpretableNetwork.from_pretrained loads it"
+        )
+    state = {_PREFIX + name: value for name, value in network.state_dict().items()}
+    return {"state_dict": state, _SAVED: saved}
+
+
+def _of_authors(source: Path, target: Path, root: str | Path) -> dict[str, Any]:
+    """A checkpoint of the authors' PICNN as one of ours."""
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -457,6 +523,5 @@ def convert(source: str | Path, target: str | Path, root: str | Path) -> None:
         raise ConfigError(
             f"source: {source} is not a PICNN on ResNet-18: {one_line(error)}"
         ) from error
-    saved: dict[str, Any] = {"state_dict": {_PREFIX + k: v for k, v in state.items()}}
-    saved[_SAVED] = SaveOptions(options, data).saved
-    WholeCheckpoints().save_checkpoint(saved, target)
+    saved = SaveOptions(options, data).saved
+    return {"state_dict": {_PREFIX + k: v for k, v in state.items()}, _SAVED: saved}

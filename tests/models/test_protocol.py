@@ -92,10 +92,18 @@ def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture(params=BACKBONES, ids=lambda backbone: backbone.__name__)
-def build(request: pytest.FixtureRequest, method: str) -> Callable[..., InterpretableNetwork]:
+def backbone(request: pytest.FixtureRequest) -> Callable[[], dict[str, Any]]:
+    made: Callable[[], dict[str, Any]] = request.param
+    return made
+
+
+@pytest.fixture
+def build(
+    backbone: Callable[[], dict[str, Any]], method: str
+) -> Callable[..., InterpretableNetwork]:
     def make(**options: Any) -> InterpretableNetwork:
         torch.manual_seed(0)
-        return make_interpretable(method=method, num_classes=CLASSES, **(request.param() | options))
+        return make_interpretable(method=method, num_classes=CLASSES, **(backbone() | options))
 
     return make
 
@@ -107,6 +115,14 @@ def images(batch: int = 5) -> Tensor:
 def run(model: InterpretableNetwork, x: Tensor | None = None) -> Any:
     torch.manual_seed(2)
     return model(images() if x is None else x, LABELS)
+
+
+def trained(model: InterpretableNetwork) -> InterpretableNetwork:
+    """After a loss, which moves what a method keeps of the images."""
+    model.begin_epoch(1, 3, images=[(images(), LABELS)])
+    model.loss(run(model), LABELS).backward()
+    model.after_step()
+    return model
 
 
 def head_logits(model: InterpretableNetwork, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -425,3 +441,25 @@ def test_the_discriminator_has_the_mode_of_the_network_and_can_be_traced(method:
     assert not network.training
     traced = torch.fx.symbolic_trace(network)
     torch.testing.assert_close(traced(images()), network(images()))
+
+
+def test_a_saved_network_is_loaded_as_it_was(build, backbone, tmp_path) -> None:
+    model = trained(build()).eval()
+    model.save_pretrained(tmp_path, class_names=["a", "b", "c"])
+    made = backbone()
+    given = {} if isinstance(made["backbone"], str) else {"backbone": made["backbone"]}
+    loaded = InterpretableNetwork.from_pretrained(tmp_path, **given)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert loaded.card["class_names"] == ["a", "b", "c"]
+    assert repr(loaded) == repr(model)
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert value.dtype == state[name].dtype, name
+        assert torch.equal(value, state[name]), name
+    assert torch.equal(run(loaded).logits, run(model).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (
+        tmp_path / "config.json"
+    ).read_text()
