@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from picnn_fast.models import METHODS
-from picnn_fast.training.module import InterpretableModule
-from picnn_fast.training.run import assemble, build_data, read_history
+from picnn_fast.training.checkpoint import load_checkpoint, read_checkpoint
+from picnn_fast.training.module import DivergenceError, InterpretableModule
+from picnn_fast.training.run import assemble, build_data, read_history, train
+from picnn_fast.training.run_folder import RunFolderError
 from tests.training.kill import differences, options_of, write_images
 
 
@@ -119,3 +121,41 @@ def test_a_run_goes_on_within_an_epoch_with_another_number_of_processes(
     assert fit(options, tmp_path).trainer.global_step == 3  # of five batches two were left
     (row,) = read_history(tmp_path)
     assert 0 < row["train/loss"] < 5
+
+
+def test_a_run_that_diverges_within_an_epoch_leaves_its_last_good_checkpoint(
+    images, tmp_path, monkeypatch
+):
+    options = options_of("std", images, tmp_path / "run", epochs=1, batch_size=4)
+    last = tmp_path / ".run.partial" / "last.ckpt"
+
+    original = InterpretableModule.optimizer_step
+    for value, told in ((torch.nan, "nan"), (3e38, "inf|nan")):
+
+        def breaks(self, *arguments, value=value, **given):
+            original(self, *arguments, **given)
+            if self.trainer.global_step == 2:  # the third is about to be counted
+                with torch.no_grad():
+                    next(self.network.parameters()).fill_(value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(InterpretableModule, "optimizer_step", breaks)
+            with pytest.raises(DivergenceError, match=f"after the last step is ({told}) in epoch"):
+                train(options, progress=False)
+        assert read_checkpoint(last)["global_step"] == 2
+        network, _, _ = load_checkpoint(last)
+        assert all(parameter.isfinite().all() for parameter in network.parameters())
+    # How often a checkpoint is written makes no other run.
+    assert train(dataclasses.replace(options, checkpoint_every=None), progress=False)["acc1"] >= 0
+
+
+def test_a_checkpoint_that_is_cut_short_is_told_with_what_to_do(images, tmp_path, monkeypatch):
+    options = options_of("std", images, tmp_path / "run", epochs=1, batch_size=4)
+    with_a_power_cut(options, tmp_path, monkeypatch, 2)
+    path = tmp_path / "last.ckpt"
+    whole = path.read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(RunFolderError, match=rf"last\.ckpt is .*; remove {tmp_path} to") as e:
+            fit(options, tmp_path)
+        assert "\n" not in str(e.value)
