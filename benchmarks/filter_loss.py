@@ -69,7 +69,7 @@ class Case:
         pairs = [((20 * maps().relu_()).requires_grad_(), maps()) for _ in range(sets)]
         self.sets = itertools.cycle(pairs)
         like = pairs[0][0]
-        arguments = (*TEMPLATE.arguments(height, width, like), TEMPLATE.tau_for(height, width))
+        arguments = (TEMPLATE.offsets_for(height, width, like), TEMPLATE.tau_for(height, width))
         self.rows = reference._templates(like, *arguments)  # [P + 1, P]
 
     def maps(self) -> Tensor:

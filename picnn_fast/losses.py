@@ -188,7 +188,8 @@ class FilterLoss(nn.Module):
         super().__init__()
         self.template = check_template(template)
         self.num_filters = checks.integer("num_filters", num_filters, 1)
-        self.estimator = checks.one_of("estimator", estimator, ESTIMATORS)
+        checks.one_of("estimator", estimator, ESTIMATORS)
+        self.estimator = estimator
         self.momentum = momentum
         empty = functional.FilterLossState.empty(num_filters, 1, 1, momentum=momentum)
         # No template yet: the size of the maps is not known.

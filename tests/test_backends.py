@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import picnn_fast
-from picnn_fast import backends
+from picnn_fast import PartTemplate, backends
 from tests import conftest
 from tests.conftest import Backend, expected_server
 
@@ -29,6 +29,7 @@ OPERATORS = {
     "group_correlation_backward",
     "histogram_update",
     "knn_mutual_information",
+    "map_peaks",
     "mask_channels",
     "masking_backward",
     "soft_histogram",
@@ -115,13 +116,15 @@ ON_MAPS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     ),
     "mask_channels": lambda x: (x, torch.rand(2, 3).to(x)),
     "masking_backward": lambda x: (x, torch.ones(2, 3, 5, 7).to(x), torch.rand(2, 3).to(x)),
-    "template_mask": lambda x: (x, None, 0, 1, 0.4, 0, 1.0),
+    "map_peaks": lambda x: (x,),
+    "template_mask": lambda x: (x, PartTemplate().offsets_for(5, 7, x), 1.0),
     "template_mask_backward": lambda x: (
-        x, torch.tensor([[0, 8, 34]] * 2).to(x.device), None, 0, 2, 0.4, 0, 1.0
+        x, torch.tensor([[0, 8, 34]] * 2).to(x.device), PartTemplate("l2").offsets_for(5, 7, x), 1.0
     ),
-    "filter_loss": lambda x: (x, None, 0, 1, 0.4, 0, 0.1, True),
+    "filter_loss": lambda x: (x, PartTemplate().offsets_for(5, 7, x), 0.1, True),
     "filter_loss_running": lambda x: (
-        x, torch.zeros(3, 36).to(x), torch.zeros(3).to(x), 0.5, None, None, 0, 1, 0.4, 0, 0.1, True
+        x, torch.zeros(3, 36).to(x), torch.zeros(3).to(x), 0.5, None,
+        PartTemplate().offsets_for(5, 7, x), 0.1, True,
     ),
     "group_correlation": lambda x: (
         x, torch.full((3, 5, 7), 0.3).to(x), torch.tensor([0, 1, 0]).to(x.device), 2, None

@@ -1,7 +1,7 @@
 """Triton kernels of the filter loss. ``picnn_fast.reference.filter_loss`` is the definition.
 
 The responses s of a filter, one for each sample and template, are never stored: each pass makes
-them anew, tile by tile, as a matrix product of maps with templates made on the spot. Passes are
+them anew, tile by tile, as a matrix product of maps with templates looked up by offset. Passes are
 over the columns (a template, all samples), the rows (a sample, all templates), the columns once
 more for the exact gradient, and the gradient; in between, [N, P + 1] and [N, B] numbers. Sums run
 in a fixed order.
@@ -18,7 +18,7 @@ from torch import Tensor
 from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
 from picnn_fast.triton_kernels.conversions import widen
-from picnn_fast.triton_kernels.templates import number, template, tile
+from picnn_fast.triton_kernels.templates import middle, number, place, tile
 
 # Sides of tiles, as large as the registers of a multiprocessor hold without spilling.
 SAMPLES = 64  # of responses, [samples, templates]
@@ -40,23 +40,17 @@ def _product(x, y, total):
 
 
 @triton.jit
-def _templates(
-    table, s, t, h, w, slope, limit,
-    dtype: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
+def _templates(offsets, s, t, h, w):
     """Templates ``t`` at positions ``s`` in units of tau; the one past the last position is T⁻."""
     S = h * w
-    di = s // w - t // w
-    dj = s % w - t % w
     inside = (s < S) & (t < S)
-    value = template(table, di, dj, inside, h, w, slope, limit, dtype, PROFILE, NORM)
+    value = tl.load(middle(offsets, h, w) + (place(s, w) - place(t, w)), mask=inside, other=0.0)
     return tl.where(t == S, -1.0, value)
 
 
 @triton.jit
 def _responses(
-    maps, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype: tl.constexpr,
-    DEPTH: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+    maps, offsets, b, t, B, h, w, x_b, x_s, tau, dtype: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
     """s of samples ``b`` and templates ``t``: [samples, templates]."""
     S = h * w
@@ -68,7 +62,7 @@ def _responses(
             mask=(b < B)[:, None] & (s < S)[None, :],
             other=0.0,
         )
-        y = _templates(table, s[:, None], t[None, :], h, w, slope, limit, dtype, PROFILE, NORM)
+        y = _templates(offsets, s[:, None], t[None, :], h, w)
         total = _product(widen(x, dtype), y, total)
     return total * number(tau, dtype)
 
@@ -88,10 +82,9 @@ def _shrinking(most, more):
 
 @triton.jit
 def columns_kernel(
-    maps, table, columns,
-    B, h, w, x_b, x_n, x_s, slope: tl.float64, limit, tau: tl.float64,
+    maps, offsets, columns,
+    B, h, w, x_b, x_n, x_s, tau: tl.float64,
     SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
-    PROFILE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """log of the sum of exp(s) over the samples: [N, P + 1]."""
     dtype = columns.dtype.element_ty
@@ -103,10 +96,7 @@ def columns_kernel(
     total = tl.zeros((TEMPLATES,), dtype)
     for first in range(0, B, SAMPLES):
         b = first + tl.arange(0, SAMPLES).to(tl.int64)
-        s = _responses(
-            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
-            DEPTH, PROFILE, NORM,
-        )  # fmt: skip
+        s = _responses(maps + n * x_n, offsets, b, t, B, h, w, x_b, x_s, tau, dtype, DEPTH)
         s = tl.where((b < B)[:, None], s, -float("inf"))
         more = tl.maximum(most, tl.max(s, 0))
         total = total * tl.exp(_shrinking(most, more))
@@ -117,14 +107,15 @@ def columns_kernel(
 
 @triton.jit
 def rows_kernel(
-    maps, table, columns, row_sums, gains,
-    B, h, w, x_b, x_n, x_s, slope: tl.float64, limit, tau: tl.float64,
+    maps, offsets, columns, row_sums, gains, assigned, relative,
+    B, h, w, x_b, x_n, x_s, a_b, a_n, tau: tl.float64,
     SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
-    PROFILE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """With r = s - columns: log of the sum of exp(r) over the templates, [N, B], and the gains.
 
     A gain is what the map tells about its template: log(P + 1) less the entropy of softmax(r).
+    Where a template is assigned to each map, relative is its r: of the very s that columns are of,
+    for large ones differ by more than r when they are added up in another order.
     """
     dtype = columns.dtype.element_ty
     count = h * w + 1
@@ -134,15 +125,20 @@ def rows_kernel(
     most = tl.full((SAMPLES,), -float("inf"), dtype)
     total = tl.zeros((SAMPLES,), dtype)
     weighted = tl.zeros((SAMPLES,), dtype)
+    own = tl.zeros((SAMPLES,), dtype)
+    if assigned is not None:
+        given = tl.load(assigned + b * a_b + n * a_n, mask=b < B, other=0)
+        # Live with TRITON_DEBUG=1. Without it the nearest template takes its place.
+        tl.device_assert((given >= 0) & (given < count), "assigned to no template")
+        given = tl.minimum(tl.maximum(given, 0), count - 1)
     for first in range(0, count, TEMPLATES):
         t = first + tl.arange(0, TEMPLATES)
-        s = _responses(
-            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
-            DEPTH, PROFILE, NORM,
-        )  # fmt: skip
+        s = _responses(maps + n * x_n, offsets, b, t, B, h, w, x_b, x_s, tau, dtype, DEPTH)
         column = tl.load(columns + n * count + t, mask=t < count, other=0.0)
         inside = (t < count)[None, :] & (b < B)[:, None]
         r = tl.where(inside, s - column[None, :], -float("inf"))
+        if assigned is not None:
+            own += tl.sum(tl.where(inside & (t[None, :] == given[:, None]), r, 0.0), 1)
         more = tl.maximum(most, tl.max(r, 1))
         shrinking = _shrinking(most, more)
         below = tl.where(inside, r - _shift(more)[:, None], 0.0)
@@ -154,14 +150,15 @@ def rows_kernel(
     tl.store(row_sums + n * B + b, _shift(most) + tl.log(total), mask=b < B)
     gain = weighted / total - tl.log(total / count)
     tl.store(gains + n * B + b, gain, mask=b < B)
+    if assigned is not None:
+        tl.store(relative + n * B + b, own, mask=b < B)
 
 
 @triton.jit
 def information_kernel(
-    maps, table, columns, marginals, information,
-    B, h, w, x_b, x_n, x_s, slope: tl.float64, limit, tau: tl.float64,
+    maps, offsets, columns, marginals, information,
+    B, h, w, x_b, x_n, x_s, tau: tl.float64,
     SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
-    PROFILE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Sum of exp(r)·(r - marginal), r = s - columns, over the samples: [N, P + 1]."""
     dtype = columns.dtype.element_ty
@@ -173,10 +170,7 @@ def information_kernel(
     total = tl.zeros((TEMPLATES,), dtype)
     for first in range(0, B, SAMPLES):
         b = first + tl.arange(0, SAMPLES).to(tl.int64)
-        s = _responses(
-            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
-            DEPTH, PROFILE, NORM,
-        )  # fmt: skip
+        s = _responses(maps + n * x_n, offsets, b, t, B, h, w, x_b, x_s, tau, dtype, DEPTH)
         marginal = tl.load(marginals + n * B + b, mask=b < B, other=0.0)
         inside = (t < count)[None, :] & (b < B)[:, None]
         r = tl.where(inside, s - column[None, :], 0.0)
@@ -186,11 +180,11 @@ def information_kernel(
 
 @triton.jit
 def gradient_kernel(
-    maps, table, columns, marginals, information, grad_maps,
+    maps, offsets, columns, marginals, information, grad_maps,
     B, h, w, x_b, x_n, x_s, g_b, g_n, g_s, m_n, m_b,
-    slope: tl.float64, limit, tau: tl.float64, factor: tl.float64,
+    tau: tl.float64, factor: tl.float64,
     SAMPLES: tl.constexpr, GRAD_TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
-    GRAD_POSITIONS: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+    GRAD_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """factor · sum over T of exp(r)·(r - marginal - information)·T, r = s - columns."""
     dtype = columns.dtype.element_ty
@@ -206,10 +200,7 @@ def gradient_kernel(
     total = tl.zeros((SAMPLES, GRAD_POSITIONS), dtype)
     for first in range(0, count, GRAD_TEMPLATES):
         t = first + tl.arange(0, GRAD_TEMPLATES)
-        s = _responses(
-            maps + n * x_n, table, b, t, B, h, w, x_b, x_s, slope, limit, tau, dtype,
-            DEPTH, PROFILE, NORM,
-        )  # fmt: skip
+        s = _responses(maps + n * x_n, offsets, b, t, B, h, w, x_b, x_s, tau, dtype, DEPTH)
         column = tl.load(columns + n * count + t, mask=t < count, other=0.0)
         inside = (t < count)[None, :] & (b < B)[:, None]
         r = tl.where(inside, s - column[None, :], 0.0)
@@ -218,7 +209,7 @@ def gradient_kernel(
             mean = tl.load(information + n * count + t, mask=t < count, other=0.0)
             excess -= mean[None, :]
         weights = tl.where(inside, tl.exp(r) * excess, 0.0)
-        y = _templates(table, k[None, :], t[:, None], h, w, slope, limit, dtype, PROFILE, NORM)
+        y = _templates(offsets, k[None, :], t[:, None], h, w)
         total = _product(weights, y, total)
     tl.store(
         grad_maps + n * g_n + b[:, None] * g_b + k[None, :].to(tl.int64) * g_s,
@@ -228,55 +219,29 @@ def gradient_kernel(
 
 
 @triton.jit
-def target_kernel(
-    maps, table, columns, log_ratio, assigned, terms, grad_maps,
-    B, N, h, w, x_b, x_n, x_s, g_b, g_n, g_s, a_b, a_n,
-    slope: tl.float64, limit, tau: tl.float64, factor: tl.float64,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+def assigned_kernel(
+    offsets, assigned, weights, grad_maps,
+    B, N, h, w, a_b, a_n, g_b, g_n, g_s, tau: tl.float64,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """factor · exp(r)·(r - log_ratio) by the assigned template of each map, [N, B], and times it.
-
-    One program takes a block of channels; maps that one tile holds are read once.
-    """
-    dtype = columns.dtype.element_ty
+    """weights, [N, B], times the assigned template of each map; a block of channels a program."""
+    dtype = weights.dtype.element_ty
     S = h * w
     blocks = tl.cdiv(N, CHANNELS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     given = tl.load(assigned + b * a_b + n * a_n, mask=n < N, other=0)
-    # Live with TRITON_DEBUG=1. Without it no such template still reads inside the table.
-    tl.device_assert((given >= 0) & (given <= S), "assigned to no template")
-    t = tl.minimum(tl.maximum(given, 0), S)
-    response = tl.zeros((CHANNELS,), dtype)
+    # As rows_kernel has it.
+    t = tl.minimum(tl.maximum(given, 0), S).to(tl.int32)
+    weight = tl.load(weights + n * B + b, mask=n < N, other=0.0) * number(tau, dtype)
     for start in range(0, S, POSITIONS):
         s = start + tl.arange(0, POSITIONS)
-        x = tl.load(
-            maps + b * x_b + n[:, None] * x_n + s[None, :].to(tl.int64) * x_s,
+        y = _templates(offsets, s[None, :], t[:, None], h, w)
+        tl.store(
+            grad_maps + b * g_b + n[:, None] * g_n + s[None, :].to(tl.int64) * g_s,
+            weight[:, None] * y,
             mask=(n < N)[:, None] & (s < S)[None, :],
-            other=0.0,
         )
-        y = _templates(
-            table, s[None, :], t.to(tl.int32)[:, None], h, w, slope, limit, dtype,
-            PROFILE, NORM,
-        )  # fmt: skip
-        response += tl.sum(widen(x, dtype) * y, 1)
-    column = tl.load(columns + n * (S + 1) + t, mask=n < N, other=0.0)
-    r = response * number(tau, dtype) - column
-    term = tl.exp(r) * (r - tl.load(log_ratio + n, mask=n < N, other=0.0)) * number(factor, dtype)
-    tl.store(terms + n * B + b, term, mask=n < N)
-    if grad_maps is not None:
-        weight = term * number(tau, dtype)
-        for start in range(0, S, POSITIONS):
-            s = start + tl.arange(0, POSITIONS)
-            y = _templates(
-                table, s[None, :], t.to(tl.int32)[:, None], h, w, slope, limit, dtype,
-                PROFILE, NORM,
-            )  # fmt: skip
-            tl.store(
-                grad_maps + b * g_b + n[:, None] * g_n + s[None, :].to(tl.int64) * g_s,
-                weight[:, None] * y,
-                mask=(n < N)[:, None] & (s < S)[None, :],
-            )
 
 
 def _side(size: int, most: int, dtype: torch.dtype) -> int:
@@ -285,23 +250,14 @@ def _side(size: int, most: int, dtype: torch.dtype) -> int:
     return max(min(triton.next_power_of_2(size), most), 16)
 
 
-def _arguments(
-    x: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    tau: float,
-) -> dict[str, Any]:
+def _arguments(x: Tensor, offsets: Tensor, tau: float) -> dict[str, Any]:
     """What every pass over the responses of ``x`` takes."""
     B, N, height, width = x.shape
     maps = x.view(B, N, height * width)
     x_b, x_n, x_s = maps.stride()
     return {
-        "maps": maps, "table": table, "B": B, "h": height, "w": width,
-        "x_b": x_b, "x_n": x_n, "x_s": x_s, "slope": slope, "limit": limit, "tau": tau,
-        "PROFILE": profile, "NORM": norm,
+        "maps": maps, "offsets": offsets, "B": B, "h": height, "w": width,
+        "x_b": x_b, "x_n": x_n, "x_s": x_s, "tau": tau,
         "SAMPLES": _side(B, SAMPLES, x.dtype), "DEPTH": _side(height * width, DEPTH, x.dtype),
         "num_warps": 8,
     }  # fmt: skip
@@ -319,17 +275,22 @@ def _columns(arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
     return columns
 
 
-def _rows(arguments: dict[str, Any], columns: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(
+    arguments: dict[str, Any], columns: Tensor, assigned: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See ``rows_kernel``."""
     B, N, S = arguments["maps"].shape
     rows, gains = (columns.new_empty((N, B)) for _ in range(2))
+    relative = None if assigned is None else columns.new_empty((N, B))
     if N > 0:
         templates = _side(S + 1, TEMPLATES, columns.dtype)
         grid = (N * triton.cdiv(B, arguments["SAMPLES"]),)
+        a_b, a_n = (0, 0) if assigned is None else assigned.stride()
         rows_kernel[grid](
-            columns=columns, row_sums=rows, gains=gains, TEMPLATES=templates, **arguments
-        )
-    return rows, gains
+            columns=columns, row_sums=rows, gains=gains, assigned=assigned, relative=relative,
+            a_b=a_b, a_n=a_n, TEMPLATES=templates, **arguments,
+        )  # fmt: skip
+    return rows, gains, relative
 
 
 def _information(arguments: dict[str, Any], columns: Tensor, marginals: Tensor) -> Tensor:
@@ -370,42 +331,21 @@ def _gradient(
     return grad
 
 
-def _target(
-    x: Tensor,
-    arguments: dict[str, Any],
-    columns: Tensor,
-    log_ratio: Tensor,
-    assigned: Tensor,
-    factor: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Terms of the loss ``[N, B]`` and its gradient; see ``target_kernel``."""
-    B, N, S = arguments["maps"].shape
-    terms = columns.new_empty((N, B))
-    grad = torch.empty_like(x, dtype=columns.dtype) if with_grad else None
+def _assigned(x: Tensor, arguments: dict[str, Any], assigned: Tensor, weights: Tensor) -> Tensor:
+    """See ``assigned_kernel``."""
+    grad = torch.empty_like(x, dtype=weights.dtype)
     if x.numel() > 0:
+        B, N, S = arguments["maps"].shape
         channels, positions, warps = tile(arguments["maps"])
-        strides = (0, 0, 0) if grad is None else grad.view(B, N, S).stride()
-        target_kernel[(B * triton.cdiv(N, channels),)](
-            arguments["maps"], arguments["table"], columns, log_ratio, assigned, terms, grad,
-            B, N, *x.shape[2:], *arguments["maps"].stride(), *strides, *assigned.stride(),
-            arguments["slope"], arguments["limit"], arguments["tau"], factor,
-            CHANNELS=channels, POSITIONS=positions,
-            PROFILE=arguments["PROFILE"], NORM=arguments["NORM"], num_warps=warps,
+        assigned_kernel[(B * triton.cdiv(N, channels),)](
+            arguments["offsets"], assigned, weights, grad,
+            B, N, *x.shape[2:], *assigned.stride(), *grad.view(B, N, S).stride(), arguments["tau"],
+            CHANNELS=channels, POSITIONS=positions, num_warps=warps,
         )  # fmt: skip
-    return terms, columns.new_empty(0) if grad is None else grad
+    return grad
 
 
-def filter_loss(
-    x: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    tau: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
+def filter_loss(x: Tensor, offsets: Tensor, tau: float, with_grad: bool) -> tuple[Tensor, Tensor]:
     """Minus the mutual information over the batch; see ``reference.filter_loss.filter_loss``."""
     dtype = accumulate_dtype(x.dtype)
     B, N, height, width = x.shape
@@ -413,9 +353,9 @@ def filter_loss(
         grad = torch.empty_like(x, dtype=dtype) if with_grad else x.new_empty(0, dtype=dtype)
         return x.new_zeros(N, dtype=dtype), grad
     count = height * width + 1
-    arguments = _arguments(x, table, profile, norm, slope, limit, tau)
+    arguments = _arguments(x, offsets, tau)
     columns = _columns(arguments, dtype)
-    rows, gains = _rows(arguments, columns)
+    rows, gains, _ = _rows(arguments, columns)
     loss = -(rows.exp() * gains).sum(1) / count
     if not with_grad:
         return loss, columns.new_empty(0)
@@ -430,11 +370,7 @@ def filter_loss_running(
     log_ratio: Tensor,
     momentum: float,
     assigned: Tensor | None,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
+    offsets: Tensor,
     tau: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -446,15 +382,16 @@ def filter_loss_running(
         old = [t.clone(memory_format=torch.contiguous_format) for t in (log_mean, log_ratio)]
         return x.new_zeros(N, dtype=dtype), grad, old[0], old[1]
     count = height * width + 1
-    arguments = _arguments(x, table, profile, norm, slope, limit, tau)
+    arguments = _arguments(x, offsets, tau)
     in_batch = _columns(arguments, dtype) - math.log(B)
     log_mean = reference.moving_average(log_mean, in_batch, momentum).contiguous()
-    rows, gains = _rows(arguments, log_mean)
+    rows, gains, relative = _rows(arguments, log_mean, assigned)
     in_batch = rows.logsumexp(1) - math.log(B * count)
     log_ratio = reference.moving_average(log_ratio, in_batch, momentum).contiguous()
     scale = 1 / (B * count)
-    if assigned is not None:
-        terms, grad = _target(x, arguments, log_mean, log_ratio, assigned, -scale, with_grad)
+    if assigned is not None and relative is not None:
+        terms = -scale * relative.exp() * (relative - log_ratio[:, None])
+        grad = _assigned(x, arguments, assigned, terms) if with_grad else log_mean.new_empty(0)
         return terms.sum(1), grad, log_mean, log_ratio
     marginals = log_ratio[:, None].expand(N, B)
     loss = -scale * (rows.exp() * (gains + (rows - math.log(count) - marginals))).sum(1)

@@ -1,19 +1,18 @@
 """Triton kernels of the template family. ``picnn_fast.reference.templates`` is the definition.
 
-A template is made where it is needed, from the distance or from the table. Multiply-adds are never
-fused, so that masks agree with the reference bit for bit.
+A template's values are looked up by offset. Multiply-adds are never fused, so that masks agree with
+the reference bit for bit.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from picnn_fast.reference import templates as reference
 from picnn_fast.triton_kernels.conversions import narrow, widen
 
-UNIFORM = tl.constexpr(reference.UNIFORM)
-TABLE = tl.constexpr(reference.TABLE)
 LONGEST = 4096  # positions that a program holds at once: maps up to 64 x 64
 TILE = 2048  # elements of a tile of [channels, positions], but for long maps
 NEAR = 4  # channels of a tile at least, and twice the tile, where they are neighbours in memory
@@ -26,23 +25,15 @@ def number(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def template(
-    table, di, dj, inside, h, w, slope, limit,
-    dtype: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """T_mu in units of tau at mu + (di, dj); ``inside`` is where both are positions of a map."""
-    if PROFILE == TABLE:
-        at = (di + h - 1).to(tl.int64) * (2 * w - 1) + (dj + w - 1)
-        return tl.load(table + at, mask=inside, other=0.0)
-    else:
-        distance = tl.abs(di) + tl.abs(dj) if NORM == 1 else di * di + dj * dj
-        if PROFILE == UNIFORM:
-            return tl.where(distance < limit, 1.0, -1.0).to(dtype)
-        else:
-            length = distance.to(dtype)
-            if NORM == 2:
-                length = tl.sqrt(length) if dtype == tl.float64 else tl.sqrt_rn(length)
-            return tl.maximum(1.0 - number(slope, dtype) * length, -1.0)
+def middle(offsets, h, w):
+    """Where a template's value at its peak is."""
+    return offsets + ((h - 1) * (2 * w - 1) + (w - 1))
+
+
+@triton.jit
+def place(position, w):
+    """Of a position in the table of offsets, such that the offset of two is their difference."""
+    return position + position // w * (w - 1)
 
 
 @triton.jit
@@ -56,24 +47,53 @@ def _first_maximum(x, s, inside, last):
 
 
 @triton.jit
-def _store_masked(
-    y, x, s, inside, peak, table, h, w, slope, limit, factor,
-    dtype: tl.constexpr, PROFILE: tl.constexpr, NORM: tl.constexpr,
+def _peaks(x, maps, x_s, s, channels, S, dtype: tl.constexpr, POSITIONS: tl.constexpr):
+    """Of maps whose first tile is ``x``."""
+    has_nan, most, at = _first_maximum(widen(x, dtype), s, channels & (s < S), S - 1)
+    for start in range(POSITIONS, S, POSITIONS):
+        later = start + s
+        inside = channels & (later < S)
+        x_later = tl.load(maps + later.to(tl.int64) * x_s, mask=inside, other=0.0)
+        has_nan_later, most_later, at_later = _first_maximum(
+            widen(x_later, dtype), later, inside, S - 1
+        )
+        greater = (has_nan_later > has_nan) | ((has_nan == 0) & (most_later > most))
+        at = tl.where(greater, at_later, at)
+        has_nan = tl.maximum(has_nan, has_nan_later)
+        most = tl.maximum(most, most_later)
+    return at
+
+
+@triton.jit
+def peaks_kernel(
+    maps, peak, N, S, x_b, x_n, x_s, p_b, p_n, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr
 ):  # fmt: skip
-    di = s // w - (peak // w)[:, None]
-    dj = s % w - (peak % w)[:, None]
-    value = template(table, di, dj, inside, h, w, slope, limit, dtype, PROFILE, NORM)
+    """Peaks of a block of channels."""
+    WIDE: tl.constexpr = tl.float64 if maps.dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(N, CHANNELS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    channels = (n < N)[:, None]
+    maps += b * x_b + n[:, None] * x_n
+    s = tl.arange(0, POSITIONS)[None, :]
+    x = tl.load(maps + s.to(tl.int64) * x_s, mask=channels & (s < S), other=0.0)
+    at = _peaks(x, maps, x_s, s, channels, S, WIDE, POSITIONS)
+    tl.store(peak + b * p_b + n * p_n, at.to(tl.int64), mask=n < N)
+
+
+@triton.jit
+def _store_masked(y, x, s, inside, peak, offsets, h, w, factor, dtype: tl.constexpr):
+    at = place(s, w) - place(peak, w)[:, None]
+    value = tl.load(middle(offsets, h, w) + at, mask=inside, other=0.0)
     mask = tl.maximum(value, 0.0) * number(factor, dtype)
     tl.store(y, narrow(widen(x, dtype) * mask, x.dtype), mask=inside)
 
 
 @triton.jit
 def mask_kernel(
-    maps, table, masked, peak,
-    N, h, w, x_b, x_n, x_s, y_b, y_n, y_s, p_b, p_n,
-    slope: tl.float64, limit, factor: tl.float64,
+    maps, offsets, masked, peak,
+    N, h, w, x_b, x_n, x_s, y_b, y_n, y_s, p_b, p_n, factor: tl.float64,
     FIND_PEAK: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    PROFILE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Masked maps of a block of channels, about peaks to be found or given.
 
@@ -92,36 +112,21 @@ def mask_kernel(
     inside = channels & (s < S)
     x = tl.load(maps + s.to(tl.int64) * x_s, mask=inside, other=0.0)
     if FIND_PEAK:
-        has_nan, most, at = _first_maximum(widen(x, WIDE), s, inside, S - 1)
-        for start in range(POSITIONS, S, POSITIONS):
-            later = start + s
-            also = channels & (later < S)
-            x_later = tl.load(maps + later.to(tl.int64) * x_s, mask=also, other=0.0)
-            has_nan_later, most_later, at_later = _first_maximum(
-                widen(x_later, WIDE), later, also, S - 1
-            )
-            greater = (has_nan_later > has_nan) | ((has_nan == 0) & (most_later > most))
-            at = tl.where(greater, at_later, at)
-            has_nan = tl.maximum(has_nan, has_nan_later)
-            most = tl.maximum(most, most_later)
+        at = _peaks(x, maps, x_s, s, channels, S, WIDE, POSITIONS)
         tl.store(peak, at.to(tl.int64), mask=n < N)
     else:
         given = tl.load(peak, mask=n < N, other=0)
         # Live with TRITON_DEBUG=1. Without it a peak off the map still reads inside the table.
         tl.device_assert((given >= 0) & (given < S), "peak off the map")
         at = tl.minimum(tl.maximum(given, 0), S - 1).to(tl.int32)
-    _store_masked(
-        masked + s.to(tl.int64) * y_s, x, s, inside, at, table, h, w, slope, limit, factor,
-        WIDE, PROFILE, NORM,
-    )  # fmt: skip
+    _store_masked(masked + s.to(tl.int64) * y_s, x, s, inside, at, offsets, h, w, factor, WIDE)
     for start in range(POSITIONS, S, POSITIONS):
         later = start + s
         also = channels & (later < S)
         x = tl.load(maps + later.to(tl.int64) * x_s, mask=also, other=0.0)
         _store_masked(
-            masked + later.to(tl.int64) * y_s, x, later, also, at, table, h, w, slope,
-            limit, factor, WIDE, PROFILE, NORM,
-        )  # fmt: skip
+            masked + later.to(tl.int64) * y_s, x, later, also, at, offsets, h, w, factor, WIDE
+        )
 
 
 def tile(maps: Tensor) -> tuple[int, int, int]:
@@ -134,57 +139,53 @@ def tile(maps: Tensor) -> tuple[int, int, int]:
     return channels, positions, min(max(channels * positions // 512, 4), 16)
 
 
-def _mask(
-    maps: Tensor,
-    peak: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    scale: float,
-    *,
-    find_peak: bool,
-) -> Tensor:
+def _launch(maps: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and options for maps ``[B, N, S]``."""
+    B, N, _ = maps.shape
+    channels, positions, warps = tile(maps)
+    options = {"CHANNELS": channels, "POSITIONS": positions, "num_warps": warps}
+    return (B * triton.cdiv(N, channels),), options | {"enable_fp_fusion": False}
+
+
+def _mask(maps: Tensor, peak: Tensor, offsets: Tensor, scale: float, *, find_peak: bool) -> Tensor:
     masked = torch.empty_like(maps)
     if maps.numel() == 0:
         return masked
     B, N, height, width = maps.shape
     x, y = (t.view(B, N, height * width) for t in (maps, masked))
-    channels, positions, warps = tile(x)
-    mask_kernel[(B * triton.cdiv(N, channels),)](
-        x, table, y, peak,
-        N, height, width, *x.stride(), *y.stride(), *peak.stride(), slope, limit, scale,
-        FIND_PEAK=find_peak, CHANNELS=channels, POSITIONS=positions,
-        PROFILE=profile, NORM=norm, num_warps=warps, enable_fp_fusion=False,
+    grid, options = _launch(x)
+    mask_kernel[grid](
+        x, offsets, y, peak,
+        N, height, width, *x.stride(), *y.stride(), *peak.stride(), scale,
+        FIND_PEAK=find_peak, **options,
     )  # fmt: skip
     return masked
 
 
-def template_mask(
-    x: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Masked maps and their peaks; see ``reference.templates.template_mask``."""
+def _empty_peaks(x: Tensor) -> Tensor:
     new = x.new_empty if x.numel() else x.new_zeros
-    peak = new(x.shape[:2], dtype=torch.int64)
-    return _mask(x, peak, table, profile, norm, slope, limit, scale, find_peak=True), peak
+    return new(x.shape[:2], dtype=torch.int64)
+
+
+def map_peaks(x: Tensor) -> Tensor:
+    """The first maximum of each map; see ``reference.templates.map_peaks``."""
+    peak = _empty_peaks(x)
+    if x.numel() > 0:
+        B, N, height, width = x.shape
+        maps = x.view(B, N, height * width)
+        grid, options = _launch(maps)
+        peaks_kernel[grid](maps, peak, N, height * width, *maps.stride(), *peak.stride(), **options)
+    return peak
+
+
+def template_mask(x: Tensor, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Masked maps and their peaks; see ``reference.templates.template_mask``."""
+    peak = _empty_peaks(x)
+    return _mask(x, peak, offsets, scale, find_peak=True), peak
 
 
 def template_mask_backward(
-    grad_masked: Tensor,
-    peak: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    scale: float,
+    grad_masked: Tensor, peak: Tensor, offsets: Tensor, scale: float
 ) -> Tensor:
     """The gradient times the mask; see ``reference.templates.template_mask_backward``."""
-    return _mask(grad_masked, peak, table, profile, norm, slope, limit, scale, find_peak=False)
+    return _mask(grad_masked, peak, offsets, scale, find_peak=False)

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/template_arguments.h"
+#include "../common/read_template.h"
 #include "capability.h"
 #include "filter_loss_kernels.h"
 #include "maps.h"
@@ -25,28 +25,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct PartArguments {
-  const std::optional<Tensor>& table;
-  int64_t profile, norm;
-  double slope;
-  int64_t limit;
-};
-
-// Whether the value at every offset is that at the opposite one.
-template <typename A>
-bool symmetric(const Template<A>& part) {
-  if (part.profile != kTable) {
-    return true;
-  }
-  const int64_t count = (2 * int64_t{part.height} - 1) * (2 * int64_t{part.width} - 1);
-  for (int64_t i = 0; i < count / 2; ++i) {
-    if (part.table[i] != part.table[count - 1 - i]) {
-      return false;
-    }
-  }
-  return true;
-}
 
 // Filters worked on together: where those are neighbours in memory, a cache line of them, unless
 // that is more than a cache holds or leaves threads without work.
@@ -65,19 +43,18 @@ int64_t filters_together(const FilterLoss& f, int64_t element_size) {
 }
 
 template <typename A>
-void run(FilterLoss& f, const Tensor& x, const PartArguments& arguments) {
-  const Template<A> part = read_template<A>(x, arguments.table, arguments.profile, arguments.norm,
-                                            arguments.slope, arguments.limit);
+void run(FilterLoss& f, const Tensor& x, const Tensor& offsets) {
+  const Template<A> part = read_template<A>(x, "x", offsets);
   if (f.shape.batch == 0 || f.shape.filters == 0) {
     return;
   }
-  f.layout = panel_layout(part.height, part.width);
-  const std::vector<A> turned =
-      panels<A>(f.layout, [&](int32_t di, int32_t dj) { return template_value(part, -di, -dj); });
+  f.layout = panel_layout(part.offsets);
+  const std::vector<A> values(part.values, part.values + part.offsets.count());
+  const std::vector<A> about_the_middle(values.rbegin(), values.rend());
+  const std::vector<A> turned = panels(f.layout, about_the_middle);
   std::vector<A> upright;
-  if (f.grad != nullptr && !symmetric(part)) {
-    upright =
-        panels<A>(f.layout, [&](int32_t di, int32_t dj) { return template_value(part, di, dj); });
+  if (f.grad != nullptr && values != about_the_middle) {
+    upright = panels(f.layout, values);
   }
   f.turned = turned.data();
   f.upright = upright.empty() ? turned.data() : upright.data();
@@ -121,23 +98,21 @@ Outputs prepare(FilterLoss& f, const Tensor& x, double tau, bool with_grad) {
   return {loss, grad};
 }
 
-void run_any(FilterLoss& f, const Tensor& x, const PartArguments& part) {
-  accumulate_type(x) == ScalarType::Double ? run<double>(f, x, part) : run<float>(f, x, part);
+void run_any(FilterLoss& f, const Tensor& x, const Tensor& offsets) {
+  accumulate_type(x) == ScalarType::Double ? run<double>(f, x, offsets) : run<float>(f, x, offsets);
 }
 
-std::tuple<Tensor, Tensor> filter_loss(const Tensor& x, const std::optional<Tensor>& table,
-                                       int64_t profile, int64_t norm, double slope, int64_t limit,
-                                       double tau, bool with_grad) {
+std::tuple<Tensor, Tensor> filter_loss(const Tensor& x, const Tensor& offsets, double tau,
+                                       bool with_grad) {
   FilterLoss f{};
   const Outputs out = prepare(f, x, tau, with_grad);
-  run_any(f, x, {table, profile, norm, slope, limit});
+  run_any(f, x, offsets);
   return {out.loss, out.grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> filter_loss_running(
     const Tensor& x, const Tensor& log_mean, const Tensor& log_ratio, double momentum,
-    const std::optional<Tensor>& assigned, const std::optional<Tensor>& table, int64_t profile,
-    int64_t norm, double slope, int64_t limit, double tau, bool with_grad) {
+    const std::optional<Tensor>& assigned, const Tensor& offsets, double tau, bool with_grad) {
   FilterLoss f{};
   const Outputs out = prepare(f, x, tau, with_grad);
   const int64_t templates = f.shape.positions + 1;
@@ -165,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> filter_loss_running(
   f.momentum = momentum;
   f.new_log_mean = new_mean.mutable_data_ptr();
   f.new_log_ratio = new_ratio.mutable_data_ptr();
-  run_any(f, x, {table, profile, norm, slope, limit});
+  run_any(f, x, offsets);
   return {out.loss, out.grad, new_mean, new_ratio};
 }
 

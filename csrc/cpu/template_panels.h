@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -9,14 +10,16 @@
 // Host code that lays out a template for the kernels.
 namespace picnn_fast {
 
-inline PanelLayout panel_layout(int64_t height, int64_t width) {
+inline PanelLayout panel_layout(const Offsets& offsets) {
   // Short rows by themselves leave vectors half empty: worth larger panels, up to a few megabytes.
   constexpr int64_t kNarrow = 32, kMostIfNarrow = 1 << 20, kMost = 1 << 16;
   constexpr int64_t kPadding = 64;  // vectors may be read beyond the end of a segment
+  const int64_t height = offsets.height, width = offsets.width;
+  const int64_t rows = offsets.rows(), columns = offsets.columns();
   PanelLayout layout{};
   layout.height = height;
   layout.width = width;
-  const int64_t rows = 2 * height - 1;
+  layout.width_inverse = 1.0 / static_cast<double>(width);
   if (width * rows * width <= (width < kNarrow ? kMostIfNarrow : kMost)) {
     // For each j the rows of offsets, all of them, cut to their columns -j to width - 1 - j. So the
     // rows of a map follow one another, and short ones too fill vectors.
@@ -27,7 +30,6 @@ inline PanelLayout panel_layout(int64_t height, int64_t width) {
     layout.column = rows * width;
     layout.size = width * rows * width + kPadding;
   } else {
-    const int64_t columns = 2 * width - 1;
     layout.segments = height;
     layout.length = width;
     layout.per_segment = columns;
@@ -39,23 +41,23 @@ inline PanelLayout panel_layout(int64_t height, int64_t width) {
   return layout;
 }
 
-// `value(di, dj)` of every offset, laid out so.
-template <typename A, typename Value>
-std::vector<A> panels(const PanelLayout& layout, const Value& value) {
-  std::vector<A> values(static_cast<size_t>(layout.size));
-  const auto height = static_cast<int32_t>(layout.height);
-  const auto width = static_cast<int32_t>(layout.width);
-  A* out = values.data();
-  const bool whole_maps = layout.per_segment == 0;
-  for (int32_t j = 0; j < (whole_maps ? width : 1); ++j) {
-    const int32_t begin = whole_maps ? -j : 1 - width;
-    for (int32_t di = 1 - height; di < height; ++di) {
-      for (int32_t dj = begin; dj < width - j; ++dj) {
-        *out++ = value(di, dj);
-      }
+// `values`, one an offset, laid out so.
+template <typename A>
+std::vector<A> panels(const PanelLayout& layout, const std::vector<A>& values) {
+  std::vector<A> panels(static_cast<size_t>(layout.size));
+  if (layout.per_segment != 0) {
+    std::copy(values.begin(), values.end(), panels.begin());
+    return panels;
+  }
+  const int64_t rows = 2 * layout.height - 1, columns = 2 * layout.width - 1;
+  auto out = panels.begin();
+  for (int64_t j = 0; j < layout.width; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t first = i * columns + layout.width - 1 - j;
+      out = std::copy_n(values.begin() + first, layout.width, out);
     }
   }
-  return values;
+  return panels;
 }
 
 }  // namespace picnn_fast

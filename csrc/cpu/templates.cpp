@@ -4,14 +4,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../common/template_arguments.h"
+#include "../common/read_template.h"
 #include "capability.h"
 #include "maps.h"
 #include "template_panels.h"
+#include "templates_kernels.h"
 #include "tensors.h"
 
 namespace picnn_fast {
@@ -20,86 +20,106 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename A>
-void run(TemplateMask& s, const Template<A>& part, Storage type) {
-  if (s.shape.batch == 0 || s.shape.filters == 0) {
-    return;
-  }
-  s.part = &part;
-  s.width = part.width;
-  std::vector<A> masks;
-  if (!s.side_by_side) {
-    const A scale = static_cast<A>(s.scale);
-    s.layout = panel_layout(part.height, part.width);
-    masks = panels<A>(s.layout, [&](int32_t di, int32_t dj) {
-      return mask_value(template_value(part, di, dj), scale);
-    });
-    s.masks = masks.data();
-  }
-  const TemplatesKernels& kernels = PICNN_FAST_KERNELS_IN_USE(templates_kernels);
-  parallel_units(s.shape, s.units,
-                 [&](int64_t begin, int64_t end) { kernels.mask(s, type, begin, end); });
-}
-
-// Filters of a unit. Those side by side are gone through twice to find their peaks, and the next
-// ones are fetched meanwhile: both are to fit the second level of cache.
-int64_t most_filters(const TemplateMask& s, int64_t element_size) {
+// Filters of a unit. Those side by side whose peaks are found and that are then masked are gone
+// through twice, and the next ones are fetched meanwhile: both are to fit the second level of
+// cache.
+int64_t most_filters(const MapPeaks& s, bool twice, int64_t element_size) {
   constexpr int64_t kHalfCache = 400 << 10, kLeast = 64;
-  if (!s.side_by_side || !s.find_peak) {
+  if (!s.side_by_side || !twice) {
     return s.side_by_side ? kFiltersAtOnce : s.shape.filters;
   }
   const int64_t bytes = element_size * std::max<int64_t>(1, s.shape.positions);
   return std::clamp(kHalfCache / bytes / kLeast * kLeast, kLeast, kFiltersAtOnce);
 }
 
-// Masks `x` into what is returned, by the peaks it finds or those it is given.
-Tensor mask(const Tensor& x, const Tensor& peak, bool find_peak, const std::optional<Tensor>& table,
-            int64_t profile, int64_t norm, double slope, int64_t limit, double scale) {
+// Without what depends on whether filters are side by side.
+MapPeaks map_peaks_of(const Tensor& x, const char* name, const Tensor& peak) {
+  MapPeaks s{};
+  s.shape = shape_of_maps(x, name);
+  s.maps = x.const_data_ptr();
+  s.maps_strides = strides_of_maps(x, name);
+  s.peak = static_cast<int64_t*>(peak.mutable_data_ptr());
+  return s;
+}
+
+void set_units(MapPeaks& s, bool side_by_side, bool twice, const Tensor& x) {
+  s.side_by_side = side_by_side;
+  s.units =
+      units_of(s.shape, torch::stable::get_num_threads(), most_filters(s, twice, x.element_size()));
+}
+
+Tensor map_peaks(const Tensor& x) {
   const Storage type = storage(x, "x");
+  offsets_of_maps(x, "x");
+  const Tensor peak = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+  MapPeaks s = map_peaks_of(x, "x", peak);
+  set_units(s, s.shape.filters > 1 && s.maps_strides.filter == 1, /*twice=*/false, x);
+  const TemplatesKernels& kernels = PICNN_FAST_KERNELS_IN_USE(templates_kernels);
+  parallel_units(s.shape, s.units,
+                 [&](int64_t begin, int64_t end) { kernels.peaks(s, type, begin, end); });
+  return peak;
+}
+
+template <typename A>
+void run(TemplateMask& s, const Template<A>& part, A scale, Storage type) {
+  if (s.in.shape.batch == 0 || s.in.shape.filters == 0) {
+    return;
+  }
+  std::vector<A> masks(part.values, part.values + part.offsets.count());
+  for (A& mask : masks) {
+    mask = mask_value(mask, scale);
+  }
+  s.layout = panel_layout(part.offsets);
+  masks = panels(s.layout, masks);
+  s.masks = masks.data();
+  const TemplatesKernels& kernels = PICNN_FAST_KERNELS_IN_USE(templates_kernels);
+  parallel_units(s.in.shape, s.in.units,
+                 [&](int64_t begin, int64_t end) { kernels.mask(s, type, begin, end); });
+}
+
+// Masks `x` into what is returned, by the peaks it finds or those it is given.
+Tensor mask(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
+            const Tensor& offsets, double scale) {
+  const Storage type = storage(x, name);
   Tensor out = torch::stable::empty_like(x);
   TemplateMask s{};
-  s.shape = shape_of_maps(x, "x");
-  s.maps = x.const_data_ptr();
-  s.maps_strides = strides_of_maps(x, "x");
+  s.in = map_peaks_of(x, name, peak);
   s.find_peak = find_peak;
-  s.peak = static_cast<int64_t*>(peak.mutable_data_ptr());
-  s.scale = scale;
   s.out = out.mutable_data_ptr();
   s.out_strides = strides_of_maps(out, "masked");
-  s.side_by_side = s.shape.filters > 1 && s.maps_strides.filter == 1 && s.out_strides.filter == 1;
-  s.units = units_of(s.shape, torch::stable::get_num_threads(), most_filters(s, x.element_size()));
   s.stream = exceeds_cache(out);
+  set_units(s.in,
+            s.in.shape.filters > 1 && s.in.maps_strides.filter == 1 && s.out_strides.filter == 1,
+            find_peak, x);
   if (type == Storage::kDouble) {
-    run(s, read_template<double>(x, table, profile, norm, slope, limit), type);
+    run(s, read_template<double>(x, name, offsets), scale, type);
   } else {
-    run(s, read_template<float>(x, table, profile, norm, slope, limit), type);
+    run(s, read_template<float>(x, name, offsets), static_cast<float>(scale), type);
   }
   return out;
 }
 
-std::tuple<Tensor, Tensor> template_mask(const Tensor& x, const std::optional<Tensor>& table,
-                                         int64_t profile, int64_t norm, double slope, int64_t limit,
-                                         double scale) {
+std::tuple<Tensor, Tensor> template_mask(const Tensor& x, const Tensor& offsets, double scale) {
   STD_TORCH_CHECK(x.dim() == 4, "x: want maps [B, N, h, w]");
   const Tensor peak = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
-  return {mask(x, peak, /*find_peak=*/true, table, profile, norm, slope, limit, scale), peak};
+  return {mask(x, "x", peak, /*find_peak=*/true, offsets, scale), peak};
 }
 
-Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak,
-                              const std::optional<Tensor>& table, int64_t profile, int64_t norm,
-                              double slope, int64_t limit, double scale) {
+Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak, const Tensor& offsets,
+                              double scale) {
   STD_TORCH_CHECK(grad_masked.dim() == 4, "grad_masked: want maps [B, N, h, w]");
   const MapsShape shape = shape_of_maps(grad_masked, "grad_masked");
   check_shape(peak, "peak", {shape.batch, shape.filters});
   const int64_t count = shape.batch * shape.filters;
   const Tensor peaks = class_indices(torch::stable::view(torch::stable::contiguous(peak), {count}),
                                      "peak", count, shape.positions);
-  return mask(grad_masked, peaks, /*find_peak=*/false, table, profile, norm, slope, limit, scale);
+  return mask(grad_masked, "grad_masked", peaks, /*find_peak=*/false, offsets, scale);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
+  m.impl("map_peaks", TORCH_BOX(&map_peaks));
   m.impl("template_mask", TORCH_BOX(&template_mask));
   m.impl("template_mask_backward", TORCH_BOX(&template_mask_backward));
 }

@@ -7,19 +7,19 @@
 #include <limits>
 #include <type_traits>
 
-#include "../common/templates.h"
 #include "scalar.h"
 #include "streaming.h"
+#include "transpose.h"
 #include "vector.h"
 
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
 using picnn_fast::kFiltersAtOnce;
+using picnn_fast::MapPeaks;
 using picnn_fast::PanelLayout;
 using picnn_fast::Storage;
 using picnn_fast::Strides;
-using picnn_fast::Template;
 using picnn_fast::TemplateMask;
 using picnn_fast::TemplatesKernels;
 
@@ -141,45 +141,6 @@ void find_peaks(const T* maps, int64_t stride, int64_t positions, int64_t count,
   }
 }
 
-template <typename T, typename A>
-PICNN_FAST_HD void mask_row(const Template<A>& part, A scale, int32_t a, int32_t b,
-                            const T* __restrict__ row, const int32_t* __restrict__ rows,
-                            const int32_t* __restrict__ columns, T* __restrict__ out,
-                            int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A value = template_value(part, a - rows[i], b - columns[i]);
-    out[i] = masked<T, A>(row[i], mask_value(value, scale));
-  }
-}
-
-// With profile and norm constants, so that the loops over filters hold no branch.
-template <typename T, typename A, typename Run>
-PICNN_FAST_HD void with_profile(const Template<A>& given, const Run& run) {
-  Template<A> part = given;
-  if (part.profile == picnn_fast::kTable) {
-    part.profile = picnn_fast::kTable;
-    run(part);
-  } else if (part.profile == picnn_fast::kUniform) {
-    part.profile = picnn_fast::kUniform;
-    if (part.norm == 1) {
-      part.norm = 1;
-      run(part);
-    } else {
-      part.norm = 2;
-      run(part);
-    }
-  } else {
-    part.profile = picnn_fast::kGradient;
-    if (part.norm == 1) {
-      part.norm = 1;
-      run(part);
-    } else {
-      part.norm = 2;
-      run(part);
-    }
-  }
-}
-
 // Asks for a row of numbers that is read soon.
 template <typename T>
 PICNN_FAST_HD void prefetch(const T* row, int64_t count) {
@@ -190,83 +151,167 @@ PICNN_FAST_HD void prefetch(const T* row, int64_t count) {
   }
 }
 
+// Positions whose masks are looked up at a time: they fill the smallest vectors.
+template <typename A>
+constexpr int kRun = 16 / sizeof(A);
+
+// Runs that begin at at[0], at[kRun], at[2 * kRun] and so on, as many as a vector holds.
+template <typename A>
+PICNN_FAST_HD Vector<A> load_runs(const A* from, const int64_t* at) {
+#if defined(__AVX512F__)
+  const auto run = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at[i * kRun<A>]));
+  };
+  __m512i runs = _mm512_castsi128_si512(run(0));
+  runs = _mm512_inserti32x4(runs, run(1), 1);
+  runs = _mm512_inserti32x4(runs, run(2), 2);
+  return (Vector<A>)_mm512_inserti32x4(runs, run(3), 3);
+#elif defined(__AVX2__)
+  const auto run = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at[i * kRun<A>]));
+  };
+  return (Vector<A>)_mm256_inserti128_si256(_mm256_castsi128_si256(run(0)), run(1), 1);
+#else
+  return load<A>(from + at[0]);
+#endif
+}
+
+// The masks of kRun positions in a row for filters with peaks whose masks begin at `begins`, whole
+// vectors of them: position by position, `stride` apart.
+template <typename A>
+void mask_rows(const A* masks, const int64_t* begins, int64_t count, A* rows, int64_t stride) {
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    Vector<A> runs[kRun<A>];
+#pragma GCC unroll 4
+    for (int k = 0; k < kRun<A>; ++k) {
+      runs[k] = load_runs(masks, begins + i + k);
+    }
+    transpose<A, kRun<A>>(runs);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRun<A>; ++k) {
+      store<A>(runs[k], rows + k * stride + i);
+    }
+  }
+}
+
 // `next`, if not null, are the maps that follow. They are fetched while these are written: finding
 // peaks would wait for memory otherwise.
 template <typename T, typename A>
 void mask_side_by_side(const TemplateMask& s, const T* maps, const T* next, T* out, int64_t* peak,
                        int64_t count, Sink<T>& sink) {
-  const int64_t stride = s.maps_strides.position;
+  const int64_t stride = s.in.maps_strides.position, out_stride = s.out_strides.position;
   if (s.find_peak) {
-    find_peaks<T, A>(maps, stride, s.shape.positions, count, peak);
+    find_peaks<T, A>(maps, stride, s.in.shape.positions, count, peak);
   }
-  const auto width = static_cast<int32_t>(s.width);
-  int32_t rows[kFiltersAtOnce], columns[kFiltersAtOnce];
-  for (int64_t i = 0; i < count; ++i) {
-    rows[i] = static_cast<int32_t>(peak[i]) / width;
-    columns[i] = static_cast<int32_t>(peak[i]) % width;
+  const PanelLayout& layout = s.layout;
+  int64_t begins[kFiltersAtOnce];
+  const int64_t padded = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  for (int64_t i = 0; i < padded; ++i) {
+    begins[i] = layout.begin(peak[i < count ? i : count - 1]);
   }
-  const A scale = static_cast<A>(s.scale);
+  // A vector more, or the rows would fall into the same few sets of the first-level cache.
+  alignas(64) A masks[kRun<A> * (kFiltersAtOnce + kLanes<A>)];
+  const int64_t row = padded + kLanes<A>;
   const int64_t most = Sink<T>::kPreferred / count;
-  const int64_t step = s.out_strides.position == count && most > 1 ? most : 1;
-  with_profile<T>(*static_cast<const Template<A>*>(s.part), [&](const Template<A>& part) {
-    int32_t a = 0, b = 0;
-    for (int64_t p = 0; p < s.shape.positions; p += step) {
-      const int64_t here = step < s.shape.positions - p ? step : s.shape.positions - p;
-      T* stretch = sink.open(out + p * s.out_strides.position, here * count);
-      for (int64_t r = 0; r < here; ++r) {
-        if (next != nullptr) {
-          prefetch(next + (p + r) * stride, count);
+  const int64_t step = out_stride == count && most > 1 ? most : 1;
+  for (int64_t segment = 0; segment < layout.segments; ++segment) {
+    const A* panel = static_cast<const A*>(s.masks) + segment * layout.per_segment;
+    for (int64_t first = 0; first < layout.length; first += kRun<A>) {
+      mask_rows<A>(panel + first, begins, padded, masks, row);
+      const int64_t left = layout.length - first, rows = left < kRun<A> ? left : kRun<A>;
+      for (int64_t r = 0; r < rows; r += step) {
+        const int64_t p = segment * layout.length + first + r;
+        const int64_t here = step < rows - r ? step : rows - r;
+        T* stretch = sink.open(out + p * out_stride, here * count);
+        for (int64_t q = 0; q < here; ++q) {
+          if (next != nullptr) {
+            prefetch(next + (p + q) * stride, count);
+          }
+          mask_dense<T, A>(maps + (p + q) * stride, masks + (r + q) * row, stretch + q * count,
+                           count);
         }
-        mask_row<T, A>(part, scale, a, b, maps + (p + r) * stride, rows, columns,
-                       stretch + r * count, count);
-        if (++b == width) {
-          b = 0;
-          ++a;
-        }
+        sink.close();
       }
-      sink.close();
     }
-  });
+  }
+}
+
+// Filters of one unit of work: those from `first` on of a sample.
+struct Block {
+  int64_t sample, first, count;
+};
+
+PICNN_FAST_HD Block block_of(const MapPeaks& s, int64_t unit) {
+  const int64_t first = unit % s.units.blocks * s.units.filters, left = s.shape.filters - first;
+  return {unit / s.units.blocks, first, s.units.filters < left ? s.units.filters : left};
+}
+
+template <typename T>
+PICNN_FAST_HD const T* maps_of(const MapPeaks& s, const Block& block) {
+  return static_cast<const T*>(s.maps) + block.sample * s.maps_strides.batch +
+         block.first * s.maps_strides.filter;
+}
+
+template <typename T, typename A>
+void peaks(const MapPeaks& s, int64_t begin, int64_t end) {
+  const int64_t positions = s.shape.positions, stride = s.maps_strides.position;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Block block = block_of(s, unit);
+    const T* maps = maps_of<T>(s, block);
+    int64_t* peak = s.peak + block.sample * s.shape.filters + block.first;
+    if (s.side_by_side) {
+      find_peaks<T, A>(maps, stride, positions, block.count, peak);
+      continue;
+    }
+    for (int64_t i = 0; i < block.count; ++i) {
+      const T* map = maps + i * s.maps_strides.filter;
+      peak[i] =
+          stride == 1 ? find_peak_dense<T, A>(map, positions) : find_peak(map, stride, positions);
+    }
+  }
+}
+
+// Maps of a block whose positions follow one another, in the output too.
+template <typename T, typename A>
+void mask_dense_maps(const TemplateMask& s, const T* maps, T* out, int64_t* peak, int64_t count,
+                     Sink<T>& sink) {
+  const int64_t positions = s.in.shape.positions, most = Sink<T>::kPreferred / positions;
+  const int64_t step = most > 1 ? most : 1;
+  for (int64_t i = 0; i < count; i += step) {
+    const int64_t here = step < count - i ? step : count - i;
+    T* stretch = sink.open(out + i * positions, here * positions);
+    for (int64_t r = 0; r < here; ++r) {
+      const T* map = maps + (i + r) * s.in.maps_strides.filter;
+      if (s.find_peak) {
+        peak[i + r] = find_peak_dense<T, A>(map, positions);
+      }
+      mask_map<T, A>(s, peak[i + r], map, 1, stretch + r * positions, 1);
+    }
+    sink.close();
+  }
 }
 
 template <typename T, typename A>
 void mask(const TemplateMask& s, int64_t begin, int64_t end) {
-  const auto [batch, filters, positions] = s.shape;
-  const Strides from = s.maps_strides, to = s.out_strides;
+  const MapPeaks& in = s.in;
+  const int64_t positions = in.shape.positions;
+  const Strides from = in.maps_strides, to = s.out_strides;
   const bool dense = from.position == 1 && to.position == 1 && to.filter == positions;
-  const int64_t most = Sink<T>::kPreferred / positions;
-  const int64_t step = most > 1 ? most : 1;
   Sink<T> sink(s.stream);
-  const auto maps = [&](int64_t index) {
-    return static_cast<const T*>(s.maps) + index / s.units.blocks * from.batch +
-           index % s.units.blocks * s.units.filters * from.filter;
-  };
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t sample = index / s.units.blocks;
-    const int64_t first = index % s.units.blocks * s.units.filters;
-    const int64_t count = s.units.filters < filters - first ? s.units.filters : filters - first;
-    const T* x = maps(index);
-    T* out = static_cast<T*>(s.out) + sample * to.batch + first * to.filter;
-    int64_t* peak = s.peak + sample * filters + first;
-    if (s.side_by_side) {
-      const T* next = s.find_peak && index + 1 < end ? maps(index + 1) : nullptr;
-      mask_side_by_side<T, A>(s, x, next, out, peak, count, sink);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Block block = block_of(in, unit);
+    const T* maps = maps_of<T>(in, block);
+    T* out = static_cast<T*>(s.out) + block.sample * to.batch + block.first * to.filter;
+    int64_t* peak = in.peak + block.sample * in.shape.filters + block.first;
+    if (in.side_by_side) {
+      const bool more = s.find_peak && unit + 1 < end;
+      const T* next = more ? maps_of<T>(in, block_of(in, unit + 1)) : nullptr;
+      mask_side_by_side<T, A>(s, maps, next, out, peak, block.count, sink);
     } else if (dense) {
-      for (int64_t i = 0; i < count; i += step) {
-        const int64_t here = step < count - i ? step : count - i;
-        T* stretch = sink.open(out + i * positions, here * positions);
-        for (int64_t r = 0; r < here; ++r) {
-          const T* map = x + (i + r) * from.filter;
-          if (s.find_peak) {
-            peak[i + r] = find_peak_dense<T, A>(map, positions);
-          }
-          mask_map<T, A>(s, peak[i + r], map, 1, stretch + r * positions, 1);
-        }
-        sink.close();
-      }
+      mask_dense_maps<T, A>(s, maps, out, peak, block.count, sink);
     } else {
-      for (int64_t i = 0; i < count; ++i) {
-        const T* map = x + i * from.filter;
+      for (int64_t i = 0; i < block.count; ++i) {
+        const T* map = maps + i * from.filter;
         if (s.find_peak) {
           peak[i] = find_peak(map, from.position, positions);
         }
@@ -274,6 +319,10 @@ void mask(const TemplateMask& s, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+void peaks_any(const MapPeaks& s, Storage storage, int64_t begin, int64_t end) {
+  with_storage(storage, [&](auto t, auto a) { peaks<decltype(t), decltype(a)>(s, begin, end); });
 }
 
 void mask_any(const TemplateMask& s, Storage storage, int64_t begin, int64_t end) {
@@ -284,5 +333,6 @@ void mask_any(const TemplateMask& s, Storage storage, int64_t begin, int64_t end
 }  // namespace PICNN_FAST_NAMESPACE
 
 namespace picnn_fast {
-const TemplatesKernels PICNN_FAST_KERNELS = {PICNN_FAST_NAMESPACE::mask_any};
+const TemplatesKernels PICNN_FAST_KERNELS = {PICNN_FAST_NAMESPACE::peaks_any,
+                                             PICNN_FAST_NAMESPACE::mask_any};
 }  // namespace picnn_fast

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../common/macros.h"
+#include "../common/templates.h"
 #include "storage.h"
 #include "units.h"
 
@@ -22,38 +22,45 @@ struct PanelLayout {
   int64_t segments, length;
   int64_t per_segment, first, row, column;
   int64_t size;
+  double width_inverse;
 
-  // Where the entries of the number `at`-th pair (i, j) begin.
+  // Where the entries of the number `at`-th pair (i, j) begin. (Numbers are far fewer than a double
+  // tells apart, and a half keeps them off whole rows: a product is faster than a division.)
   PICNN_FAST_HD int64_t begin(int64_t at) const {
-    const auto number = static_cast<uint32_t>(at), columns = static_cast<uint32_t>(width);
-    return first + number / columns * row + number % columns * column;
+    const auto i = static_cast<int32_t>((static_cast<int32_t>(at) + 0.5) * width_inverse);
+    return first + at * column + i * (row - width * column);
   }
 };
 
 // Filters that lie side by side in memory: what the kernels keep of each is on their stack.
 constexpr int64_t kFiltersAtOnce = 1024;
 
-// Everything one call needs. A is the accumulation type: double for double maps, else float.
-struct TemplateMask {
+// The maps of one call, and the peaks to be found in them or given, in [0, positions).
+struct MapPeaks {
   MapsShape shape;
   Units units;
   const void* maps;
   Strides maps_strides;
-  bool find_peak;    // or take it as given
-  int64_t* peak;     // [B, N] contiguous, in [0, positions)
-  const void* part;  // Template<A>
-  double scale;
-  int64_t width;
-  bool side_by_side;   // filters, of which a unit then has at most kFiltersAtOnce
-  PanelLayout layout;  // what follows is for other maps
-  const void* masks;   // A panels of what to multiply by
+  bool side_by_side;  // filters, of which a unit then has at most kFiltersAtOnce
+  int64_t* peak;      // [B, N] contiguous
+};
+
+// A is the accumulation type: double for double maps, else float.
+struct TemplateMask {
+  MapPeaks in;
+  bool find_peak;  // or take it as given
+  Offsets offsets;
+  PanelLayout layout;
+  const void*
+      masks;  // A to multiply by: of each offset where filters are side by side, else panels
   void* out;
   Strides out_strides;
   bool stream;  // write past the caches
 };
 
+// Units [begin, end).
 struct TemplatesKernels {
-  // Units [begin, end).
+  void (*peaks)(const MapPeaks&, Storage, int64_t begin, int64_t end);
   void (*mask)(const TemplateMask&, Storage, int64_t begin, int64_t end);
 };
 

@@ -25,7 +25,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "../common/template_arguments.h"
+#include "../common/read_template.h"
 #include "../common/templates.h"
 #include "launch.h"
 #include "maps.h"
@@ -65,28 +65,9 @@ struct Entry<float> {
   __device__ float value() const { return parts.high + parts.low; }
 };
 
-// A template's value at position ij is that of the offset ij - mu. Offsets are numbered so that
-// this is a difference of numbers: rows are 2w - 1 apart.
-struct Offsets {
-  int height, width;
-
-  __host__ __device__ int positions() const { return height * width; }
-  __host__ __device__ int rows() const { return 2 * height - 1; }
-  __host__ __device__ int columns() const { return 2 * width - 1; }
-  __host__ __device__ int count() const { return rows() * columns(); }
-  __device__ int middle() const { return count() / 2; }
-  // Past the map there is nothing to look up, but lanes that look there all the same.
-  __device__ int number(int position) const {
-    const unsigned at = min(position, positions() - 1);
-    return static_cast<int>(at + at / static_cast<unsigned>(width) * (width - 1));
-  }
-};
-
-template <typename A>
-__device__ A offset_value(const Template<A>& t, A tau, int offset) {
-  const int columns = 2 * t.width - 1;
-  const int di = offset / columns - (t.height - 1), dj = offset % columns - (t.width - 1);
-  return template_value(t, di, dj) * tau;
+// The number of a position, or of the last one where there is none: lanes look there all the same.
+__device__ inline int number_on_map(const Offsets& offsets, int position) {
+  return offsets.number(min(position, offsets.positions() - 1));
 }
 
 // ---- Products ---------------------------------------------------------------------------------
@@ -127,7 +108,8 @@ __device__ void multiply(const Product<A>& p, bool plain, A (&sum)[2][kTiles][4]
       const int group = p.lane() / 4, place = p.lane() % 4;
       int column[kTiles];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) column[j] = p.offsets.number(p.first + kUnit * j + group);
+      for (int j = 0; j < kTiles; ++j)
+        column[j] = number_on_map(p.offsets, p.first + kUnit * j + group);
 #pragma unroll 1
       for (int k = place; k < p.count + place; k += kUnit) {
         float high[2][4], low[2][4];
@@ -158,7 +140,7 @@ __device__ void multiply(const Product<A>& p, bool plain, A (&sum)[2][kTiles][4]
 #pragma unroll
   for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-    for (int c = 0; c < 2; ++c) column[j][c] = p.offsets.number(p.column_of(j, c));
+    for (int c = 0; c < 2; ++c) column[j][c] = number_on_map(p.offsets, p.column_of(j, c));
 #pragma unroll 1
   for (int k = 0; k < p.count; ++k) {
     const int number = p.number[k];
@@ -287,15 +269,14 @@ struct Problem {
   Maps<const T> x;
   Maps<A> grad;  // no data where it is not wanted
   int64_t B, N;
-  Offsets offsets;
-  Template<A> shape;
+  Template<A> part;
   A tau;
   A scale;  // of the loss: 1 / templates, and in the running form 1 / B too
   A* loss;
   Running<A> running;
 
   __device__ bool is_running() const { return running.new_log_mean != nullptr; }
-  __device__ int positions() const { return offsets.positions(); }
+  __device__ int positions() const { return part.offsets.positions(); }
   __device__ int templates() const { return positions() + 1; }
 
   __device__ void check_assigned(int64_t b, int64_t n) const {
@@ -417,19 +398,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 8 ? 1 : 2)
   const int64_t n = blockIdx.x;
   const int B = static_cast<int>(p.B), positions = p.positions(), templates = p.templates();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Resident<A> shared(p.offsets, B);
-  const int depth = shared.depth(p.offsets), stride = shared.stride(p.offsets);
+  const Resident<A> shared(p.part.offsets, B);
+  const int depth = shared.depth(p.part.offsets), stride = shared.stride(p.part.offsets);
   const auto place = [&](int b, int t) -> A& {
     return shared.matrix[b * stride + (t < positions ? t : depth)];
   };
 
   bool fits = true;
-  for (int i = threadIdx.x; i < p.offsets.count(); i += kThreads) {
-    const A value = offset_value(p.shape, p.tau, i);
+  for (int i = threadIdx.x; i < p.part.offsets.count(); i += kThreads) {
+    const A value = p.part.values[i] * p.tau;
     shared.values[i] = Entry<A>::of(value);
     fits = fits && fits_units(value);
   }
-  for (int k = threadIdx.x; k < depth; k += kThreads) shared.number[k] = p.offsets.number(k);
+  for (int k = threadIdx.x; k < depth; k += kThreads)
+    shared.number[k] = number_on_map(p.part.offsets, k);
   const bool templates_fit = __syncthreads_and(fits);
   for (int b = warp; b < B; b += kWarps) {
     const T* x = p.x.data + b * p.x.batch + n * p.x.channel;
@@ -447,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 8 ? 1 : 2)
     p.check_assigned(b, n);
   }
   bool plain = __syncthreads_or(!fits);
-  multiply_in_place<false, kShortMaps<T>, kTiles>(shared, p.offsets, B, groups, plain);
+  multiply_in_place<false, kShortMaps<T>, kTiles>(shared, p.part.offsets, B, groups, plain);
 
   const Columns share(templates);
   const auto all_columns = [&](auto none, const auto& of_sample, const auto& finish) {
@@ -508,7 +490,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 8 ? 1 : 2)
     }
   }
   plain = __syncthreads_or(!fits);
-  multiply_in_place<true, false, kTiles>(shared, p.offsets, B, groups, plain);
+  multiply_in_place<true, false, kTiles>(shared, p.part.offsets, B, groups, plain);
   for (int b = warp; b < B; b += kWarps) {
     A* grad = p.grad.data + b * p.grad.batch + n * p.grad.channel;
     const A negative = -p.tau * shared.matrix[b * stride + depth];
@@ -567,10 +549,10 @@ struct TileMemory {
 // Values of the templates at each offset, for all the blocks to come.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    template_values(Template<A> shape, A tau, int count, Statistics<A> s) {
+    template_values(Template<A> part, A tau, Statistics<A> s) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= count) return;
-  const A value = offset_value(shape, tau, static_cast<int>(i));
+  if (i >= part.offsets.count()) return;
+  const A value = part.values[i] * tau;
   s.values[i] = Entry<A>::of(value);
   if (!fits_units(value)) atomicMax(s.unfit, 1);
 }
@@ -621,7 +603,7 @@ __device__ void respond(const Problem<T>& p, const Statistics<Accumulate<T>>& s,
   using A = Accumulate<T>;
   constexpr int kChunkStride = kChunk + kPad;
   const int positions = p.positions(), strip = warp_strip(shape);
-  auto product = tile_product(shape, memory, s, p.offsets, t);
+  auto product = tile_product(shape, memory, s, p.part.offsets, t);
   product.set_rows(memory.matrix, kChunkStride, strip, shape.rows());
   A sum[2][kTileTiles<A>][4] = {};
   const int unfit = *s.unfit;
@@ -639,7 +621,8 @@ __device__ void respond(const Problem<T>& p, const Statistics<Accumulate<T>>& s,
       memory.matrix[row * kChunkStride + k] = value;
       fits = fits && fits_units(value);
     }
-    if (threadIdx.x < kChunk) memory.number[threadIdx.x] = p.offsets.number(first + threadIdx.x);
+    if (threadIdx.x < kChunk)
+      memory.number[threadIdx.x] = number_on_map(p.part.offsets, first + threadIdx.x);
     const bool plain = __syncthreads_or(!fits);
     product.count = min(kChunk, positions - first);
     if (product.tiles > 0) multiply<false, kShortMaps<T>>(product, plain, sum);
@@ -785,11 +768,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       response = negative ? A{0} : weight;
     }
     for (int i = threadIdx.x; i < shape.columns(); i += kThreads)
-      memory.number[i] = p.offsets.number(t + i);
+      memory.number[i] = number_on_map(p.part.offsets, t + i);
     const bool plain = __syncthreads_or(!fits);
     const bool last = positions < t + shape.columns();
     for (int column = 0; column < positions; column += shape.columns()) {
-      auto product = tile_product(shape, memory, s, p.offsets, column);
+      auto product = tile_product(shape, memory, s, p.part.offsets, column);
       if (product.tiles == 0) continue;
       product.set_rows(memory.matrix, stride, strip, shape.rows());
       product.count = min(shape.columns(), positions - t);
@@ -837,9 +820,9 @@ Division divide(int64_t B, int depth) {
 template <typename T>
 void run_tiled(const Tensor& x, const Problem<T>& p) {
   using A = Accumulate<T>;
-  const int64_t B = p.B, N = p.N, templates = p.offsets.positions() + 1;
+  const int64_t B = p.B, N = p.N, templates = p.part.offsets.positions() + 1;
   const ScalarType type = accumulate_type(x);
-  const int64_t count = p.offsets.count();
+  const int64_t count = p.part.offsets.count();
   const Tensor values = torch::stable::new_empty(
       x, {count * static_cast<int64_t>(sizeof(Entry<A>) / sizeof(A))}, type);
   const Tensor unfit = torch::stable::new_zeros(x, {1}, ScalarType::Int);
@@ -857,8 +840,7 @@ void run_tiled(const Tensor& x, const Problem<T>& p) {
   const auto shared = static_cast<size_t>(shape.bytes());
   const int64_t in_columns = N * ceil_div(templates, shape.columns());
   const int64_t in_rows = N * ceil_div(B, shape.rows());
-  launch(x, template_values<A>, ceil_div(count, kThreads), kThreads, 0, p.shape, p.tau,
-         static_cast<int>(count), s);
+  launch(x, template_values<A>, ceil_div(count, kThreads), kThreads, 0, p.part, p.tau, s);
   launch(x, negative_responses<T>, ceil_div(B * N, kWarps), kThreads, 0, p, s);
   launch(x, tiled_columns<T, false>, in_columns, kThreads, shared, p, s, shape);
   if (running)
@@ -873,8 +855,8 @@ void run_tiled(const Tensor& x, const Problem<T>& p) {
 template <typename T>
 void run(const Tensor& x, const Problem<T>& p) {
   using A = Accumulate<T>;
-  const int64_t bytes = Resident<A>::bytes(p.offsets, p.B);
-  const Division division = divide(p.B, Resident<A>::depth(p.offsets));
+  const int64_t bytes = Resident<A>::bytes(p.part.offsets, p.B);
+  const Division division = divide(p.B, Resident<A>::depth(p.part.offsets));
   if (division.groups == 0 || bytes > most_shared_bytes(x))
     run_tiled(x, p);
   else if (division.tiles <= kMostTiles / 2)
@@ -903,10 +885,9 @@ struct Results {
 
 // `set_running` fills in the arguments of the running form.
 template <typename SetRunning>
-Results filter_loss(const Tensor& x, const std::optional<Tensor>& table, int64_t profile,
-                    int64_t norm, double slope, int64_t limit, double tau, bool with_grad,
+Results filter_loss(const Tensor& x, const Tensor& offsets, double tau, bool with_grad,
                     bool running, const SetRunning& set_running) {
-  STD_TORCH_CHECK(x.dim() == 4, "picnn_fast: x must be [B, N, h, w]");
+  offsets_of_maps(x, "x");
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const int64_t B = x.size(0), N = x.size(1);
   STD_TORCH_CHECK(B <= kMost, "picnn_fast: x must be of fewer than 2^31 samples");
@@ -916,8 +897,8 @@ Results filter_loss(const Tensor& x, const std::optional<Tensor>& table, int64_t
   with_type(x, "x", [&](auto value) {
     using T = decltype(value);
     using A = Accumulate<T>;
-    const auto shape = read_template<A>(x, table, profile, norm, slope, limit);
-    STD_TORCH_CHECK((2 * x.size(2) - 1) * (2 * x.size(3) - 1) <= kMost,
+    const auto part = read_template<A>(x, "x", offsets);
+    STD_TORCH_CHECK(part.offsets.count() <= kMost,
                     "picnn_fast: x must be maps with fewer than 2^31 offsets");
     const double templates = static_cast<double>(x.size(2) * x.size(3) + 1);
     Problem<T> p{};
@@ -925,8 +906,7 @@ Results filter_loss(const Tensor& x, const std::optional<Tensor>& table, int64_t
     if (with_grad) p.grad = output_maps<A>(grad);
     p.B = B;
     p.N = N;
-    p.offsets = {shape.height, shape.width};
-    p.shape = shape;
+    p.part = part;
     p.tau = static_cast<A>(tau);
     const double samples = running ? static_cast<double>(std::max<int64_t>(B, 1)) : 1.0;
     p.scale = static_cast<A>(1 / (templates * samples));
@@ -937,19 +917,16 @@ Results filter_loss(const Tensor& x, const std::optional<Tensor>& table, int64_t
   return {loss, grad};
 }
 
-std::tuple<Tensor, Tensor> batch_filter_loss(const Tensor& x, const std::optional<Tensor>& table,
-                                             int64_t profile, int64_t norm, double slope,
-                                             int64_t limit, double tau, bool with_grad) {
-  const Results results =
-      filter_loss(x, table, profile, norm, slope, limit, tau, with_grad, false, [](const auto&) {});
+std::tuple<Tensor, Tensor> batch_filter_loss(const Tensor& x, const Tensor& offsets, double tau,
+                                             bool with_grad) {
+  const Results results = filter_loss(x, offsets, tau, with_grad, false, [](const auto&) {});
   return {results.loss, results.grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> running_filter_loss(
     const Tensor& x, const Tensor& log_mean, const Tensor& log_ratio, double momentum,
-    const std::optional<Tensor>& assigned, const std::optional<Tensor>& table, int64_t profile,
-    int64_t norm, double slope, int64_t limit, double tau, bool with_grad) {
-  STD_TORCH_CHECK(x.dim() == 4, "picnn_fast: x must be [B, N, h, w]");
+    const std::optional<Tensor>& assigned, const Tensor& offsets, double tau, bool with_grad) {
+  offsets_of_maps(x, "x");
   const int64_t B = x.size(0), N = x.size(1), templates = x.size(2) * x.size(3) + 1;
   check_device(log_mean, "log_mean", x, "x");
   check_device(log_ratio, "log_ratio", x, "x");
@@ -970,30 +947,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> running_filter_loss(
   const Tensor new_log_mean =
       torch::stable::new_empty(log_mean, {log_mean.size(0), log_mean.size(1)});
   const Tensor new_log_ratio = torch::stable::new_empty(log_ratio, {log_ratio.size(0)});
-  const Results results =
-      filter_loss(x, table, profile, norm, slope, limit, tau, with_grad, true, [&](auto& running) {
-        using A = std::remove_reference_t<decltype(*running.new_log_mean)>;
-        running = {static_cast<const A*>(log_mean.data_ptr()),
-                   static_cast<const A*>(log_ratio.data_ptr()),
-                   static_cast<A*>(new_log_mean.data_ptr()),
-                   static_cast<A*>(new_log_ratio.data_ptr()),
-                   log_mean.stride(0),
-                   log_mean.stride(1),
-                   log_ratio.stride(0),
-                   new_log_mean.stride(0),
-                   new_log_mean.stride(1),
-                   new_log_ratio.stride(0),
-                   static_cast<A>(std::log1p(-momentum)),
-                   static_cast<A>(std::log(momentum)),
-                   momentum == 1,
-                   nullptr,
-                   0,
-                   0};
-        if (!assigned.has_value()) return;
-        running.assigned = static_cast<const int64_t*>(assigned->data_ptr());
-        running.assigned_batch = assigned->stride(0);
-        running.assigned_filter = assigned->stride(1);
-      });
+  const Results results = filter_loss(x, offsets, tau, with_grad, true, [&](auto& running) {
+    using A = std::remove_reference_t<decltype(*running.new_log_mean)>;
+    running = {static_cast<const A*>(log_mean.data_ptr()),
+               static_cast<const A*>(log_ratio.data_ptr()),
+               static_cast<A*>(new_log_mean.data_ptr()),
+               static_cast<A*>(new_log_ratio.data_ptr()),
+               log_mean.stride(0),
+               log_mean.stride(1),
+               log_ratio.stride(0),
+               new_log_mean.stride(0),
+               new_log_mean.stride(1),
+               new_log_ratio.stride(0),
+               static_cast<A>(std::log1p(-momentum)),
+               static_cast<A>(std::log(momentum)),
+               momentum == 1,
+               nullptr,
+               0,
+               0};
+    if (!assigned.has_value()) return;
+    running.assigned = static_cast<const int64_t*>(assigned->data_ptr());
+    running.assigned_batch = assigned->stride(0);
+    running.assigned_filter = assigned->stride(1);
+  });
   return {results.loss, results.grad, new_log_mean, new_log_ratio};
 }
 

@@ -5,17 +5,18 @@
 //   mask_maps           positions, or nothing: a warp for each map, a block for a large one.
 //   mask_channels_last  channels: a thread for each channel and several of its positions.
 // Maps too large for the registers of their threads are read a second time. The backward pass is
-// the same without the search.
+// the same without the search, and peaks alone without the mask. Threads side by side along a map
+// read values of the template side by side; those of a channel each read them anywhere: from shared
+// memory, where it has room.
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <climits>
 #include <cmath>
-#include <optional>
 #include <tuple>
 
-#include "../common/template_arguments.h"
+#include "../common/read_template.h"
 #include "../common/templates.h"
 #include "launch.h"
 #include "maps.h"
@@ -29,6 +30,13 @@ using torch::stable::Tensor;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
+// What a kernel does with the peaks: finds them, masks by those given, or finds them and masks.
+enum class Work { kPeaks, kMask, kBoth };
+template <Work kWork>
+constexpr bool kFinds = kWork != Work::kMask;
+template <Work kWork>
+constexpr bool kMasks = kWork != Work::kPeaks;
+
 template <typename T>
 struct Mask {
   using A = Accumulate<T>;
@@ -36,20 +44,20 @@ struct Mask {
   Maps<T> out;
   int64_t* peak;  // written where it is looked for
   int64_t peak_batch, peak_channel;
-  Template<A> shape;
+  Template<A> part;  // no values where only peaks are found
   A scale;
   int64_t B, N;
 
-  __device__ int positions() const { return shape.height * shape.width; }
+  __device__ int positions() const { return part.offsets.positions(); }
   __device__ int peak_given(int64_t b, int64_t n) const {
     const int64_t position = peak[b * peak_batch + n * peak_channel];
     PICNN_FAST_DEVICE_ASSERT(0 <= position && position < positions());
     return static_cast<int>(position);
   }
-  __device__ T masked(T x, int position, int row, int column) const {
-    const unsigned width = shape.width, at = position;
-    const int di = static_cast<int>(at / width) - row, dj = static_cast<int>(at % width) - column;
-    return static_cast<T>(static_cast<A>(x) * mask_value(template_value(shape, di, dj), scale));
+  // `middle`: the value at offset 0, in the template's values or a copy. `peak`: its number.
+  __device__ T masked(T x, int position, const A* middle, int peak) const {
+    const A value = middle[part.offsets.number(position) - peak];
+    return static_cast<T>(static_cast<A>(x) * mask_value(value, scale));
   }
 };
 
@@ -77,7 +85,7 @@ struct Peak {
 
 // One map for each kLanes threads, a warp or a block, or kMaps of them in turn: small maps, so that
 // enough reads are under way.
-template <typename T, bool kFindPeak, int kLanes, int kMaps, int kItems>
+template <typename T, Work kWork, int kLanes, int kMaps, int kItems>
 __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2) mask_maps(Mask<T> p) {
   using A = Accumulate<T>;
   static_assert(kLanes == 32 || (kLanes == kThreads && kMaps == 1));
@@ -102,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2) mask_maps(Mask<
     const int64_t b = (first + m) / p.N, n = (first + m) % p.N;
     if (b >= p.B) return;  // all threads of the map
     int found;
-    if constexpr (kFindPeak) {
+    if constexpr (kFinds<kWork>) {
       auto peak = Peak<A>::none();
       for (int base = 0; base < positions; base += kStep) {
         if (base > 0) load(m, base);
@@ -121,18 +129,20 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2) mask_maps(Mask<
       }
       found = peak.position;
       if (lane == 0) p.peak[b * p.peak_batch + n * p.peak_channel] = found;
-      if (positions > kStep) load(m, 0);
+      if (kMasks<kWork> && positions > kStep) load(m, 0);
     } else {
       found = p.peak_given(b, n);
     }
-    const int row = found / p.shape.width, column = found % p.shape.width;
+    if constexpr (!kMasks<kWork>) continue;
+    const A* middle = p.part.values + p.part.offsets.middle();
+    const int number = p.part.offsets.number(found);
     T* y = p.out.data + b * p.out.batch + n * p.out.channel;
     for (int base = 0; base < positions; base += kStep) {
       if (base > 0) load(m, base);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const int at = base + i * kLanes + lane;
-        if (at < positions) y[at * p.out.position] = p.masked(value[m][i], at, row, column);
+        if (at < positions) y[at * p.out.position] = p.masked(value[m][i], at, middle, number);
       }
     }
   }
@@ -140,9 +150,9 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2) mask_maps(Mask<
 
 // A block holds `lanes` channels of a sample side by side; its kThreads / lanes rows of them walk
 // down the positions.
-template <typename T, bool kFindPeak, int kItems>
+template <typename T, Work kWork, int kItems>
 __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2)
-    mask_channels_last(Mask<T> p, int lanes) {
+    mask_channels_last(Mask<T> p, int lanes, bool copy_values) {
   using A = Accumulate<T>;
   const unsigned tiles = static_cast<unsigned>(ceil_div(p.N, lanes));
   const int64_t b = blockIdx.x / tiles;
@@ -159,8 +169,16 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2)
     }
   };
   load(0);
+  const A* middle = p.part.values + p.part.offsets.middle();
+  if (kMasks<kWork> && copy_values) {
+    A* values = dynamic_shared<A>();
+    const int count = static_cast<int>(p.part.offsets.count());
+    for (int i = threadIdx.x; i < count; i += kThreads) values[i] = p.part.values[i];
+    middle = values + p.part.offsets.middle();
+    __syncthreads();
+  }
   int found = 0;
-  if constexpr (kFindPeak) {
+  if constexpr (kFinds<kWork>) {
     __shared__ Peak<A> peaks[kThreads];
     auto peak = Peak<A>::none();
     for (int base = 0; base < positions; base += step) {
@@ -182,99 +200,116 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2)
     __syncthreads();
     found = peaks[lane].position;
     if (n < p.N && first == 0) p.peak[b * p.peak_batch + n * p.peak_channel] = found;
-    if (positions > step) load(0);
+    if (kMasks<kWork> && positions > step) load(0);
   } else if (n < p.N) {
     found = p.peak_given(b, n);
   }
-  const int row = found / p.shape.width, column = found % p.shape.width;
+  if constexpr (!kMasks<kWork>) return;
+  const int number = p.part.offsets.number(found);
   T* y = p.out.data + b * p.out.batch + n * p.out.channel;
   for (int base = 0; base < positions; base += step) {
     if (base > 0) load(base);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int at = base + i * rows + first;
-      if (at < positions) y[at * p.out.position] = p.masked(value[i], at, row, column);
+      if (at < positions) y[at * p.out.position] = p.masked(value[i], at, middle, number);
     }
   }
 }
 
 // ---- Launching --------------------------------------------------------------------------------
 
-template <typename T, bool kFindPeak>
-void mask(const Tensor& x, const Tensor& masked, const Tensor& peak,
-          const Template<Accumulate<T>>& shape, double scale) {
-  const int64_t B = x.size(0), N = x.size(1), P = positions(x);
-  if (B == 0 || N == 0) return;
-  const Mask<T> p = {input_maps<T>(x),
-                     output_maps<T>(masked),
-                     static_cast<int64_t*>(peak.data_ptr()),
-                     peak.stride(0),
-                     peak.stride(1),
-                     shape,
-                     static_cast<Accumulate<T>>(scale),
-                     B,
-                     N};
-  if (N > 1 && P > 1 && p.in.channel == 1 && p.in.position != 1) {
-    int lanes = 128 / sizeof(T);  // one line of memory
-    while (lanes / 2 >= N) lanes /= 2;
-    const int64_t blocks = B * ceil_div(N, lanes);
-    if (P <= 8 * (kThreads / lanes))
-      launch(x, mask_channels_last<T, kFindPeak, 8>, blocks, kThreads, 0, p, lanes);
+template <Work kWork, typename T>
+void launch_mask(const Tensor& x, const Mask<T>& p) {
+  const int64_t positions = p.part.offsets.positions();
+  if (p.N > 1 && positions > 1 && p.in.channel == 1 && p.in.position != 1) {
+    constexpr int64_t kMostCopied = 16 << 10;  // bytes of values: leaves room for other blocks
+    int lanes = 128 / sizeof(T);               // one line of memory
+    while (lanes / 2 >= p.N) lanes /= 2;
+    const int64_t blocks = p.B * ceil_div(p.N, lanes);
+    const int64_t bytes = p.part.offsets.count() * static_cast<int64_t>(sizeof(Accumulate<T>));
+    const bool copy = kMasks<kWork> && bytes <= kMostCopied;
+    const size_t shared = copy ? bytes : 0;
+    if (positions <= 8 * (kThreads / lanes))
+      launch(x, mask_channels_last<T, kWork, 8>, blocks, kThreads, shared, p, lanes, copy);
     else
-      launch(x, mask_channels_last<T, kFindPeak, 32>, blocks, kThreads, 0, p, lanes);
+      launch(x, mask_channels_last<T, kWork, 32>, blocks, kThreads, shared, p, lanes, copy);
     return;
   }
   const auto with_warps = [&](auto* kernel, int64_t maps) {
-    launch(x, kernel, ceil_div(B * N, kWarps * maps), kThreads, 0, p);
+    launch(x, kernel, ceil_div(p.B * p.N, kWarps * maps), kThreads, 0, p);
   };
-  if (P <= 2 * 32)
-    with_warps(mask_maps<T, kFindPeak, 32, 4, 2>, 4);
-  else if (P <= 8 * 32)
-    with_warps(mask_maps<T, kFindPeak, 32, 1, 8>, 1);
+  if (positions <= 2 * 32)
+    with_warps(mask_maps<T, kWork, 32, 4, 2>, 4);
+  else if (positions <= 8 * 32)
+    with_warps(mask_maps<T, kWork, 32, 1, 8>, 1);
   else
-    launch(x, mask_maps<T, kFindPeak, kThreads, 1, 16>, B * N, kThreads, 0, p);
+    launch(x, mask_maps<T, kWork, kThreads, 1, 16>, p.B * p.N, kThreads, 0, p);
 }
 
-void check_maps(const Tensor& maps, const char* name) {
-  STD_TORCH_CHECK(maps.dim() == 4, "picnn_fast: ", name, " must be [B, N, h, w]");
+// The maps and their peaks, and no template yet.
+template <typename T>
+Mask<T> on_maps(const Tensor& x, const Tensor& peak) {
+  Mask<T> p{};
+  p.in = input_maps<T>(x);
+  p.peak = static_cast<int64_t*>(peak.data_ptr());
+  p.peak_batch = peak.stride(0);
+  p.peak_channel = peak.stride(1);
+  p.B = x.size(0);
+  p.N = x.size(1);
+  return p;
 }
 
-std::tuple<Tensor, Tensor> template_mask(const Tensor& x, const std::optional<Tensor>& table,
-                                         int64_t profile, int64_t norm, double slope, int64_t limit,
-                                         double scale) {
-  check_maps(x, "x");
+template <Work kWork>
+Tensor mask(const Tensor& x, const char* name, const Tensor& peak, const Tensor& offsets,
+            double scale) {
   Tensor masked = torch::stable::empty_like(x);
-  Tensor peak = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
-  with_type(x, "x", [&](auto value) {
+  with_type(x, name, [&](auto value) {
     using T = decltype(value);
-    const auto shape = read_template<Accumulate<T>>(x, table, profile, norm, slope, limit);
-    mask<T, true>(x, masked, peak, shape, scale);
+    auto p = on_maps<T>(x, peak);
+    p.part = read_template<Accumulate<T>>(x, name, offsets);
+    p.scale = static_cast<Accumulate<T>>(scale);
+    p.out = output_maps<T>(masked);
+    if (x.numel() > 0) launch_mask<kWork>(x, p);
   });
-  return {masked, peak};
+  return masked;
 }
 
-Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak,
-                              const std::optional<Tensor>& table, int64_t profile, int64_t norm,
-                              double slope, int64_t limit, double scale) {
-  check_maps(grad_masked, "grad_masked");
+Tensor empty_peaks(const Tensor& x) {
+  offsets_of_maps(x, "x");
+  return torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+}
+
+Tensor map_peaks(const Tensor& x) {
+  const Tensor peak = empty_peaks(x);
+  with_type(x, "x", [&](auto value) {
+    auto p = on_maps<decltype(value)>(x, peak);
+    p.part.offsets = offsets_of_maps(x, "x");
+    if (x.numel() > 0) launch_mask<Work::kPeaks>(x, p);
+  });
+  return peak;
+}
+
+std::tuple<Tensor, Tensor> template_mask(const Tensor& x, const Tensor& offsets, double scale) {
+  const Tensor peak = empty_peaks(x);
+  return {mask<Work::kBoth>(x, "x", peak, offsets, scale), peak};
+}
+
+Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak, const Tensor& offsets,
+                              double scale) {
+  offsets_of_maps(grad_masked, "grad_masked");
   check_device(peak, "peak", grad_masked, "grad_masked");
   STD_TORCH_CHECK(peak.scalar_type() == ScalarType::Long && peak.dim() == 2 &&
                       peak.size(0) == grad_masked.size(0) && peak.size(1) == grad_masked.size(1),
                   "picnn_fast: peak must be int64 [B, N]");
-  Tensor grad = torch::stable::empty_like(grad_masked);
-  with_type(grad_masked, "grad_masked", [&](auto value) {
-    using T = decltype(value);
-    const auto shape =
-        read_template<Accumulate<T>>(grad_masked, table, profile, norm, slope, limit);
-    mask<T, false>(grad_masked, grad, peak, shape, scale);
-  });
-  return grad;
+  return mask<Work::kMask>(grad_masked, "grad_masked", peak, offsets, scale);
 }
 
 }  // namespace
 }  // namespace picnn_fast
 
 PICNN_FAST_REGISTER_CUDA(m) {
+  m.impl("map_peaks", TORCH_BOX(&picnn_fast::map_peaks));
   m.impl("template_mask", TORCH_BOX(&picnn_fast::template_mask));
   m.impl("template_mask_backward", TORCH_BOX(&picnn_fast::template_mask_backward));
 }

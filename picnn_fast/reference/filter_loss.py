@@ -11,23 +11,13 @@ import torch
 from torch import Tensor
 
 from picnn_fast.reference.masking import accumulate_dtype
-from picnn_fast.reference.templates import offset_table, spread_about, template_matrix
+from picnn_fast.reference.templates import spread_about, template_matrix
 
 
-def _templates(
-    x: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    tau: float,
-) -> Tensor:
+def _templates(x: Tensor, offsets: Tensor, tau: float) -> Tensor:
     """All templates as rows ``[P + 1, P]``, the negative one last."""
     height, width = x.shape[2:]
-    dtype = accumulate_dtype(x.dtype)
-    values = offset_table(table, profile, norm, slope, limit, height, width, dtype, x.device)
-    positive = template_matrix(values, height, width)
+    positive = template_matrix(offsets.to(accumulate_dtype(x.dtype)), height, width)
     negative = positive.new_full((1, height * width), -1)
     return torch.cat([positive, negative]) * tau
 
@@ -46,17 +36,9 @@ def batch_terms(responses: Tensor) -> tuple[Tensor, Tensor]:
     return log_given.exp(), log_given - log_marginal
 
 
-def definition(
-    x: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    tau: float,
-) -> Tensor:
+def definition(x: Tensor, offsets: Tensor, tau: float) -> Tensor:
     """-MI(X; T) over the batch ``[N]`` (ICNN, eq. 1): what autograd differentiates in the tests."""
-    responses = _responses(x, _templates(x, table, profile, norm, slope, limit, tau))
+    responses = _responses(x, _templates(x, offsets, tau))
     given, log_ratio = batch_terms(responses)
     return -(given * log_ratio).sum((0, 2)) / responses.shape[-1]
 
@@ -70,23 +52,20 @@ def _gradient(x: Tensor, weights: Tensor, templates: Tensor, with_grad: bool) ->
         return grad.copy_((weights @ templates).view(x.shape))
 
 
-def filter_loss(
-    x: Tensor,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
-    tau: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
+def filter_loss(x: Tensor, offsets: Tensor, tau: float, with_grad: bool) -> tuple[Tensor, Tensor]:
     """``definition`` and its exact gradient with respect to ``x`` (spec of "batch").
+
+    Args:
+        x: maps ``[B, N, h, w]``.
+        offsets: the template, ``[2h - 1, 2w - 1]``, see ``reference.templates``.
+        tau: what its values are in units of.
+        with_grad: whether the gradient is wanted.
 
     Returns:
         loss ``[N]`` and grad, of the shape and layout of ``x`` (no element unless ``with_grad``),
         both float64 for float64, else float32.
     """
-    templates = _templates(x, table, profile, norm, slope, limit, tau)
+    templates = _templates(x, offsets, tau)
     responses = _responses(x, templates)
     given, log_ratio = batch_terms(responses)
     information = (given * log_ratio).sum(0)  # [N, P + 1]
@@ -109,11 +88,7 @@ def filter_loss_running(
     log_ratio: Tensor,
     momentum: float,
     assigned: Tensor | None,
-    table: Tensor | None,
-    profile: int,
-    norm: int,
-    slope: float,
-    limit: int,
+    offsets: Tensor,
     tau: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,12 +104,13 @@ def filter_loss_running(
         momentum: share of the new batch, in (0, 1].
         assigned: None sums over all templates (eq. 4, first line); ``[B, N]`` int64 takes the one
             template of each map (second line): its peak, or P for T⁻.
+        offsets, tau, with_grad: see ``filter_loss``.
 
     Returns:
         loss, grad (see ``filter_loss``), and the new log_mean and log_ratio. An empty batch
         leaves both as they are, and its loss is 0.
     """
-    templates = _templates(x, table, profile, norm, slope, limit, tau)
+    templates = _templates(x, offsets, tau)
     responses = _responses(x, templates)
     batch, count = len(x), responses.shape[-1]
     if batch == 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 from picnn_fast import PartTemplate
 from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
-from picnn_fast.reference.templates import template_mask
+from picnn_fast.reference.templates import map_peaks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TEMPLATES = {
@@ -62,8 +62,8 @@ def state(x: Tensor) -> tuple[Tensor, Tensor]:
     return log_mean, torch.randn(2 * x.shape[1], generator=generator).to(dtype)[::2]
 
 
-def assigned(x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-    peak = template_mask(x, *arguments, 1.0)[1]
+def assigned(x: Tensor) -> Tensor:
+    peak = map_peaks(x)
     peak[::2] = x.shape[2] * x.shape[3]
     return peak.T.contiguous().T
 
@@ -71,11 +71,11 @@ def assigned(x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
 def all_forms(
     operators: dict[str, Callable[..., Any]], x: Tensor, template: PartTemplate, tau: float
 ) -> list[Tensor]:
-    arguments = template.arguments(x.shape[2], x.shape[3], x)
-    results = list(operators["filter_loss"](x, *arguments, tau, True))
+    offsets = template.offsets_for(x.shape[2], x.shape[3], x)
+    results = list(operators["filter_loss"](x, offsets, tau, True))
     running = operators["filter_loss_running"]
-    results += running(x, *state(x), 0.3, None, *arguments, tau, True)
-    results += running(x, *state(x), 0.3, assigned(x, arguments), *arguments, tau, True)
+    results += running(x, *state(x), 0.3, None, offsets, tau, True)
+    results += running(x, *state(x), 0.3, assigned(x), offsets, tau, True)
     return results
 
 
@@ -108,13 +108,13 @@ def check(
 def reference_in_double(
     wide: Tensor, x: Tensor, template: PartTemplate, tau: float
 ) -> list[Tensor]:
-    arguments = template.arguments(x.shape[2], x.shape[3], wide)
+    offsets = template.offsets_for(x.shape[2], x.shape[3], wide)
     log_mean, log_ratio = (t.double() for t in state(x))
-    which = assigned(x, template.arguments(x.shape[2], x.shape[3], x))
-    results = list(reference.filter_loss(wide, *arguments, tau, True))
+    which = assigned(x)
+    results = list(reference.filter_loss(wide, offsets, tau, True))
     for choice in (None, which):
         results += reference.filter_loss_running(
-            wide, log_mean, log_ratio, 0.3, choice, *arguments, tau, True
+            wide, log_mean, log_ratio, 0.3, choice, offsets, tau, True
         )
     return results
 
@@ -133,9 +133,9 @@ def test_maps_too_large_for_a_block_of_any_device_agree_with_the_reference(
     x = maps((2, 1, 27, 19), 100.0, torch.float32)
     template = TEMPLATES["gradient"]
     tau = template.tau_for(27, 19)
-    loss, grad = kernels["filter_loss"](x, *template.arguments(27, 19, x), tau, True)
+    loss, grad = kernels["filter_loss"](x, template.offsets_for(27, 19, x), tau, True)
     wide = x.double()
-    exact = reference.filter_loss(wide, *template.arguments(27, 19, wide), tau, True)
+    exact = reference.filter_loss(wide, template.offsets_for(27, 19, wide), tau, True)
     for one, two in zip((loss, grad), exact, strict=True):
         torch.testing.assert_close(one.double(), two, rtol=0, atol=2e-5 * two.abs().max().item())
 
@@ -192,13 +192,13 @@ def test_infinite_weights_make_an_infinite_gradient(
     kernels: dict[str, Callable[..., Any]], form: str
 ) -> None:
     x = maps((6, 2, 7, 7), 1.0, torch.float32)
-    arguments = PartTemplate(profile=-torch.ones(13, 13)).arguments(7, 7, x)
+    offsets = PartTemplate(profile=-torch.ones(13, 13)).offsets_for(7, 7, x)
     log_ratio = torch.tensor([0, torch.inf])
     state = x.new_zeros(2, 50), log_ratio, 0.5, None
-    expected = reference.filter_loss_running(x, *state, *arguments, 0.1, True)[1]
+    expected = reference.filter_loss_running(x, *state, offsets, 0.1, True)[1]
     assert (expected[:, 1] == -torch.inf).all()
     assert expected[:, 0].isfinite().all()
-    got = kernels["filter_loss_running"](x, *state, *arguments, 0.1, True)[1]
+    got = kernels["filter_loss_running"](x, *state, offsets, 0.1, True)[1]
     torch.testing.assert_close(got, expected)
 
 
@@ -223,13 +223,13 @@ def test_float32_products_are_better_than_one_pass_of_the_matrix_units(
 ) -> None:
     """exp(s) magnifies: ten bits of mantissa would be 1e-3 of a response."""
     x = maps((3, 1, 14, 14), 3e3, torch.float32)
-    arguments = TEMPLATES["gradient"].arguments(14, 14, x)
+    offsets = TEMPLATES["gradient"].offsets_for(14, 14, x)
     begin = torch.full((1, 197), -torch.inf), torch.full((1,), -torch.inf)
     tau = TEMPLATES["gradient"].tau_for(14, 14)
-    log_mean = kernels["filter_loss_running"](x, *begin, 1.0, None, *arguments, tau, False)[2]
-    wide = TEMPLATES["gradient"].arguments(14, 14, x.double())
+    log_mean = kernels["filter_loss_running"](x, *begin, 1.0, None, offsets, tau, False)[2]
+    wide = TEMPLATES["gradient"].offsets_for(14, 14, x.double())
     exact = reference.filter_loss_running(
-        x.double(), begin[0].double(), begin[1].double(), 1.0, None, *wide, tau, False
+        x.double(), begin[0].double(), begin[1].double(), 1.0, None, wide, tau, False
     )[2]
     assert exact.abs().max() > 100
     torch.testing.assert_close(log_mean.double(), exact, rtol=2e-6, atol=2e-4)
@@ -247,10 +247,10 @@ def test_the_loss_is_the_same_without_its_gradient(
     kernels: dict[str, Callable[..., Any]], form: str
 ) -> None:
     x = maps((7, 2, 5, 5), 10.0, torch.float32)
-    arguments = TEMPLATES["gradient"].arguments(5, 5, x)
+    offsets = TEMPLATES["gradient"].offsets_for(5, 5, x)
     for operator, others in (("filter_loss", ()), ("filter_loss_running", (*state(x), 0.2, None))):
-        loss, grad, *estimates = kernels[operator](x, *others, *arguments, 0.1, False)
-        full = kernels[operator](x, *others, *arguments, 0.1, True)
+        loss, grad, *estimates = kernels[operator](x, *others, offsets, 0.1, False)
+        full = kernels[operator](x, *others, offsets, 0.1, True)
         assert grad.numel() == 0
         assert torch.equal(loss, full[0])
         assert all(map(torch.equal, estimates, full[2:]))
@@ -263,28 +263,27 @@ def test_a_template_that_there_is_not_ends_the_kernel(
     x = maps((3, 2, 5, 5), 1.0, torch.float32)
     which = torch.zeros(3, 2, dtype=torch.int64)
     which[1, 1] = template
-    arguments = TEMPLATES["gradient"].arguments(5, 5, x)
+    offsets = TEMPLATES["gradient"].offsets_for(5, 5, x)
     with pytest.raises(RuntimeError, match="assertion failed in thread"):
-        kernels["filter_loss_running"](x, *state(x), 0.1, which, *arguments, 0.1, True)
+        kernels["filter_loss_running"](x, *state(x), 0.1, which, offsets, 0.1, True)
 
 
 def test_malformed_arguments_are_refused(kernels: dict[str, Callable[..., Any]]) -> None:
     x = maps((3, 2, 5, 5), 1.0, torch.float32)
-    table, *rest = TEMPLATES["table"].arguments(5, 5, x)
-    assert table is not None
+    offsets = TEMPLATES["table"].offsets_for(5, 5, x)
     mean, ratio = state(x)
     which = torch.zeros(3, 2, dtype=torch.int64)
     batch, running = kernels["filter_loss"], kernels["filter_loss_running"]
     for operator, arguments, message in (
-        (batch, (x[0], table, *rest), r"x must be \[B, N, h, w\]"),
-        (batch, (x.int(), table, *rest), "x must be float32, float64, bfloat16 or float16"),
-        (batch, (x, None, *rest), "table: got none"),
-        (running, (x, mean[:, 1:], ratio, 0.1, None, table, *rest), "log_mean must be float32"),
-        (running, (x, mean.double(), ratio, 0.1, None, table, *rest), "log_mean must be float32"),
-        (running, (x, mean, ratio[1:], 0.1, None, table, *rest), "log_ratio must be float32"),
-        (running, (x, mean, ratio, 0.0, None, table, *rest), r"momentum must be in \(0, 1\]"),
-        (running, (x, mean, ratio, 0.1, which.int(), table, *rest), "assigned must be int64"),
-        (running, (x, mean, ratio, 0.1, which[1:], table, *rest), "assigned must be int64"),
+        (batch, (x[0], offsets), r"x: want maps \[B, N, h, w\]"),
+        (batch, (x.int(), offsets), "x must be float32, float64, bfloat16 or float16"),
+        (batch, (x, offsets[1:]), "offsets: want"),
+        (running, (x, mean[:, 1:], ratio, 0.1, None, offsets), "log_mean must be float32"),
+        (running, (x, mean.double(), ratio, 0.1, None, offsets), "log_mean must be float32"),
+        (running, (x, mean, ratio[1:], 0.1, None, offsets), "log_ratio must be float32"),
+        (running, (x, mean, ratio, 0.0, None, offsets), r"momentum must be in \(0, 1\]"),
+        (running, (x, mean, ratio, 0.1, which.int(), offsets), "assigned must be int64"),
+        (running, (x, mean, ratio, 0.1, which[1:], offsets), "assigned must be int64"),
     ):
         with pytest.raises(RuntimeError, match=message):
             operator(*arguments, 0.1, True)

@@ -71,15 +71,15 @@ def test_mask_layer_equals_the_reference_bit_for_bit(
     template: str,
 ) -> None:
     x = maps(SHAPES[shape], layout, dtype)
-    arguments = TEMPLATES[template].arguments(*x.shape[2:], x)
-    expected, peak = reference.template_mask(x, *arguments, 0.7)
-    masked, found = kernels["template_mask"](x, *arguments, 0.7)
+    offsets = TEMPLATES[template].offsets_for(*x.shape[2:], x)
+    expected, peak = reference.template_mask(x, offsets, 0.7)
+    masked, found = kernels["template_mask"](x, offsets, 0.7)
     assert torch.equal(found, peak)
     assert masked.stride() == expected.stride()
     assert torch.equal(masked.nan_to_num(3), expected.nan_to_num(3))
     grad = torch.randn_like(x)
-    got = kernels["template_mask_backward"](grad, peak.mT.contiguous().mT, *arguments, 0.7)
-    assert torch.equal(got, reference.template_mask_backward(grad, peak, *arguments, 0.7))
+    got = kernels["template_mask_backward"](grad, peak.mT.contiguous().mT, offsets, 0.7)
+    assert torch.equal(got, reference.template_mask_backward(grad, peak, offsets, 0.7))
     assert got.stride() == expected.stride()
 
 
@@ -95,9 +95,9 @@ def test_the_order_of_threads_and_blocks_does_not_matter(
 ) -> None:
     monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
     x = maps(SHAPES[shape], layout, torch.float32)
-    arguments = TEMPLATES["gradient"].arguments(*x.shape[2:], x)
-    expected = reference.template_mask(x, *arguments, 1.0)
-    got = kernels["template_mask"](x, *arguments, 1.0)
+    offsets = TEMPLATES["gradient"].offsets_for(*x.shape[2:], x)
+    expected = reference.template_mask(x, offsets, 1.0)
+    got = kernels["template_mask"](x, offsets, 1.0)
     assert torch.equal(got[1], expected[1])
     assert torch.equal(got[0].nan_to_num(3), expected[0].nan_to_num(3))
 
@@ -108,28 +108,26 @@ def test_a_peak_outside_the_map_ends_the_kernel(
     kernels: dict[str, Callable[..., Any]], layout: str, position: int
 ) -> None:
     x = maps((1, 6, 5, 4), layout, torch.float32)
-    arguments = TEMPLATES["table"].arguments(5, 4, x)
+    offsets = TEMPLATES["table"].offsets_for(5, 4, x)
     peak = torch.zeros(1, 6, dtype=torch.int64)
     peak[0, 4] = position
     with pytest.raises(RuntimeError, match="assertion failed in thread"):
-        kernels["template_mask_backward"](x, peak, *arguments, 1.0)
+        kernels["template_mask_backward"](x, peak, offsets, 1.0)
 
 
 def test_malformed_arguments_are_refused(kernels: dict[str, Callable[..., Any]]) -> None:
     x = torch.zeros(2, 3, 4, 5)
-    table, *rest = TEMPLATES["table"].arguments(4, 5, x)
-    assert table is not None
+    offsets = TEMPLATES["table"].offsets_for(4, 5, x)
     peak = torch.zeros(2, 3, dtype=torch.int64)
     mask, backward = kernels["template_mask"], kernels["template_mask_backward"]
     for operator, arguments, message in (
-        (mask, (x[0], table, *rest), r"x must be \[B, N, h, w\]"),
-        (mask, (x.long(), table, *rest), "x must be float32, float64, bfloat16 or float16"),
-        (mask, (x, None, *rest), "table: got none"),
-        (mask, (x, table[1:], *rest), "table: want"),
-        (mask, (x, table.double(), *rest), "table: want float32"),
-        (backward, (x, peak.int(), table, *rest), r"peak must be int64 \[B, N\]"),
-        (backward, (x, peak[:, :2], table, *rest), r"peak must be int64 \[B, N\]"),
-        (backward, (x[0], peak, table, *rest), r"grad_masked must be \[B, N, h, w\]"),
+        (mask, (x[0], offsets), r"x: want maps \[B, N, h, w\]"),
+        (mask, (x.long(), offsets), "x must be float32, float64, bfloat16 or float16"),
+        (mask, (x, offsets[1:]), "offsets: want"),
+        (mask, (x, offsets.double()), "offsets: want float32"),
+        (backward, (x, peak.int(), offsets), r"peak must be int64 \[B, N\]"),
+        (backward, (x, peak[:, :2], offsets), r"peak must be int64 \[B, N\]"),
+        (backward, (x[0], peak, offsets), r"grad_masked: want maps \[B, N, h, w\]"),
     ):
         with pytest.raises(RuntimeError, match=message):
             operator(*arguments, 1.0)

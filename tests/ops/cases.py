@@ -451,9 +451,9 @@ _FILTER_LOSS: dict[str, Any] = _TEMPLATES | {
 }
 
 
-def template_arguments(x: Tensor) -> Arguments:
-    """How the operators take a template."""
-    return PartTemplate("l1", beta=0.7).arguments(*x.shape[2:], x)
+def offsets(x: Tensor) -> Tensor:
+    """A template, as the operators take it."""
+    return PartTemplate("l1", beta=0.7).offsets_for(*x.shape[2:], x)
 
 
 def _template_mask(
@@ -462,15 +462,15 @@ def _template_mask(
     x = maps(shape, layout, dtype, generator, relu=True)
     if layout != "expanded":
         x = x.clamp_(max=1)  # of equal maxima, the first is the peak
-    return x, *template_arguments(x), 0.75
+    return x, offsets(x), 0.75
 
 
 def _template_mask_backward(
     shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Arguments:
-    grad, *template = _template_mask(shape, layout, dtype, generator)
+    grad, values, scale = _template_mask(shape, layout, dtype, generator)
     peak = torch.randint(0, shape[2] * shape[3], shape[:2], generator=generator)
-    return grad, peak, *template
+    return grad, peak, values, scale
 
 
 def _filter_loss(
@@ -478,7 +478,7 @@ def _filter_loss(
 ) -> Arguments:
     # Responses of a few units.
     x = maps(shape, layout, dtype, generator, relu=True) * 30
-    return x, *template_arguments(x), 0.5 / max(shape[2:]) ** 2, True
+    return x, offsets(x), 0.5 / max(shape[2:]) ** 2, True
 
 
 def _filter_loss_running(
@@ -500,7 +500,20 @@ def _running_surrogate(*arguments: Any) -> Tensor:
     return (grad * x).sum((0, 2, 3))
 
 
+def _map_peaks(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    return _template_mask(shape, layout, dtype, generator)[:1]
+
+
 TEMPLATES = (
+    OperatorCase(
+        name="map_peaks",
+        free={0: (0, 1, 2, 3)},
+        make=_map_peaks,
+        rounding=(None,),
+        **_TEMPLATES,
+    ),
     OperatorCase(
         name="template_mask",
         free={0: (0, 1, 2, 3)},

@@ -427,8 +427,10 @@ def test_what_has_no_derivative_refuses_to_be_differentiated(backend: Backend, c
         a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
         for a in arguments
     ]
-    outputs = [t for t in as_tuple(case.operator(*given)) if t.requires_grad]
-    assert outputs
+    outputs = [t for t in as_tuple(case.operator(*given)) if t.is_floating_point()]
+    assert all(t.requires_grad for t in outputs)
+    if not outputs:
+        return  # whole numbers have no derivative to ask for
     with pytest.raises(RuntimeError, match=rf"^{case.name}: got its result to differentiate.*$"):
         sum(t.sum() for t in outputs).backward()
 

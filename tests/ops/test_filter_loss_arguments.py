@@ -60,7 +60,7 @@ BAD = [
         "got device meta, want cpu",
     ),
     *[
-        (options | {name: TARGET[name]}, ValueError, name, "got a tensor with .*want None")
+        (options | {name: TARGET[name]}, ValueError, name, "got one with .*want None")
         for name in ("labels", "filter_category")
         for options in ({}, RUNNING | {"state": state()})
     ],

@@ -71,7 +71,7 @@ def test_the_gradient_over_the_batch_is_that_of_the_definition(backend: Backend,
     (grad,) = torch.autograd.grad(loss, x, weight)
 
     exact = x.detach().cpu().requires_grad_()
-    arguments = (*template.arguments(3, 4, exact), template.tau_for(3, 4))
+    arguments = (template.offsets_for(3, 4, exact), template.tau_for(3, 4))
     want = reference.definition(exact, *arguments)
     (expected,) = torch.autograd.grad(want, exact, weight.cpu())
     assert expected.any()
@@ -192,7 +192,7 @@ def test_no_gradient_is_computed_unless_it_is_asked_for(backend: Backend, estima
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected)
     template = PartTemplate()
-    arguments = (*template.arguments(3, 4, x), template.tau_for(3, 4))
+    arguments = (template.offsets_for(3, 4, x), template.tau_for(3, 4))
     for with_grad, count in ((False, 0), (True, x.numel())):
         grad = torch.ops.picnn_fast.filter_loss(x.detach(), *arguments, with_grad)[1]
         assert grad.numel() == count
@@ -223,7 +223,7 @@ def test_opcheck(backend: Backend, estimator, layout):
     elif layout == "sliced":
         x = torch.cat((x, x), 1)[:, 1:3]
     template = TEMPLATES["no symmetry" if layout == "contiguous" else "l1"]
-    end = (*template.arguments(3, 4, x), template.tau_for(3, 4), True)
+    end = (template.offsets_for(3, 4, x), template.tau_for(3, 4), True)
     ops = torch.ops.picnn_fast
     if estimator == "batch":
         results = torch.library.opcheck(ops.filter_loss.default, (x.requires_grad_(), *end))
@@ -246,7 +246,7 @@ def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype, with_grad
     x = leaf(backend.device, dtype).detach()
     state = options("running", x)["state"]
     for shaped in (x, x[:0], x.contiguous(memory_format=torch.channels_last)):
-        arguments = (*TEMPLATES["l1"].arguments(3, 4, shaped), 0.01, with_grad)
+        arguments = (TEMPLATES["l1"].offsets_for(3, 4, shaped), 0.01, with_grad)
         running = (shaped, state.log_mean, state.log_ratio, 0.5, None, *arguments)
         for operator, given in (
             (torch.ops.picnn_fast.filter_loss, (shaped, *arguments)),

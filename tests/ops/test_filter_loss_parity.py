@@ -60,13 +60,13 @@ class Expected:
     def __init__(self, x: Tensor, template: PartTemplate, estimator: str) -> None:
         height, width = x.shape[2:]
         wide = x.detach().cpu().double()
-        arguments = template.arguments(height, width, wide)
+        offsets = template.offsets_for(height, width, wide)
         tau = template.tau_for(height, width)
         state = state_before(wide, estimator)
         self.state: tuple[Tensor, ...] = ()
         assigned = None
         if state is None:
-            self.loss, self.grad = reference.filter_loss(wide, *arguments, tau, True)
+            self.loss, self.grad = reference.filter_loss(wide, offsets, tau, True)
         else:
             labels, mine = categories(x, estimator)
             if labels is not None and mine is not None:
@@ -77,17 +77,17 @@ class Expected:
                 state.log_ratio,
                 state.momentum,
                 assigned,
-                *arguments,
+                offsets,
                 tau,
                 True,
             )
             self.state = tuple(new)
-        self._bounds(wide, epsilon(accumulate_dtype(x.dtype)), arguments, tau, assigned)
+        self._bounds(wide, epsilon(accumulate_dtype(x.dtype)), offsets, tau, assigned)
 
     def _bounds(
-        self, x: Tensor, eps: float, arguments: tuple, tau: float, assigned: Tensor | None
+        self, x: Tensor, eps: float, offsets: Tensor, tau: float, assigned: Tensor | None
     ) -> None:
-        templates = reference._templates(x, *arguments, tau)
+        templates = reference._templates(x, offsets, tau)
         size = templates.abs()
         responses = reference._responses(x, templates)
         batch, count = len(x), responses.shape[-1]
@@ -293,7 +293,7 @@ def test_running_estimates_renew_themselves_batch_by_batch(backend: Backend, mom
     template = TEMPLATES["l2"]
     state = FilterLossState.empty(2, 4, 3, momentum=momentum, device=backend.device)
     want = FilterLossState.empty(2, 4, 3, dtype=torch.float64)
-    arguments = template.arguments(4, 3, torch.empty(0, dtype=torch.float64))
+    offsets = template.offsets_for(4, 3, torch.empty(0, dtype=torch.float64))
     for seed in range(3):
         x = maps((3, 2, 4, 3), seed=seed) * 20
         loss = filter_loss(x.to(backend.device), template, estimator="running", state=state)
@@ -303,7 +303,7 @@ def test_running_estimates_renew_themselves_batch_by_batch(backend: Backend, mom
             want.log_ratio,
             momentum,
             None,
-            *arguments,
+            offsets,
             template.tau_for(4, 3),
             False,
         )
@@ -349,7 +349,7 @@ def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, 
 def test_an_assignment_out_of_range_is_refused(cpp: Backend, wrong):
     assigned = torch.zeros(2, 3, dtype=torch.int64)
     assigned[1, 1] = wrong
-    arguments = TEMPLATES["l1"].arguments(3, 3, torch.empty(0))
+    offsets = TEMPLATES["l1"].offsets_for(3, 3, torch.empty(0))
     state = FilterLossState.empty(3, 3, 3)
     with pytest.raises(RuntimeError, match=r"assigned: got .*, want \[0, 10\)"):
         torch.ops.picnn_fast.filter_loss_running(
@@ -358,7 +358,7 @@ def test_an_assignment_out_of_range_is_refused(cpp: Backend, wrong):
             state.log_ratio,
             0.1,
             assigned,
-            *arguments,
+            offsets,
             0.1,
             True,
         )
@@ -376,10 +376,10 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_compiled_kernel_refuses_a_state_that_is_none(cpp: Backend, name):
     state, message = WRONG[name]
-    arguments = TEMPLATES["l1"].arguments(3, 3, torch.empty(0))
+    offsets = TEMPLATES["l1"].offsets_for(3, 3, torch.empty(0))
     with pytest.raises(RuntimeError, match=message):
         torch.ops.picnn_fast.filter_loss_running(
-            torch.ones(2, 3, 3, 3), *state, None, *arguments, 0.1, True
+            torch.ones(2, 3, 3, 3), *state, None, offsets, 0.1, True
         )
 
 

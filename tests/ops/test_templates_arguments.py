@@ -1,6 +1,9 @@
 """Template family at the door: what a template may be, and what is refused, by name."""
 
+import copy
+import dataclasses
 import math
+import pickle
 import re
 
 import pytest
@@ -8,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
@@ -194,6 +199,101 @@ def test_defaults_are_those_of_the_papers():
     )
     assert PartTemplate().tau_for(5, 8) == 0.5 / 64
     assert PartTemplate(tau=0.3).tau_for(5, 8) == 0.3
+
+
+def test_a_template_of_each_kind_is_made_by_its_own_function():
+    values = torch.rand(5, 7) - 0.5
+    for made, same in (
+        (PartTemplate.gradient("l2", beta=3.0, tau=0.1), PartTemplate("l2", beta=3.0, tau=0.1)),
+        (PartTemplate.gradient(beta="published"), PartTemplate(beta="published")),
+        (
+            PartTemplate.uniform("l1", beta=3.0, gamma=1.0),
+            PartTemplate("l1", "uniform", beta=3.0, gamma=1.0),
+        ),
+        (PartTemplate.radial(torch.cos, "l2", tau=0.2), PartTemplate("l2", torch.cos, tau=0.2)),
+        (PartTemplate.offsets(values, tau=0.3), PartTemplate(profile=values, tau=0.3)),
+    ):
+        assert torch.equal(made.table(3, 4), same.table(3, 4))
+        assert made.tau_for(3, 4) == same.tau_for(3, 4)
+    with pytest.raises(TypeError, match="function: got str, want a function of the distance"):
+        PartTemplate.radial("gradient")
+    with pytest.raises(TypeError, match=r"values: got list, want a torch\.Tensor"):
+        PartTemplate.offsets([[1.0]])
+    with pytest.raises(ValueError, match=r"values: got a tensor of shape \(2, 3\), want"):
+        PartTemplate.offsets(torch.ones(2, 3))
+
+
+def test_values_are_made_once_a_size_type_and_device_and_stay_with_the_template():
+    calls = []
+
+    def profile(distance: Tensor) -> Tensor:
+        calls.append(distance.shape)
+        return 1 - distance
+
+    template = PartTemplate.radial(profile)
+    x = torch.rand(1, 2, 3, 4)
+    with torch.inference_mode():  # what is made here is saved for a backward pass later
+        first = template_mask(x, template)[0]
+    leaf = x.clone().requires_grad_()
+    template_mask(leaf, template)[0].square().sum().backward()
+    assert torch.equal(template_mask(x, template)[0], first)
+    assert calls == [(5, 7)]
+    template_mask(x.double(), template)
+    template_mask(x[..., :2], template)
+    assert calls == [(5, 7), (5, 7), (5, 3)]
+    template.table(3, 4).fill_(0)  # a copy
+    assert torch.equal(template_mask(x, template)[0], first)
+    for count in range(1, 40):
+        template_mask(torch.ones(1, 1, 1, count), template)
+    assert len(template.__dict__["_kept"]) <= 16
+
+
+def test_copies_and_pickles_make_values_of_their_own():
+    template = PartTemplate.gradient("l2", beta=1.5)
+    table = template.table(4, 5)
+    for other in (
+        copy.deepcopy(template),
+        copy.copy(template),
+        pickle.loads(pickle.dumps(template)),
+        dataclasses.replace(template, tau=0.5),
+    ):
+        assert "_kept" not in other.__dict__
+        assert torch.equal(other.table(4, 5), table)
+
+
+def test_offsets_that_are_changed_in_place_are_seen():
+    values = torch.ones(3, 5)
+    template = PartTemplate.offsets(values)
+    x = torch.rand(1, 1, 2, 3)
+    before = template_mask(x, template)[0]
+    values[1, 2] = 3
+    after = template_mask(x, template)[0]
+    assert torch.equal(before, x)
+    torch.testing.assert_close(after.amax(), 3 * x.amax())
+
+
+@pytest.mark.parametrize("name", ["gradient", "uniform", "radial", "offsets"])
+def test_what_is_made_while_tracing_or_in_a_transform_does_not_outlive_it(name):
+    values = torch.rand(5, 7) - 0.3
+    template = {
+        "gradient": PartTemplate.gradient("l2"),
+        "uniform": PartTemplate.uniform(),
+        "radial": PartTemplate.radial(lambda d: 1 - d / 2),
+        "offsets": PartTemplate.offsets(values),
+    }[name]
+    x = torch.rand(2, 2, 3, 4)
+
+    def total(x: Tensor) -> Tensor:
+        return template_mask(x, template)[0].square().sum()
+
+    gradient = torch.func.grad(total)(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert template_mask(mode.from_tensor(x), template)[0].shape == x.shape
+    traced = make_fx(lambda x: template_mask(x, template)[0])(x)
+    masked = template_mask(x, template)[0]
+    torch.testing.assert_close(traced(x), masked)
+    torch.testing.assert_close(torch.func.grad(total)(x), gradient)
+    torch.testing.assert_close(gradient.ne(0), masked.ne(0))
 
 
 def test_a_template_cannot_be_changed():

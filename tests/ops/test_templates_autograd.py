@@ -139,8 +139,8 @@ def test_inference_mode_and_no_grad_give_the_same_forward(backend: Backend):
 
 def test_the_operator_called_directly_is_differentiable(backend: Backend):
     x = leaf(backend.device)
-    arguments = TEMPLATES["table"].arguments(4, 3, x)
-    direct = torch.ops.picnn_fast.template_mask(x, *arguments, 1.0)
+    offsets = TEMPLATES["table"].offsets_for(4, 3, x)
+    direct = torch.ops.picnn_fast.template_mask(x, offsets, 1.0)
     public = template_mask(x, TEMPLATES["table"])
     for one, two in zip(direct, public, strict=True):
         assert torch.equal(one, two)
@@ -158,7 +158,7 @@ def test_opcheck(backend: Backend, name, layout):
         x = x.contiguous(memory_format=torch.channels_last)
     elif layout == "sliced":
         x = torch.cat((x, x), 1)[:, 1:4]
-    arguments = (*TEMPLATES[name].arguments(4, 3, x), 1.0)
+    arguments = (TEMPLATES[name].offsets_for(4, 3, x), 1.0)
     ops = torch.ops.picnn_fast
     results = torch.library.opcheck(ops.template_mask.default, (x.requires_grad_(), *arguments))
     assert set(results) == OPCHECKS
@@ -174,7 +174,7 @@ def test_opcheck(backend: Backend, name, layout):
 def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
     x = leaf(backend.device, dtype).detach()
     for shaped in (x, x[:0], x[:, :0]):
-        arguments = (*TEMPLATES["table"].arguments(4, 3, shaped), 1.0)
+        arguments = (TEMPLATES["table"].offsets_for(4, 3, shaped), 1.0)
         torch.library.opcheck(
             torch.ops.picnn_fast.template_mask.default,
             (shaped, *arguments),
@@ -219,7 +219,7 @@ def test_the_decomposition_is_the_operator_in_pytorchs_own(name, dtype):
     for shape in (SHAPE, (1, 2, 3, 2), (2, 3, 1, 1), (0, *SHAPE[1:]), (2, 0, *SHAPE[2:])):
         x = torch.randn(shape, generator=generator).to(dtype)
         x[:, :, -1:] = x[:, :, :1]  # equal peaks
-        arguments = (*TEMPLATES[name].arguments(*shape[2:], x), 0.5)
+        arguments = (TEMPLATES[name].offsets_for(*shape[2:], x), 0.5)
         expected = torch.ops.picnn_fast.template_mask(x, *arguments)
         torch.testing.assert_close(decomposition(x, *arguments), expected)
 

@@ -98,8 +98,8 @@ def masks(peak: Tensor, template: PartTemplate, like: Tensor, scale: float) -> T
     """The masks of those peaks in float64 on the CPU."""
     height, width = like.shape[2:]
     ones = torch.ones(like.shape, dtype=torch.float64)
-    arguments = template.arguments(height, width, ones)
-    return reference.template_mask_backward(ones, peak.cpu(), *arguments, scale)
+    offsets = template.offsets_for(height, width, ones)
+    return reference.template_mask_backward(ones, peak.cpu(), offsets, scale)
 
 
 def assert_masked(
@@ -115,7 +115,7 @@ def assert_masked(
 
 
 def first_peaks(x: Tensor) -> Tensor:
-    return reference.template_mask(x.cpu(), None, reference.UNIFORM, 1, 0.0, 1, 1.0)[1]
+    return reference.map_peaks(x.cpu())
 
 
 @kernel_cases(("shape_name", "layout", "dtype"), CASES, FEW)
@@ -203,8 +203,8 @@ def test_nan_and_infinity_are_as_in_the_reference(backend: Backend, dtype, layou
     template = PartTemplate("l1", beta=3.1)
     leaf = on_device(backend.device, x).requires_grad_()
     masked, peak = template_mask(leaf, template)
-    arguments = template.arguments(*shape[2:], x)
-    expected, expected_peak = reference.template_mask(x, *arguments, 1.0)
+    offsets = template.offsets_for(*shape[2:], x)
+    expected, expected_peak = reference.template_mask(x, offsets, 1.0)
     assert torch.equal(peak.cpu(), expected_peak)
     bound = 16 * epsilon(dtype)
     torch.testing.assert_close(
@@ -293,33 +293,27 @@ def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, 
 def test_a_peak_out_of_range_is_refused(cpp: Backend, wrong):
     peak = torch.zeros(2, 3, dtype=torch.int64)
     peak[1, 2] = wrong
-    arguments = PartTemplate().arguments(5, 7, torch.empty(0))
+    offsets = PartTemplate().offsets_for(5, 7, torch.empty(0))
     with pytest.raises(RuntimeError, match=r"peak: got .*, want \[0, 35\)"):
-        torch.ops.picnn_fast.template_mask_backward(torch.ones(2, 3, 5, 7), peak, *arguments, 1.0)
+        torch.ops.picnn_fast.template_mask_backward(torch.ones(2, 3, 5, 7), peak, offsets, 1.0)
 
 
-# table, profile, norm, slope, limit, scale of the operator; the message
+# offsets, which maps 5 x 7 want [9, 13]; the message
 WRONG = {
-    "table missing": ((None, 2, 1, 0.0, 0, 1.0), "table: got none"),
-    "table too small": ((torch.ones(9, 9), 2, 1, 0.0, 0, 1.0), "table: want"),
-    "table of another dtype": (
-        (torch.ones(9, 13, dtype=torch.float64), 2, 1, 0.0, 0, 1.0),
-        "table: want float32",
-    ),
-    "table with strides": ((torch.ones(13, 9).T, 2, 1, 0.0, 0, 1.0), "table: want it contiguous"),
-    "profile": ((None, 3, 1, 0.5, 0, 1.0), "profile: got 3"),
-    "norm": ((None, 0, 3, 0.5, 0, 1.0), "norm: got 3"),
+    "too small": (torch.ones(9, 9), "offsets: want"),
+    "of another dtype": (torch.ones(9, 13, dtype=torch.float64), "offsets: want float32"),
+    "with strides": (torch.ones(13, 9).T, "offsets: want them contiguous"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_the_compiled_kernels_refuse_templates_that_are_none(cpp: Backend, name):
-    arguments, message = WRONG[name]
+    offsets, message = WRONG[name]
     x = torch.ones(2, 3, 5, 7)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.picnn_fast.template_mask(x, *arguments)
+        torch.ops.picnn_fast.template_mask(x, offsets, 1.0)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.picnn_fast.filter_loss(x, *arguments, True)
+        torch.ops.picnn_fast.filter_loss(x, offsets, 1.0, True)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

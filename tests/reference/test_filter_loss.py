@@ -14,17 +14,13 @@ from torch import Tensor
 from picnn_fast import PartTemplate
 from picnn_fast.ops.filter_loss import FilterLossState
 from picnn_fast.reference import filter_loss as reference
-from picnn_fast.reference import templates as template_reference
 
 Rows = list[list[float]]
 
 
 def all_templates(template: PartTemplate, height: int, width: int) -> Rows:
     """Every template as a row of positions, the negative one last."""
-    arguments = template.arguments(height, width, torch.empty(0, dtype=torch.float64))
-    table = template_reference.offset_table(
-        *arguments, height, width, torch.float64, torch.device("cpu")
-    )
+    table = template.offsets_for(height, width, torch.empty(0, dtype=torch.float64))
     tau = template.tau_for(height, width)
     rows = []
     for mu in range(height * width):
@@ -120,7 +116,7 @@ def test_the_batch_loss_is_minus_the_mutual_information(shape, name, seed, scale
     x = random_maps(shape, seed, scale)
     height, width = shape[2:]
     template = TEMPLATES[name]
-    arguments = (*template.arguments(height, width, x), template.tau_for(height, width))
+    arguments = (template.offsets_for(height, width, x), template.tau_for(height, width))
     loss, grad = reference.filter_loss(x, *arguments, True)
     rows = all_templates(template, height, width)
     for i in range(shape[1]):
@@ -140,7 +136,7 @@ def test_running_estimates_follow_their_formula(shape, name, seed, scale):
     x = random_maps(shape, seed, scale)
     height, width = shape[2:]
     template = TEMPLATES[name]
-    arguments = (*template.arguments(height, width, x), template.tau_for(height, width))
+    arguments = (template.offsets_for(height, width, x), template.tau_for(height, width))
     count = height * width + 1
     generator = torch.Generator().manual_seed(seed)
     log_mean = torch.randn(shape[1], count, generator=generator, dtype=torch.float64)
@@ -173,7 +169,7 @@ def test_the_mutual_information_is_between_nothing_and_the_entropy_of_the_maps()
     apart = 1e5 * torch.eye(16, dtype=torch.float64).view(16, 1, 4, 4)
     alike = torch.ones(16, 1, 4, 4, dtype=torch.float64)
     for x, least, most in ((apart, 0.9, 1.0), (alike, 0.0, 1e-9)):
-        arguments = (*template.arguments(4, 4, x), template.tau_for(4, 4))
+        arguments = (template.offsets_for(4, 4, x), template.tau_for(4, 4))
         share = -reference.filter_loss(x, *arguments, False)[0].item() / math.log(16)
         assert least - 1e-9 <= share <= most
 
@@ -182,7 +178,7 @@ def test_the_first_batch_alone_is_its_own_estimate():
     """With nothing before it, the running loss is the loss over the batch."""
     x = random_maps((5, 3, 4, 3), 0, 20.0)
     template = PartTemplate()
-    arguments = (*template.arguments(4, 3, x), template.tau_for(4, 3))
+    arguments = (template.offsets_for(4, 3, x), template.tau_for(4, 3))
     state = FilterLossState.empty(3, 4, 3, dtype=torch.float64)
     running = reference.filter_loss_running(
         x, state.log_mean, state.log_ratio, 0.1, None, *arguments, False

@@ -46,9 +46,8 @@ values = st.floats(-8, 8, width=16)
 @given(sides, sides, norms, st.sampled_from([0.5, 2.0, 4.0]))
 def test_the_matrix_of_templates_holds_each_of_them(height, width, norm, beta):
     template = PartTemplate(norm, beta=beta)
-    arguments = template.arguments(height, width, torch.empty(0, dtype=torch.float64))
-    table = templates.offset_table(*arguments, height, width, torch.float64, torch.device("cpu"))
-    matrix = templates.template_matrix(table, height, width)
+    offsets = template.offsets_for(height, width, torch.empty(0, dtype=torch.float64))
+    matrix = templates.template_matrix(offsets, height, width)
     assert matrix.shape == (height * width, height * width)
     for mu in range(height * width):
         want = template_at(divmod(mu, width), height, width, norm=norm, beta=beta)
@@ -69,8 +68,7 @@ def test_values_are_rounded_correctly_whatever_pytorchs_square_root_does(norm, d
         monkeypatch.setattr(owner, "sqrt", off(owner.sqrt))
     height, width, beta = 31, 23, 1.7
     template = PartTemplate(norm, beta=beta)
-    arguments = template.arguments(height, width, torch.empty(0, dtype=dtype))
-    got = templates.offset_table(*arguments, height, width, dtype, torch.device("cpu"))
+    got = template.offsets_for(height, width, torch.empty(0, dtype=dtype))
     number = np.float64 if dtype == torch.float64 else np.float32
 
     def value(di, dj):
@@ -118,8 +116,8 @@ def test_a_map_is_multiplied_by_the_positive_part_at_its_peak(
         st.lists(st.lists(values, min_size=width, max_size=width), min_size=height, max_size=height)
     )
     x = torch.tensor(rows, dtype=torch.float64).view(1, 1, height, width)
-    arguments = PartTemplate(norm, beta=beta).arguments(height, width, x)
-    masked, peak = templates.template_mask(x, *arguments, scale)
+    offsets = PartTemplate(norm, beta=beta).offsets_for(height, width, x)
+    masked, peak = templates.template_mask(x, offsets, scale)
     mu = first_peak(rows)
     assert divmod(peak.item(), width) == mu
     template = template_at(mu, height, width, norm=norm, beta=beta)
@@ -128,7 +126,7 @@ def test_a_map_is_multiplied_by_the_positive_part_at_its_peak(
         for row, line in zip(rows, template, strict=True)
     ]
     torch.testing.assert_close(masked[0, 0], torch.tensor(want, dtype=torch.float64))
-    back = templates.template_mask_backward(x, peak, *arguments, scale)
+    back = templates.template_mask_backward(x, peak, offsets, scale)
     assert torch.equal(back, masked)
 
 
@@ -142,14 +140,14 @@ def test_the_peak_is_the_first_maximum_and_nan_is_above_all():
         [[-inf, 1.0], [inf, inf]],
     ):
         x = torch.tensor(rows).view(1, 1, 2, 2)
-        _, peak = templates.template_mask(x, None, templates.GRADIENT, 1, 2.0, 0, 1.0)
+        peak = templates.map_peaks(x)
         assert divmod(peak.item(), 2) == first_peak(rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_masks_keep_type_and_layout(dtype):
     x = torch.rand(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)
-    masked, peak = templates.template_mask(x, None, templates.GRADIENT, 1, 0.5, 0, 1.0)
+    masked, peak = templates.template_mask(x, PartTemplate().offsets_for(4, 5, x), 1.0)
     assert masked.dtype == dtype
     assert masked.stride() == x.stride()
     assert (peak.dtype, peak.shape) == (torch.int64, (2, 3))
@@ -216,9 +214,7 @@ def test_tables_by_slope_are_those_of_each_template(norm):
     slopes = torch.tensor([0.1, 0.5, 1.3], dtype=torch.float64)
     got = templates.gradient_tables(slopes, norm, 5, 3)
     for table, slope in zip(got, slopes.tolist(), strict=True):
-        want = templates.offset_table(
-            None, templates.GRADIENT, norm, slope, 0, 5, 3, torch.float64, torch.device("cpu")
-        )
+        want = templates.gradient_offsets(5, 3, norm, slope, torch.float64, torch.device("cpu"))
         torch.testing.assert_close(table, want)
 
 

@@ -28,9 +28,9 @@ POINTERS = {
     "counts": "i64", "sums": "i64",
     "values": "fp64", "column_labels": "i32", "grouped": "i32", "starts": "i32", "singles": "i32",
     "place": "i32", "previous": "i32", "following": "i32",
-    "maps": "maps", "table": "masks", "peak": "i64", "assigned": "i64",
+    "maps": "maps", "offsets": "masks", "peak": "i64", "assigned": "i64",
     "columns": "masks", "row_sums": "masks", "gains": "masks", "marginals": "masks",
-    "information": "masks", "log_ratio": "masks", "terms": "masks", "grad_maps": "masks",
+    "information": "masks", "relative": "masks", "grad_maps": "masks",
     "mean": "masks", "groups": "i64", "order": "i64", "begins": "i64", "positive": "i1",
     "norms": "masks", "group_sums": "masks", "moments": "masks", "own": "masks", "total": "masks",
     "weights": "masks",
@@ -45,12 +45,16 @@ SIZES = {
     "SAMPLES": (64,), "TEMPLATES": (64,), "DEPTH": (16,),
     "GRAD_TEMPLATES": (16,), "GRAD_POSITIONS": (256,),
 }  # fmt: skip
-# Likewise, PROFILE and NORM; the later ones for one set of argument types alone.
-TEMPLATES = ((0, 2), (1, 1), (2, 1))
 # Launched with more warps than four.
 WARPS = dict.fromkeys(("columns_kernel", "rows_kernel", "information_kernel", "gradient_kernel"), 8)
 # Launched without fused multiply-adds: they would round otherwise than the reference.
-UNFUSED = {"pseudo_label_kernel", "samples_kernel", "few_others_kernel", "mask_kernel"}
+UNFUSED = {
+    "pseudo_label_kernel",
+    "samples_kernel",
+    "few_others_kernel",
+    "mask_kernel",
+    "peaks_kernel",
+}
 
 
 def sources(kernel):
@@ -65,15 +69,11 @@ def sources(kernel):
     variants = [(*types, "i32") for types in itertools.product(maps, tables)]
     variants += [(maps[0], tables[0], "i64"), (maps[0], tables[0], "constexpr")]
     sizes = {name: SIZES[name] for name in names if name in SIZES}
-    cases = list(itertools.product(variants, itertools.product(*sizes.values()), TEMPLATES[:1]))
-    if "PROFILE" in names:
-        cases += [(*cases[0][:2], template) for template in TEMPLATES[1:]]
+    cases = itertools.product(variants, itertools.product(*sizes.values()))
     yielded = []
-    for ((map_type, mask_type), table, size), values, template in cases:
+    for ((map_type, mask_type), table, size), values in cases:
         types = {"maps": map_type, "masks": mask_type, "table": table}
         signature, constants = {}, dict(zip(sizes, values, strict=True))
-        if "PROFILE" in names:
-            constants["PROFILE"], constants["NORM"] = template
         for name in names:
             if name in POINTERS:
                 signature[name] = "*" + types.get(POINTERS[name], POINTERS[name])

@@ -17,7 +17,7 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype_without_fused_multiply_
     compiled: dict[str, list[list[str]]],
 ) -> None:
     """One would round masks otherwise than the reference does."""
-    assert {line[0] for line in compiled["templates"]} == {"mask_kernel"}
+    assert {line[0] for line in compiled["templates"]} == {"mask_kernel", "peaks_kernel"}
     assert {line[1] for line in compiled["templates"]} == {"*fp32", "*fp64", "*bf16", "*fp16"}
     assert not any(int(line[-1]) for line in compiled["templates"])
 
@@ -32,9 +32,9 @@ def test_launcher_forbids_fused_multiply_adds(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(kernels, "mask_kernel", Recorder())
     x = torch.ones(1, 2, 3, 3, device=DEVICE)
-    template = PartTemplate().arguments(3, 3, x)
-    _, peak = kernels.template_mask(x, *template, 1.0)
-    kernels.template_mask_backward(x, peak, *template, 1.0)
+    offsets = PartTemplate().offsets_for(3, 3, x)
+    _, peak = kernels.template_mask(x, offsets, 1.0)
+    kernels.template_mask_backward(x, peak, offsets, 1.0)
     assert [options["enable_fp_fusion"] for options in launches] == [False, False]
 
 
@@ -55,16 +55,16 @@ def test_maps_longer_than_a_tile_give_the_same_bits(
     x[1, 3:] = -torch.inf
     x[2, 0, 3, 3] = torch.inf
     x = x.to(DEVICE).contiguous(memory_format=layout)
-    template = PartTemplate("l2", beta=1.5).arguments(5, 7, x)
-    masked, peak = reference.template_mask(x, *template, 0.7)
-    got, got_peak = kernels.template_mask(x, *template, 0.7)
+    offsets = PartTemplate("l2", beta=1.5).offsets_for(5, 7, x)
+    masked, peak = reference.template_mask(x, offsets, 0.7)
+    got, got_peak = kernels.template_mask(x, offsets, 0.7)
     assert torch.equal(got_peak, peak)
     torch.testing.assert_close(got, masked, rtol=0, atol=0, equal_nan=True)
     assert got.stride() == masked.stride()
     grad = torch.randn(x.shape, generator=generator).to(x)
     torch.testing.assert_close(
-        kernels.template_mask_backward(grad, peak, *template, 0.7),
-        reference.template_mask_backward(grad, peak, *template, 0.7),
+        kernels.template_mask_backward(grad, peak, offsets, 0.7),
+        reference.template_mask_backward(grad, peak, offsets, 0.7),
         rtol=0,
         atol=0,
     )
@@ -74,10 +74,10 @@ def test_maps_longer_than_a_tile_give_the_same_bits(
 def test_a_peak_off_the_map_reads_within_the_table() -> None:
     grad = torch.rand(1, 4, 3, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     profile = torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) + 1
-    template = PartTemplate(profile=profile).arguments(3, 5, grad)
+    offsets = PartTemplate(profile=profile).offsets_for(3, 5, grad)
     peak = torch.tensor([[-1, 15, 2**62, -(2**62)]], device=DEVICE)
-    expected = reference.template_mask_backward(grad, peak.clamp(0, 14), *template, 1.0)
-    assert torch.equal(kernels.template_mask_backward(grad, peak, *template, 1.0), expected)
+    expected = reference.template_mask_backward(grad, peak.clamp(0, 14), offsets, 1.0)
+    assert torch.equal(kernels.template_mask_backward(grad, peak, offsets, 1.0), expected)
 
 
 def test_maps_up_to_64_x_64_are_held_at_once() -> None:
