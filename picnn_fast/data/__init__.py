@@ -13,6 +13,7 @@ from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.data.part_animals import PartAnimals, part_animals
 from picnn_fast.data.parts import PartDataModule, PartDataset, PartSample
 from picnn_fast.data.preprocessing import Preprocessing
+from picnn_fast.data.shards import ShardsDataModule
 from picnn_fast.data.splits import Batches, read_image, shown_image
 from picnn_fast.data.stl10 import stl10
 from picnn_fast.data.tiny_imagenet import tiny_imagenet
@@ -32,6 +33,7 @@ __all__ = [
     "PartSample",
     "Preprocessing",
     "SeededDataModule",
+    "ShardsDataModule",
     "VOCPart",
     "read_image",
     "shown_image",
@@ -46,6 +48,7 @@ DATA: dict[str, Callable[..., SeededDataModule]] = {
     "stl10": stl10,
     "tiny-imagenet": tiny_imagenet,
     "imagenet": imagenet,
+    "shards": ShardsDataModule,
     "part-animals": part_animals,
     "voc-part": voc_part,
     "cub": cub,

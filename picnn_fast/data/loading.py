@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -131,20 +132,24 @@ class _Drawn(_Read):
             torch.set_rng_state(state)
 
 
-class _Order(DistributedSampler[Any]):
-    """Of an epoch; a pass may begin further on."""
+class EpochOrder(DistributedSampler[Any]):
+    """The images of an epoch that a rank reads; a pass may begin further on.
+
+    Attributes:
+        skipped: images that a pass begins after.
+        drawn: whether to tell the epoch with each index, to processes that live on.
+    """
 
     skipped = 0
+    drawn = False
+
+    def indices(self) -> Iterator[int]:
+        """All of the rank's, in order."""
+        return super().__iter__()
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(super().__iter__(), self.skipped, None)
-
-
-class _DrawnOrder(_Order):
-    """Images with the epoch that they are drawn for, which processes that live on are told so."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, index) for index in super().__iter__())
+        left = itertools.islice(self.indices(), self.skipped, None)
+        return ((self.epoch, index) for index in left) if self.drawn else left
 
 
 class EpochLoader(DataLoader[Any]):
@@ -319,23 +324,30 @@ class SeededDataModule(L.LightningDataModule):
         """
         trainer = self.trainer
         # Also right for one process: unlike RandomSampler its order depends on no generator state.
-        drawn = self.plain_train_set is not None
-        sampler = (_DrawnOrder if drawn else _Order)(
-            self.train_set,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            seed=self.seed,
-        )
+        ranks, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        sampler = self.order(num_replicas=ranks, rank=rank, seed=self.seed)
+        sampler.drawn = self.plain_train_set is not None
+        twice = sampler.total_size - len(self.train_set)  # type: ignore[arg-type]
+        if twice > 0 and rank == 0:
+            warnings.warn(
+                f"data: {twice} of the training images, others each epoch, are trained on twice in"
+                f" it, for {len(self.train_set)} do not divide by {ranks} processes",  # type: ignore[arg-type]
+                stacklevel=2,
+            )
         # Lightning tells the sampler of an epoch, but its current_epoch lags when resuming.
         progress: Any = trainer.fit_loop.epoch_progress.current if trainer else None
         sampler.set_epoch(progress.processed if progress else 0)
         return self._loader(
-            _Drawn(self.train_set, self.seed) if drawn else _Read(self.train_set),
+            _Drawn(self.train_set, self.seed) if sampler.drawn else _Read(self.train_set),
             kind=EpochLoader,
             drop_last=len(sampler) > 1 and len(sampler) % self.batch_size == 1,
             sampler=sampler,
             persistent_workers=self.num_workers > 0,
         )
+
+    def order(self, **options: Any) -> EpochOrder:
+        """The order of the training images, with the options of ``DistributedSampler``."""
+        return EpochOrder(self.train_set, **options)
 
     def train_images(self) -> DataLoader[Any]:
         """The training images in order and not augmented; of several ranks each reads its share.

@@ -39,7 +39,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 # Options of data by which it is read, and becomes no other.
-HOW_READ = ("cache", "download", "num_workers")
+HOW_READ = ("cache", "download", "index", "keep", "num_workers")
 
 
 class ConfigError(ValueError):
@@ -225,7 +225,7 @@ class Options:
         for group in GROUPS:
             chosen = getattr(self, group)
             for name, parameter in GROUPS[group].options(chosen["name"]).items():
-                if _is_path(parameter.annotation) and chosen[name] is not None:
+                if _is_path(parameter.annotation) and "://" not in (chosen[name] or "://"):
                     # The same folder wherever the options are read again.
                     chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
                 for kind in _dataclasses_in(parameter.annotation):

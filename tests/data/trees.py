@@ -1,6 +1,8 @@
 """Trees of annotated photographs in the layouts that the readers take."""
 
+import io
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -231,3 +233,35 @@ def tiny_tree(root):
 
 def imagenet_tree(root):
     return folder_tree(root, WNIDS, [("train", 20), ("val", 3)])
+
+
+def shard(path, samples):
+    """A tar file of files by name; a picture is an array, a label an int."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in samples:
+            if isinstance(content, np.ndarray):
+                file = io.BytesIO()
+                Image.fromarray(content).save(file, "PNG")
+                content = file.getvalue()
+            elif isinstance(content, int):
+                content = str(content).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def shard_tree(root, per_shard=(10, 7, 12, 11), test=(3, 3)):
+    """Shards of noise in two classes, of different lengths."""
+    for split, counts in (("train", per_shard), ("test", test)):
+        number = 0
+        for i, count in enumerate(counts):
+            samples = []
+            for _ in range(count):
+                pixels = np.random.default_rng((len(split), number)).integers(0, 256, (12, 9, 3))
+                samples += [
+                    (f"{number:04}.png", pixels.astype(np.uint8)),
+                    (f"{number:04}.cls", number % 2),
+                ]
+                number += 1
+            shard(root / f"{split}-{i:02}.tar", samples)
+    return root
