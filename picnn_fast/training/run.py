@@ -483,7 +483,8 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         if not (version / "metrics.csv").is_file():
             continue
         with open(version / "metrics.csv", encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
+            # A full disk cuts the last row short.
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 epoch = int(row["epoch"])
                 values = {key: float(value) for key, value in row.items() if value}
                 epochs.setdefault(epoch, {}).update({**values, "epoch": float(epoch)})

@@ -73,9 +73,9 @@ def options_of(method: Any, root: Path, output: Path, **given: Any) -> Options:
     )
 
 
-def differences(one: Path, two: Path) -> list[str]:
+def differences(one: Path, two: Path, file: str = "last.ckpt") -> list[str]:
     """In what the checkpoints and figures of two runs differ."""
-    states = [torch.load(path / "last.ckpt", weights_only=True) for path in (one, two)]
+    states = [torch.load(path / file, weights_only=True) for path in (one, two)]
     found = []
     for part in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         first, second = (_flat(state[part], part) for state in states)

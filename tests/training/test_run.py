@@ -723,6 +723,14 @@ def test_hidden_folders_hold_no_results(tmp_path):
     assert find_checkpoints(tmp_path) == [tmp_path / "std" / "last.ckpt"]
 
 
+def test_a_row_that_a_full_disk_cut_short_is_no_row_of_the_history(tmp_path):
+    log = tmp_path / "csv" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    for part in ("", "1", "1,0", "1,0.2"):
+        log.write_text("epoch,train/loss\r\n0,0.5\r\n" + part)
+        assert read_history(tmp_path) == [{"epoch": 0.0, "train/loss": 0.5}]
+
+
 def test_no_warnings_of_lightning_reach_the_user(config, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

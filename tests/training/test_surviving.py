@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from picnn_fast.models import METHODS
-from picnn_fast.training.checkpoint import load_checkpoint, read_checkpoint
+from picnn_fast.training.checkpoint import WholeCheckpoints, load_checkpoint, read_checkpoint
 from picnn_fast.training.module import DivergenceError, InterpretableModule
 from picnn_fast.training.run import assemble, build_data, read_history, train
 from picnn_fast.training.run_folder import RunFolderError
@@ -23,8 +23,8 @@ def images(tmp_path_factory):
     return root
 
 
-def fit(options, folder):
-    run = assemble(options, folder, progress=False)
+def fit(options, folder, progress=False):
+    run = assemble(options, folder, progress=progress)
     last = folder / "last.ckpt"
     run.trainer.fit(run.module, run.data, ckpt_path=last if last.exists() else None)
     return run
@@ -108,7 +108,7 @@ def test_images_are_changed_alike_whoever_reads_them_and_wherever_a_pass_begins(
 
 
 def test_a_run_goes_on_within_an_epoch_with_another_number_of_processes(
-    images, tmp_path, monkeypatch
+    images, tmp_path, monkeypatch, capsys
 ):
     options = options_of("picnn", images, tmp_path / "run", epochs=1, batch_size=4)
     with_a_power_cut(options, tmp_path, monkeypatch, 1)
@@ -118,7 +118,11 @@ def test_a_run_goes_on_within_an_epoch_with_another_number_of_processes(
     content["picnn_fast_epoch"]["ranks"] *= 3
     content["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": 3}]
     torch.save(content, path)
-    assert fit(options, tmp_path).trainer.global_step == 3  # of five batches two were left
+    run = fit(options, tmp_path, progress=True)
+    assert run.trainer.global_step == 3  # of five batches two were left
+    assert (
+        "training    goes on with epoch 1 of 1, after 3 of its 5 steps" in capsys.readouterr().out
+    )
     (row,) = read_history(tmp_path)
     assert 0 < row["train/loss"] < 5
 
@@ -159,3 +163,32 @@ def test_a_checkpoint_that_is_cut_short_is_told_with_what_to_do(images, tmp_path
         with pytest.raises(RunFolderError, match=rf"last\.ckpt is .*; remove {tmp_path} to") as e:
             fit(options, tmp_path)
         assert "\n" not in str(e.value)
+
+
+def test_the_best_epoch_is_kept_whichever_of_its_two_checkpoints_a_kill_comes_before(
+    images, tmp_path, monkeypatch
+):
+    given = {"epochs": 3, "checkpoint_every": None, "report_epoch": "best_on_validation"}
+    options = options_of("std", images, tmp_path / "run", **given)
+    original = WholeCheckpoints.save_checkpoint
+    monkeypatch.setattr(
+        InterpretableModule,
+        "on_validation_epoch_end",
+        lambda self: self.log("val/acc1", [0.2, 0.9, 0.1][self.current_epoch]),
+    )
+    fit(options, tmp_path / "whole")
+    for name in ("last.ckpt", "best.ckpt"):
+
+        def save(self, content, path, storage_options=None, name=name):
+            if content["epoch"] == 1 and Path(path).name == name:
+                raise RuntimeError("power cut")
+            original(self, content, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WholeCheckpoints, "save_checkpoint", save)
+            with pytest.raises(RuntimeError, match="power cut"):
+                fit(options, tmp_path / name)
+        fit(options, tmp_path / name)
+        for file in ("last.ckpt", "best.ckpt"):
+            assert differences(tmp_path / "whole", tmp_path / name, file) == []
+        assert read_checkpoint(tmp_path / name / "best.ckpt")["epoch"] == 1
