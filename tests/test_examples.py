@@ -64,8 +64,8 @@ def test_the_documentation_lists_every_example():
 
 def test_a_network_of_timm_is_trained_and_measured_by_pathway(capsys):
     pytest.importorskip("timm")
-    words = ("--network", "test_resnet", "--epochs", 2, "--images", 48, "--batch_size", 16)
-    _run("own_training_loop_timm", *words, "--image_size", 32, "--lr", 0.01)
+    words = ("--network", "test_resnet", "--epochs", 2, "--batch_size", 128, "--lr", 0.01)
+    _run("own_training_loop_timm", *words)
     text = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"^epoch \d/2  loss ([\d.]+)$", text, re.M)]
     assert len(losses) == 2
@@ -73,10 +73,10 @@ def test_a_network_of_timm_is_trained_and_measured_by_pathway(capsys):
     for heading in ("ACC1", "ACC2", "ACC3", "MIS"):
         assert re.match(rf" *{heading} +[\d.]+", _line(text, heading))
     filters = re.findall(
-        r"^ +(\d+) of 77 filters are drawn most often for \w+$", text, re.MULTILINE
+        r"^ +(\d+) of 128 filters are drawn most often for \w+$", text, re.MULTILINE
     )
-    assert len(filters) == 6  # kinds of animals
-    assert sum(map(int, filters)) == 77
+    assert len(filters) == 10  # digits
+    assert sum(map(int, filters)) == 128
 
 
 def test_a_folder_of_images_is_trained_on_too(tmp_path, capsys):
