@@ -223,6 +223,7 @@ def animal_part(
     validation_seed: int = 0,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
+    cache: float | None = None,
     num_workers: int | None = None,
 ) -> PartDataModule:
     """ILSVRC 2013 DET Animal-Part with its landmarks, see ``AnimalPart``.
@@ -241,6 +242,7 @@ def animal_part(
         validation_seed: of the choice of the images held out.
         mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
         std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
+        cache: gigabytes of memory for decoded images, as of ``ImageFolderDataModule``.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
@@ -269,5 +271,6 @@ def animal_part(
         validation_seed=validation_seed,
         mean=mean,
         std=std,
+        cache=cache,
         num_workers=readers(num_workers),
     )

@@ -176,6 +176,7 @@ def cub(
     validation_seed: int = 0,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
+    cache: float | None = None,
     num_workers: int | None = None,
 ) -> PartDataModule:
     """Birds of CUB-200-2011 with their landmarks, see ``CUB200``.
@@ -191,6 +192,7 @@ def cub(
         validation_seed: of the choice of the images held out.
         mean: subtracted from each colour, on a scale of [0, 1]; ImageNet's by default.
         std: each colour is divided by, on a scale of [0, 1]; ImageNet's by default.
+        cache: gigabytes of memory for decoded images, as of ``ImageFolderDataModule``.
         num_workers: processes that read images; None: up to 8, one a processor.
 
     Raises:
@@ -206,5 +208,6 @@ def cub(
         validation_seed=validation_seed,
         mean=mean,
         std=std,
+        cache=cache,
         num_workers=readers(num_workers),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from picnn_fast import checks
 from picnn_fast._extras import extra
@@ -22,7 +22,7 @@ from picnn_fast.data.loading import (
     SeededDataModule,
     colours,
 )
-from picnn_fast.data.memory import ImageMemory, Shelf, image_memory
+from picnn_fast.data.memory import Shelf, bound
 from picnn_fast.data.preprocessing import Preprocessing
 
 with extra("train"):
@@ -241,11 +241,8 @@ class ImageDataModule(SeededDataModule):
         validation_seed: int,
         cache: float | None,
     ) -> None:
-        if cache is not None:
-            checks.non_negative("cache", cache)
         super().__init__(batch_size, num_workers, seed, validation, validation_seed)
-        self.augmentation, self.cache = augmentation, cache
-        self._memory: ImageMemory | None = None
+        self.augmentation, self.cache = augmentation, bound(cache)
         self.preprocessing = augmentation.preprocessing
         self.image_size = augmentation.image_size
         self.mean = torch.tensor(augmentation.mean).view(3, 1, 1)
@@ -268,20 +265,25 @@ class ImageDataModule(SeededDataModule):
         if self.train_set.change is not None:
             self.plain_train_set = self.augmentation.tested(train)
         self.test_set = self.augmentation.tested(test)
+        self.remark = self._enlarged(train)
         if len(validation.labels) > 0:
             self.validation_set = self.augmentation.tested(validation)
 
-    def _loader(self, *of: Any, **options: Any) -> DataLoader[Any]:
-        # Not before there is something to read, and before there are processes that do.
-        if self._memory is None:
-            processes = getattr(self.trainer, "num_devices", 1)
-            self._memory = image_memory(self.cache, processes)
-            for images in (
-                self.train_set,
-                self.plain_train_set,
-                self.validation_set,
-                self.test_set,
-            ):
-                if isinstance(images, LabelledImages) and not images.pictures.in_memory:
-                    images.shelf = self._memory.shelf(len(images))
-        return super()._loader(*of, **options)
+    def _enlarged(self, pictures: Pictures) -> str | None:
+        """That images are much smaller than what is made of them, by the first one."""
+        try:
+            side = min(pictures.open(0, sys.maxsize).size)
+        except OSError:  # which is told when its turn comes
+            return None
+        if 2 * side > self.image_size:
+            return None
+        return (
+            f"the first image has {side} pixels, which become {self.image_size}, with"
+            f" {(self.image_size / side) ** 2:.0f} times the work: --data.image_size {side} leaves"
+            " images as they are"
+        )
+
+    def read_from_files(self) -> list[LabelledImages]:
+        sets = self.train_set, self.plain_train_set, self.validation_set, self.test_set
+        images = [one for one in sets if isinstance(one, LabelledImages)]
+        return [one for one in images if not one.pictures.in_memory]

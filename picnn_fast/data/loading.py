@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from picnn_fast import checks
 from picnn_fast._extras import extra
+from picnn_fast.data.memory import ImageMemory, image_memory
 from picnn_fast.data.preprocessing import Preprocessing, as_numbers
 
 with extra("train"):
@@ -200,9 +201,11 @@ class SeededDataModule(L.LightningDataModule):
             changes them at random, by torch's generator; None where it does not.
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
+        remark: what else the user may want to know at the start of a training, or None.
         preprocessing: how files become images of the test set, and these what a network takes;
             None where there is nothing to tell but their size.
         mean, std: images are normalised by, ``[C, 1, 1]`` on a scale of [0, 1]; None: they are not.
+        cache: gigabytes of memory for decoded images; None: a quarter of what is free.
     """
 
     num_classes: int
@@ -213,8 +216,11 @@ class SeededDataModule(L.LightningDataModule):
     validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
     validation_source = "none"
+    remark: str | None = None
     preprocessing: Preprocessing | None = None
     mean: Tensor | None = None
+    cache: float | None = 0.0
+    _memory: ImageMemory | None = None
     std: Tensor | None = None
     # Of the class told from all others, or None: labels are class indices.
     category: int | None = None
@@ -349,6 +355,10 @@ class SeededDataModule(L.LightningDataModule):
         """The order of the training images, with the options of ``DistributedSampler``."""
         return EpochOrder(self.train_set, **options)
 
+    def read_from_files(self) -> Sequence[Any]:
+        """The sets whose decoded images are kept in memory, on their ``shelf``."""
+        return ()
+
     def train_images(self) -> DataLoader[Any]:
         """The training images in order and not augmented; of several ranks each reads its share.
 
@@ -378,6 +388,11 @@ class SeededDataModule(L.LightningDataModule):
         **options: Any,
     ) -> DataLoader[Any]:
         """Batches of what is read ``of`` a set."""
+        if self._memory is None:
+            # Not before something is read, and before there are processes that do.
+            self._memory = image_memory(self.cache, getattr(self.trainer, "num_devices", 1))
+            for images in self.read_from_files():
+                images.shelf = self._memory.shelf(len(images))
         of = getattr(read, "images", None) if of is None else of
         return kind(
             read,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from picnn_fast import checks
+
 SHARE = 0.25  # of the memory that is free
 _WAIT = 5.0  # seconds for another process to take its place
 
@@ -141,6 +143,14 @@ def free_memory() -> int:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return max(min(free, default=0), 0)
+
+
+def bound(cache: float | None) -> float | None:
+    """
+    Raises:
+        TypeError, ValueError: no number of gigabytes.
+    """
+    return None if cache is None else checks.non_negative("cache", cache)
 
 
 def image_memory(gigabytes: float | None, processes: int) -> ImageMemory:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from picnn_fast import checks
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, SeededDataModule, colours, shift
+from picnn_fast.data.memory import Shelf, bound
 from picnn_fast.data.preprocessing import Preprocessing
 
 
@@ -35,7 +36,14 @@ class PartSample(NamedTuple):
 
 
 class PartDataset(Dataset[PartSample], ABC):
-    """What metrics of part semantics read: samples with names for their classes and parts."""
+    """What metrics of part semantics read: samples with names for their classes and parts.
+
+    Attributes:
+        shelf: where ``image`` may keep what it decodes, of a set that reads files.
+    """
+
+    from_files = False
+    shelf: Shelf | None = None
 
     classes: list[str]
     part_names: list[str]
@@ -117,6 +125,8 @@ class PartDataModule(SeededDataModule):
             stay together.
         validation_seed: of their choice.
         mean, std: per colour, on a scale of [0, 1]; ImageNet's by default.
+        cache: gigabytes of memory for images that are read from files; None: a quarter of what is
+            free.
 
     Raises:
         TypeError: a set is no PartDataset.
@@ -150,8 +160,10 @@ class PartDataModule(SeededDataModule):
         validation_seed: int = 0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        cache: float | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, validation, validation_seed)
+        self.cache = bound(cache)
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")
@@ -174,6 +186,7 @@ class PartDataModule(SeededDataModule):
         everything = range(len(train_set))
         labels = [train_set.label(index) for index in everything]
         kept, out = self.hold_out(labels, [train_set.source(index) for index in everything])
+        self._read = [samples for samples in (train_set, test_set) if samples.from_files]
         self.part_sets = {"train": train_set, "test": test_set}
         if out:
             self.part_sets["train"] = _Chosen(train_set, kept)
@@ -195,6 +208,9 @@ class PartDataModule(SeededDataModule):
     def normalise(self, images: Tensor) -> Tensor:
         """Images ``[B, 3, S, S]`` in [0, 1] as the network takes them."""
         return self.preprocessing.normalise(images)
+
+    def read_from_files(self) -> list[PartDataset]:
+        return self._read
 
     def part_loader(self, split: str = "test") -> DataLoader[PartSample]:
         """Collated samples of a split, one of ``part_sets``, in order, none flipped.

@@ -51,6 +51,8 @@ class PhotographedParts(PartDataset):
             square about it, black beyond the file, and resamples by Lanczos' kernel.
     """
 
+    from_files = True
+
     def __init__(
         self,
         objects: Sequence[Photograph],
@@ -76,7 +78,14 @@ class PhotographedParts(PartDataset):
         return self._objects[index].path
 
     def image(self, index: int) -> Tensor:
-        return self.cut(index)[0]
+        kept = None if self.shelf is None else self.shelf.get(index)
+        if kept is not None:
+            return torch.from_numpy(kept.copy()).permute(2, 0, 1).float() / 255
+        image = self.cut(index)[0]
+        if self.shelf is not None:
+            pixels = (image * 255).round().byte().permute(1, 2, 0)
+            self.shelf.keep(index, pixels.contiguous().numpy())
+        return image
 
     def cut(self, index: int) -> tuple[Tensor, Tensor]:
         """The image, and what was cut out ``[4]``: a box within the file, or a square about it."""

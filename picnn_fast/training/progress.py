@@ -109,6 +109,7 @@ class Introduction(Callback):
             "images": f"{data_name}: {train} to train on, {test} to test on,"
             f" {channels} x {height} x {width}, {counted(data.num_classes, 'class')}",
             "validation": data.validation_source,
+            **({} if data.remark is None else {"remark": data.remark}),
             "network": f"{type(network).__name__} over {backbone}:"
             f" {counted(network.num_filters, 'filter')},"
             f" {cost.parameters:,} parameters; target layer, head and method take"

@@ -452,3 +452,16 @@ def test_without_a_way_of_its_own_a_file_is_resized_to_the_test_images_and_norma
     taken, shown = read_image(animals, path)
     assert taken.shape == (3, 16, 16)
     assert torch.equal(taken, animals.normalise(shown[None])[0])
+
+
+def test_images_much_smaller_than_what_is_made_of_them_are_told_of(root):
+    for name, side in (("0.png", 32), ("1.jpg", 150)):
+        Image.new("RGB", (side + 8, side)).save(root / "train" / "ant" / name)
+    data = ImageFolderDataModule(root, num_workers=0, validation=0)
+    assert data.remark == (
+        "the first image has 32 pixels, which become 224, with 49 times the work:"
+        " --data.image_size 32 leaves images as they are"
+    )
+    assert ImageFolderDataModule(root, image_size=32, validation=0).remark is None
+    (root / "train" / "ant" / "0.png").unlink()
+    assert ImageFolderDataModule(root, validation=0).remark is None

@@ -92,6 +92,7 @@ def make(request, roots):
         return DATA[request.param](**given)
 
     build.row = request.param
+    build.takes_cache = "cache" in inspect.signature(DATA[request.param]).parameters
     return build
 
 
@@ -145,6 +146,20 @@ def test_images_are_normalised_as_the_options_say(make):
     assert plain.max() <= 1
     with pytest.raises(ValueError, match=r"^std: got \(1, 0, 1\), want values > 0"):
         make(std=(1, 0, 1))
+
+
+def test_images_read_from_files_are_the_same_out_of_memory(make):
+    data, plain = (
+        make(augment=False),
+        make(augment=False, **{"cache": 0} if make.takes_cache else {}),
+    )
+    for _ in range(2):  # the second time none is decoded
+        got, want = (
+            torch.cat([images for images, _ in one.test_dataloader()]) for one in (data, plain)
+        )
+        assert torch.equal(got, want)
+    kept = [one for one in data.read_from_files() if one.shelf.get(0) is not None]
+    assert len(kept) == make.takes_cache
 
 
 def test_every_class_is_validated_on(make):
