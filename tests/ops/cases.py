@@ -621,7 +621,7 @@ def _soft_histogram_backward(
     shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Arguments:
     x, labels, low, width, bins, classes = _soft_histogram(shape, "contiguous", dtype, generator)
-    centres = low + (0.5 + torch.arange(len(x[::5]))[:, None] % bins) * width
+    centres = low + torch.arange(len(x[::5]))[:, None] % bins * width
     x = x.clone()
     x[::5] = centres.to(dtype)
     x = matrix(x, layout)

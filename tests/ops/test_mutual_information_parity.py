@@ -196,13 +196,6 @@ def test_a_value_that_is_not_finite_spoils_its_own_filter_only(backend: Backend,
     assert_agrees((per_class[:, [0, 2]], joint[[0, 2]]), expected)
 
 
-def test_opcheck(backend: Backend):
-    values, labels = normal(2, 6).to(backend.device), random_labels(6, 3).to(backend.device)
-    operator = torch.ops.picnn_fast.knn_mutual_information.default
-    results = torch.library.opcheck(operator, (values, labels, 3, 3))
-    assert set(results.values()) == {"SUCCESS"}
-
-
 # Arbitrary inputs ---------------------------------------------------------------------------------
 
 
@@ -338,16 +331,6 @@ def test_no_column_takes_quadratic_time(cpp: Backend):
         ((places // 4).double()[None], torch.where(places % 4 == 0, 1 + places // 4, 0)),
     ):
         assert seconds(*column) < 50 * usual  # all pairs would take thousands of times as long
-
-
-def test_results_do_not_depend_on_the_number_of_threads(cpp: Backend, threads):
-    values, labels = normal(7, 500).mul(5).round(), random_labels(500, 6)
-    threads(1)
-    one = estimate(values, labels, 6, 3)
-    for number in (2, 3):
-        threads(number)
-        two = estimate(values, labels, 6, 3)
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_malformed_arguments_are_refused_by_name(cpp: Backend):
