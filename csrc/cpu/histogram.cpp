@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "../common/binning.h"
@@ -90,6 +91,7 @@ Grid grid_of(const FilterRange& range, int64_t bins) {
 enum class Method {
   kBitPlanes,  // count_sliced
   kTables,     // count_short or count_long
+  kByClass,    // range, then count_by_class
   kDirect      // range, then count_into
 };
 
@@ -106,7 +108,9 @@ struct Plan {
   int64_t units() const { return runs * blocks; }
 };
 
-Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bool bit_planes) {
+// `neighbours`: whether filters are neighbours in memory.
+Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bool bit_planes,
+             bool neighbours) {
   Plan plan{};
   plan.cells = 2;
   while (plan.cells < bins) {
@@ -133,8 +137,13 @@ Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bo
       std::max(ceil_div(samples, most_rows), std::min(splits, samples / least_rows));
   plan.rows = ceil_div(samples, std::max<int64_t>(1, wanted));
   plan.runs = ceil_div(samples, plan.rows);
+  // A table of some classes stays in the fastest cache, and takes in more samples than it has
+  // cells.
+  const bool by_class = neighbours && bins <= 128 && samples < int64_t{1} << 31 &&
+                        samples * kClassesAtOnce >= 2 * bins * classes;
   plan.method = sliced                         ? Method::kBitPlanes
                 : 4 * table_cells <= plan.rows ? Method::kTables
+                : by_class                     ? Method::kByClass
                                                : Method::kDirect;
   return plan;
 }
@@ -234,6 +243,23 @@ void add_table(int64_t* counts, const Histogram<T>& h, const Plan& plan, const C
   });
 }
 
+// Rows in the order of their classes; those of class k end at ends[k].
+struct RowsByClass {
+  std::vector<int32_t> order;
+  std::vector<int64_t> ends;
+
+  RowsByClass(const int64_t* labels, int64_t count, int64_t classes)
+      : order(static_cast<size_t>(count)), ends(static_cast<size_t>(classes + 1)) {
+    for (int64_t row = 0; row < count; ++row) {
+      ++ends[labels[row] + 1];
+    }
+    std::partial_sum(ends.begin(), ends.end(), ends.begin());
+    for (int64_t row = 0; row < count; ++row) {
+      order[ends[labels[row]]++] = static_cast<int32_t>(row);
+    }
+  }
+};
+
 // One call: counts [filters, bins, classes], with the ranges `before` on whose grids they are.
 template <typename T>
 class Update {
@@ -263,10 +289,19 @@ class Update {
       case Method::kTables:
         return plan_.rows <= kShortRows ? count_in_tables(kernels_.count_short, counts)
                                         : count_in_tables(kernels_.count_long, counts);
+      case Method::kByClass: {
+        const RowsByClass rows(h_.samples.labels, h_.samples.count, h_.classes);
+        return count_in_place(
+            [&](int64_t begin, int64_t end) {
+              kernels_.count_by_class(h_, rows.order.data(), rows.ends.data(), counts, begin, end);
+            },
+            counts);
+      }
       case Method::kDirect:
         break;
     }
-    return count_directly(counts);
+    return count_in_place(
+        [&](int64_t begin, int64_t end) { kernels_.count_into(h_, counts, begin, end); }, counts);
   }
 
   // Counting stops at a sample that is not finite: this is the first column that has one.
@@ -300,14 +335,15 @@ class Update {
     });
   }
 
-  std::vector<FilterRange> count_directly(int64_t* counts) {
+  // `count` is of blocks [begin, end).
+  template <typename Count>
+  std::vector<FilterRange> count_in_place(const Count& count, int64_t* counts) {
     parallel(plan_.units(), plan_.rows * plan_.block,
              [&](int64_t begin, int64_t end) { kernels_.range(h_, begin, end); });
     std::vector<FilterRange> after = add(counts, [](int64_t*, int64_t, const FilterRange&) {});
     if (!after.empty()) {
       h_.ranges = after.data();
-      parallel(plan_.blocks, h_.samples.count * kFilterBlock,
-               [&](int64_t begin, int64_t end) { kernels_.count_into(h_, counts, begin, end); });
+      parallel(plan_.blocks, h_.samples.count * kFilterBlock, count);
     }
     return after;
   }
@@ -361,7 +397,8 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
     }
     const HistogramKernels<T>& k = kernels();
     const bool bit_planes = k.count_sliced != nullptr && counts_bits_fast();
-    const Plan plan = plan_of(samples, filters, bins, classes, bit_planes);
+    const Plan plan =
+        plan_of(samples, filters, bins, classes, bit_planes, activations.stride(1) == 1);
     const std::vector<FilterRange> before = ranges_of(minimum, maximum, bins, plan.padded);
     Update<T> update(samples_of<T>(activations, indices), before, bins, classes, plan, k);
     const std::vector<FilterRange> after =

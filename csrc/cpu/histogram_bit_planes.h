@@ -17,8 +17,6 @@
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
-using picnn_fast::Histogram;
-
 #define PICNN_FAST_SLICED __attribute__((target("avx512vpopcntdq,gfni")))
 constexpr int64_t kSlicedBlock = picnn_fast::kSlicedBlock;
 constexpr int64_t kParts = kSlicedBlock / kBlock;
@@ -125,9 +123,9 @@ PICNN_FAST_SLICED void count_sixteen(const __m512i (*planes)[kPlanes], int64_t g
   std::memcpy(out, sums, sizeof(sums));
 }
 
-// Adds the samples of one class to its tables.
-template <typename T>
-PICNN_FAST_SLICED void count_class(const Histogram<T>& h, SlicedBuffers& buffers,
+// Adds the samples of one class to its tables, of which a filter has `table_cells`. Of no type: one
+// copy of it, into which the compiler takes all that it calls.
+PICNN_FAST_SLICED void count_class(int64_t table_cells, SlicedBuffers& buffers,
                                    const uint8_t* cells, const uint16_t* order, int64_t count,
                                    uint16_t* table) {
   constexpr int64_t kMost = kGroups * 64;
@@ -140,15 +138,15 @@ PICNN_FAST_SLICED void count_class(const Histogram<T>& h, SlicedBuffers& buffers
       __m512i counts[picnn_fast::kMostSlicedCells];
       count_sixteen<0, 0>(planes, groups, counts);
       counts[0] = _mm512_sub_epi64(counts[0], _mm512_set1_epi64(groups * 64 - here));
-      if (h.cells > 16) {
+      if (table_cells > 16) {
         count_sixteen<0, 1>(planes, groups, counts + 16);
       }
-      if (h.cells > 32) {
+      if (table_cells > 32) {
         count_sixteen<1, 0>(planes, groups, counts + 32);
         count_sixteen<1, 1>(planes, groups, counts + 48);
       }
-      __m128i* sums = reinterpret_cast<__m128i*>(table + set * 8 * h.cells);
-      for (int64_t cell = 0; cell < h.cells; ++cell) {
+      __m128i* sums = reinterpret_cast<__m128i*>(table + set * 8 * table_cells);
+      for (int64_t cell = 0; cell < table_cells; ++cell) {
         const __m128i sum =
             _mm_add_epi16(_mm_loadu_si128(sums + cell), _mm512_cvtepi64_epi16(counts[cell]));
         _mm_storeu_si128(sums + cell, sum);

@@ -2,6 +2,7 @@
 // PICNN_FAST_KERNELS. Only headers whose functions live in that namespace may be included.
 #include "histogram_kernels.h"
 
+#include "histogram_by_class.h"
 #include "histogram_hard.h"
 #include "histogram_sliced.h"
 #include "histogram_soft.h"
@@ -19,6 +20,7 @@ constexpr picnn_fast::HistogramKernels<T> kernels_of() {
 #endif
   kernels.range = range<T>;
   kernels.count_into = count_into<T>;
+  kernels.count_by_class = count_by_class<T>;
   kernels.soft = soft<T>;
   kernels.soft_backward = soft_backward<T>;
   return kernels;

@@ -44,6 +44,8 @@ constexpr int64_t kSlicedAtOnce = 8;  // blocks
 constexpr int64_t kMostSlicedCells = 64;
 constexpr int64_t kMostSlicedClasses = 64;  // with more, few samples of a class are near each other
 
+constexpr int64_t kClassesAtOnce = 8;  // of count_by_class: a cache line of counts
+
 // The tables of a block count at class * per_class + place[filter] + cell * per_cell. Those of
 // count_sliced keep eight filters side by side, in the order its vectors have them: of the 64 cells
 // of a sample, each 16 bytes hold four filters of each of four parts, and a row of eight counters
@@ -103,6 +105,10 @@ struct HistogramKernels {
   // Adds all samples of filter blocks [begin, end) to counts [filters, bins, classes], on the grids
   // of `ranges` [blocks, kFilterBlock], which hold them.
   void (*count_into)(const Histogram<T>&, int64_t* counts, int64_t begin, int64_t end);
+  // The same for filters that are neighbours in memory: rows in the order of their classes, those
+  // of class k before ends[k], some classes at a time.
+  void (*count_by_class)(const Histogram<T>&, const int32_t* order, const int64_t* ends,
+                         int64_t* counts, int64_t begin, int64_t end);
   // Units [begin, end).
   void (*soft)(const SoftHistogram<T>&, int64_t begin, int64_t end);
   void (*soft_backward)(const SoftHistogramBackward<T>&, int64_t begin, int64_t end);

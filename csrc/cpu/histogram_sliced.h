@@ -79,12 +79,13 @@ class SlicedBlocks {
     const PageAhead ahead(s.activations + row * s.sample_stride + filter_ * s.filter_stride,
                           s.sample_stride * static_cast<int64_t>(sizeof(T)));
     alignas(64) A buffer[kRows * kWidth];
+    alignas(64) int32_t inside[kAllParts][kBlock];
     for (int64_t from = 0; from < count;) {
       const int64_t here = count - from < kRows ? count - from : kRows;
       const Tile<A> tile = open_tile<kWidth>(s, row + from, here, filter_, buffer);
-      std::memset(inside_, 0xff, sizeof(inside_));
-      locate_tile(tile, from, here, count, ahead, cells);
-      if (all_inside()) {
+      std::memset(inside, 0xff, sizeof(inside));
+      locate_tile(tile, from, here, count, ahead, cells, inside);
+      if (all_inside(inside)) {
         from += here;
         continue;
       }
@@ -92,11 +93,11 @@ class SlicedBlocks {
       // rows and filters are taken in.
       std::memcpy(before_, ranges_, sizeof(before_));
       bool moved = false;
-      if (!widen(tile, here, &moved) ||
+      if (!widen(tile, here, inside, &moved) ||
           (moved && !widen_by_rows(row, from + here, count, buffer))) {
         return false;
       }
-      const auto changed = [&](int64_t part) { return moved || !all_of(inside_[part]); };
+      const auto changed = [&](int64_t part) { return moved || !all_of(inside[part]); };
       move_counts(changed);
       set_grids(changed);
       from = moved ? 0 : from;
@@ -107,10 +108,12 @@ class SlicedBlocks {
  private:
   int64_t filters_of(int64_t part) const { return filters_from(filters_, part * kBlock); }
 
-  bool all_inside() const {
+  using Inside = int32_t[kBlock];  // of the filters of a part
+
+  static bool all_inside(const Inside* inside) {
     bool all = true;
     for (int64_t p = 0; p < kAllParts; ++p) {
-      all &= all_of(inside_[p]);
+      all &= all_of(inside[p]);
     }
     return all;
   }
@@ -124,9 +127,11 @@ class SlicedBlocks {
     }
   }
 
-  // Cells of rows [from, from + here), of `count` in all.
-  void locate_tile(const Tile<A>& tile, int64_t from, int64_t here, int64_t count,
-                   const PageAhead& ahead, uint8_t* cells) {
+  // Cells of rows [from, from + here), of `count` in all. Never taken into its caller: there, the
+  // compiler would keep `inside` twice.
+  __attribute__((noinline)) void locate_tile(const Tile<A>& tile, int64_t from, int64_t here,
+                                             int64_t count, const PageAhead& ahead, uint8_t* cells,
+                                             Inside* inside) const {
     bool underflow = false;
     for (int64_t p = 0; p < kAllParts; ++p) {
       underflow |= grids_[p].underflow;
@@ -140,7 +145,7 @@ class SlicedBlocks {
           __m512i at[kParts];
           _Pragma("GCC unroll 4") for (int64_t p = 0; p < kParts; ++p) {
             const int64_t part = b * kParts + p;
-            at[p] = _mm512_and_si512(modulo, find(grids_[part], x + part * kBlock, inside_[part]));
+            at[p] = _mm512_and_si512(modulo, find(grids_[part], x + part * kBlock, inside[part]));
           }
           // Each 16 bytes: four filters of every part.
           _mm512_store_si512(cells + (b * count + from + r) * kSlicedBlock,
@@ -160,9 +165,9 @@ class SlicedBlocks {
 
   // Widens the ranges of the parts that do not hold all rows of the tile. False where one of them
   // is not finite.
-  bool widen(const Tile<A>& tile, int64_t count, bool* moved) {
+  bool widen(const Tile<A>& tile, int64_t count, const Inside* inside, bool* moved) {
     for (int64_t p = 0; p < kAllParts; ++p) {
-      if (all_of(inside_[p])) {
+      if (all_of(inside[p])) {
         continue;
       }
       FilterRange* ranges = ranges_ + p * kBlock;
@@ -208,7 +213,6 @@ class SlicedBlocks {
   int64_t filter_, filters_;  // the first, and how many
   BlockGrid<A> grids_[kAllParts];
   FilterRange before_[kWidth];
-  alignas(64) int32_t inside_[kAllParts][kBlock];
 };
 
 // Rows of samples in the order of their classes; those of class k end at ends[k].
@@ -246,8 +250,9 @@ void count_blocks(const Histogram<T>& h, uint16_t* tables, int64_t unit, SlicedB
     for (int64_t b = 0; b < Blocks; ++b) {
       for (int64_t k = 0; k < h.classes; ++k) {
         const int64_t from = k > 0 ? ends[k - 1] : 0;
-        count_class(h, buffers, buffers.cells + b * count * kSlicedBlock, buffers.order + from,
-                    ends[k] - from, tables + (unit + b) * block_cells + k * h.layout.per_class);
+        count_class(h.cells, buffers, buffers.cells + b * count * kSlicedBlock,
+                    buffers.order + from, ends[k] - from,
+                    tables + (unit + b) * block_cells + k * h.layout.per_class);
       }
     }
   }

@@ -48,6 +48,8 @@ class Digamma {
 
 // What all filters share.
 struct Problem {
+  explicit Problem(int64_t samples_) : psi(samples_) {}
+
   int64_t samples, filters, classes, neighbors;
   const double* values;  // [N, M], rows row_stride apart
   int64_t row_stride;
@@ -447,19 +449,19 @@ std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Te
   }
   Tensor per_class = torch::stable::new_empty(values, {num_classes, filters});
   Tensor joint = torch::stable::new_empty(values, {filters});
-  const Problem problem{samples,
-                        filters,
-                        num_classes,
-                        std::min(n_neighbors, samples),
-                        static_cast<const double*>(values.const_data_ptr()),
-                        values.stride(0),
-                        std::move(narrow),
-                        std::move(sizes),
-                        std::move(offsets),
-                        singletons,
-                        Digamma(samples),
-                        static_cast<double*>(per_class.mutable_data_ptr()),
-                        static_cast<double*>(joint.mutable_data_ptr())};
+  Problem problem(samples);
+  problem.samples = samples;
+  problem.filters = filters;
+  problem.classes = num_classes;
+  problem.neighbors = std::min(n_neighbors, samples);
+  problem.values = static_cast<const double*>(values.const_data_ptr());
+  problem.row_stride = values.stride(0);
+  problem.labels = std::move(narrow);
+  problem.sizes = std::move(sizes);
+  problem.offsets = std::move(offsets);
+  problem.singletons = singletons;
+  problem.per_class = static_cast<double*>(per_class.mutable_data_ptr());
+  problem.joint = static_cast<double*>(joint.mutable_data_ptr());
   torch::stable::parallel_for(0, filters, 1, [&](int64_t begin, int64_t end) {
     FilterEstimate estimate(problem);
     for (int64_t filter = begin; filter < end; ++filter) estimate(filter);

@@ -355,22 +355,23 @@ std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Te
   const Tensor run_begin = table(ScalarType::Int), run_end = table(ScalarType::Int);
   const Tensor alone = table(ScalarType::Int);
   const Tensor sums = torch::stable::new_zeros(values, {N, K + 2}, ScalarType::Long);
-  Tables t{N,
-           M,
-           K,
-           std::min(n_neighbors, M),  // no label has more neighbours
-           data<double>(sorted),
-           data<int32_t>(column_labels),
-           data<double>(class_values),
-           data<int32_t>(rank),
-           data<uint32_t>(run_begin),
-           data<uint32_t>(run_end),
-           data<int32_t>(alone),
-           data<int32_t>(starts),
-           data<int64_t>(psi),
-           data<int64_t>(sums),
-           data<int64_t>(sums) + N * K,
-           data<int64_t>(sums) + N * (K + 1)};
+  Tables t{};
+  t.filters = N;
+  t.samples = M;
+  t.classes = K;
+  t.n_neighbors = std::min(n_neighbors, M);  // no label has more neighbours
+  t.values = data<double>(sorted);
+  t.labels = data<int32_t>(column_labels);
+  t.class_values = data<double>(class_values);
+  t.rank = data<int32_t>(rank);
+  t.run_begin = data<uint32_t>(run_begin);
+  t.run_end = data<uint32_t>(run_end);
+  t.alone = data<int32_t>(alone);
+  t.starts = data<int32_t>(starts);
+  t.psi = data<int64_t>(psi);
+  t.class_sums = data<int64_t>(sums);
+  t.base_sums = data<int64_t>(sums) + N * K;
+  t.joint_sums = data<int64_t>(sums) + N * (K + 1);
   launch_threads(values, class_tables, N * M, t, data<int64_t>(grouped));
   grouped = Tensor();
   accumulate_rows(alone);
