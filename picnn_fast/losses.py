@@ -214,9 +214,7 @@ class FilterLoss(nn.Module):
                 f"x: got {x.shape[1]} channels in maps of shape {tuple(x.shape)}, want"
                 f" {self.num_filters}, num_filters"
             )
-        state = None
-        if self.estimator != "batch" and x.shape[2:].numel() > 0:
-            state = self._state(x)
+        state = None if self.estimator == "batch" else self._state(x)
         return filter_loss(
             x,
             self.template,

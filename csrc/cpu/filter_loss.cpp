@@ -28,39 +28,25 @@ using torch::stable::Tensor;
 
 // Filters worked on together: where those are neighbours in memory, a cache line of them, unless
 // that is more than a cache holds or leaves threads without work.
-int64_t filters_together(const FilterLoss& f, int64_t element_size) {
-  constexpr int64_t kLine = 64, kCache = 4 << 20;
+template <typename T>
+int64_t filters_together(const FilterLoss<T>& f) {
+  constexpr int64_t kLine = 64, kCache = 4 << 20, kSize = sizeof(Accumulate<T>);
   if (f.maps_strides.position == 1) {
     return 1;
   }
-  int64_t filters = kLine / element_size;
+  int64_t filters = kLine / kSize;
   const int64_t threads = torch::stable::get_num_threads();
-  while (filters > 1 && (filters * f.shape.batch * f.shape.positions * element_size > kCache ||
+  while (filters > 1 && (filters * f.shape.batch * f.shape.positions * kSize > kCache ||
                          (f.shape.filters + filters - 1) / filters < 2 * threads)) {
     filters /= 2;
   }
   return filters;
 }
 
-template <typename A>
-void run(FilterLoss& f, const Tensor& x, const Tensor& offsets) {
-  const Template<A> part = read_template<A>(x, "x", offsets);
-  if (f.shape.batch == 0 || f.shape.filters == 0) {
-    return;
-  }
-  f.layout = panel_layout(part.offsets);
-  const std::vector<A> values(part.values, part.values + part.offsets.count());
-  const std::vector<A> about_the_middle(values.rbegin(), values.rend());
-  const std::vector<A> turned = panels(f.layout, about_the_middle);
-  std::vector<A> upright;
-  if (f.grad != nullptr && values != about_the_middle) {
-    upright = panels(f.layout, values);
-  }
-  f.turned = turned.data();
-  f.upright = upright.empty() ? turned.data() : upright.data();
-  f.block = filters_together(f, sizeof(A));
-  const FilterLossKernels& kernels = PICNN_FAST_KERNELS_IN_USE(filter_loss_kernels);
-  const Storage type = storage(x, "x");
+template <typename T>
+void run_blocks(const FilterLoss<T>& f) {
+  using A = Accumulate<T>;
+  const FilterLossKernel<T>& kernel = PICNN_FAST_KERNELS_IN_USE(filter_loss_kernels);
   const int64_t blocks = (f.shape.filters + f.block - 1) / f.block;
   // Every response takes a multiplication for each position.
   const int64_t work = f.block * f.shape.batch * f.shape.positions * f.shape.positions / 16;
@@ -70,7 +56,7 @@ void run(FilterLoss& f, const Tensor& x, const Tensor& offsets) {
     const auto size = static_cast<size_t>(filter_loss_scratch(f.shape, f.block));
     std::unique_ptr<char[]> memory(new char[size * sizeof(A) + kLine]);
     const size_t misplaced = reinterpret_cast<uintptr_t>(memory.get()) % kLine;
-    kernels.run(f, type, begin, end, memory.get() + (kLine - misplaced));
+    kernel.run(f, begin, end, reinterpret_cast<A*>(memory.get() + (kLine - misplaced)));
   });
 }
 
@@ -78,46 +64,64 @@ struct Outputs {
   Tensor loss, grad;
 };
 
-// What both forms have in common.
-Outputs prepare(FilterLoss& f, const Tensor& x, double tau, bool with_grad) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: want maps [B, N, h, w]");
-  f.shape = shape_of_maps(x, "x");
+Outputs empty_outputs(const Tensor& x, bool with_grad) {
   const ScalarType type = accumulate_type(x);
   // Of an empty batch the loss is 0.
-  Tensor loss = f.shape.batch == 0 ? torch::stable::new_zeros(x, {f.shape.filters}, type)
-                                   : torch::stable::new_empty(x, {f.shape.filters}, type);
-  Tensor grad = with_grad ? empty_like(x, type) : torch::stable::new_empty(x, {0}, type);
-  f.maps = x.const_data_ptr();
-  f.maps_strides = strides_of_maps(x, "x");
-  f.loss = loss.mutable_data_ptr();
-  f.tau = tau;
-  if (with_grad) {
-    f.grad = grad.mutable_data_ptr();
-    f.grad_strides = strides_of_maps(grad, "grad");
-  }
-  return {loss, grad};
+  const Tensor loss = x.size(0) == 0 ? torch::stable::new_zeros(x, {x.size(1)}, type)
+                                     : torch::stable::new_empty(x, {x.size(1)}, type);
+  return {loss, with_grad ? empty_like(x, type) : torch::stable::new_empty(x, {0}, type)};
 }
 
-void run_any(FilterLoss& f, const Tensor& x, const Tensor& offsets) {
-  accumulate_type(x) == ScalarType::Double ? run<double>(f, x, offsets) : run<float>(f, x, offsets);
+// `running` is null for the loss over the batch.
+template <typename T>
+void run(const Tensor& x, const Tensor& offsets, double tau, bool with_grad,
+         const RunningEstimates<Accumulate<T>>* running, const Outputs& out) {
+  using A = Accumulate<T>;
+  const Template<A> part = read_template<A>(x, "x", offsets);
+  FilterLoss<T> f{};
+  f.shape = shape_of_maps(x, "x");
+  if (f.shape.batch == 0 || f.shape.filters == 0) {
+    return;
+  }
+  f.maps = static_cast<const T*>(x.const_data_ptr());
+  f.maps_strides = strides_of_maps(x, "x");
+  f.loss = static_cast<A*>(out.loss.mutable_data_ptr());
+  f.tau = static_cast<A>(tau);
+  if (with_grad) {
+    f.grad = static_cast<A*>(out.grad.mutable_data_ptr());
+    f.grad_strides = strides_of_maps(out.grad, "grad");
+  }
+  f.layout = panel_layout(part.offsets);
+  const std::vector<A> values(part.values, part.values + part.offsets.count());
+  const std::vector<A> about_the_middle(values.rbegin(), values.rend());
+  const std::vector<A> turned = panels(f.layout, about_the_middle);
+  std::vector<A> upright;
+  if (with_grad && values != about_the_middle) {
+    upright = panels(f.layout, values);
+  }
+  f.turned = turned.data();
+  f.upright = upright.empty() ? turned.data() : upright.data();
+  f.block = filters_together(f);
+  f.running = running;
+  run_blocks(f);
 }
 
 std::tuple<Tensor, Tensor> filter_loss(const Tensor& x, const Tensor& offsets, double tau,
                                        bool with_grad) {
-  FilterLoss f{};
-  const Outputs out = prepare(f, x, tau, with_grad);
-  run_any(f, x, offsets);
+  offsets_of_maps(x, "x");
+  const Outputs out = empty_outputs(x, with_grad);
+  with_types(x, "x", [&](auto stored, auto) {
+    run<decltype(stored)>(x, offsets, tau, with_grad, nullptr, out);
+  });
   return {out.loss, out.grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> filter_loss_running(
     const Tensor& x, const Tensor& log_mean, const Tensor& log_ratio, double momentum,
     const std::optional<Tensor>& assigned, const Tensor& offsets, double tau, bool with_grad) {
-  FilterLoss f{};
-  const Outputs out = prepare(f, x, tau, with_grad);
-  const int64_t templates = f.shape.positions + 1;
-  check_shape(log_mean, "log_mean", {f.shape.filters, templates});
-  check_shape(log_ratio, "log_ratio", {f.shape.filters});
+  const int64_t templates = int64_t{offsets_of_maps(x, "x").positions()} + 1;
+  check_shape(log_mean, "log_mean", {x.size(1), templates});
+  check_shape(log_ratio, "log_ratio", {x.size(1)});
   STD_TORCH_CHECK(
       log_mean.scalar_type() == accumulate_type(x) && log_ratio.scalar_type() == accumulate_type(x),
       "log_mean, log_ratio: want float32, float64 for float64 maps");
@@ -126,21 +130,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> filter_loss_running(
   const Tensor ratios = torch::stable::contiguous(log_ratio);
   std::optional<Tensor> chosen;
   if (assigned.has_value()) {
-    check_shape(*assigned, "assigned", {f.shape.batch, f.shape.filters});
-    const int64_t count = f.shape.batch * f.shape.filters;
+    check_shape(*assigned, "assigned", {x.size(0), x.size(1)});
+    const int64_t count = x.size(0) * x.size(1);
     chosen = class_indices(torch::stable::view(torch::stable::contiguous(*assigned), {count}),
                            "assigned", count, templates);
-    f.assigned = static_cast<const int64_t*>(chosen->const_data_ptr());
   }
+  const Outputs out = empty_outputs(x, with_grad);
   Tensor new_mean = torch::stable::clone(means);
   Tensor new_ratio = torch::stable::clone(ratios);
-  f.running = true;
-  f.log_mean = means.const_data_ptr();
-  f.log_ratio = ratios.const_data_ptr();
-  f.momentum = momentum;
-  f.new_log_mean = new_mean.mutable_data_ptr();
-  f.new_log_ratio = new_ratio.mutable_data_ptr();
-  run_any(f, x, offsets);
+  with_types(x, "x", [&](auto stored, auto sum) {
+    using A = decltype(sum);
+    RunningEstimates<A> running{};
+    running.log_mean = static_cast<const A*>(means.const_data_ptr());
+    running.log_ratio = static_cast<const A*>(ratios.const_data_ptr());
+    running.momentum = momentum;
+    if (chosen.has_value()) {
+      running.assigned = static_cast<const int64_t*>(chosen->const_data_ptr());
+    }
+    running.new_log_mean = static_cast<A*>(new_mean.mutable_data_ptr());
+    running.new_log_ratio = static_cast<A*>(new_ratio.mutable_data_ptr());
+    run<decltype(stored)>(x, offsets, tau, with_grad, &running, out);
+  });
   return {out.loss, out.grad, new_mean, new_ratio};
 }
 

@@ -17,10 +17,11 @@
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
+using picnn_fast::Accumulate;
 using picnn_fast::FilterLoss;
-using picnn_fast::FilterLossKernels;
+using picnn_fast::FilterLossKernel;
 using picnn_fast::PanelLayout;
-using picnn_fast::Storage;
+using picnn_fast::RunningEstimates;
 using picnn_fast::Strides;
 
 // The product of rows with all templates
@@ -54,7 +55,7 @@ PICNN_FAST_HD Vector<A> multiply_add(Vector<A> a, Vector<A> b, Vector<A> c) {
 // it is given, times scale.
 template <typename A>
 struct Product {
-  const PanelLayout& layout;
+  PanelLayout layout;
   const A* panels;
   const A* rows;
   int64_t row_stride;
@@ -298,21 +299,16 @@ struct MovingAverage {
   }
 };
 
-// The loss of one filter by running estimates, which it renews. Weights become ds times tau; where
-// templates are assigned, only those of the assigned ones count.
+// The estimates of one filter with this batch taken in. What is left in `log_factors` and `factors`
+// is, for each template, the log of what its weights are to be multiplied by, and that.
 template <typename A>
-A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A* scratch) {
-  constexpr A infinity = std::numeric_limits<A>::infinity();
-  A* __restrict__ log_factors = scratch;
-  A* __restrict__ factors = scratch + s.padded;
-  A* __restrict__ totals = scratch + 2 * s.padded;
-  exponentials(s);
-  std::memset(scratch, 0, 3 * s.padded * sizeof(A));
-  const A* log_mean = static_cast<const A*>(f.log_mean) + filter * s.templates;
-  A* new_log_mean = static_cast<A*>(f.new_log_mean) + filter * s.templates;
+A renew(const RunningEstimates<A>& estimates, const Responses<A>& s, int64_t filter,
+        A* __restrict__ log_factors, A* __restrict__ factors) {
+  const A* log_mean = estimates.log_mean + filter * s.templates;
+  A* new_log_mean = estimates.new_log_mean + filter * s.templates;
   const A log_batch = std::log(static_cast<A>(s.batch));
-  const MovingAverage<A> average(f.momentum);
-  A greatest = -infinity;
+  const MovingAverage<A> average(estimates.momentum);
+  A greatest = -std::numeric_limits<A>::infinity();
   for (int64_t t = 0; t < s.templates; ++t) {
     const A in_batch = s.maxima[t] + std::log(s.sums[t]) - log_batch;
     new_log_mean[t] = average(log_mean[t], in_batch);
@@ -325,15 +321,28 @@ A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A*
     sum += exponential(log_factors[t] - greatest) * s.sums[t];
   }
   const A count = static_cast<A>(s.batch) * static_cast<A>(s.templates);
-  const A log_ratio = average(static_cast<const A*>(f.log_ratio)[filter],
-                              greatest + std::log(sum) - std::log(count));
-  static_cast<A*>(f.new_log_ratio)[filter] = log_ratio;
+  const A log_ratio =
+      average(estimates.log_ratio[filter], greatest + std::log(sum) - std::log(count));
+  estimates.new_log_ratio[filter] = log_ratio;
+  return log_ratio;
+}
 
-  const A tau = static_cast<A>(f.tau), share = 1 / count;
-  if (f.assigned != nullptr) {
+// The loss of one filter of `filters` by running estimates, which it renews. Weights become ds
+// times tau; where templates are assigned, only those of the assigned ones count.
+template <typename A>
+A running_weights(const RunningEstimates<A>& estimates, const Responses<A>& s, A tau,
+                  int64_t filter, int64_t filters, A* scratch) {
+  A* __restrict__ log_factors = scratch;
+  A* __restrict__ factors = scratch + s.padded;
+  A* __restrict__ totals = scratch + 2 * s.padded;
+  exponentials(s);
+  std::memset(scratch, 0, 3 * s.padded * sizeof(A));
+  const A log_ratio = renew(estimates, s, filter, log_factors, factors);
+  const A share = 1 / (static_cast<A>(s.batch) * static_cast<A>(s.templates));
+  if (estimates.assigned != nullptr) {
     A loss = 0;
     for (int64_t b = 0; b < s.batch; ++b) {
-      const int64_t t = f.assigned[b * f.shape.filters + filter];
+      const int64_t t = estimates.assigned[b * filters + filter];
       const A* row = s.responses + b * s.padded;
       A& weight = s.weights[b * s.padded + t];
       const A term = weight * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
@@ -356,17 +365,16 @@ A running_weights(const FilterLoss& f, const Responses<A>& s, int64_t filter, A*
 
 // The values of template t times a weight.
 template <typename A>
-void weighted_template(const FilterLoss& f, int64_t t, A weight, A* __restrict__ out) {
-  const PanelLayout& layout = f.layout;
-  if (t == f.shape.positions) {
-    for (int64_t p = 0; p < f.shape.positions; ++p) {
+void weighted_template(const PanelLayout& layout, const A* upright, int64_t positions, int64_t t,
+                       A weight, A* __restrict__ out) {
+  if (t == positions) {
+    for (int64_t p = 0; p < positions; ++p) {
       out[p] = -weight;
     }
     return;
   }
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
-    const A* __restrict__ values =
-        static_cast<const A*>(f.upright) + layout.begin(t) + segment * layout.per_segment;
+    const A* __restrict__ values = upright + layout.begin(t) + segment * layout.per_segment;
     for (int64_t p = 0; p < layout.length; ++p) {
       out[segment * layout.length + p] = weight * values[p];
     }
@@ -395,71 +403,106 @@ PICNN_FAST_HD void for_each_position(const Strides& strides, int64_t filters, in
   }
 }
 
+// Rows of one filter, a sample each.
+template <typename A>
+struct Rows {
+  A* first;
+  int64_t stride;
+};
+
+// The responses of one filter's maps to all templates.
 template <typename T, typename A>
-void run(const FilterLoss& f, int64_t begin, int64_t end, A* scratch) {
+void respond(const FilterLoss<T>& f, const Rows<const A>& maps, const Responses<A>& s) {
+  const int64_t positions = f.shape.positions;
+  Product<A> p{};
+  p.layout = f.layout;
+  p.panels = f.turned;
+  p.rows = maps.first;
+  p.row_stride = maps.stride;
+  p.scale = f.tau;
+  p.out = s.responses;
+  p.out_stride = s.padded;
+  product(p, s.batch);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    A* row = s.responses + b * s.padded;
+    row[positions] = -f.tau * row_sum(maps.first + b * maps.stride, positions);
+    std::memset(row + positions + 1, 0, (s.padded - positions - 1) * sizeof(A));
+  }
+}
+
+// The gradient of one filter from its weights. `negative` holds as many numbers as there are
+// samples.
+template <typename T, typename A>
+void differentiate(const FilterLoss<T>& f, const Responses<A>& s, int64_t filter, A* negative,
+                   const Rows<A>& grad) {
+  const int64_t positions = f.shape.positions;
+  if (f.running != nullptr && f.running->assigned != nullptr) {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      const int64_t t = f.running->assigned[b * f.shape.filters + filter];
+      weighted_template(f.layout, f.upright, positions, t, s.weights[b * s.padded + t],
+                        grad.first + b * grad.stride);
+    }
+    return;
+  }
+  for (int64_t b = 0; b < s.batch; ++b) {
+    negative[b] = -s.weights[b * s.padded + positions];
+  }
+  Product<A> p{};
+  p.layout = f.layout;
+  p.panels = f.upright;
+  p.rows = s.weights;
+  p.row_stride = s.padded;
+  p.start = negative;
+  p.scale = 1;
+  p.out = grad.first;
+  p.out_stride = grad.stride;
+  product(p, s.batch);
+}
+
+template <typename T>
+void run(const FilterLoss<T>& f, int64_t begin, int64_t end, Accumulate<T>* scratch) {
+  using A = Accumulate<T>;
   const auto [batch, filters, positions] = f.shape;
-  const int64_t padded = picnn_fast::padded_templates(positions);
-  Responses<A> s{batch, positions + 1, padded, scratch, scratch + batch * padded, nullptr, nullptr};
-  s.maxima = s.weights + batch * padded;
-  s.sums = s.maxima + padded;
-  A* of_templates = s.sums + padded;
-  A* negative = of_templates + 3 * padded;
+  Responses<A> s{};
+  s.batch = batch;
+  s.templates = positions + 1;
+  s.padded = picnn_fast::padded_templates(positions);
+  s.responses = scratch;
+  s.weights = s.responses + batch * s.padded;
+  s.maxima = s.weights + batch * s.padded;
+  s.sums = s.maxima + s.padded;
+  A* of_templates = s.sums + s.padded;
+  A* negative = of_templates + 3 * s.padded;
   A* dense = negative + batch;
-  const A tau = static_cast<A>(f.tau);
   const bool in_place = std::is_same_v<T, A> && f.maps_strides.position == 1;
   const bool grad_in_place = f.grad != nullptr && f.grad_strides.position == 1;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * f.block;
     const int64_t count = first + f.block < filters ? f.block : filters - first;
-    const T* maps = static_cast<const T*>(f.maps) + first * f.maps_strides.filter;
-    A* grad = static_cast<A*>(f.grad) + first * f.grad_strides.filter;
+    const T* maps = f.maps + first * f.maps_strides.filter;
+    A* grad = f.grad + first * f.grad_strides.filter;
     if (!in_place) {
       for_each_position(f.maps_strides, count, batch, positions, [&](int64_t from, int64_t to) {
         dense[to] = static_cast<A>(widen(maps[from]));
       });
     }
     for (int64_t i = 0; i < count; ++i) {
-      A* dense_rows = dense + i * batch * positions;
-      const A* rows = dense_rows;
-      int64_t row_stride = positions;
+      const Rows<A> dense_rows{dense + i * batch * positions, positions};
+      Rows<const A> rows{dense_rows.first, dense_rows.stride};
       if constexpr (std::is_same_v<T, A>) {
         if (in_place) {
-          rows = maps + i * f.maps_strides.filter;
-          row_stride = f.maps_strides.batch;
+          rows = {maps + i * f.maps_strides.filter, f.maps_strides.batch};
         }
       }
-      const Product<A> forward{
-          f.layout, static_cast<const A*>(f.turned), rows, row_stride, nullptr, tau, s.responses,
-          padded};
-      product(forward, batch);
-      for (int64_t b = 0; b < batch; ++b) {
-        A* row = s.responses + b * padded;
-        row[positions] = -tau * row_sum(rows + b * row_stride, positions);
-        std::memset(row + positions + 1, 0, (padded - positions - 1) * sizeof(A));
+      respond(f, rows, s);
+      f.loss[first + i] =
+          f.running != nullptr
+              ? running_weights(*f.running, s, f.tau, first + i, filters, of_templates)
+              : batch_weights(s, f.tau, f.grad != nullptr, of_templates);
+      if (f.grad != nullptr) {
+        const Rows<A> in_grad{grad + i * f.grad_strides.filter, f.grad_strides.batch};
+        differentiate(f, s, first + i, negative, grad_in_place ? in_grad : dense_rows);
       }
-      const A loss = f.running ? running_weights(f, s, first + i, of_templates)
-                               : batch_weights(s, tau, f.grad != nullptr, of_templates);
-      static_cast<A*>(f.loss)[first + i] = loss;
-      if (f.grad == nullptr) {
-        continue;
-      }
-      A* grad_rows = grad_in_place ? grad + i * f.grad_strides.filter : dense_rows;
-      const int64_t grad_stride = grad_in_place ? f.grad_strides.batch : positions;
-      if (f.assigned != nullptr) {
-        for (int64_t b = 0; b < batch; ++b) {
-          const int64_t t = f.assigned[b * filters + first + i];
-          weighted_template(f, t, s.weights[b * padded + t], grad_rows + b * grad_stride);
-        }
-        continue;
-      }
-      for (int64_t b = 0; b < batch; ++b) {
-        negative[b] = -s.weights[b * padded + positions];
-      }
-      const Product<A> backward{f.layout,  static_cast<const A*>(f.upright),
-                                s.weights, padded,
-                                negative,  A{1},
-                                grad_rows, grad_stride};
-      product(backward, batch);
     }
     if (f.grad != nullptr && !grad_in_place) {
       for_each_position(f.grad_strides, count, batch, positions,
@@ -468,15 +511,14 @@ void run(const FilterLoss& f, int64_t begin, int64_t end, A* scratch) {
   }
 }
 
-void run_any(const FilterLoss& f, Storage storage, int64_t begin, int64_t end, void* scratch) {
-  with_storage(storage, [&](auto t, auto a) {
-    run<decltype(t)>(f, begin, end, static_cast<decltype(a)*>(scratch));
-  });
+constexpr picnn_fast::FilterLossKernels all_kernels() {
+  return {FilterLossKernel<float>{run<float>}, FilterLossKernel<double>{run<double>},
+          FilterLossKernel<Half>{run<Half>}, FilterLossKernel<BFloat16>{run<BFloat16>}};
 }
 
 }  // namespace
 }  // namespace PICNN_FAST_NAMESPACE
 
 namespace picnn_fast {
-const FilterLossKernels PICNN_FAST_KERNELS = {PICNN_FAST_NAMESPACE::run_any};
+constexpr FilterLossKernels PICNN_FAST_KERNELS = PICNN_FAST_NAMESPACE::all_kernels();
 }  // namespace picnn_fast

@@ -10,26 +10,33 @@
 // The loops of the filter loss, compiled once for each instruction set (filter_loss_kernels.cpp).
 namespace picnn_fast {
 
-// Everything one call needs. A is the accumulation type: double for double maps, else float.
-struct FilterLoss {
-  MapsShape shape;
-  const void* maps;
-  Strides maps_strides;
-  void* grad;  // A, or null
-  Strides grad_strides;
-  void* loss;  // A [N]
-  double tau;
-  PanelLayout layout;
-  const void* turned;     // A panels of the table turned about its middle: maps times templates
-  const void* upright;    // A panels: weights times templates, where grad is wanted
-  int64_t block;          // filters worked on together
-  bool running;           // what follows is of the running estimates
-  const void* log_mean;   // A [N, P + 1]
-  const void* log_ratio;  // A [N]
+// Running estimates of one call, and what becomes of them.
+template <typename A>
+struct RunningEstimates {
+  const A* log_mean;   // [N, P + 1]
+  const A* log_ratio;  // [N]
   double momentum;
   const int64_t* assigned;  // [B, N] or null
-  void* new_log_mean;       // A [N, P + 1]
-  void* new_log_ratio;      // A [N]
+  A* new_log_mean;          // [N, P + 1]
+  A* new_log_ratio;         // [N]
+};
+
+// Everything one call needs. T is how maps are stored.
+template <typename T>
+struct FilterLoss {
+  using A = Accumulate<T>;
+  MapsShape shape;
+  const T* maps;
+  Strides maps_strides;
+  A* grad;  // or null
+  Strides grad_strides;
+  A* loss;  // [N]
+  A tau;
+  PanelLayout layout;
+  const A* turned;   // panels of the template turned about its middle: maps times templates
+  const A* upright;  // panels: weights times templates, where grad is wanted
+  int64_t block;     // filters worked on together
+  const RunningEstimates<A>* running;  // or null
 };
 
 // A row of responses holds the P + 1 templates and then zeros, up to whole vectors.
@@ -43,10 +50,17 @@ inline int64_t filter_loss_scratch(const MapsShape& shape, int64_t block) {
          shape.batch * shape.positions * block;
 }
 
-struct FilterLossKernels {
+template <typename T>
+struct FilterLossKernel {
   // Blocks of filters [begin, end); scratch is aligned to 64 bytes.
-  void (*run)(const FilterLoss&, Storage, int64_t begin, int64_t end, void* scratch);
+  void (*run)(const FilterLoss<T>&, int64_t begin, int64_t end, Accumulate<T>* scratch);
 };
+
+// Converts to the kernel of any one type.
+struct FilterLossKernels : FilterLossKernel<float>,
+                           FilterLossKernel<double>,
+                           FilterLossKernel<Half>,
+                           FilterLossKernel<BFloat16> {};
 
 extern const FilterLossKernels filter_loss_kernels_default;
 #ifdef __x86_64__

@@ -20,82 +20,87 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+const TemplatesKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(templates_kernels); }
+
 // Filters of a unit. Those side by side whose peaks are found and that are then masked are gone
 // through twice, and the next ones are fetched meanwhile: both are to fit the second level of
 // cache.
-int64_t most_filters(const MapPeaks& s, bool twice, int64_t element_size) {
+template <typename T>
+int64_t most_filters(const MapPeaks<T>& s, bool twice) {
   constexpr int64_t kHalfCache = 400 << 10, kLeast = 64;
   if (!s.side_by_side || !twice) {
     return s.side_by_side ? kFiltersAtOnce : s.shape.filters;
   }
-  const int64_t bytes = element_size * std::max<int64_t>(1, s.shape.positions);
+  const int64_t bytes = static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(1, s.shape.positions);
   return std::clamp(kHalfCache / bytes / kLeast * kLeast, kLeast, kFiltersAtOnce);
 }
 
 // Without what depends on whether filters are side by side.
-MapPeaks map_peaks_of(const Tensor& x, const char* name, const Tensor& peak) {
-  MapPeaks s{};
+template <typename T>
+MapPeaks<T> map_peaks_of(const Tensor& x, const char* name, const Tensor& peak) {
+  MapPeaks<T> s{};
   s.shape = shape_of_maps(x, name);
-  s.maps = x.const_data_ptr();
+  s.maps = static_cast<const T*>(x.const_data_ptr());
   s.maps_strides = strides_of_maps(x, name);
   s.peak = static_cast<int64_t*>(peak.mutable_data_ptr());
   return s;
 }
 
-void set_units(MapPeaks& s, bool side_by_side, bool twice, const Tensor& x) {
+template <typename T>
+void set_units(MapPeaks<T>& s, bool side_by_side, bool twice) {
   s.side_by_side = side_by_side;
-  s.units =
-      units_of(s.shape, torch::stable::get_num_threads(), most_filters(s, twice, x.element_size()));
+  s.units = units_of(s.shape, torch::stable::get_num_threads(), most_filters(s, twice));
 }
 
 Tensor map_peaks(const Tensor& x) {
-  const Storage type = storage(x, "x");
   offsets_of_maps(x, "x");
   const Tensor peak = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
-  MapPeaks s = map_peaks_of(x, "x", peak);
-  set_units(s, s.shape.filters > 1 && s.maps_strides.filter == 1, /*twice=*/false, x);
-  const TemplatesKernels& kernels = PICNN_FAST_KERNELS_IN_USE(templates_kernels);
-  parallel_units(s.shape, s.units,
-                 [&](int64_t begin, int64_t end) { kernels.peaks(s, type, begin, end); });
+  with_types(x, "x", [&](auto stored, auto) {
+    using T = decltype(stored);
+    auto s = map_peaks_of<T>(x, "x", peak);
+    set_units(s, s.shape.filters > 1 && s.maps_strides.filter == 1, /*twice=*/false);
+    const TemplatesKernel<T>& k = kernels();
+    parallel_units(s.shape, s.units, [&](int64_t begin, int64_t end) { k.peaks(s, begin, end); });
+  });
   return peak;
 }
 
-template <typename A>
-void run(TemplateMask& s, const Template<A>& part, A scale, Storage type) {
+template <typename T>
+void run(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
+         const Tensor& offsets, double scale, const Tensor& out) {
+  using A = Accumulate<T>;
+  const Template<A> part = read_template<A>(x, name, offsets);
+  TemplateMask<T> s{};
+  s.in = map_peaks_of<T>(x, name, peak);
   if (s.in.shape.batch == 0 || s.in.shape.filters == 0) {
     return;
   }
+  s.find_peak = find_peak;
+  s.out = static_cast<T*>(out.mutable_data_ptr());
+  s.out_strides = strides_of_maps(out, "masked");
+  s.stream = exceeds_cache(out);
+  set_units(s.in,
+            s.in.shape.filters > 1 && s.in.maps_strides.filter == 1 && s.out_strides.filter == 1,
+            find_peak);
   std::vector<A> masks(part.values, part.values + part.offsets.count());
   for (A& mask : masks) {
-    mask = mask_value(mask, scale);
+    mask = mask_value(mask, static_cast<A>(scale));
   }
   s.layout = panel_layout(part.offsets);
   masks = panels(s.layout, masks);
   s.masks = masks.data();
-  const TemplatesKernels& kernels = PICNN_FAST_KERNELS_IN_USE(templates_kernels);
+  const TemplatesKernel<T>& k = kernels();
   parallel_units(s.in.shape, s.in.units,
-                 [&](int64_t begin, int64_t end) { kernels.mask(s, type, begin, end); });
+                 [&](int64_t begin, int64_t end) { k.mask(s, begin, end); });
 }
 
 // Masks `x` into what is returned, by the peaks it finds or those it is given.
 Tensor mask(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
             const Tensor& offsets, double scale) {
-  const Storage type = storage(x, name);
   Tensor out = torch::stable::empty_like(x);
-  TemplateMask s{};
-  s.in = map_peaks_of(x, name, peak);
-  s.find_peak = find_peak;
-  s.out = out.mutable_data_ptr();
-  s.out_strides = strides_of_maps(out, "masked");
-  s.stream = exceeds_cache(out);
-  set_units(s.in,
-            s.in.shape.filters > 1 && s.in.maps_strides.filter == 1 && s.out_strides.filter == 1,
-            find_peak, x);
-  if (type == Storage::kDouble) {
-    run(s, read_template<double>(x, name, offsets), scale, type);
-  } else {
-    run(s, read_template<float>(x, name, offsets), static_cast<float>(scale), type);
-  }
+  with_types(x, name, [&](auto stored, auto) {
+    run<decltype(stored)>(x, name, peak, find_peak, offsets, scale, out);
+  });
   return out;
 }
 

@@ -15,13 +15,13 @@
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
+using picnn_fast::Accumulate;
 using picnn_fast::kFiltersAtOnce;
 using picnn_fast::MapPeaks;
 using picnn_fast::PanelLayout;
-using picnn_fast::Storage;
 using picnn_fast::Strides;
 using picnn_fast::TemplateMask;
-using picnn_fast::TemplatesKernels;
+using picnn_fast::TemplatesKernel;
 
 // The first of the greatest numbers, NaN above all else.
 template <typename T>
@@ -98,11 +98,12 @@ PICNN_FAST_HD void mask_dense(const T* __restrict__ x, const A* __restrict__ mas
 }
 
 // One dense map, or one whose positions are apart.
-template <typename T, typename A>
-PICNN_FAST_HD void mask_map(const TemplateMask& s, int64_t peak, const T* from, int64_t from_stride,
-                            T* to, int64_t to_stride) {
+template <typename T>
+PICNN_FAST_HD void mask_map(const TemplateMask<T>& s, int64_t peak, const T* from,
+                            int64_t from_stride, T* to, int64_t to_stride) {
+  using A = Accumulate<T>;
   const PanelLayout& layout = s.layout;
-  const A* first = static_cast<const A*>(s.masks) + layout.begin(peak);
+  const A* first = s.masks + layout.begin(peak);
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
     const A* mask = first + segment * layout.per_segment;
     const T* x = from + segment * layout.length * from_stride;
@@ -196,9 +197,10 @@ void mask_rows(const A* masks, const int64_t* begins, int64_t count, A* rows, in
 
 // `next`, if not null, are the maps that follow. They are fetched while these are written: finding
 // peaks would wait for memory otherwise.
-template <typename T, typename A>
-void mask_side_by_side(const TemplateMask& s, const T* maps, const T* next, T* out, int64_t* peak,
-                       int64_t count, Sink<T>& sink) {
+template <typename T>
+void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T* out,
+                       int64_t* peak, int64_t count, Sink<T>& sink) {
+  using A = Accumulate<T>;
   const int64_t stride = s.in.maps_strides.position, out_stride = s.out_strides.position;
   if (s.find_peak) {
     find_peaks<T, A>(maps, stride, s.in.shape.positions, count, peak);
@@ -215,7 +217,7 @@ void mask_side_by_side(const TemplateMask& s, const T* maps, const T* next, T* o
   const int64_t most = Sink<T>::kPreferred / count;
   const int64_t step = out_stride == count && most > 1 ? most : 1;
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
-    const A* panel = static_cast<const A*>(s.masks) + segment * layout.per_segment;
+    const A* panel = s.masks + segment * layout.per_segment;
     for (int64_t first = 0; first < layout.length; first += kRun<A>) {
       mask_rows<A>(panel + first, begins, padded, masks, row);
       const int64_t left = layout.length - first, rows = left < kRun<A> ? left : kRun<A>;
@@ -241,23 +243,24 @@ struct Block {
   int64_t sample, first, count;
 };
 
-PICNN_FAST_HD Block block_of(const MapPeaks& s, int64_t unit) {
+template <typename T>
+PICNN_FAST_HD Block block_of(const MapPeaks<T>& s, int64_t unit) {
   const int64_t first = unit % s.units.blocks * s.units.filters, left = s.shape.filters - first;
   return {unit / s.units.blocks, first, s.units.filters < left ? s.units.filters : left};
 }
 
 template <typename T>
-PICNN_FAST_HD const T* maps_of(const MapPeaks& s, const Block& block) {
-  return static_cast<const T*>(s.maps) + block.sample * s.maps_strides.batch +
-         block.first * s.maps_strides.filter;
+PICNN_FAST_HD const T* maps_of(const MapPeaks<T>& s, const Block& block) {
+  return s.maps + block.sample * s.maps_strides.batch + block.first * s.maps_strides.filter;
 }
 
-template <typename T, typename A>
-void peaks(const MapPeaks& s, int64_t begin, int64_t end) {
+template <typename T>
+void peaks(const MapPeaks<T>& s, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
   const int64_t positions = s.shape.positions, stride = s.maps_strides.position;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(s, unit);
-    const T* maps = maps_of<T>(s, block);
+    const T* maps = maps_of(s, block);
     int64_t* peak = s.peak + block.sample * s.shape.filters + block.first;
     if (s.side_by_side) {
       find_peaks<T, A>(maps, stride, positions, block.count, peak);
@@ -272,9 +275,10 @@ void peaks(const MapPeaks& s, int64_t begin, int64_t end) {
 }
 
 // Maps of a block whose positions follow one another, in the output too.
-template <typename T, typename A>
-void mask_dense_maps(const TemplateMask& s, const T* maps, T* out, int64_t* peak, int64_t count,
+template <typename T>
+void mask_dense_maps(const TemplateMask<T>& s, const T* maps, T* out, int64_t* peak, int64_t count,
                      Sink<T>& sink) {
+  using A = Accumulate<T>;
   const int64_t positions = s.in.shape.positions, most = Sink<T>::kPreferred / positions;
   const int64_t step = most > 1 ? most : 1;
   for (int64_t i = 0; i < count; i += step) {
@@ -285,54 +289,57 @@ void mask_dense_maps(const TemplateMask& s, const T* maps, T* out, int64_t* peak
       if (s.find_peak) {
         peak[i + r] = find_peak_dense<T, A>(map, positions);
       }
-      mask_map<T, A>(s, peak[i + r], map, 1, stretch + r * positions, 1);
+      mask_map(s, peak[i + r], map, 1, stretch + r * positions, 1);
     }
     sink.close();
   }
 }
 
-template <typename T, typename A>
-void mask(const TemplateMask& s, int64_t begin, int64_t end) {
-  const MapPeaks& in = s.in;
+template <typename T>
+void mask(const TemplateMask<T>& s, int64_t begin, int64_t end) {
+  const MapPeaks<T>& in = s.in;
   const int64_t positions = in.shape.positions;
   const Strides from = in.maps_strides, to = s.out_strides;
   const bool dense = from.position == 1 && to.position == 1 && to.filter == positions;
   Sink<T> sink(s.stream);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(in, unit);
-    const T* maps = maps_of<T>(in, block);
-    T* out = static_cast<T*>(s.out) + block.sample * to.batch + block.first * to.filter;
+    const T* maps = maps_of(in, block);
+    T* out = s.out + block.sample * to.batch + block.first * to.filter;
     int64_t* peak = in.peak + block.sample * in.shape.filters + block.first;
     if (in.side_by_side) {
       const bool more = s.find_peak && unit + 1 < end;
-      const T* next = more ? maps_of<T>(in, block_of(in, unit + 1)) : nullptr;
-      mask_side_by_side<T, A>(s, maps, next, out, peak, block.count, sink);
+      const T* next = more ? maps_of(in, block_of(in, unit + 1)) : nullptr;
+      mask_side_by_side(s, maps, next, out, peak, block.count, sink);
     } else if (dense) {
-      mask_dense_maps<T, A>(s, maps, out, peak, block.count, sink);
+      mask_dense_maps(s, maps, out, peak, block.count, sink);
     } else {
       for (int64_t i = 0; i < block.count; ++i) {
         const T* map = maps + i * from.filter;
         if (s.find_peak) {
           peak[i] = find_peak(map, from.position, positions);
         }
-        mask_map<T, A>(s, peak[i], map, from.position, out + i * to.filter, to.position);
+        mask_map(s, peak[i], map, from.position, out + i * to.filter, to.position);
       }
     }
   }
 }
 
-void peaks_any(const MapPeaks& s, Storage storage, int64_t begin, int64_t end) {
-  with_storage(storage, [&](auto t, auto a) { peaks<decltype(t), decltype(a)>(s, begin, end); });
+template <typename T>
+constexpr TemplatesKernel<T> kernels_of() {
+  TemplatesKernel<T> kernels{};
+  kernels.peaks = peaks<T>;
+  kernels.mask = mask<T>;
+  return kernels;
 }
 
-void mask_any(const TemplateMask& s, Storage storage, int64_t begin, int64_t end) {
-  with_storage(storage, [&](auto t, auto a) { mask<decltype(t), decltype(a)>(s, begin, end); });
+constexpr picnn_fast::TemplatesKernels all_kernels() {
+  return {kernels_of<float>(), kernels_of<double>(), kernels_of<Half>(), kernels_of<BFloat16>()};
 }
 
 }  // namespace
 }  // namespace PICNN_FAST_NAMESPACE
 
 namespace picnn_fast {
-const TemplatesKernels PICNN_FAST_KERNELS = {PICNN_FAST_NAMESPACE::peaks_any,
-                                             PICNN_FAST_NAMESPACE::mask_any};
+constexpr TemplatesKernels PICNN_FAST_KERNELS = PICNN_FAST_NAMESPACE::all_kernels();
 }  // namespace picnn_fast

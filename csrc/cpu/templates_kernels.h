@@ -7,6 +7,7 @@
 #include "units.h"
 
 // The loops of the template family, compiled once for each instruction set (templates_kernels.cpp).
+// T is how maps are stored; masks and sums are of Accumulate<T>.
 namespace picnn_fast {
 
 // All templates of a map's size, laid out so that whoever goes along the positions of a map, or
@@ -36,33 +37,39 @@ struct PanelLayout {
 constexpr int64_t kFiltersAtOnce = 1024;
 
 // The maps of one call, and the peaks to be found in them or given, in [0, positions).
+template <typename T>
 struct MapPeaks {
   MapsShape shape;
   Units units;
-  const void* maps;
+  const T* maps;
   Strides maps_strides;
   bool side_by_side;  // filters, of which a unit then has at most kFiltersAtOnce
   int64_t* peak;      // [B, N] contiguous
 };
 
-// A is the accumulation type: double for double maps, else float.
+template <typename T>
 struct TemplateMask {
-  MapPeaks in;
+  MapPeaks<T> in;
   bool find_peak;  // or take it as given
-  Offsets offsets;
   PanelLayout layout;
-  const void*
-      masks;  // A to multiply by: of each offset where filters are side by side, else panels
-  void* out;
+  const Accumulate<T>* masks;  // panels of what to multiply by
+  T* out;
   Strides out_strides;
   bool stream;  // write past the caches
 };
 
 // Units [begin, end).
-struct TemplatesKernels {
-  void (*peaks)(const MapPeaks&, Storage, int64_t begin, int64_t end);
-  void (*mask)(const TemplateMask&, Storage, int64_t begin, int64_t end);
+template <typename T>
+struct TemplatesKernel {
+  void (*peaks)(const MapPeaks<T>&, int64_t begin, int64_t end);
+  void (*mask)(const TemplateMask<T>&, int64_t begin, int64_t end);
 };
+
+// Converts to the kernels of any one type.
+struct TemplatesKernels : TemplatesKernel<float>,
+                          TemplatesKernel<double>,
+                          TemplatesKernel<Half>,
+                          TemplatesKernel<BFloat16> {};
 
 extern const TemplatesKernels templates_kernels_default;
 #ifdef __x86_64__

@@ -140,6 +140,7 @@ def filter_loss(
         >>> bool(filter_loss(peaks, template) < filter_loss(blurred, template))
         True
     """
+    check_maps(x)
     checks.one_of("estimator", estimator, ESTIMATORS)
     given = {"labels": labels, "filter_category": filter_category, "state": state}
     for name, owners in _OPTIONS.items():

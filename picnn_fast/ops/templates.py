@@ -179,9 +179,7 @@ class PartTemplate:
             ValueError: maps without a position or too large, or a tensor of offsets too small for
                 them or not finite.
         """
-        for name, side in (("h", height), ("w", width)):
-            if not 1 <= side <= MOST_SIDE:
-                raise ValueError(f"x: got maps with {name} = {side}, want 1 to {MOST_SIDE}")
+        _check_sides(height, width)
         dtype, device = accumulate_dtype(like.dtype), like.device
         if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
             # Sizes may be symbols, and what is made belongs to the graph.
@@ -400,10 +398,17 @@ def filter_tables(template: PartTemplate, x: Tensor, beta: Tensor | None) -> Ten
 
 
 def check_maps(x: Tensor) -> None:
-    """Maps ``[B, N, h, w]``; ``PartTemplate.offsets_for`` asks for at least one position."""
+    """Maps ``[B, N, h, w]`` of at least one position."""
     checks.floating("x", x)
     if x.ndim != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want maps [B, N, h, w]")
+    _check_sides(*x.shape[2:])
+
+
+def _check_sides(height: int, width: int) -> None:
+    for name, side in (("h", height), ("w", width)):
+        if not 1 <= side <= MOST_SIDE:
+            raise ValueError(f"x: got maps with {name} = {side}, want 1 to {MOST_SIDE}")
 
 
 def check_template(template: object) -> PartTemplate:
