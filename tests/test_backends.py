@@ -16,7 +16,18 @@ from torch import Tensor
 import picnn_fast
 from picnn_fast import PartTemplate, backends
 from tests import conftest
-from tests.conftest import Backend, expected_server
+from tests.conftest import (
+    BACKENDS,
+    GPU_BACKENDS,
+    IN_CI,
+    REQUIRED,
+    WITHOUT_GPU_KERNEL,
+    Backend,
+    Unavailable,
+    expected_server,
+    fibre_kernels,
+    serve,
+)
 
 OPERATORS = {
     "bernoulli_mask",
@@ -344,3 +355,50 @@ def test_a_missing_backend_fails_in_ci_and_skips_elsewhere(monkeypatch):
     Request.param = "cpp-avx512"  # a matter of the processor
     with pytest.raises(pytest.skip.Exception):
         next(fixture(Request()))
+
+
+def test_the_named_backend_serves_every_operator(backend: Backend):
+    if backend.name == "cuda-fibres":
+        assert set(fibre_kernels()) == set(backends.operators()) - WITHOUT_GPU_KERNEL
+        return
+    for operator in backends.operators():
+        served_by = expected_server(backend, operator)
+        assert backends.serving(backend.device.type, operator) == served_by
+        overridden = served_by in ("reference", "triton")
+        assert overridden or torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"picnn_fast::{operator}", backend.device.type.upper()
+        )
+
+
+@pytest.mark.skipif(not IN_CI, reason="a developer's machine may lack a backend")
+@pytest.mark.parametrize("name", REQUIRED)
+def test_ci_runs_every_backend(name: str):
+    try:
+        for backend in serve(name):
+            assert backend.name == name
+    except Unavailable as error:
+        pytest.fail(f"CI must run backend {name!r}: {error}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+def test_gpu_backends_are_tested_where_there_is_a_gpu(name: str):
+    assert name in [entry.values[0] for entry in BACKENDS if not isinstance(entry, str)]
+
+
+def test_instruction_sets_are_listed_switched_and_refused_by_name():
+    core = backends.extension
+    if core is None:
+        pytest.skip(f"{backends.extension_error}")
+    names = core.build_info()["cpu_capabilities"]
+    assert names[0] == "default"
+    before = core.build_info()["cpu_capability"]
+    try:
+        for name in names:
+            core.set_cpu_capability(name)
+            assert core.build_info()["cpu_capability"] == name
+            assert core.set_cpu_capability(name) == name
+        with pytest.raises(ValueError, match="sse9"):
+            core.set_cpu_capability("sse9")
+    finally:
+        core.set_cpu_capability(before)

@@ -74,14 +74,14 @@ DrawFilters<P, A> filter_draws(const Tensor& probabilities, const int64_t* rows,
   return d;
 }
 
-template <typename T, typename A>
-ScaleMaps<T, A> scaling(const Tensor& features, const Tensor& mask, const Tensor& masked) {
-  ScaleMaps<T, A> s{};
+template <typename T>
+ScaleMaps<T> scaling(const Tensor& features, const Tensor& mask, const Tensor& masked) {
+  ScaleMaps<T> s{};
   s.shape = shape_of_maps(features, "features");
   s.units = units_of(s.shape, torch::stable::get_num_threads());
   s.maps = static_cast<const T*>(features.const_data_ptr());
   s.maps_strides = strides_of_maps(features, "features");
-  s.mask = static_cast<const A*>(mask.const_data_ptr());
+  s.mask = static_cast<const Accumulate<T>*>(mask.const_data_ptr());
   s.out = static_cast<T*>(masked.mutable_data_ptr());
   s.out_strides = strides_of_maps(masked, "masked");
   s.stream = exceeds_cache(masked);
@@ -125,13 +125,13 @@ Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t ran
   return mask;
 }
 
-template <typename T, typename A, typename L, typename P>
-void draw_and_keep(const DrawLabels<L>& labelled, const DrawFilters<P, A>& drawn,
-                   const ScaleMaps<T, A>& kept) {
+template <typename T, typename L, typename P>
+void draw_and_keep(const DrawLabels<L>& labelled, const DrawFilters<P, Accumulate<T>>& drawn,
+                   const ScaleMaps<T>& kept) {
   const MaskingKernels& all = kernels();
   const ParameterKernels<L>& of_labels = all;
-  const FilterKernels<P, A>& of_filters = all;
-  const MapKernels<T, A>& of_maps = all;
+  const FilterKernels<P, Accumulate<T>>& of_filters = all;
+  const MapKernels<T>& of_maps = all;
   const MapsShape& shape = kept.shape;
   const int64_t elements = labelled.classes + shape.filters * (kDrawElements + shape.positions);
   const bool whole_samples = kept.units.blocks == 1;
@@ -176,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
         using L = decltype(logit);
         using P = decltype(probability);
         const DrawLabels<L> labelled = label_draws<L>(logits, key, rank, labels);
-        draw_and_keep<T, A, L, P>(
-            labelled, filter_draws<P, A>(correspondence, labelled.labels, key, rank, mask),
-            scaling<T, A>(features, mask, masked));
+        draw_and_keep<T, L, P>(labelled,
+                               filter_draws<P, A>(correspondence, labelled.labels, key, rank, mask),
+                               scaling<T>(features, mask, masked));
       });
     });
   });
@@ -190,11 +190,10 @@ Tensor mask_channels(const Tensor& features, const Tensor& mask) {
   check_mask(mask, shape, features);
   const Tensor rows = torch::stable::contiguous(mask);
   Tensor masked = torch::stable::empty_like(features);
-  with_types(features, "features", [&](auto element, auto sum) {
+  with_types(features, "features", [&](auto element, auto) {
     using T = decltype(element);
-    using A = decltype(sum);
-    const ScaleMaps<T, A> scaled = scaling<T, A>(features, rows, masked);
-    const MapKernels<T, A>& k = kernels();
+    const ScaleMaps<T> scaled = scaling<T>(features, rows, masked);
+    const MapKernels<T>& k = kernels();
     parallel_units(shape, scaled.units,
                    [&](int64_t begin, int64_t end) { k.scale(scaled, begin, end); });
   });
@@ -215,7 +214,7 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   with_types(features, "features", [&](auto element, auto sum) {
     using T = decltype(element);
     using A = decltype(sum);
-    MaskingBackward<T, A> s{};
+    MaskingBackward<T> s{};
     s.shape = shape;
     s.units = units_of(shape, torch::stable::get_num_threads());
     s.grad = static_cast<const T*>(grad_masked.const_data_ptr());
@@ -227,7 +226,7 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
     s.grad_maps_strides = strides_of_maps(grad_features, "grad_features");
     s.grad_mask = static_cast<A*>(grad_mask.mutable_data_ptr());
     s.stream = exceeds_cache(grad_features);
-    const MapKernels<T, A>& k = kernels();
+    const MapKernels<T>& k = kernels();
     parallel_units(shape, s.units, [&](int64_t begin, int64_t end) { k.backward(s, begin, end); });
   });
   return {grad_features, grad_mask};

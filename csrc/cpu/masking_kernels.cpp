@@ -196,8 +196,9 @@ PICNN_FAST_HD void scale_rows(const T* x, int64_t stride, T* __restrict__ out, i
   }
 }
 
-template <typename T, typename A, bool kBinary>
-PICNN_FAST_HD void scale_channels_last(const ScaleMaps<T, A>& s, const Unit& u, Sink<T>& sink) {
+template <typename T, bool kBinary>
+PICNN_FAST_HD void scale_channels_last(const ScaleMaps<T>& s, const Unit& u, Sink<T>& sink) {
+  using A = Accumulate<T>;
   const int64_t positions = s.shape.positions;
   const A* __restrict__ mask = s.mask + u.batch * s.shape.filters + u.begin;
   const T* x = s.maps + u.batch * s.maps_strides.batch + u.begin;
@@ -218,8 +219,9 @@ PICNN_FAST_HD void scale_channels_last(const ScaleMaps<T, A>& s, const Unit& u, 
   }
 }
 
-template <typename T, typename A, bool kBinary>
-PICNN_FAST_HD void scale_contiguous(const ScaleMaps<T, A>& s, const Unit& u, Sink<T>& sink) {
+template <typename T, bool kBinary>
+PICNN_FAST_HD void scale_contiguous(const ScaleMaps<T>& s, const Unit& u, Sink<T>& sink) {
+  using A = Accumulate<T>;
   const int64_t positions = s.shape.positions, stride = s.maps_strides.filter;
   const A* mask = s.mask + u.batch * s.shape.filters;
   const T* x = s.maps + u.batch * s.maps_strides.batch;
@@ -234,8 +236,9 @@ PICNN_FAST_HD void scale_contiguous(const ScaleMaps<T, A>& s, const Unit& u, Sin
   }
 }
 
-template <typename T, typename A, bool kBinary>
-PICNN_FAST_HD void scale_strided(const ScaleMaps<T, A>& s, const Unit& u) {
+template <typename T, bool kBinary>
+PICNN_FAST_HD void scale_strided(const ScaleMaps<T>& s, const Unit& u) {
+  using A = Accumulate<T>;
   const Strides from = s.maps_strides, to = s.out_strides;
   const A* mask = s.mask + u.batch * s.shape.filters;
   const T* x = s.maps + u.batch * from.batch;
@@ -248,8 +251,8 @@ PICNN_FAST_HD void scale_strided(const ScaleMaps<T, A>& s, const Unit& u) {
   }
 }
 
-template <typename T, typename A, bool kBinary>
-void scale(const ScaleMaps<T, A>& s, int64_t begin, int64_t end) {
+template <typename T, bool kBinary>
+void scale(const ScaleMaps<T>& s, int64_t begin, int64_t end) {
   const Strides from = s.maps_strides, to = s.out_strides;
   const bool channels_last = from.filter == 1 && to.filter == 1;
   const bool contiguous = from.position == 1 && to.position == 1 && to.filter == s.shape.positions;
@@ -257,11 +260,11 @@ void scale(const ScaleMaps<T, A>& s, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const Unit u = unit(s.units, index, s.shape.filters);
     if (channels_last) {
-      scale_channels_last<T, A, kBinary>(s, u, sink);
+      scale_channels_last<T, kBinary>(s, u, sink);
     } else if (contiguous) {
-      scale_contiguous<T, A, kBinary>(s, u, sink);
+      scale_contiguous<T, kBinary>(s, u, sink);
     } else {
-      scale_strided<T, A, kBinary>(s, u);
+      scale_strided<T, kBinary>(s, u);
     }
   }
 }
@@ -335,9 +338,10 @@ PICNN_FAST_HD A dot(const T* x, const T* grad, int64_t positions) {
   return sums.sum();
 }
 
-template <typename T, typename A>
-PICNN_FAST_HD void backward_channels_last(const MaskingBackward<T, A>& s, const Unit& u,
+template <typename T>
+PICNN_FAST_HD void backward_channels_last(const MaskingBackward<T>& s, const Unit& u,
                                           Sink<T>& sink) {
+  using A = Accumulate<T>;
   const int64_t positions = s.shape.positions;
   const T* x = s.maps + u.batch * s.maps_strides.batch + u.begin;
   const T* grad = s.grad + u.batch * s.grad_strides.batch + u.begin;
@@ -363,9 +367,9 @@ PICNN_FAST_HD void backward_channels_last(const MaskingBackward<T, A>& s, const 
   }
 }
 
-template <typename T, typename A>
-PICNN_FAST_HD void backward_contiguous(const MaskingBackward<T, A>& s, const Unit& u,
-                                       Sink<T>& sink) {
+template <typename T>
+PICNN_FAST_HD void backward_contiguous(const MaskingBackward<T>& s, const Unit& u, Sink<T>& sink) {
+  using A = Accumulate<T>;
   const int64_t positions = s.shape.positions;
   const T* x = s.maps + u.batch * s.maps_strides.batch;
   const T* grad = s.grad + u.batch * s.grad_strides.batch;
@@ -385,8 +389,9 @@ PICNN_FAST_HD void backward_contiguous(const MaskingBackward<T, A>& s, const Uni
   }
 }
 
-template <typename T, typename A>
-PICNN_FAST_HD void backward_strided(const MaskingBackward<T, A>& s, const Unit& u) {
+template <typename T>
+PICNN_FAST_HD void backward_strided(const MaskingBackward<T>& s, const Unit& u) {
+  using A = Accumulate<T>;
   const Strides from = s.maps_strides, grad_from = s.grad_strides, to = s.grad_maps_strides;
   const T* x = s.maps + u.batch * from.batch;
   const T* grad = s.grad + u.batch * grad_from.batch;
@@ -404,8 +409,8 @@ PICNN_FAST_HD void backward_strided(const MaskingBackward<T, A>& s, const Unit& 
   }
 }
 
-template <typename T, typename A>
-void backward(const MaskingBackward<T, A>& s, int64_t begin, int64_t end) {
+template <typename T>
+void backward(const MaskingBackward<T>& s, int64_t begin, int64_t end) {
   const Strides from = s.maps_strides, grad_from = s.grad_strides, to = s.grad_maps_strides;
   const bool channels_last = from.filter == 1 && grad_from.filter == 1 && to.filter == 1;
   const bool contiguous = from.position == 1 && grad_from.position == 1 && to.position == 1 &&
@@ -466,12 +471,12 @@ void correspondence_backward(const ParametersBackward<A>& s, int64_t begin, int6
   }
 }
 
-template <typename T, typename A>
-constexpr MapKernels<T, A> map_kernels() {
-  MapKernels<T, A> kernels{};
-  kernels.keep = scale<T, A, true>;
-  kernels.scale = scale<T, A, false>;
-  kernels.backward = backward<T, A>;
+template <typename T>
+constexpr MapKernels<T> map_kernels() {
+  MapKernels<T> kernels{};
+  kernels.keep = scale<T, true>;
+  kernels.scale = scale<T, false>;
+  kernels.backward = backward<T>;
   return kernels;
 }
 
@@ -490,11 +495,16 @@ constexpr FilterKernels<P, A> filter_kernels() {
 }
 
 constexpr picnn_fast::MaskingKernels all_kernels() {
-  return {map_kernels<float, float>(),     map_kernels<double, double>(),
-          map_kernels<Half, float>(),      map_kernels<BFloat16, float>(),
-          parameter_kernels<float>(),      parameter_kernels<double>(),
-          filter_kernels<float, float>(),  filter_kernels<float, double>(),
-          filter_kernels<double, float>(), filter_kernels<double, double>()};
+  return {map_kernels<float>(),
+          map_kernels<double>(),
+          map_kernels<Half>(),
+          map_kernels<BFloat16>(),
+          parameter_kernels<float>(),
+          parameter_kernels<double>(),
+          filter_kernels<float, float>(),
+          filter_kernels<float, double>(),
+          filter_kernels<double, float>(),
+          filter_kernels<double, double>()};
 }
 
 }  // namespace

@@ -6,10 +6,11 @@
 #include "units.h"
 
 // The loops of the masking family, compiled once for each instruction set (masking_kernels.cpp).
-// T is how maps are stored, A the type of masks and sums: double for double, else float.
+// T is how maps are stored; their masks and sums are Accumulate<T>. L, P and A are float or double:
+// the types of logits, of probabilities, and of masks and gradients.
 namespace picnn_fast {
 
-template <typename L>  // float or double
+template <typename L>
 struct DrawLabels {
   int64_t classes;
   const L* logits;  // [B, K]
@@ -19,7 +20,7 @@ struct DrawLabels {
   int64_t* labels;  // [B]
 };
 
-template <typename P, typename A>  // float or double each
+template <typename P, typename A>
 struct DrawFilters {
   int64_t filters;
   const P* probabilities;  // [rows, N]
@@ -30,19 +31,19 @@ struct DrawFilters {
   A* mask;  // [B, N] contiguous
 };
 
-template <typename T, typename A>
+template <typename T>
 struct ScaleMaps {
   MapsShape shape;
   Units units;
   const T* maps;
   Strides maps_strides;
-  const A* mask;  // [B, N] contiguous
+  const Accumulate<T>* mask;  // [B, N] contiguous
   T* out;
   Strides out_strides;
   bool stream;  // write past the caches
 };
 
-template <typename T, typename A>
+template <typename T>
 struct MaskingBackward {
   MapsShape shape;
   Units units;
@@ -50,11 +51,11 @@ struct MaskingBackward {
   Strides grad_strides;
   const T* maps;
   Strides maps_strides;
-  const A* mask;  // [B, N] contiguous
+  const Accumulate<T>* mask;  // [B, N] contiguous
   T* grad_maps;
   Strides grad_maps_strides;
-  A* grad_mask;  // [B, N] contiguous
-  bool stream;   // write past the caches
+  Accumulate<T>* grad_mask;  // [B, N] contiguous
+  bool stream;               // write past the caches
 };
 
 // Gradients of mask = one_hot @ correspondence; everything contiguous.
@@ -70,12 +71,12 @@ struct ParametersBackward {
   A* grad_correspondence;   // [K, N]
 };
 
-template <typename T, typename A>
+template <typename T>
 struct MapKernels {
   // Units [begin, end). keep: the mask holds only 0 and 1.
-  void (*keep)(const ScaleMaps<T, A>&, int64_t begin, int64_t end);
-  void (*scale)(const ScaleMaps<T, A>&, int64_t begin, int64_t end);
-  void (*backward)(const MaskingBackward<T, A>&, int64_t begin, int64_t end);
+  void (*keep)(const ScaleMaps<T>&, int64_t begin, int64_t end);
+  void (*scale)(const ScaleMaps<T>&, int64_t begin, int64_t end);
+  void (*backward)(const MaskingBackward<T>&, int64_t begin, int64_t end);
 };
 
 template <typename A>
@@ -95,10 +96,10 @@ struct FilterKernels {
 };
 
 // Converts to the kernels of any one type.
-struct MaskingKernels : MapKernels<float, float>,
-                        MapKernels<double, double>,
-                        MapKernels<Half, float>,
-                        MapKernels<BFloat16, float>,
+struct MaskingKernels : MapKernels<float>,
+                        MapKernels<double>,
+                        MapKernels<Half>,
+                        MapKernels<BFloat16>,
                         ParameterKernels<float>,
                         ParameterKernels<double>,
                         FilterKernels<float, float>,

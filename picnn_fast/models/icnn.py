@@ -20,6 +20,7 @@ from picnn_fast.losses import FilterLoss, PublishedFilterLoss, check_output, cro
 from picnn_fast.models.base import InterpretableNetwork, check_task
 from picnn_fast.models.masked_head import layers_of, leading_pooling
 from picnn_fast.ops.templates import PartTemplate, check_scale, check_template
+from picnn_fast.reference.masking import sums_by_label
 
 TASKS = ("softmax", "logistic", "single")
 INITIAL = ("default", "published")
@@ -82,7 +83,7 @@ class FilterCategories(nn.Module):
             values = maps.detach().sum((2, 3), dtype=self.means.dtype)
         else:
             values = maps.detach().amax((2, 3)).to(self.means.dtype)
-        total = torch.zeros_like(self.means).index_add_(0, labels, values)
+        total = sums_by_label(values, labels, len(self.means))
         ones = torch.ones_like(labels, dtype=total.dtype)[:, None]
         count = torch.zeros_like(total[:, :1]).index_add_(0, labels, ones)
         present = count > 0

@@ -87,11 +87,10 @@ def gumbel_mask(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gumbel-softmax in place of the Bernoulli draw: the ablation of PICNN, table 4.
 
-    In plain PyTorch, but for the masking itself.
-
     One assignment of filters to classes is drawn per call, a Gumbel-softmax of ``correspondence``
     over the class axis with noise from torch's generator, and each sample is masked by the row of
-    its pseudo-label. The pseudo-label is drawn, and differentiated, as in ``bernoulli_mask``.
+    its pseudo-label. The pseudo-label is drawn, and differentiated, as in ``bernoulli_mask``; in
+    plain PyTorch, but for that draw and the masking itself.
 
     Args:
         temperature: of the Gumbel-softmax; > 0.

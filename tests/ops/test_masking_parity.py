@@ -26,18 +26,10 @@ from picnn_fast.functional import (
 from picnn_fast.reference import masking as reference
 from tests.cases import case_id, every_instruction_set, in_turn, kernel_cases, pairwise
 from tests.conftest import (
-    BACKENDS,
-    GPU_BACKENDS,
     HAS_GPU,
     IN_CI,
-    REQUIRED,
-    WITHOUT_GPU_KERNEL,
     Backend,
-    Unavailable,
-    expected_server,
-    fibre_kernels,
     other_instruction_sets,
-    serve,
 )
 from tests.ops.cases import DTYPES, on_device, ulp
 
@@ -110,32 +102,6 @@ def draws(logits: Tensor, correspondence: Tensor, seed: int, rank: int = 0) -> t
     key = torch.tensor([seed])
     label = reference.draw_labels(wide[0], key, rank)
     return reference.draw_filters(wide[1][label], key, rank).bool(), label
-
-
-# Which backend runs -------------------------------------------------------------------------------
-
-
-def test_the_named_backend_serves_every_operator(backend: Backend):
-    if backend.name == "cuda-fibres":
-        assert set(fibre_kernels()) == set(backends.operators()) - WITHOUT_GPU_KERNEL
-        return
-    for operator in backends.operators():
-        served_by = expected_server(backend, operator)
-        assert backends.serving(backend.device.type, operator) == served_by
-        overridden = served_by in ("reference", "triton")
-        assert overridden or torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"picnn_fast::{operator}", backend.device.type.upper()
-        )
-
-
-@pytest.mark.skipif(not IN_CI, reason="a developer's machine may lack a backend")
-@pytest.mark.parametrize("name", REQUIRED)
-def test_ci_runs_every_backend(name: str):
-    try:
-        for backend in serve(name):
-            assert backend.name == name
-    except Unavailable as error:
-        pytest.fail(f"CI must run backend {name!r}: {error}")
 
 
 # Bernoulli mask -----------------------------------------------------------------------------------
@@ -698,28 +664,6 @@ def test_compiled_draws_use_both_words_of_index_and_seed(index, seed):
         ).item()
         got = compiled_core().random_24_bits(index=index, seed=seed, stream=stream, rank=rank)
         assert got == expected
-
-
-def test_instruction_sets_are_listed_switched_and_refused_by_name():
-    core = compiled_core()
-    names = core.build_info()["cpu_capabilities"]
-    assert names[0] == "default"
-    before = core.build_info()["cpu_capability"]
-    try:
-        for name in names:
-            core.set_cpu_capability(name)
-            assert core.build_info()["cpu_capability"] == name
-            assert core.set_cpu_capability(name) == name
-        with pytest.raises(ValueError, match="sse9"):
-            core.set_cpu_capability("sse9")
-    finally:
-        core.set_cpu_capability(before)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", GPU_BACKENDS)
-def test_gpu_backends_are_tested_where_there_is_a_gpu(name: str):
-    assert name in [entry.values[0] for entry in BACKENDS if not isinstance(entry, str)]
 
 
 @pytest.mark.parametrize("spatial", [(), (6,), (2, 3), (1, 6), (2, 1, 3)])
