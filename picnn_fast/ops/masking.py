@@ -558,16 +558,19 @@ def _masking_backward_gradient(
     grad_grad_features: Tensor | None,
     grad_grad_mask: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of ``grad_masked * mask`` and of the sums of ``features * grad_masked``."""
-    grad_masked, features, mask = saved
+    """Of ``grad_masked * mask`` and of the sums of ``features * grad_masked``, rounded once."""
+    dtype, mask = saved[0].dtype, saved[2]
+    grad_masked, features = (_as(t, mask.dtype) for t in saved[:2])
     to_grad = to_features = to_mask = None
     if grad_grad_features is not None:
-        to_grad, to_mask = _maps_gradient(grad_grad_features, grad_masked, mask)
+        wide = _as(grad_grad_features, mask.dtype)
+        to_grad, to_mask = _maps_gradient(wide, grad_masked, mask)
     if grad_grad_mask is not None:
-        to_features = torch.ops.picnn_fast.mask_channels.default(grad_masked, grad_grad_mask)
-        through = torch.ops.picnn_fast.mask_channels.default(features, grad_grad_mask)
+        scale = torch.ops.picnn_fast.mask_channels.default
+        to_features = _as(scale(grad_masked, grad_grad_mask), dtype)
+        through = scale(features, grad_grad_mask)
         to_grad = through if to_grad is None else to_grad + through
-    return to_grad, to_features, to_mask
+    return None if to_grad is None else _as(to_grad, dtype), to_features, to_mask
 
 
 define(

@@ -341,6 +341,12 @@ MASKING = (
         name="masking_backward",
         make=_masking_backward,
         rounding=(None, 64),
+        leaves=(0, 1, 2),
+        gradient_rounding=(1, 1, 64),
+        plain=lambda grad, features, mask: (
+            grad * mask[..., None, None],
+            (features * grad).sum((2, 3)),
+        ),
         **(_MASKING | {"maps": (0, 1), "free": {}}),
     ),
     OperatorCase(
