@@ -26,6 +26,7 @@ from picnn_fast.training.progress import WatchesImages
 with extra("train"):
     import lightning as L
     from lightning.pytorch.callbacks import Timer
+    from lightning.pytorch.trainer.states import TrainerFn
 
 # Numbers that keep the draws of training and validation apart.
 _TRAIN, _EVALUATE = 0, 1
@@ -307,8 +308,9 @@ class InterpretableModule(L.LightningModule):
         checkpoint[_WITHIN] = {"epoch": self.current_epoch, "ranks": ranks}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._within = checkpoint.get(_WITHIN)
-        if self._within is None or self._trainer is None:
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        self._within = checkpoint.get(_WITHIN) if fitting else None
+        if self._within is None:
             return
         before, now = len(self._within["ranks"]), self.trainer.world_size
         if before != now:

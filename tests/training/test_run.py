@@ -257,7 +257,7 @@ def test_more_epochs_go_on_from_the_last_one(config, tmp_path, capsys, schedule)
     train(shorter, progress=False)
     capsys.readouterr()
     assert train(dataclasses.replace(shorter, epochs=3)) == whole
-    assert "goes on with a run of 1 epochs\n" in capsys.readouterr().out
+    assert "goes on with a run of 1 epoch\n" in capsys.readouterr().out
     one, two = (_weights(tmp_path / "runs" / name / "last.ckpt") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert read_history(tmp_path / "runs" / "two") == read_history(tmp_path / "runs" / "one")

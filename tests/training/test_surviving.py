@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
@@ -125,6 +126,21 @@ def test_a_run_goes_on_within_an_epoch_with_another_number_of_processes(
     )
     (row,) = read_history(tmp_path)
     assert 0 < row["train/loss"] < 5
+
+
+def test_the_network_of_a_checkpoint_within_an_epoch_begins_a_run_of_its_own(
+    images, tmp_path, monkeypatch
+):
+    options = options_of("icnn", images, tmp_path / "run", epochs=1)
+    with_a_power_cut(options, tmp_path, monkeypatch, 1)
+    module = InterpretableModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    begun = []
+    monkeypatch.setattr(module.network, "begin_epoch", lambda *a, **given: begun.append(a))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", **quiet)
+    trainer.fit(module, build_data(options))
+    assert begun == [(1, 3, 1)]
+    assert trainer.global_step == 3
 
 
 def test_a_run_that_diverges_within_an_epoch_leaves_its_last_good_checkpoint(
