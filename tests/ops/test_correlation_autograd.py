@@ -9,8 +9,7 @@ from torch.autograd import gradcheck
 
 from picnn_fast.functional import group_class_loss, group_correlation_loss
 from tests.conftest import Backend
-from tests.ops.test_conformance import OPCHECKS
-from tests.ops.test_filter_loss_autograd import Unused
+from tests.ops.test_conformance import OPCHECKS, Unused
 
 SHAPE = (3, 5, 3, 4)
 GROUPS = (0, 2, 1, 2, 2)

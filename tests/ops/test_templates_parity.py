@@ -4,28 +4,23 @@ Peaks are compared exactly; masks with their definition in float64, within the r
 template's value and of the product.
 """
 
-import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
 from picnn_fast.reference import templates as reference
 from picnn_fast.reference.masking import accumulate_dtype
-from tests.cases import few, in_turn, kernel_cases, pairwise
+from tests.cases import in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
 from tests.ops.test_masking_parity import (
     DTYPES,
     assert_within,
-    dense,
     epsilon,
     on_device,
-    steps,
     ulp,
 )
 
@@ -42,13 +37,6 @@ SHAPES = {
 }
 LAYOUTS = ("contiguous", "channels_last", "sliced", "batch_innermost", "expanded")
 MAIN = LAYOUTS[:2]
-FEW = few(SHAPES, LAYOUTS, DTYPES)
-# In full for one shape, and where a vector ends early.
-CASES = [
-    *itertools.product(["odd"], LAYOUTS, DTYPES),
-    *itertools.product(["vector_tails"], MAIN, DTYPES),
-    *few([name for name in SHAPES if name not in ("odd", "vector_tails")], MAIN, DTYPES),
-]
 
 
 def offsets(height: int, width: int) -> Tensor:
@@ -116,24 +104,6 @@ def assert_masked(
 
 def first_peaks(x: Tensor) -> Tensor:
     return reference.map_peaks(x.cpu())
-
-
-@kernel_cases(("shape_name", "layout", "dtype"), CASES, FEW)
-def test_forward_and_backward(backend: Backend, shape_name, layout, dtype):
-    x = maps(SHAPES[shape_name], layout, dtype)
-    leaf = on_device(backend.device, x).requires_grad_()
-    template = TEMPLATES["l1 wide"]
-    masked, peak = template_mask(leaf, template, scale=0.75)
-    grad_masked = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    (grad,) = torch.autograd.grad(masked, leaf, grad_masked.to(backend.device))
-
-    assert (masked.dtype, peak.dtype, grad.dtype) == (dtype, torch.int64, dtype)
-    assert (masked.shape, peak.shape, grad.shape) == (x.shape, x.shape[:2], x.shape)
-    assert torch.equal(peak.cpu(), first_peaks(x))
-    assert_masked(masked, x, peak, template, 0.75)
-    assert_masked(grad, grad_masked, peak, template, 0.75)
-    if dense(x):
-        assert steps(masked) == steps(x)
 
 
 @kernel_cases(
@@ -277,18 +247,6 @@ def test_maps_beyond_the_cache_and_many_filters(backend: Backend, layout, dtype)
     assert_masked(masked, x, peak, TEMPLATES["l1 wide"], 1.0)
 
 
-@kernel_cases(["layout"], [("contiguous",), ("channels_last",)], [])
-def test_any_number_of_threads_gives_the_same_result(backend: Backend, threads, layout):
-    x = on_device(backend.device, maps((3, 4, 5, 5) if backend.slow else (9, 300, 7, 7), layout))
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append(template_mask(x, TEMPLATES["l2"]))
-    for masked, peak in results[1:]:
-        assert torch.equal(masked, results[0][0])
-        assert torch.equal(peak, results[0][1])
-
-
 @pytest.mark.parametrize("wrong", [-1, 35, 2**40, -(2**63)])
 def test_a_peak_out_of_range_is_refused(cpp: Backend, wrong):
     peak = torch.zeros(2, 3, dtype=torch.int64)
@@ -314,18 +272,3 @@ def test_the_compiled_kernels_refuse_templates_that_are_none(cpp: Backend, name)
         torch.ops.picnn_fast.template_mask(x, offsets, 1.0)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.picnn_fast.filter_loss(x, offsets, 1.0, True)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    shape=st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(1, 40), st.integers(1, 40)),
-    layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from(DTYPES),
-    name=st.sampled_from([name for name in TEMPLATES if name != "table"]),
-    seed=st.integers(0, 2**31),
-)
-def test_any_maps_are_masked_like_the_reference(cpp: Backend, shape, layout, dtype, name, seed):
-    x = maps(shape, layout, dtype, seed)
-    masked, peak = template_mask(x, TEMPLATES[name])
-    assert torch.equal(peak, first_peaks(x))
-    assert_masked(masked, x, peak, TEMPLATES[name], 1.0)
