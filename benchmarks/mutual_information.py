@@ -504,8 +504,11 @@ Activations `[samples, filters]` imitate pooled ReLU maps with class structure.
   *of reading once*: over half the time of a copy, that is, reading the activations once at copy
   bandwidth; *sum*: what PyTorch's own sum takes, which only reads. Processors with VPOPCNTDQ and
   GFNI count many samples a class by bit planes and population counts (K = 10 here), all else is an
-  increment of a counter a sample; at K = 1000 the counters leave the caches. At [10000, 128] about
-  a third of the time goes to the call, the labels and adding to 0.7 MB of counts;
+  increment of a counter a sample. At K = 1000 the 65 MB of counts leave the caches. Where samples
+  are several to a cell ([200000, 128]), eight classes at a time are counted in a small table; else
+  each sample fetches its line of the counts: at [10000, 128] 31 MB of lines are read and written,
+  six times the activations. At [10000, 128], K = 10, about a third of the time goes to the call,
+  the labels and adding to 0.7 MB of counts;
   *plain*: `torch.bincount` with a range known beforehand.
 - *einsum*, *scatter*: soft counts as a product with one-hot labels, and by `index_add`.
 """

@@ -137,10 +137,10 @@ Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bo
       std::max(ceil_div(samples, most_rows), std::min(splits, samples / least_rows));
   plan.rows = ceil_div(samples, std::max<int64_t>(1, wanted));
   plan.runs = ceil_div(samples, plan.rows);
-  // A table of some classes stays in the fastest cache, and takes in more samples than it has
-  // cells.
+  // A table of some classes stays in the fastest cache; adding it up pays where it takes in several
+  // samples for each of its cells.
   const bool by_class = neighbours && bins <= 128 && samples < int64_t{1} << 31 &&
-                        samples * kClassesAtOnce >= 2 * bins * classes;
+                        samples * kClassesAtOnce >= 4 * bins * classes;
   plan.method = sliced                         ? Method::kBitPlanes
                 : 4 * table_cells <= plan.rows ? Method::kTables
                 : by_class                     ? Method::kByClass
