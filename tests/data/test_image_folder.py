@@ -37,6 +37,7 @@ def test_images_are_square_normalised_and_labelled_by_folder(root):
     images, labels = data.as_taken(images, labels)
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, IMAGENET(torch.stack([image for image, _ in data.test_set])))
     assert labels.tolist() == [0, 0, 1, 1]
     assert (data.class_names, data.num_classes, data.in_channels) == (["ant", "bee"], 2, 3)
     red = (200 / 255 - 0.485) / 0.229

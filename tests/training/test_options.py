@@ -572,3 +572,16 @@ def test_what_data_refuses_is_told_by_the_option_of_the_run(tmp_path, data, opti
     root = {} if data == "part-animals" else {"root": str(tmp_path)}
     with pytest.raises(ConfigError, match=rf"^data\.{message}"):
         build_data(Options(data={"name": data, **root, **options}))
+
+
+def test_a_folder_is_noted_by_its_whole_path_and_a_url_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root, noted in (("shards", str(tmp_path / "shards")), ("https://a/b", "https://a/b")):
+        data = {"name": "shards", "root": root, "index": "index.npz"}
+        options = Options(data=data)
+        assert options.data["root"] == noted
+        assert options.data["index"] == str(tmp_path / "index.npz")
+        assert options.data["keep"] is None
+        # Where they are kept, and how they are read, makes no other data.
+        other = Options(data={**data, "index": None, "keep": "kept", "cache": 0.5})
+        assert other.data_identity() == options.data_identity()
