@@ -21,7 +21,8 @@ import torchvision
 from PIL import Image
 
 from picnn_fast.backbones import cut
-from picnn_fast.data import DATA, image_folder
+from picnn_fast.data import DATA
+from picnn_fast.data.images import PictureFiles
 from picnn_fast.evaluation import FIGURES, default_figures, evaluate
 from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.training import checkpoint, launch, run
@@ -432,14 +433,14 @@ def test_a_limit_on_the_size_of_files_leaves_the_last_checkpoint(tmp_path):
 
 
 def test_a_reading_process_that_is_killed_is_told_in_a_line(config, monkeypatch):
-    original = image_folder._Images.__getitem__
+    original = PictureFiles.open
 
-    def killed(self, index):
+    def killed(self, *place):
         if torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, index)
+        return original(self, *place)
 
-    monkeypatch.setattr(image_folder._Images, "__getitem__", killed)
+    monkeypatch.setattr(PictureFiles, "open", killed)
     # How long torch waits for an answer, and for its processes to end, seconds.
     reader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     monkeypatch.setattr(reader._try_get_data, "__defaults__", (0.1,))

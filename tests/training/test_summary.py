@@ -183,7 +183,7 @@ def test_a_run_that_diverged_has_a_page_that_says_so(tmp_path):
         "The training of PICNN diverged: its loss was NaN or infinity from epoch 3."
     )
     assert not isinstance(report.networks[0].grad_cam, str)
-    saved = torch.load(folder / "last.ckpt")
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
     for values in saved["state_dict"].values():
         if values.is_floating_point():
             values.fill_(torch.nan)
