@@ -91,7 +91,7 @@ test-oldest: $(OLDEST_VENV)/.built ## the whole test suite with the oldest versi
 # Without parity: that hangs on our kernels more than on the version, and takes longest by far.
 test-oldest-quick: $(OLDEST_VENV)/.built ## of these the operators, models and command line, without parity
 	$(OLDEST_VENV)/bin/python $(PYTEST) tests/ops tests/backbones tests/models tests/test_cli.py \
-		--ignore-glob='tests/ops/*_parity.py'
+		--ignore-glob='tests/ops/*_parity.py' -k 'not results_and_gradients_are_the_references'
 
 TAG := -c 'import sys; print(sys.implementation.cache_tag)'
 oldest-python:

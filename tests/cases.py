@@ -53,16 +53,18 @@ def few(shapes: Iterable[str], layouts: Sequence[str], *others: Sequence[Any]) -
 
 def kernel_cases(
     names: Sequence[str],
-    full: Iterable[Row],
-    interpreted: Iterable[Row],
+    full: Sequence[Row],
+    interpreted: Sequence[Row],
     *,
-    fibres: Iterable[Row] | None = None,
+    fibres: Sequence[Row] | None = None,
 ) -> pytest.MarkDecorator:
-    """The test's backends and cases: ``full`` on every machine code, and ``interpreted`` on
-    PyTorch's own operators and in Triton's interpreter, which is slow. CUDA's bodies run as fibres
-    take ``full`` too, but for ``fibres``."""
+    """The test's backends and cases: ``full`` where the code is compiled; ``interpreted`` on
+    PyTorch's own operators, in Triton's interpreter, which is slow, and, unless it is empty, on
+    the same code compiled for other instruction sets. CUDA's bodies run as fibres take ``full``
+    too, but for ``fibres``."""
     chosen = {"reference": interpreted, "reference-gpu": interpreted, "triton": interpreted}
     chosen["cuda-fibres"] = full if fibres is None else fibres
+    chosen |= dict.fromkeys(other_instruction_sets(), interpreted or full)
     params = []
     for entry in (*BACKENDS, *other_instruction_sets()):
         backend, marks = (entry, ()) if isinstance(entry, str) else (entry.values[0], entry.marks)

@@ -496,6 +496,8 @@ def _filter_loss_running(
     log_ratio = torch.randn(shape[1], generator=generator).mul(0.1).to(wide)
     log_mean[:1] = log_ratio[:1] = -math.inf
     assigned = torch.randint(0, templates, shape[:2], generator=generator)
+    if dtype in (torch.float32, torch.bfloat16):
+        assigned = None  # all templates count
     return x, log_mean, log_ratio, 0.3, assigned, *end
 
 

@@ -9,7 +9,6 @@ from torch.autograd import gradcheck
 
 from picnn_fast.functional import group_class_loss, group_correlation_loss
 from tests.conftest import Backend
-from tests.ops.test_conformance import OPCHECKS, Unused
 
 SHAPE = (3, 5, 3, 4)
 GROUPS = (0, 2, 1, 2, 2)
@@ -64,16 +63,6 @@ def test_gradcheck_of_the_class_loss():
     assert torch.autograd.gradgradcheck(lambda t: group_class_loss(t, groups, labels, 2), x)
 
 
-def test_the_gradient_may_be_asked_for_twice(backend: Backend):
-    x = leaf(backend.device)
-    loss = loss_of(x)
-    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (double,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
-    torch.testing.assert_close(double, 2 * first)
-    (nothing,) = torch.autograd.grad(0 * loss, x)
-    assert not nothing.any()
-
-
 def test_second_derivatives_are_refused_never_zero(backend: Backend):
     x = leaf(backend.device)
     refused = pytest.raises(
@@ -116,13 +105,6 @@ def test_forward_mode_is_refused(backend: Backend):
         loss_of(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
-def test_a_loss_that_nothing_uses_sends_nothing_back(backend: Backend):
-    x = leaf(backend.device)
-    loss = Unused.apply(loss_of(x))
-    (grad,) = torch.autograd.grad(loss + x.sum(), x)
-    assert torch.equal(grad, torch.ones_like(x))
-
-
 def test_maps_changed_in_place_after_the_forward_pass_are_refused(backend: Backend):
     x = leaf(backend.device)
     maps = x * 1
@@ -130,17 +112,6 @@ def test_maps_changed_in_place_after_the_forward_pass_are_refused(backend: Backe
     maps.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_no_gradient_is_recorded_unless_it_is_asked_for(backend: Backend):
-    x = leaf(backend.device)
-    expected = loss_of(x)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            loss = loss_of(x)
-            assert not loss.requires_grad
-            torch.testing.assert_close(loss, expected)
-    assert not loss_of(x.detach()).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -153,42 +124,6 @@ def test_half_types_accumulate_in_float32(backend: Backend, dtype):
     grads = [torch.autograd.grad(value, t)[0] for value, t in zip(losses, (x, wide), strict=True)]
     assert grads[0].dtype == dtype
     torch.testing.assert_close(grads[0].float(), grads[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)
-def test_opcheck(backend: Backend, layout, counted):
-    x = leaf(backend.device, torch.float32, layout)
-    given = options(x)
-    positive = None if counted is None else torch.tensor(counted, device=x.device)
-    arguments = (given["mean"], given["groups"], 3, positive)
-    ops = torch.ops.picnn_fast
-    results = torch.library.opcheck(ops.group_correlation.default, (x, *arguments))
-    assert set(results) == OPCHECKS
-    _, *kept = ops.group_correlation(x.detach(), *arguments)
-    grad_loss = torch.tensor(2.0, device=x.device)
-    end = (given["mean"], given["groups"], positive, *kept)
-    results = torch.library.opcheck(
-        ops.group_correlation_backward.default, (grad_loss, x.detach(), *end)
-    )
-    assert set(results) == OPCHECKS
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_shape_functions_hold_for_every_dtype(backend: Backend, dtype):
-    x = leaf(backend.device, dtype).detach()
-    given = options(x)
-    ops = torch.ops.picnn_fast
-    tests = ("test_schema", "test_faketensor")
-    for maps in (x, x[:0], x.contiguous(memory_format=torch.channels_last)):
-        arguments = (maps, given["mean"], given["groups"], 4, None)
-        torch.library.opcheck(ops.group_correlation.default, arguments, test_utils=tests)
-        loss, *kept = ops.group_correlation(*arguments)
-        torch.library.opcheck(
-            ops.group_correlation_backward.default,
-            (torch.ones_like(loss), *arguments[:3], None, *kept),
-            test_utils=tests,
-        )
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -210,18 +145,6 @@ def test_compiles_into_one_graph(backend: Backend, num_groups, counted):
     got, expected = compiled(x), total(x)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
-
-
-def test_autocast_leaves_the_sums_in_float32(backend: Backend):
-    x = leaf(backend.device, torch.float32)
-    expected = loss_of(x)
-    (want,) = torch.autograd.grad(expected, x)
-    with torch.autocast(backend.device.type, torch.bfloat16):
-        loss = loss_of(x)
-        (grad,) = torch.autograd.grad(loss, x)
-    assert loss.dtype == grad.dtype == torch.float32
-    assert torch.equal(loss, expected)
-    assert torch.equal(grad, want)
 
 
 def test_autocast_leaves_the_class_loss_in_float32():
