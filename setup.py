@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -129,7 +130,7 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
         work.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(self.ninja_file(ext, work))
+        (work / "build.ninja").write_text(ninja_file())
         import ninja
 
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
@@ -144,115 +145,129 @@ class NinjaBuild(build_ext):
         shutil.copyfile(work / "_C.so", staging)
         staging.replace(target)
 
-    def ninja_file(self, ext: Extension, work: Path) -> str:
-        import pybind11
-        import torch
 
-        torch_root = Path(torch.__file__).parent
-        compiler = find_compiler()
-        assert compiler is not None
-        nvcc, cuda_reason = find_nvcc()
-        warnings = ["-Wall", "-Wextra"]
-        nvcc_warnings = ["-Xcompiler", "-Wall,-Wextra"]
-        if os.environ.get("PICNN_FAST_WERROR") == "1":
-            warnings.append("-Werror")
-            nvcc_warnings += ["--Werror", "all-warnings"]
-        shared = [
-            "-std=c++17",
-            "-O3",
-        ]
-        # Not for the bindings: some releases of torch bring a pybind11 of their own.
-        torch_flags = [
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            flag("-isystem ", torch_root / "include"),
-        ]
-        # Without contraction a * b + c rounds twice on every instruction set, as the reference
-        # does; without trapping math and errno, loops with comparisons vectorise.
-        cxx = [
-            *warnings,
-            *shared,
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-g0",
-        ]
-        facts = [
-            define("PICNN_FAST_COMPILER", version_line(compiler)),
-            define("PICNN_FAST_TORCH", torch.__version__),
-            define("PICNN_FAST_CUDA_REASON", cuda_reason),
-            define("PICNN_FAST_CUDA_COMPILER", version_line([nvcc]) if nvcc else ""),
-            define(
-                "PICNN_FAST_CUDA_ARCHITECTURES",
-                " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES)
-                + f" compute_{CUDA_ARCHITECTURES[-1]}"
-                if nvcc
-                else "",
-            ),
-        ]
-        python_include = sysconfig.get_path("include")
-        objects: list[tuple[str, str, Path, list[str]]] = [
-            (
-                "bindings.o",
-                "cxx",
-                ROOT / "csrc/bindings.cpp",
-                [
-                    *facts,
-                    flag("-isystem ", pybind11.get_include()),
-                    flag("-isystem ", python_include),
-                ],
-            )
-        ]
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        capabilities = X86_CAPABILITIES if x86 else {"default": []}
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            if not source.stem.endswith("_kernels"):
-                objects.append((f"cpu_{source.stem}.o", "cxx", source, torch_flags))
-                continue
-            for capability, flags in capabilities.items():
-                names = [
-                    f"-DPICNN_FAST_NAMESPACE=picnn_fast_{capability}",
-                    f"-DPICNN_FAST_KERNELS={source.stem}_{capability}",
-                ]
-                objects.append((f"cpu_{source.stem}_{capability}.o", "cxx", source, flags + names))
-        # libtorch brings in libtorch_cuda where there is one: the weak stream symbol needs it.
-        link = [flag("-L", torch_root / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        if nvcc:
-            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                objects.append((f"cuda_{source.stem}.o", "nvcc", source, torch_flags))
-            toolkit = Path(nvcc).resolve().parent.parent
-            folders = [toolkit / "lib64", toolkit / "targets/x86_64-linux/lib", toolkit / "lib"]
-            link += [flag("-L", folder) for folder in folders if folder.is_dir()]
-            # Static: the library then loads beside a torch built without CUDA.
-            link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        newest = CUDA_ARCHITECTURES[-1]
-        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        cuda = [*nvcc_warnings, *shared, *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        lines = [
-            "ninja_required_version = 1.5",
-            "cxx = " + " ".join(flag("", word) for word in compiler),
-            f"cxx_flags = {' '.join(cxx)}",
-            flag("nvcc = ", nvcc or "nvcc") + flag(" -ccbin ", host_compiler(compiler)),
-            f"cuda_flags = {' '.join(cuda)}",
-            "rule cxx",
-            "  command = $cxx -MMD -MF $out.d $cxx_flags $flags -c $in -o $out",
+@dataclass(frozen=True)
+class Tools:
+    """What compiles: the words of the C++ compiler's command; nvcc, or None and the reason."""
+
+    compiler: list[str]
+    nvcc: str | None
+    cuda_reason: str
+
+
+# An object file, the rule that makes it, its source, and flags of its own.
+Object = tuple[str, str, Path, list[str]]
+
+
+def compiler_flags() -> dict[str, list[str]]:
+    """Flags of all files that a rule compiles."""
+    warnings, nvcc_warnings = ["-Wall", "-Wextra"], ["-Xcompiler", "-Wall,-Wextra"]
+    if os.environ.get("PICNN_FAST_WERROR") == "1":
+        warnings.append("-Werror")
+        nvcc_warnings += ["--Werror", "all-warnings"]
+    shared = ["-std=c++17", "-O3"]
+    # Without contraction a * b + c rounds twice on every instruction set, as the reference does;
+    # without trapping math and errno, loops with comparisons vectorise.
+    arithmetic = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    cxx = [*warnings, *shared, "-fPIC", "-fvisibility=hidden", *arithmetic, "-g0"]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    newest = CUDA_ARCHITECTURES[-1]
+    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    cuda = [*nvcc_warnings, *shared, *codes, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    return {"cxx": cxx, "nvcc": cuda}
+
+
+def build_facts(tools: Tools) -> list[str]:
+    """What ``build_info`` tells, as definitions of the bindings."""
+    import torch
+
+    architectures = " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES)
+    architectures += f" compute_{CUDA_ARCHITECTURES[-1]}"
+    return [
+        define("PICNN_FAST_COMPILER", version_line(tools.compiler)),
+        define("PICNN_FAST_TORCH", torch.__version__),
+        define("PICNN_FAST_CUDA_REASON", tools.cuda_reason),
+        define("PICNN_FAST_CUDA_COMPILER", version_line([tools.nvcc]) if tools.nvcc else ""),
+        define("PICNN_FAST_CUDA_ARCHITECTURES", architectures if tools.nvcc else ""),
+    ]
+
+
+def objects(tools: Tools, torch_root: Path) -> list[Object]:
+    """Every source, the kernels of the CPU once for each instruction set."""
+    import pybind11
+
+    # Not for the bindings: some releases of torch bring a pybind11 of their own.
+    torch_flags = [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        flag("-isystem ", torch_root / "include"),
+    ]
+    python = [
+        flag("-isystem ", pybind11.get_include()),
+        flag("-isystem ", sysconfig.get_path("include")),
+    ]
+    bindings = ROOT / "csrc/bindings.cpp"
+    found: list[Object] = [("bindings.o", "cxx", bindings, [*build_facts(tools), *python])]
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    capabilities = X86_CAPABILITIES if x86 else {"default": []}
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        if not source.stem.endswith("_kernels"):
+            found.append((f"cpu_{source.stem}.o", "cxx", source, torch_flags))
+            continue
+        for capability, flags in capabilities.items():
+            names = [
+                f"-DPICNN_FAST_NAMESPACE=picnn_fast_{capability}",
+                f"-DPICNN_FAST_KERNELS={source.stem}_{capability}",
+            ]
+            found.append((f"cpu_{source.stem}_{capability}.o", "cxx", source, flags + names))
+    if tools.nvcc:
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            found.append((f"cuda_{source.stem}.o", "nvcc", source, torch_flags))
+    return found
+
+
+def link_flags(tools: Tools, torch_root: Path) -> list[str]:
+    # libtorch brings in libtorch_cuda where there is one: the weak stream symbol needs it.
+    link = [flag("-L", torch_root / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    if tools.nvcc:
+        toolkit = Path(tools.nvcc).resolve().parent.parent
+        folders = [toolkit / "lib64", toolkit / "targets/x86_64-linux/lib", toolkit / "lib"]
+        link += [flag("-L", folder) for folder in folders if folder.is_dir()]
+        # Static: the library then loads beside a torch built without CUDA.
+        link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    return link
+
+
+def ninja_file() -> str:
+    import torch
+
+    torch_root = Path(torch.__file__).parent
+    compiler = find_compiler()
+    assert compiler is not None
+    tools = Tools(compiler, *find_nvcc())
+    flags = compiler_flags()
+    lines = [
+        "ninja_required_version = 1.5",
+        "cxx = " + " ".join(flag("", word) for word in compiler),
+        f"cxx_flags = {' '.join(flags['cxx'])}",
+        flag("nvcc = ", tools.nvcc or "nvcc") + flag(" -ccbin ", host_compiler(compiler)),
+        f"nvcc_flags = {' '.join(flags['nvcc'])}",
+    ]
+    for rule in flags:
+        lines += [
+            f"rule {rule}",
+            f"  command = ${rule} -MMD -MF $out.d ${rule}_flags $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            "rule nvcc",
-            "  command = $nvcc -MMD -MF $out.d $cuda_flags $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            "  command = $cxx -shared -o $out $in $flags",
         ]
-        for output, rule, source, flags in objects:
-            path = re.sub(r"([$ :])", r"$\1", str(source))
-            lines += [f"build {output}: {rule} {path}", f"  flags = {' '.join(flags)}"]
-        names = " ".join(output for output, *_ in objects)
-        lines += [f"build _C.so: link {names}", f"  flags = {' '.join(link)}", "default _C.so", ""]
-        return "\n".join(lines)
+    lines += ["rule link", "  command = $cxx -shared -o $out $in $flags"]
+    outputs = []
+    for output, rule, source, own in objects(tools, torch_root):
+        path = re.sub(r"([$ :])", r"$\1", str(source))
+        lines += [f"build {output}: {rule} {path}", f"  flags = {' '.join(own)}"]
+        outputs.append(output)
+    link = " ".join(link_flags(tools, torch_root))
+    lines += [f"build _C.so: link {' '.join(outputs)}", f"  flags = {link}", "default _C.so", ""]
+    return "\n".join(lines)
 
 
 def extensions() -> list[Extension]:
