@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,13 +22,20 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def integer(name: str, value: int, least: int, below: int | None = None) -> int:
-    """An int >= ``least``, and less than ``below`` where that is given."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, want an int")
+    """An int >= ``least``, less than ``below`` where that is given; NumPy's become Python's."""
+    value = _integer(name, value)
     if value < least or (below is not None and value >= below):
         limit = "" if below is None else f" and below {below}"
         raise ValueError(f"{name}: got {value}, want an int >= {least}{limit}")
     return value
+
+
+def _integer(name: str, value: object, want: str = "an int") -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, np.integer):
+        return int(value)
+    raise TypeError(f"{name}: got {type(value).__name__}, want {want}")
 
 
 def non_negative(name: str, value: float) -> float:
@@ -52,7 +60,7 @@ def share(name: str, value: float) -> float:
 
 
 def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name}: got {type(value).__name__}, want a number")
 
 
@@ -221,8 +229,7 @@ def rank(value: int | None) -> int:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank()
         return 0
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"rank: got {type(value).__name__}, want an int")
+    value = _integer("rank", value)
     if not 0 <= value < 2**32:
         raise ValueError(f"rank: got {value}, want an int in [0, 2**32)")
     return value
@@ -246,8 +253,7 @@ def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
                 f"seed: got device {value.device}, want {device} like the other tensors"
             )
         return value.reshape(1)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"seed: got {type(value).__name__}, want an int, an int64 tensor or None")
+    value = _integer("seed", value, "an int, an int64 tensor or None")
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"seed: got {value}, want 64 bits: an int in [-2**63, 2**64)")
     signed = value - 2**64 if value >= 2**63 else value

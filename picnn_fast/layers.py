@@ -9,6 +9,9 @@ from picnn_fast import checks, functional
 from picnn_fast.ops.filter_loss import published_beta
 from picnn_fast.ops.templates import CENTERS, PartTemplate, check_scale, check_template
 
+# More would not be refused by the allocator before the machine has run out of memory.
+MOST_FILTERS = 2**20
+
 
 class LearnedBeta(nn.Module):
     """The beta of a gradient template, one a filter, which follows how far the maps spread.
@@ -55,7 +58,7 @@ class LearnedBeta(nn.Module):
         self.template = check_template(template)
         if not isinstance(template.profile, str) or template.profile != "gradient":
             raise ValueError(f"template: got {template}, want a gradient template to learn beta of")
-        checks.integer("num_filters", num_filters, 1)
+        num_filters = checks.integer("num_filters", num_filters, 1)
         self.rate = checks.positive("rate", rate)
         if rate > 1:
             raise ValueError(f"rate: got {rate}, want a number in (0, 1]")
@@ -205,8 +208,8 @@ def inserted_convolution(in_channels: int, num_filters: int, kernel: int) -> nn.
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range.
     """
-    checks.integer("in_channels", in_channels, 1)
-    checks.integer("num_filters", num_filters, 1)
+    in_channels = checks.integer("in_channels", in_channels, 1)
+    num_filters = checks.integer("num_filters", num_filters, 1, MOST_FILTERS)
     check_insert_kernel(kernel)
     return nn.Conv2d(in_channels, num_filters, kernel_size=kernel, padding=kernel // 2)
 

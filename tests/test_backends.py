@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,42 @@ def test_forced_backends_nest_and_come_back(calls, cpp: Backend):
         assert backends.serving("cpu", "mask_channels") == "reference"
         call()
         assert len(calls) == 2
+    assert backends.serving("cpu", "mask_channels") == "cpp"
+
+
+def test_of_contexts_left_in_another_order_the_last_entered_is_in_charge(calls, cpp: Backend):
+    first, second = picnn_fast.use_backend("reference"), picnn_fast.use_backend("cpp")
+    with contextlib.ExitStack() as rest:
+        rest.enter_context(second)
+        with contextlib.ExitStack() as early:
+            early.enter_context(first)
+            rest.enter_context(picnn_fast.use_backend("cpp"))
+        # The reference is left, and cpp, entered after it, is not.
+        assert backends.serving("cpu", "mask_channels") == "cpp"
+        with contextlib.ExitStack() as early:
+            early.enter_context(picnn_fast.use_backend("cpp"))
+            rest.enter_context(picnn_fast.use_backend("reference"))
+        assert backends.serving("cpu", "mask_channels") == "reference"
+        call()
+    assert calls == ["mask_channels"]
+    assert backends.serving("cpu", "mask_channels") == "cpp"
+
+
+def test_threads_that_force_backends_leave_none_behind(cpp: Backend):
+    want, wrong = call(), []
+
+    def switch(name: str) -> None:
+        for _ in range(20):
+            with picnn_fast.use_backend(name):
+                if not torch.equal(call(), want):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=switch, args=[name]) for name in ("cpp", "reference") * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
     assert backends.serving("cpu", "mask_channels") == "cpp"
 
 

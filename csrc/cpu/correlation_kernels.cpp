@@ -15,10 +15,12 @@ namespace PICNN_FAST_NAMESPACE {
 namespace {
 
 using picnn_fast::Correlation;
-using picnn_fast::CorrelationKernels;
+using picnn_fast::CorrelationBackward;
+using picnn_fast::CorrelationForward;
+using picnn_fast::CorrelationKernelsOf;
+using picnn_fast::kGradientTile;
 using picnn_fast::kTile;
 using picnn_fast::padded_positions;
-using picnn_fast::Storage;
 using picnn_fast::Strides;
 using picnn_fast::table_width;
 
@@ -35,99 +37,100 @@ PICNN_FAST_HD void prefetch(const T* from, int64_t bytes) {
 }
 constexpr int64_t kBytesAhead = 16384;
 
-// The last lanes of a whole vector, as many as follow the last whole vector of a row: where a row
-// ends, a vector that reaches back over others is worked on, and counts from there.
+// The numbers of the lanes of a vector.
 template <typename A>
-PICNN_FAST_HD Vector<A> only_last(const Vector<A>& value, int64_t last) {
+PICNN_FAST_HD Vector<IndexOf<A>> lane_numbers() {
   Vector<IndexOf<A>> lane;
   for (int l = 0; l < kLanes<A>; ++l) {
     lane[l] = l;
   }
-  const auto counts = lane >= static_cast<IndexOf<A>>(kLanes<A> - last);
-  return counts ? value : Vector<A>{};
+  return lane;
 }
 
-// Runs `whole(p)` on the vectors of a row, and `last(p, count)` on the one that ends it, of which
-// only the last `count` elements are new; `single(p)` where a row is shorter than a vector.
-template <typename A, typename Whole, typename Last, typename Single>
-PICNN_FAST_HD void along_row(int64_t positions, const Whole& whole, const Last& last,
-                             const Single& single) {
-  int64_t p = 0;
-  for (; p + kLanes<A> <= positions; p += kLanes<A>) {
-    whole(p);
-  }
-  if (p == positions) {
-    return;
-  }
-  if (positions >= kLanes<A>) {
-    last(positions - kLanes<A>, positions - p);
-    return;
-  }
-  for (; p < positions; ++p) {
-    single(p);
-  }
-}
-
-// u = x - mean, and ⟨u, with⟩, or ‖u‖² without `with`. What follows the last position in u is left
-// as it is.
-template <bool kWith, typename A, typename T>
-PICNN_FAST_HD A centre(const T* x, int64_t stride, const A* mean, const A* with, int64_t positions,
-                       A* u) {
-  A rest = 0;
-  const auto single = [&](int64_t p) {
-    u[p] = widen(x[p * stride]) - mean[p];
-    rest += u[p] * (kWith ? with[p] : u[p]);
-  };
-  if (stride != 1) {
-    for (int64_t p = 0; p < positions; ++p) {
-      single(p);
-    }
-    return rest;
-  }
-  Vector<A> sums{};
-  along_row<A>(
-      positions,
-      [&](int64_t p) {
-        prefetch(x + p, kBytesAhead);
-        const Vector<A> value = load<A>(x + p) - load<A>(mean + p);
-        sums += value * (kWith ? load<A>(with + p) : value);
-        store<A>(value, u + p);
-      },
-      [&](int64_t p, int64_t count) {
-        const Vector<A> value = load<A>(x + p) - load<A>(mean + p);
-        sums += only_last<A>(value * (kWith ? load<A>(with + p) : value), count);
-        store<A>(value, u + p);
-      },
-      single);
-  return rest + sum_lanes<A>(sums);
-}
-
-// Of rows with zeros up to whole vectors.
+// The last `count` lanes of a vector in front, and zeros behind them: where a row ends, a vector
+// that reaches back over others is read, and what is new in it goes on with whole vectors.
 template <typename A>
-PICNN_FAST_HD A dot(const A* a, const A* b, int64_t padded) {
+PICNN_FAST_HD Vector<A> last_in_front(const Vector<A>& value, int64_t count) {
+  const auto lane = lane_numbers<A>();
+  const auto number = static_cast<IndexOf<A>>(count);
+  // The second vector of the two is zero.
+  const auto from = lane < number ? lane + (kLanes<A> - number) : lane + kLanes<A>;
+  return shuffle<A>(value, Vector<A>{}, from);
+}
+
+// The other way: a vector that ends with the first `count` lanes of `last`, after those of the one
+// before it.
+template <typename A>
+PICNN_FAST_HD Vector<A> reaching_back(const Vector<A>& before, const Vector<A>& last,
+                                      int64_t count) {
+  return shuffle<A>(before, last, lane_numbers<A>() + static_cast<IndexOf<A>>(count));
+}
+
+// Elements of a row up to the end of its last vector.
+template <typename A>
+PICNN_FAST_HD int64_t in_vectors(int64_t positions) {
+  return (positions + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// Of rows of whole vectors.
+template <typename A>
+PICNN_FAST_HD A dot(const A* a, const A* b, int64_t size) {
   Vector<A> sums[2] = {};
   int64_t p = 0;
-  for (; p + 2 * kLanes<A> <= padded; p += 2 * kLanes<A>) {
+  for (; p + 2 * kLanes<A> <= size; p += 2 * kLanes<A>) {
     sums[0] += load<A>(a + p) * load<A>(b + p);
     sums[1] += load<A>(a + p + kLanes<A>) * load<A>(b + p + kLanes<A>);
   }
-  for (; p < padded; p += kLanes<A>) {
+  for (; p < size; p += kLanes<A>) {
     sums[0] += load<A>(a + p) * load<A>(b + p);
   }
   return sum_lanes<A>(sums[0] + sums[1]);
 }
 
 template <typename A>
-PICNN_FAST_HD void add_scaled(A* sum, A factor, const A* row, int64_t positions) {
+PICNN_FAST_HD void add_scaled(A* sum, A factor, const A* row, int64_t size) {
   const Vector<A> factors = broadcast(factor);
-  along_row<A>(
-      positions,
-      [&](int64_t p) { store<A>(load<A>(sum + p) + factors * load<A>(row + p), sum + p); },
-      [&](int64_t p, int64_t count) {
-        const Vector<A> more = only_last<A>(factors * load<A>(row + p), count);
-        store<A>(load<A>(sum + p) + more, sum + p);
-      },
-      [&](int64_t p) { sum[p] += factor * row[p]; });
+  for (int64_t p = 0; p < size; p += kLanes<A>) {
+    store<A>(load<A>(sum + p) + factors * load<A>(row + p), sum + p);
+  }
+}
+
+// u = x - mean, with zeros up to whole vectors, and ⟨u, with⟩, or ‖u‖² without `with`, a row of
+// whole vectors.
+template <bool kWith, typename A, typename T>
+PICNN_FAST_HD A centre(const T* x, int64_t stride, const A* mean, const A* with, int64_t positions,
+                       A* u) {
+  if (stride != 1 || positions < kLanes<A>) {
+    for (int64_t p = 0; p < positions; ++p) {
+      u[p] = widen(x[p * stride]) - mean[p];
+    }
+    const int64_t size = in_vectors<A>(positions);
+    std::memset(u + positions, 0, (size - positions) * sizeof(A));
+    return dot(u, kWith ? with : u, size);
+  }
+  Vector<A> sums[2] = {};
+  const auto use = [&](const Vector<A>& value, int64_t p, int sum) {
+    sums[sum] += value * (kWith ? load<A>(with + p) : value);
+    store<A>(value, u + p);
+  };
+  const auto whole = [&](int64_t p, int sum) {
+    prefetch(x + p, kBytesAhead);
+    use(load<A>(x + p) - load<A>(mean + p), p, sum);
+  };
+  int64_t p = 0;
+  for (; p + 2 * kLanes<A> <= positions; p += 2 * kLanes<A>) {
+    whole(p, 0);
+    whole(p + kLanes<A>, 1);
+  }
+  if (p + kLanes<A> <= positions) {
+    whole(p, 0);
+    p += kLanes<A>;
+  }
+  if (p != positions) {
+    const int64_t back = positions - kLanes<A>;
+    use(last_in_front<A>(load<A>(x + back) - load<A>(mean + back), positions - p), p, 1);
+  }
+  return sum_lanes<A>(sums[0] + sums[1]);
 }
 
 template <typename A>
@@ -137,21 +140,25 @@ struct Scratch {
   A* total;   // [padded]
   A* weighted;
 };
-template <typename A>
-Scratch<A> carve(const Correlation& c, A* memory) {
+template <typename T, typename A>
+Scratch<A> carve(const Correlation<T, A>& c, A* memory) {
   const int64_t padded = padded_positions(c.shape.positions);
-  std::memset(memory, 0, picnn_fast::correlation_scratch(c) * sizeof(A));
-  A* total = memory + picnn_fast::correlation_scratch(c) - 2 * padded;
-  A* groups = total - c.num_groups * padded;
-  return {memory, groups, total, total + padded};
+  const int64_t size = picnn_fast::correlation_scratch(c.shape, c.num_groups);
+  std::memset(memory, 0, size * sizeof(A));
+  Scratch<A> s{};
+  s.tile = memory;
+  s.weighted = memory + size - padded;
+  s.total = s.weighted - padded;
+  s.groups = s.total - c.num_groups * padded;
+  return s;
 }
 
-// Runs `use(i, count)` on the filters from `first` on, a tile at a time.
+// Runs `use(i, count)` on the filters from `first` on, at most `size` of them at a time.
 template <typename Use>
-PICNN_FAST_HD void for_each_tile(const Correlation& c, int64_t first, const Use& use) {
-  for (int64_t i = first; i < c.shape.filters; i += kTile) {
-    const int64_t left = c.shape.filters - i;
-    use(i, left < kTile ? left : kTile);
+PICNN_FAST_HD void for_each_tile(int64_t filters, int64_t first, int64_t size, const Use& use) {
+  for (int64_t i = first; i < filters; i += size) {
+    const int64_t left = filters - i;
+    use(i, left < size ? left : size);
   }
 }
 
@@ -175,14 +182,15 @@ PICNN_FAST_HD int64_t for_each_vectors(int64_t filters, const Use& use) {
 // The sums of û by group over maps whose filters are neighbours in memory, and the norms; returns
 // the filters that were added. They are read twice, the second time from the cache.
 template <typename T, typename A>
-int64_t sum_by_position(const Correlation& c, int64_t image, const Scratch<A>& s, A* norms) {
+int64_t sum_by_position(const CorrelationForward<T, A>& c, int64_t image, const Scratch<A>& s) {
   const auto [batch, filters, positions] = c.shape;
   const int64_t padded = padded_positions(positions), stride = c.maps_strides.position;
   if (positions < kLanes<A>) {
     return 0;
   }
-  const T* maps = static_cast<const T*>(c.maps) + image * c.maps_strides.batch;
-  const A* means = static_cast<const A*>(c.mean_by_position);
+  const T* maps = c.maps + image * c.maps_strides.batch;
+  const A* means = c.mean_by_position;
+  A* norms = c.norms + image * filters;
   const auto centred = [&, filters = filters](int64_t p, int64_t filter) {
     return load<A>(maps + p * stride + filter) - load<A>(means + p * filters + filter);
   };
@@ -203,90 +211,107 @@ int64_t sum_by_position(const Correlation& c, int64_t image, const Scratch<A>& s
       norms[first + i] = std::sqrt(norms[first + i]);
       inverse[i] = inverse_norm(norms[first + i]);
     }
-    const auto add = [&](int64_t p, int64_t count) {
+    const auto add = [&](int64_t from, int64_t p, int64_t count) {
       for (int i = 0; i < kCount * kLanes<A>; i += kLanes<A>) {
         Vector<A> square[kLanes<A>];
         for (int l = 0; l < kLanes<A>; ++l) {
-          square[l] = centred(p + l, first + i);
+          square[l] = centred(from + l, first + i);
         }
         transpose<A>(square);
         for (int l = 0; l < kLanes<A>; ++l) {
           A* sum = s.groups + c.groups[first + i + l] * padded + p;
           const Vector<A> more = broadcast(inverse[i + l]) * square[l];
-          store<A>(load<A>(sum) + (count == kLanes<A> ? more : only_last<A>(more, count)), sum);
+          store<A>(load<A>(sum) + (count == kLanes<A> ? more : last_in_front<A>(more, count)), sum);
         }
       }
     };
-    along_row<A>(positions, [&](int64_t p) { add(p, kLanes<A>); }, add, [](int64_t) {});
+    int64_t p = 0;
+    for (; p + kLanes<A> <= positions; p += kLanes<A>) {
+      add(p, p, kLanes<A>);
+    }
+    if (p != positions) {
+      add(positions - kLanes<A>, p, positions - p);
+    }
   });
 }
 
+// Adds the maps of a tile, over their norms, to the sums of their groups.
 template <typename T, typename A>
-void forward(const Correlation& c, int64_t begin, int64_t end, A* memory) {
+PICNN_FAST_HD void sum_tile(const CorrelationForward<T, A>& c, int64_t image, int64_t first,
+                            int64_t count, const Scratch<A>& s) {
+  const int64_t positions = c.shape.positions, padded = padded_positions(positions);
+  const Strides& from = c.maps_strides;
+  const T* x = c.maps + image * from.batch + first * from.filter;
+  const A* mean = c.mean + first * positions;
+  A* norms = c.norms + image * c.shape.filters + first;
+  for (int64_t i = 0; i < count; ++i) {
+    norms[i] = centre</*kWith=*/false, A>(x + i * from.filter, from.position, mean + i * positions,
+                                          nullptr, positions, s.tile + i * padded);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    norms[i] = std::sqrt(norms[i]);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(norms[i]), s.tile + i * padded,
+               in_vectors<A>(positions));
+  }
+}
+
+// What the sums of an image's groups yield.
+template <typename T, typename A>
+void find_moments(const CorrelationForward<T, A>& c, int64_t image, const Scratch<A>& s) {
+  const int64_t positions = c.shape.positions, padded = padded_positions(positions);
+  A* sums = c.sums + image * c.num_groups * positions;
+  double* within = c.moments + image * 2 * c.num_groups;
+  double* across = within + c.num_groups;
+  for (int64_t group = 0; group < c.num_groups; ++group) {
+    add_scaled(s.total, A{1}, s.groups + group * padded, padded);
+  }
+  for (int64_t group = 0; group < c.num_groups; ++group) {
+    const A* sum = s.groups + group * padded;
+    within[group] = dot(sum, sum, padded);
+    across[group] = dot(sum, s.total, padded);
+    std::memcpy(sums + group * positions, sum, positions * sizeof(A));
+  }
+}
+
+template <typename T, typename A>
+void forward(const CorrelationForward<T, A>& c, int64_t begin, int64_t end, A* memory) {
   const auto [batch, filters, positions] = c.shape;
-  const int64_t padded = padded_positions(positions);
+  const int64_t groups = c.num_groups;
   const Scratch<A> s = carve(c, memory);
-  const Strides from = c.maps_strides;
   for (int64_t image = begin; image < end; ++image) {
-    A* norms = static_cast<A*>(c.norms) + image * filters;
-    A* sums = static_cast<A*>(c.sums) + image * c.num_groups * positions;
-    double* within = c.moments + image * 2 * c.num_groups;
-    double* across = within + c.num_groups;
-    if (c.positive != nullptr && !c.positive[image]) {
-      std::memset(norms, 0, filters * sizeof(A));
-      std::memset(sums, 0, c.num_groups * positions * sizeof(A));
-      std::memset(within, 0, 2 * c.num_groups * sizeof(double));
+    if (!c.counts(image)) {
+      std::memset(c.norms + image * filters, 0, filters * sizeof(A));
+      std::memset(c.sums + image * groups * positions, 0, groups * positions * sizeof(A));
+      std::memset(c.moments + image * 2 * groups, 0, 2 * groups * sizeof(double));
       continue;
     }
-    std::memset(s.groups, 0, (c.num_groups + 1) * padded * sizeof(A));  // and the total
-    const int64_t done = c.mean_by_position == nullptr ? 0 : sum_by_position<T>(c, image, s, norms);
-    const T* maps = static_cast<const T*>(c.maps) + image * from.batch;
-    for_each_tile(c, done, [&, positions = positions](int64_t first, int64_t count) {
-      const T* x = maps + first * from.filter;
-      const A* mean = static_cast<const A*>(c.mean) + first * positions;
-      A* of = norms + first;
-      for (int64_t i = 0; i < count; ++i) {
-        of[i] = centre</*kWith=*/false, A>(x + i * from.filter, from.position, mean + i * positions,
-                                           nullptr, positions, s.tile + i * padded);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        of[i] = std::sqrt(of[i]);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(of[i]),
-                   s.tile + i * padded, positions);
-      }
-    });
-    for (int64_t group = 0; group < c.num_groups; ++group) {
-      add_scaled(s.total, A{1}, s.groups + group * padded, padded);
-    }
-    for (int64_t group = 0; group < c.num_groups; ++group) {
-      const A* sum = s.groups + group * padded;
-      within[group] = dot(sum, sum, padded);
-      across[group] = dot(sum, s.total, padded);
-      std::memcpy(sums + group * positions, sum, positions * sizeof(A));
-    }
+    // And the total.
+    std::memset(s.groups, 0, (groups + 1) * padded_positions(positions) * sizeof(A));
+    const int64_t done = c.mean_by_position == nullptr ? 0 : sum_by_position(c, image, s);
+    for_each_tile(filters, done, kTile,
+                  [&](int64_t first, int64_t count) { sum_tile(c, image, first, count, s); });
+    find_moments(c, image, s);
   }
 }
 
 // The gradients of û, by group.
-template <typename A>
-void group_gradients(const Correlation& c, int64_t image, const Scratch<A>& s) {
+template <typename T, typename A>
+void group_gradients(const CorrelationBackward<T, A>& c, int64_t image, const Scratch<A>& s) {
   const int64_t positions = c.shape.positions, padded = padded_positions(positions);
-  const A* own = static_cast<const A*>(c.own);
-  const A* total = static_cast<const A*>(c.total);
-  const A* sums = static_cast<const A*>(c.sums) + image * c.num_groups * positions;
+  const A* sums = c.sums + image * c.num_groups * positions;
   std::memset(s.total, 0, 2 * padded * sizeof(A));  // and the weighted one
   for (int64_t group = 0; group < c.num_groups; ++group) {
     A* row = s.groups + group * padded;
     std::memcpy(row, sums + group * positions, positions * sizeof(A));
     add_scaled(s.total, A{1}, row, padded);
-    add_scaled(s.weighted, total[group], row, padded);
+    add_scaled(s.weighted, c.total[group], row, padded);
   }
   for (int64_t group = 0; group < c.num_groups; ++group) {
     A* row = s.groups + group * padded;
     for (int64_t p = 0; p < padded; ++p) {
-      row[p] = own[group] * row[p] + total[group] * s.total[p] + s.weighted[p];
+      row[p] = c.own[group] * row[p] + c.total[group] * s.total[p] + s.weighted[p];
     }
   }
 }
@@ -300,51 +325,59 @@ void clear(T* maps, const Strides& strides, int64_t filters, int64_t positions) 
   }
 }
 
-// The gradient of the filters of an image from `begin` on, map by map.
+// The gradient of the maps of a tile.
 template <typename T, typename A>
-void gradient_by_filter(const Correlation& c, int64_t image, int64_t begin, const Scratch<A>& s,
-                        Sink<T>& sink) {
+PICNN_FAST_HD void gradient_of_tile(const CorrelationBackward<T, A>& c, int64_t image,
+                                    int64_t first, int64_t count, const Scratch<A>& s,
+                                    Sink<T>& sink) {
   const int64_t positions = c.shape.positions, padded = padded_positions(positions);
-  const Strides from = c.maps_strides, to = c.grad_strides;
-  const T* maps = static_cast<const T*>(c.maps) + image * from.batch;
-  T* grad = static_cast<T*>(c.grad) + image * to.batch;
-  const A* norms = static_cast<const A*>(c.norms) + image * c.shape.filters;
+  const Strides &from = c.maps_strides, &to = c.grad_strides;
+  const T* maps = c.maps + image * from.batch;
+  T* grad = c.grad + image * to.batch;
+  const A* norms = c.norms + image * c.shape.filters;
   const bool dense = to.position == 1 && to.filter == positions;
-  for_each_tile(c, begin, [&](int64_t first, int64_t count) {
-    const A* mean = static_cast<const A*>(c.mean) + first * positions;
-    MapGradient<A> of[kTile];
-    const A* toward[kTile];
-    for (int64_t i = 0; i < count; ++i) {
-      toward[i] = s.groups + c.groups[first + i] * padded;
-      const A product =
-          centre</*kWith=*/true>(maps + (first + i) * from.filter, from.position,
-                                 mean + i * positions, toward[i], positions, s.tile + i * padded);
-      of[i] = map_gradient(norms[first + i], product);
-    }
-    T* out = dense ? sink.open(grad + first * positions, count * positions) : nullptr;
-    for (int64_t i = 0; i < count; ++i) {
-      const A* u = s.tile + i * padded;
-      const auto single = [&](int64_t p) {
-        return narrow<T>(of[i].unit * toward[i][p] - of[i].along * u[p]);
-      };
-      if (!dense) {
-        for (int64_t p = 0; p < positions; ++p) {
-          grad[(first + i) * to.filter + p * to.position] = single(p);
-        }
-        continue;
+  const A* mean = c.mean + first * positions;
+  MapGradient<A> of[kGradientTile];
+  const A* toward[kGradientTile];
+  for (int64_t i = 0; i < count; ++i) {
+    toward[i] = s.groups + c.groups[first + i] * padded;
+    const A product =
+        centre</*kWith=*/true>(maps + (first + i) * from.filter, from.position,
+                               mean + i * positions, toward[i], positions, s.tile + i * padded);
+    of[i] = map_gradient(norms[first + i], product);
+  }
+  T* out = dense ? sink.open(grad + first * positions, count * positions) : nullptr;
+  for (int64_t i = 0; i < count; ++i) {
+    const A* u = s.tile + i * padded;
+    const auto single = [&](int64_t p) {
+      return narrow<T>(of[i].unit * toward[i][p] - of[i].along * u[p]);
+    };
+    if (!dense || positions < kLanes<A>) {
+      T* to_map = dense ? out + i * positions : grad + (first + i) * to.filter;
+      for (int64_t p = 0; p < positions; ++p) {
+        to_map[p * to.position] = single(p);
       }
-      const auto vector = [&](int64_t p, int64_t = 0) {
-        store<A>(broadcast(of[i].unit) * load<A>(toward[i] + p) -
-                     broadcast(of[i].along) * load<A>(u + p),
-                 out + i * positions + p);
-      };
-      along_row<A>(positions, vector, vector,
-                   [&](int64_t p) { out[i * positions + p] = single(p); });
+      continue;
     }
-    if (dense) {
-      sink.close();
+    const Vector<A> unit = broadcast(of[i].unit), along = broadcast(of[i].along);
+    const auto vector = [&](int64_t p) {
+      return unit * load<A>(toward[i] + p) - along * load<A>(u + p);
+    };
+    T* row = out + i * positions;
+    Vector<A> value{};
+    int64_t p = 0;
+    for (; p + kLanes<A> <= positions; p += kLanes<A>) {
+      value = vector(p);
+      store<A>(value, row + p);
     }
-  });
+    if (p != positions) {
+      const int64_t rest = positions - p;
+      store<A>(reaching_back<A>(value, vector(p), rest), row + positions - kLanes<A>);
+    }
+  }
+  if (dense) {
+    sink.close();
+  }
 }
 
 // The elements of a short table that a vector of filters is to have, by their groups.
@@ -364,14 +397,14 @@ PICNN_FAST_HD Vector<A> look_up(const A* table, const Vector<IndexOf<A>>& groups
 // The gradient of `kCount` vectors of filters from `first` on, every vector at one position; they
 // are read twice, the second time from the cache.
 template <int kTables, int kCount, typename T, typename A>
-void gradient_of_vectors(const Correlation& c, int64_t image, int64_t first, const A* tables,
-                         Sink<T>& sink) {
+void gradient_of_vectors(const CorrelationBackward<T, A>& c, int64_t image, int64_t first,
+                         const A* tables, Sink<T>& sink) {
   const int64_t filters = c.shape.filters, positions = c.shape.positions;
   const int64_t width = table_width(c.num_groups);
-  const T* maps = static_cast<const T*>(c.maps) + image * c.maps_strides.batch + first;
-  T* grad = static_cast<T*>(c.grad) + image * c.grad_strides.batch + first;
-  const A* norms = static_cast<const A*>(c.norms) + image * filters + first;
-  const A* means = static_cast<const A*>(c.mean_by_position) + first;
+  const T* maps = c.maps + image * c.maps_strides.batch + first;
+  T* grad = c.grad + image * c.grad_strides.batch + first;
+  const A* norms = c.norms + image * filters + first;
+  const A* means = c.mean_by_position + first;
   Vector<IndexOf<A>> groups[kCount];
   for (int i = 0; i < kCount * kLanes<A>; ++i) {
     groups[i / kLanes<A>][i % kLanes<A>] = static_cast<IndexOf<A>>(c.groups[first + i]);
@@ -411,7 +444,7 @@ void gradient_of_vectors(const Correlation& c, int64_t image, int64_t first, con
 
 // The gradient of an image whose filters are neighbours in memory; returns the filters it has.
 template <int kTables, typename T, typename A>
-int64_t gradient_by_position(const Correlation& c, int64_t image, const Scratch<A>& s,
+int64_t gradient_by_position(const CorrelationBackward<T, A>& c, int64_t image, const Scratch<A>& s,
                              Sink<T>& sink) {
   const int64_t padded = padded_positions(c.shape.positions), width = table_width(c.num_groups);
   A* tables = s.tile;  // [positions, width]
@@ -426,43 +459,43 @@ int64_t gradient_by_position(const Correlation& c, int64_t image, const Scratch<
 }
 
 template <typename T, typename A>
-void backward(const Correlation& c, int64_t begin, int64_t end, A* memory) {
-  const Scratch<A> s = carve(c, memory);
+void backward(const CorrelationBackward<T, A>& c, int64_t begin, int64_t end, A* memory) {
+  const bool by_position = c.mean_by_position != nullptr && c.grad_strides.filter == 1;
+  const auto gradient = c.num_groups <= kLanes<A>       ? gradient_by_position<1, T, A>
+                        : c.num_groups <= 2 * kLanes<A> ? gradient_by_position<2, T, A>
+                                                        : gradient_by_position<0, T, A>;
   Sink<T> sink(c.stream);
+  const Scratch<A> s = carve(c, memory);
   for (int64_t image = begin; image < end; ++image) {
-    if (c.positive != nullptr && !c.positive[image]) {
-      clear(static_cast<T*>(c.grad) + image * c.grad_strides.batch, c.grad_strides, c.shape.filters,
+    if (!c.counts(image)) {
+      clear(c.grad + image * c.grad_strides.batch, c.grad_strides, c.shape.filters,
             c.shape.positions);
       continue;
     }
     group_gradients(c, image, s);
-    int64_t done = 0;
-    if (c.mean_by_position != nullptr && c.grad_strides.filter == 1) {
-      const auto gradient = c.num_groups <= kLanes<A>       ? gradient_by_position<1, T, A>
-                            : c.num_groups <= 2 * kLanes<A> ? gradient_by_position<2, T, A>
-                                                            : gradient_by_position<0, T, A>;
-      done = gradient(c, image, s, sink);
-    }
-    gradient_by_filter<T>(c, image, done, s, sink);
+    const int64_t done = by_position ? gradient(c, image, s, sink) : 0;
+    for_each_tile(c.shape.filters, done, kGradientTile, [&](int64_t first, int64_t count) {
+      gradient_of_tile(c, image, first, count, s, sink);
+    });
   }
 }
 
-void forward_any(const Correlation& c, Storage storage, int64_t begin, int64_t end, void* scratch) {
-  with_storage(storage, [&](auto t, auto a) {
-    forward<decltype(t)>(c, begin, end, static_cast<decltype(a)*>(scratch));
-  });
+template <typename T, typename A>
+constexpr CorrelationKernelsOf<T, A> kernels_of() {
+  CorrelationKernelsOf<T, A> kernels{};
+  kernels.forward = forward<T, A>;
+  kernels.backward = backward<T, A>;
+  return kernels;
 }
-void backward_any(const Correlation& c, Storage storage, int64_t begin, int64_t end,
-                  void* scratch) {
-  with_storage(storage, [&](auto t, auto a) {
-    backward<decltype(t)>(c, begin, end, static_cast<decltype(a)*>(scratch));
-  });
+
+constexpr picnn_fast::CorrelationKernels all_kernels() {
+  return {kernels_of<float, float>(), kernels_of<double, double>(), kernels_of<Half, float>(),
+          kernels_of<BFloat16, float>()};
 }
 
 }  // namespace
 }  // namespace PICNN_FAST_NAMESPACE
 
 namespace picnn_fast {
-const CorrelationKernels PICNN_FAST_KERNELS = {PICNN_FAST_NAMESPACE::forward_any,
-                                               PICNN_FAST_NAMESPACE::backward_any};
+constexpr CorrelationKernels PICNN_FAST_KERNELS = PICNN_FAST_NAMESPACE::all_kernels();
 }  // namespace picnn_fast

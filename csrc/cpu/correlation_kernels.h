@@ -10,28 +10,43 @@
 // (correlation_kernels.cpp). A unit of work is an image.
 namespace picnn_fast {
 
-// Everything one call needs. A is the accumulation type: double for double maps, else float.
+// T is how maps are stored, A the type of sums: double for double, else float.
+template <typename T, typename A>
 struct Correlation {
   MapsShape shape;
-  const void* maps;
+  const T* maps;
   Strides maps_strides;
-  const void* mean;  // A [C, P]
-  // A [P, C] where filters are neighbours in memory, else null.
-  const void* mean_by_position;
+  const A* mean;  // [C, P]
+  // [P, C] where filters are neighbours in memory, else null.
+  const A* mean_by_position;
   const int64_t* groups;  // [C], in [0, num_groups)
   int64_t num_groups;
   const bool* positive;  // [B], or null: all images count
-  void* norms;           // A [B, C]: written in the forward pass, read in the backward pass
-  void* sums;            // A [B, num_groups, P], likewise
-  double* moments;       // forward: [B, 2, num_groups], ‖S‖² and ⟨S, Σ S⟩ of each image and group
-  const void* own;       // backward: A [num_groups], see GroupGradient
-  const void* total;
-  void* grad;
+
+  bool counts(int64_t image) const { return positive == nullptr || positive[image]; }
+};
+
+template <typename T, typename A>
+struct CorrelationForward : Correlation<T, A> {
+  A* norms;         // [B, C]
+  A* sums;          // [B, num_groups, P]
+  double* moments;  // [B, 2, num_groups]: ‖S‖² and ⟨S, Σ S⟩ of each image and group
+};
+
+template <typename T, typename A>
+struct CorrelationBackward : Correlation<T, A> {
+  const A* norms;  // [B, C]
+  const A* sums;   // [B, num_groups, P]
+  const A* own;    // [num_groups], see GroupGradient
+  const A* total;  // [num_groups]
+  T* grad;
   Strides grad_strides;
   bool stream;  // write the gradient past the caches
 };
 
-constexpr int64_t kTile = 8;  // maps worked on together: as many as the first-level cache takes
+// Maps worked on together: as many as the first-level cache takes beside the sums of the groups,
+// and beside the gradient that is written.
+constexpr int64_t kTile = 8, kGradientTile = 4;
 
 // A row of numbers of a map, with zeros up to whole vectors.
 PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 15) / 16 * 16; }
@@ -39,20 +54,27 @@ PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 
 // Numbers at a position, one a group, with zeros up to two whole vectors.
 inline int64_t table_width(int64_t num_groups) { return (num_groups + 31) / 32 * 32; }
 
-// Numbers of type A that a thread needs to work in: a tile of maps or a table for each position, a
-// row for each group, two more.
-inline int64_t correlation_scratch(const Correlation& c) {
-  const int64_t padded = padded_positions(c.shape.positions);
-  const int64_t tables = c.shape.positions * table_width(c.num_groups);
+// Numbers that a thread needs to work in: a tile of maps or a table for each position, a row for
+// each group, two more.
+inline int64_t correlation_scratch(const MapsShape& shape, int64_t num_groups) {
+  const int64_t padded = padded_positions(shape.positions);
+  const int64_t tables = shape.positions * table_width(num_groups);
   const int64_t tile = kTile * padded;
-  return (tile < tables ? tables : tile) + (c.num_groups + 2) * padded;
+  return (tile < tables ? tables : tile) + (num_groups + 2) * padded;
 }
 
-struct CorrelationKernels {
+template <typename T, typename A>
+struct CorrelationKernelsOf {
   // Images [begin, end); scratch is aligned to 64 bytes.
-  void (*forward)(const Correlation&, Storage, int64_t begin, int64_t end, void* scratch);
-  void (*backward)(const Correlation&, Storage, int64_t begin, int64_t end, void* scratch);
+  void (*forward)(const CorrelationForward<T, A>&, int64_t begin, int64_t end, A* scratch);
+  void (*backward)(const CorrelationBackward<T, A>&, int64_t begin, int64_t end, A* scratch);
 };
+
+// Converts to the kernels of any one type.
+struct CorrelationKernels : CorrelationKernelsOf<float, float>,
+                            CorrelationKernelsOf<double, double>,
+                            CorrelationKernelsOf<Half, float>,
+                            CorrelationKernelsOf<BFloat16, float> {};
 
 extern const CorrelationKernels correlation_kernels_default;
 #ifdef __x86_64__

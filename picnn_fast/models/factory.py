@@ -4,7 +4,7 @@ import inspect
 from typing import Any, Literal
 
 from picnn_fast import checks
-from picnn_fast.layers import check_insert_kernel
+from picnn_fast.layers import MOST_FILTERS, check_insert_kernel
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.csg import CSG
 from picnn_fast.models.explainer import Explainer
@@ -95,7 +95,9 @@ def make_interpretable(
             f"method: got {method!r},{checks.did_you_mean(method, METHODS)} want one of"
             f" {', '.join(map(repr, METHODS))}"
         )
-    checks.integer("num_classes", num_classes, 1)
+    num_classes = checks.integer("num_classes", num_classes, 1)
+    if num_filters is not None:
+        num_filters = checks.integer("num_filters", num_filters, 1, MOST_FILTERS)
     check_insert_kernel(insert_kernel, inserted=insert_conv)
     # A network that is explained is told itself, not from where.
     given = {name: value for name, value in options.items() if name != METHODS[method].network_from}

@@ -143,7 +143,7 @@ def group_class_loss(
         -1.000
     """
     _check_maps(maps)
-    checks.integer("num_classes", num_classes, 1)
+    num_classes = checks.integer("num_classes", num_classes, 1)
     indices, count = _check_groups(maps, groups, num_groups)
     checks.labels("labels", labels, len(maps), num_classes)
     checks.same_device("labels", labels, "maps", maps)
@@ -165,7 +165,7 @@ def _check_groups(maps: Tensor, groups: Tensor, num_groups: int | None) -> tuple
     checks.tensor("groups", groups)
     checks.same_device("groups", groups, "maps", maps)
     if num_groups is not None:
-        checks.integer("num_groups", num_groups, 1)
+        num_groups = checks.integer("num_groups", num_groups, 1)
     limit = filters if num_groups is None else num_groups
     checks.indices("groups", groups, filters, limit, of="filter", kind="group indices")
     if num_groups is None and not checks.asynchronous(groups):

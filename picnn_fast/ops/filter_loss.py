@@ -71,9 +71,9 @@ class FilterLossState:
         device: torch.device | str | None = None,
     ) -> "FilterLossState":
         """Before the first batch, for maps ``[B, num_filters, height, width]``."""
-        checks.integer("num_filters", num_filters, 0)
-        checks.integer("height", height, 1)
-        checks.integer("width", width, 1)
+        num_filters = checks.integer("num_filters", num_filters, 0)
+        height = checks.integer("height", height, 1)
+        width = checks.integer("width", width, 1)
         log_mean = torch.full(
             (num_filters, height * width + 1), -math.inf, dtype=dtype, device=device
         )
