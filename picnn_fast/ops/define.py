@@ -115,6 +115,7 @@ def _recorded(
         # Not of autograd.Function, whose ``apply`` binds arguments by their names, at three times
         # the dispatcher's cost, and sorts out the transforms of torch.func, as the dispatcher has.
         members = {"forward": forward, "backward": differentiate, "jvp": refuse}
+        members["_compiled_autograd_key"] = torch.autograd.Function._compiled_autograd_key
         return type(
             "".join(map(str.capitalize, name.split("_"))),
             (_SingleLevelFunction,),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -160,3 +161,13 @@ def test_make_fx_traces_a_gradient(name, mode):
     gradient = torch.func.grad(FUNCTIONS[name])
     traced = make_fx(gradient, tracing_mode=mode, _allow_non_fake_inputs=True)(x, y, z)
     torch.testing.assert_close(traced(x, y, z), plain_gradient(name, x, y, z))
+
+
+def test_compiled_autograd_takes_the_backward_pass():
+    x, y, z = inputs()
+    want = plain_gradient("mask_channels", x, y, z)
+    x.requires_grad_()
+    loss = FUNCTIONS["mask_channels"](x, y, z)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close(x.grad, want)
