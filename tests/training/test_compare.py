@@ -66,7 +66,7 @@ def test_interrupted_comparison_goes_on_and_a_complete_one_is_read_back(
     with pytest.warns(UserWarning, match="did not become sparse"):
         figures = compare(options, methods, [3], say=lines.append)
     assert lines[0] == "std, seed 3 (1 of 2): trained before"
-    assert lines[1] == "csg, seed 3 (2 of 2): 1 epoch on 1295 images"
+    assert lines[1] == "csg, seed 3 (2 of 2): 1 epoch on 1,295 images"
     assert {name: len(runs) for name, runs in figures.items()} == {"std": 1, "csg": 1}
     assert 0 < figures["csg"][0]["density"] <= 1
     assert figures["std"][0]["density"] == "n/a: STD has no gate"
