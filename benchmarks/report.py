@@ -19,6 +19,7 @@ from benchmarks import (
     explainer,
     filter_loss,
     harness,
+    loading,
     masking,
     mutual_information,
     mutual_information_loss,
@@ -28,6 +29,7 @@ from benchmarks import (
 
 BENCHMARKS = (
     overhead,
+    loading,
     masking,
     filter_loss,
     correlation,
