@@ -83,17 +83,21 @@ def test_second_derivatives_are_refused_never_zero(backend: Backend):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_reverse_mode_and_vmap_of_torch_func(backend: Backend):
     x = leaf(backend.device)
-    values = x.detach()
-    (want,) = torch.autograd.grad(loss_of(x), x)
-    torch.testing.assert_close(torch.func.grad(loss_of)(values), want)
-    torch.testing.assert_close(torch.func.jacrev(loss_of)(values), want)
-    each = torch.stack([torch.func.grad(loss_of)(image[None])[0] for image in values])
-    of_each = torch.func.grad(lambda image: loss_of(image[None]))
+    values, given = x.detach(), options(x)  # drawn outside: vmap refuses to
+
+    def loss(maps: Tensor) -> Tensor:
+        return group_correlation_loss(maps, **given)
+
+    (want,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(values), want)
+    torch.testing.assert_close(torch.func.jacrev(loss)(values), want)
+    each = torch.stack([torch.func.grad(loss)(image[None])[0] for image in values])
+    of_each = torch.func.grad(lambda image: loss(image[None]))
     torch.testing.assert_close(torch.func.vmap(of_each)(values), each)
-    losses = torch.func.vmap(lambda image: loss_of(image[None]))(x)
+    losses = torch.func.vmap(lambda image: loss(image[None]))(x)
     torch.testing.assert_close(torch.autograd.grad(losses.sum(), x)[0], each)
     with pytest.raises(RuntimeError, match=r"^group_correlation_backward: .* no derivative of it"):
-        torch.func.jacrev(torch.func.grad(loss_of))(values)
+        torch.func.jacrev(torch.func.grad(loss))(values)
 
 
 def test_forward_mode_is_refused(backend: Backend):
