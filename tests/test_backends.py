@@ -7,15 +7,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import picnn_fast
-from picnn_fast import PartTemplate, backends
+from picnn_fast import backends
 from tests import conftest
 from tests.conftest import (
     BACKENDS,
@@ -118,52 +116,6 @@ def test_a_forced_backend_serves_every_operator_and_leaves(backend: Backend):
         assert {o: backends.serving(kind, o) for o in backends.operators()} == expected
         serving = picnn_fast.build_info()["operators"]
         assert {operator: by[kind] for operator, by in serving.items()} == expected
-
-
-# Sizes of what is expanded to maps [2, 3, 5, 7].
-EXPANDED = [(2, 3, 5, 1), (2, 3, 1, 7), (2, 3, 1, 1), (2, 1, 5, 1), (1, 1, 1, 1)]
-ON_MAPS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
-    "bernoulli_mask": lambda x: (
-        x, torch.zeros(2, 4).to(x), torch.full((4, 3), 0.5).to(x), torch.tensor([3]).to(x.device), 0
-    ),
-    "mask_channels": lambda x: (x, torch.rand(2, 3).to(x)),
-    "masking_backward": lambda x: (x, torch.ones(2, 3, 5, 7).to(x), torch.rand(2, 3).to(x)),
-    "map_peaks": lambda x: (x,),
-    "template_mask": lambda x: (x, PartTemplate().offsets_for(5, 7, x), 1.0),
-    "template_mask_backward": lambda x: (
-        x, torch.tensor([[0, 8, 34]] * 2).to(x.device), PartTemplate("l2").offsets_for(5, 7, x), 1.0
-    ),
-    "filter_loss": lambda x: (x, PartTemplate().offsets_for(5, 7, x), 0.1, True),
-    "filter_loss_running": lambda x: (
-        x, torch.zeros(3, 36).to(x), torch.zeros(3).to(x), 0.5, None,
-        PartTemplate().offsets_for(5, 7, x), 0.1, True,
-    ),
-    "group_correlation": lambda x: (
-        x, torch.full((3, 5, 7), 0.3).to(x), torch.tensor([0, 1, 0]).to(x.device), 2, None
-    ),
-    "group_correlation_backward": lambda x: (
-        torch.tensor(2.0).to(x), x, torch.full((3, 5, 7), 0.3).to(x),
-        torch.tensor([0, 1, 0]).to(x.device), None, torch.full((2, 3), 0.7).to(x),
-        torch.linspace(-1, 1, 140).view(2, 2, 35).to(x), torch.tensor([[2.0, 1], [3, 3]]).to(x),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("sizes", EXPANDED, ids=str)
-@pytest.mark.parametrize("name", ON_MAPS)
-def test_expanded_maps_are_read_where_they_are_or_refused(backend: Backend, name, sizes):
-    """The raw operators: the public functions copy such maps. Never outside of their memory."""
-    generator = torch.Generator().manual_seed(0)
-    small = torch.rand(sizes, generator=generator).to(backend.device)
-    operator = getattr(torch.ops.picnn_fast, name).default
-    torch.manual_seed(0)
-    expected = operator(*ON_MAPS[name](small.expand(2, 3, 5, 7).contiguous()))
-    torch.manual_seed(0)
-    with contextlib.ExitStack() as stack:
-        # One step for all positions, or none: where there are two, it is refused.
-        if sizes[2:] in ((5, 1), (1, 7)) and not backend.name.startswith("reference"):
-            stack.enter_context(pytest.raises(RuntimeError, match="stride"))
-        torch.testing.assert_close(operator(*ON_MAPS[name](small.expand(2, 3, 5, 7))), expected)
 
 
 def test_the_forced_reference_really_runs(calls):

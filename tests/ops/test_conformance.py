@@ -4,6 +4,7 @@
 reference's. What is particular to a family is in the family's own files.
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -21,6 +22,7 @@ from tests.cases import Row, case_id, few, in_turn
 from tests.conftest import BACKENDS, WITHOUT_GPU_KERNEL, Backend, other_instruction_sets
 from tests.ops.cases import (
     CASES,
+    MAP_LAYOUTS,
     Arguments,
     OperatorCase,
     as_tuple,
@@ -285,7 +287,13 @@ def test_arguments_of_another_shape_or_dtype_are_refused_by_name(backend: Backen
         assert any(re.search(rf"\b{word}\b", message) for word in words), f"{what}: {message}"
 
 
-@over(CASES, ("layout",), lambda case, _: [(name,) for name in case.layouts[:3]], compiled)
+# Whether a copy is made, the operator decides, not the kernel of an instruction set.
+@over(
+    CASES,
+    ("layout",),
+    lambda case, _: [(name,) for name in case.layouts[:3]],
+    lambda backend: backend in COMPILED,
+)
 def test_kernels_read_their_arguments_where_they_lie(backend: Backend, case, layout):
     if backend.name.startswith(case.copied):
         pytest.skip("copied by design")
@@ -294,6 +302,29 @@ def test_kernels_read_their_arguments_where_they_lie(backend: Backend, case, lay
     with Copies(size) as copies:
         case.operator(*arguments)
     assert copies.names == []
+
+
+# Sizes of what is expanded to maps [2, 3, 5, 7].
+EXPANDED = [(2, 3, 5, 1), (2, 3, 1, 7), (2, 3, 1, 1), (2, 1, 5, 1), (1, 1, 1, 1)]
+
+
+@over([case for case in CASES if case.layouts == MAP_LAYOUTS])
+def test_expanded_maps_are_read_where_they_are_or_refused(backend: Backend, case):
+    """The public functions copy such maps. Never outside of their memory."""
+    arguments = list(moved(backend, case.arguments((2, 3, 5, 7))))
+    for sizes in EXPANDED:
+        small = torch.rand(sizes, generator=torch.Generator().manual_seed(0)).to(backend.device)
+        results = []
+        for maps in (small.expand(2, 3, 5, 7).contiguous(), small.expand(2, 3, 5, 7)):
+            for i in case.maps:
+                arguments[i] = maps
+            with contextlib.ExitStack() as stack:
+                # One step for all positions, or none: where there are two, it is refused.
+                two = maps.stride()[2:] in ((1, 0), (0, 1))
+                if two and not backend.name.startswith("reference"):
+                    stack.enter_context(pytest.raises(RuntimeError, match="stride"))
+                results.append(as_tuple(case.operator(*arguments)))
+        torch.testing.assert_close(results[-1], results[0])
 
 
 class Copies:
