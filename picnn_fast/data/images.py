@@ -265,12 +265,13 @@ class ImageDataModule(SeededDataModule):
         if self.train_set.change is not None:
             self.plain_train_set = self.augmentation.tested(train)
         self.test_set = self.augmentation.tested(test)
-        self.remark = self._enlarged(train)
         if len(validation.labels) > 0:
             self.validation_set = self.augmentation.tested(validation)
 
-    def _enlarged(self, pictures: Pictures) -> str | None:
+    @property
+    def remark(self) -> str | None:
         """That images are much smaller than what is made of them, by the first one."""
+        pictures = self.train_set.pictures  # type: ignore[attr-defined]
         try:
             side = min(pictures.open(0, sys.maxsize).size)
         except OSError:  # which is told when its turn comes

@@ -201,7 +201,6 @@ class SeededDataModule(L.LightningDataModule):
             changes them at random, by torch's generator; None where it does not.
         validation_set: None where there are no validation images.
         validation_source: which images these are, in a line for the user.
-        remark: what else the user may want to know at the start of a training, or None.
         preprocessing: how files become images of the test set, and these what a network takes;
             None where there is nothing to tell but their size.
         mean, std: images are normalised by, ``[C, 1, 1]`` on a scale of [0, 1]; None: they are not.
@@ -216,7 +215,6 @@ class SeededDataModule(L.LightningDataModule):
     validation_set: Dataset[Any] | None = None
     test_set: Dataset[Any]
     validation_source = "none"
-    remark: str | None = None
     preprocessing: Preprocessing | None = None
     mean: Tensor | None = None
     cache: float | None = 0.0
@@ -354,6 +352,11 @@ class SeededDataModule(L.LightningDataModule):
     def order(self, **options: Any) -> EpochOrder:
         """The order of the training images, with the options of ``DistributedSampler``."""
         return EpochOrder(self.train_set, **options)
+
+    @property
+    def remark(self) -> str | None:
+        """What else the user may want to know at the start of a training; an image is read."""
+        return None
 
     def read_from_files(self) -> Sequence[Any]:
         """The sets whose decoded images are kept in memory, on their ``shelf``."""
