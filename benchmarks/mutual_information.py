@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Effort
 from picnn_fast import functional
-from picnn_fast.reference import mutual_information as reference
+from picnn_fast.ops import mutual_information as family
 
 JOBS = 2
 N_NEIGHBORS = 3
@@ -116,7 +116,7 @@ def pooled_maps(
 def knn_candidates(shape: KnnShape, classes: int, device: torch.device) -> dict[str, Any]:
     """What is timed for one number of classes, and the largest difference from scikit-learn."""
     activations, labels = pooled_maps(shape.samples, shape.filters, classes, device)
-    values = torch.cat(list(reference.prepare(activations, 0))).to(device)
+    values = torch.cat(list(family.prepare(activations, 0))).to(device)
     some = activations[:, : shape.sampled_filters].contiguous()
     some_host, labels_host = some.cpu().double().numpy(), labels.cpu().numpy()
     turn = itertools.cycle(range(classes))

@@ -24,6 +24,8 @@ _TRAIN_PACKAGES = (
     "jsonargparse",
     "argcomplete",
     "filelock",
+    "safetensors",
+    "fsspec",
 )
 
 

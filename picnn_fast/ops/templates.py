@@ -181,8 +181,10 @@ class PartTemplate:
         """
         _check_sides(height, width)
         dtype, device = accumulate_dtype(like.dtype), like.device
-        if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
-            # Sizes may be symbols, and what is made belongs to the graph.
+        symbolic = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+        subclass = type(like) not in (Tensor, torch.nn.Parameter)
+        if torch.compiler.is_compiling() or symbolic or subclass:
+            # What is made belongs to the graph.
             return self._make(height, width, dtype, device, traced=True)
         kept: dict[Any, Tensor] = self.__dict__.setdefault("_kept", {})
         key = (height, width, dtype, device, self._version())
