@@ -100,14 +100,15 @@ def load(
     path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"folder: {folder} holds no {WEIGHTS}; want one of save_pretrained")
-    weights = path.read_bytes()
-    if hashlib.sha256(weights).hexdigest() != card["sha256"]:
+    with path.open("rb") as weights:
+        found = hashlib.file_digest(weights, "sha256").hexdigest()
+    if found != card["sha256"]:
         raise ValueError(
             f"weights: {path} is damaged, or not the file that its card was saved with"
         )
     with extra("train"):
-        from safetensors.torch import load as from_bytes
-    state = from_bytes(weights)
+        from safetensors.torch import load_file
+    state = load_file(path)  # of bytes, safetensors 0.4 reads no empty tensor
     try:
         network = _made(card, backbone)
         for name, value in network.state_dict(keep_vars=True).items():
