@@ -249,7 +249,7 @@ def _backbones_table(entries: list[dict[str, Any]], phase: str) -> str:
         of = entry[phase]
         for method, ratio in of["over_plain"].items():
             over_std = of["over_std"].get(method)
-            added = entry.get("behind", {}).get("added_to_std", {}).get(method)
+            added = entry["behind"]["added_to_std"].get(method)
             rows.append(
                 [
                     f"{entry['backbone']}, {entry['images'][0]} images",
@@ -314,6 +314,9 @@ STD*: a step of all that lies behind the backbone, which is the same for both, m
 a share of STD's whole step: it tells apart what the noise of whole steps hides.
 
 <results: overhead-*.json>
+
+PICNN runs the head twice, which shows where that is wide and images are few, as with VGG-16. An
+ICNN's first mask layer, and its loss, are of the backbone's own channels, 1,280 of MobileNetV2.
 
 What is deployed is the network of STD, but for an ICNN's mask layers. The target layer costs what
 its filters do, which by default are 12.8 a class and at most four times the backbone's channels;
