@@ -57,9 +57,7 @@ def cifar10(
         datasets.CIFAR10,
         Path(root),
         download,
-        Augmentation(
-            image_size, augment=augment, crop="random", padding=image_size // 8, mean=mean, std=std
-        ),
+        Augmentation.of_small(image_size, augment=augment, mean=mean, std=std),
         (batch_size, readers(num_workers), seed, validation, validation_seed, 0.0),
     )
 
@@ -107,9 +105,7 @@ def cifar100(
         datasets.CIFAR100,
         Path(root),
         download,
-        Augmentation(
-            image_size, augment=augment, crop="random", padding=image_size // 8, mean=mean, std=std
-        ),
+        Augmentation.of_small(image_size, augment=augment, mean=mean, std=std),
         (batch_size, readers(num_workers), seed, validation, validation_seed, 0.0),
     )
 

@@ -178,6 +178,14 @@ class Augmentation:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"color_jitter: got {self.color_jitter}: {error}") from error
 
+    @classmethod
+    def of_small(
+        cls, image_size: int, *, augment: bool, mean: Sequence[float], std: Sequence[float]
+    ) -> "Augmentation":
+        """Random crops out of a border of zeros, an eighth of the side, as small images have."""
+        padding = image_size // 8
+        return cls(image_size, augment=augment, crop="random", padding=padding, mean=mean, std=std)
+
     @property
     def preprocessing(self) -> Preprocessing:
         """Of test images."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picnn_fast._extras import extra
+from picnn_fast._files import replacing
 from picnn_fast.data.files import DamagedFileError, lines, open_image, reading
 from picnn_fast.data.images import Augmentation, ImageDataModule, Pictures
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, EpochOrder, derive_seed, readers
@@ -71,14 +72,12 @@ class Shards:
         self.keep.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.exists():
-                part = path.with_name(f".{path.name}.part")
                 with (
                     reading(name, "a shard"),
                     fsspec.open(name, "rb") as source,
-                    open(part, "wb") as target,
+                    replacing(path) as target,
                 ):
                     shutil.copyfileobj(source, target, 1 << 20)
-                part.replace(path)
         return path
 
     def read(self, name: str, start: int, count: int) -> bytes:
@@ -351,8 +350,7 @@ def _look(shards: Shards, index: Path | None) -> ShardIndex:
             if _is_of(kept, shards):
                 return kept._replace(names=shards.names)
         found = _indexed(shards)
-        part = index.with_name(f".{index.name}.part")
-        with open(part, "wb") as file:
+        with replacing(index) as file:
             np.savez(
                 file,
                 names=np.array([os.path.basename(name) for name in found.names]),
@@ -360,7 +358,6 @@ def _look(shards: Shards, index: Path | None) -> ShardIndex:
                 places=found.places,
                 labels=found.labels,
             )
-        part.replace(index)
     return found
 
 

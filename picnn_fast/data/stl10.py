@@ -64,9 +64,7 @@ def stl10(
     with fetching(root, download, want, there=all(path.is_file() for path in needed)):
         if download and not all(path.is_file() for path in needed):
             kind(root, download=True)
-    augmentation = Augmentation(
-        image_size, augment=augment, crop="random", padding=image_size // 8, mean=mean, std=std
-    )
+    augmentation = Augmentation.of_small(image_size, augment=augment, mean=mean, std=std)
     data = ImageDataModule(
         augmentation, batch_size, readers(num_workers), seed, validation, validation_seed, 0.0
     )

@@ -66,9 +66,7 @@ def tiny_imagenet(
         test = [(str(root / "val" / "images" / n), wnids.index(wnid)) for n, wnid in sorted(rows)]
     need(root / "train", _DOWNLOAD)
     train = labelled_files(root / "train", wnids)
-    augmentation = Augmentation(
-        image_size, augment=augment, crop="random", padding=image_size // 8, mean=mean, std=std
-    )
+    augmentation = Augmentation.of_small(image_size, augment=augment, mean=mean, std=std)
     data = ImageDataModule(
         augmentation, batch_size, readers(num_workers), seed, validation, validation_seed, cache
     )

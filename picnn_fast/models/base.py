@@ -1,9 +1,10 @@
 """What every method offers to the training loop, the metrics and the pictures: one protocol."""
 
 import abc
+import contextlib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -46,6 +47,18 @@ def check_task(task: str, tasks: tuple[str, ...], num_classes: int) -> str:
             f"num_classes: got {num_classes} with task='single', want 2: the rest and the category"
         )
     return task
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each part is in its own mode again."""
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class InterpretableNetwork(nn.Module, abc.ABC):

@@ -14,7 +14,7 @@ from picnn_fast._extras import extra
 from picnn_fast.functional import group_class_loss, group_correlation_loss
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import Copies, check_output, cross_entropy
-from picnn_fast.models.base import InterpretableNetwork, check_task
+from picnn_fast.models.base import InterpretableNetwork, check_task, evaluating
 
 DECAY = 0.95  # of the moving mean
 PUBLISHED_GROUPS = 16
@@ -203,19 +203,14 @@ class ICCNN(InterpretableNetwork):
     @torch.no_grad()
     def _regroup(self, images: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Groups, and what classes they respond to, from all images."""
-        modes = {part: part.training for part in self.modules()}
-        self.eval()
         activations = _Activations(self.num_classes)
         like = next(self.parameters())
-        try:
+        with evaluating(self):
             for batch, labels in images:
                 checks.labels("images", labels, len(batch), self.num_classes)
                 # The whole network: sharded, it gathers its layers by its own hooks alone.
                 output = self(batch.to(like.device, like.dtype))
                 activations.update(output.maps, labels)
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
         activations.gather()
         similarity = activations.similarity()
         if not similarity.isfinite().all():

@@ -18,7 +18,7 @@ from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, derive_seed
 from picnn_fast.evaluation import FIGURES, Observation, pool, sharing
 from picnn_fast.losses import MutualInformationLoss
-from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.models.base import InterpretableNetwork, evaluating
 from picnn_fast.training.checkpoint import load_checkpoint
 from picnn_fast.training.options import check_steps
 from picnn_fast.training.progress import WatchesImages
@@ -424,13 +424,9 @@ class InterpretableModule(L.LightningModule):
             DivergenceError: logits of them are no finite numbers.
         """
         images = images.to(next(self.network.parameters()).dtype)
-        training = {part: part.training for part in self.network.modules()}
-        with torch.no_grad():
-            network = self.network.eval()
-            maps, bypass = network.encode(images)
-            logits = network.head_logits(maps, bypass=bypass)
-        for part, mode in training.items():
-            part.training = mode
+        with torch.no_grad(), evaluating(self.network):
+            maps, bypass = self.network.encode(images)
+            logits = self.network.head_logits(maps, bypass=bypass)
         self._check_finite(logits.abs().amax(), "the largest logit after the last step")
 
     def on_train_epoch_end(self) -> None:

@@ -112,6 +112,19 @@ def as_tuple(results: Any) -> tuple[Any, ...]:
 # Tensors ------------------------------------------------------------------------------------------
 
 
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators of picnn_fast that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "picnn_fast":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 def on_device(device: torch.device, t: Tensor) -> Tensor:
     """``t`` on ``device`` with the same strides and offset, which ``to`` would make dense."""
     size = t.untyped_storage().nbytes() // t.itemsize
@@ -130,11 +143,20 @@ def steps(x: Tensor) -> list[int]:
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
+def epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Distance of neighbouring numbers of ``dtype`` at the size of ``value`` (float64)."""
     info = torch.finfo(dtype)
     exponent = value.abs().clamp_min(info.smallest_normal).log2().floor()
     return torch.exp2(exponent) * info.eps
+
+
+def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
+    excess = (got.detach().cpu().double() - expected).abs() - bound
+    assert not (excess > 0).any(), f"off by {excess.max():.3g} beyond the rounding bound"
 
 
 def assert_near(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from picnn_fast.functional import group_class_loss, group_correlation_loss
-from tests.ops.test_masking_arguments import Recorder
+from tests.ops.cases import Recorder
 
 
 def good() -> dict:

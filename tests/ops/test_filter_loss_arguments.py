@@ -8,7 +8,7 @@ import torch
 from picnn_fast import PartTemplate
 from picnn_fast.functional import filter_loss
 from picnn_fast.ops.filter_loss import FilterLossState
-from tests.ops.test_masking_arguments import Recorder
+from tests.ops.cases import Recorder
 
 
 def state(filters: int = 3, height: int = 4, width: int = 5, **options) -> FilterLossState:

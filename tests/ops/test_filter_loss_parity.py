@@ -17,7 +17,7 @@ from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
 from tests.cases import few, in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
-from tests.ops.test_masking_parity import DTYPES, dense, epsilon, on_device, steps
+from tests.ops.cases import DTYPES, dense, epsilon, on_device, steps
 from tests.ops.test_templates_parity import LAYOUTS, SHAPES, TEMPLATES, first_peaks, maps
 
 ESTIMATORS = ("batch", "running", "target")

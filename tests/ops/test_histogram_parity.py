@@ -16,10 +16,10 @@ from picnn_fast.ops import histogram
 from picnn_fast.reference import histogram as reference
 from tests.cases import case_id, in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
+from tests.ops.cases import DTYPES
 from tests.reference.test_histogram import exact_counts, fresh
 
 OPS = torch.ops.picnn_fast
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 State = tuple[Tensor, Tensor, Tensor]
 
 

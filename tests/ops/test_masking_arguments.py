@@ -20,6 +20,7 @@ from picnn_fast.functional import (
     mask_channels,
 )
 from tests.conftest import Backend
+from tests.ops.cases import Recorder
 
 nan, inf = float("nan"), float("inf")
 
@@ -150,19 +151,6 @@ BAD: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception],
     ],
     ((gumbel_mask,), {"temperature": "hot"}, TypeError, "got str, want"),
 ]
-
-
-class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """Names of the operators of picnn_fast that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "picnn_fast":
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def call(function: Callable[..., Any], change: dict[str, Any]) -> Any:

@@ -31,7 +31,7 @@ from tests.conftest import (
     Backend,
     other_instruction_sets,
 )
-from tests.ops.cases import DTYPES, on_device, ulp
+from tests.ops.cases import DTYPES, assert_within, epsilon, on_device, ulp
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,8 @@ def maps(
     return normal(b, n, 2, h, w).contiguous(memory_format=torch.channels_last_3d), 1
 
 
-def dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory in some order of the axes."""
-    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), x.shape[d]), reverse=True)
-    return x.numel() > 0 and x.permute(order).is_contiguous()
-
-
-def steps(x: Tensor) -> list[int]:
-    """Strides of the axes that have any: that of an axis of size 1 means nothing."""
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-
-
-def epsilon(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
-
-
 def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
-
-
-def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
-    excess = (got.detach().cpu().double() - expected).abs() - bound
-    assert not (excess > 0).any(), f"off by {excess.max():.3g} beyond the rounding bound"
 
 
 def summation_bound(absolute: Tensor, expected: Tensor, terms: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
-from tests.ops.test_masking_arguments import Recorder
+from tests.ops.cases import Recorder
 
 nan, inf = math.nan, math.inf
 

@@ -16,7 +16,7 @@ from picnn_fast.reference import templates as reference
 from picnn_fast.reference.masking import accumulate_dtype
 from tests.cases import in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
-from tests.ops.test_masking_parity import (
+from tests.ops.cases import (
     DTYPES,
     assert_within,
     epsilon,
