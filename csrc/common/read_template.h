@@ -1,11 +1,11 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
+#include "check.h"
 #include "templates.h"
 
 // Host code of the operators on maps [B, N, h, w] that have peaks.
@@ -24,16 +24,11 @@ inline Offsets offsets_of_maps(const torch::stable::Tensor& maps, const char* na
 template <typename A>
 Template<A> read_template(const torch::stable::Tensor& maps, const char* name,
                           const torch::stable::Tensor& values) {
-  using torch::headeronly::ScalarType;
   const Offsets offsets = offsets_of_maps(maps, name);
-  STD_TORCH_CHECK(
-      values.dim() == 2 && values.size(0) == offsets.rows() && values.size(1) == offsets.columns(),
-      "offsets: want [2 * h - 1, 2 * w - 1]");
-  STD_TORCH_CHECK(values.scalar_type() == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float),
-                  "offsets: want float32, float64 for float64 maps");
+  check_shape(values, "offsets", {offsets.rows(), offsets.columns()});
+  check_accumulate_type(values, "offsets", maps);
   STD_TORCH_CHECK(values.is_contiguous(), "offsets: want them contiguous");
-  STD_TORCH_CHECK(values.is_cuda() == maps.is_cuda() && values.get_device() == maps.get_device(),
-                  "offsets: want the device of the maps");
+  check_device(values, "offsets", maps, name);
   return {static_cast<const A*>(values.const_data_ptr()), offsets};
 }
 

@@ -3,7 +3,8 @@
 #include <cstdint>
 
 #include "../common/macros.h"
-#include "storage.h"
+#include "../common/rounding.h"
+#include "../common/types.h"
 #include "units.h"
 
 // The loops of the correlation family, compiled once for each instruction set
@@ -52,7 +53,7 @@ constexpr int64_t kTile = 8, kGradientTile = 4;
 PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 15) / 16 * 16; }
 
 // Numbers at a position, one a group, with zeros up to two whole vectors.
-inline int64_t table_width(int64_t num_groups) { return (num_groups + 31) / 32 * 32; }
+inline int64_t table_width(int64_t num_groups) { return round_up(num_groups, 32); }
 
 // Numbers that a thread needs to work in: a tile of maps or a table for each position, a row for
 // each group, two more.

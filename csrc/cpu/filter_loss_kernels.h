@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "../common/macros.h"
-#include "storage.h"
+#include "../common/types.h"
 #include "templates_kernels.h"
 #include "units.h"
 

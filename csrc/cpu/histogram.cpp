@@ -23,10 +23,6 @@ using torch::stable::Tensor;
 
 const HistogramKernelTable& kernels() { return PICNN_FAST_KERNELS_IN_USE(histogram_kernels); }
 
-void check_type(const Tensor& t, const char* name, ScalarType type, const char* want) {
-  STD_TORCH_CHECK(t.scalar_type() == type, name, ": want ", want);
-}
-
 void check_bins(const char* name, int64_t bins) {
   STD_TORCH_CHECK(bins >= 2 && bins <= 1 << 24, name, ": got ", bins, " bins, want 2 to 2**24");
 }

@@ -3,7 +3,8 @@
 #include <cstdint>
 
 #include "../common/macros.h"
-#include "storage.h"
+#include "../common/rounding.h"
+#include "../common/types.h"
 
 // The loops of the histogram family, compiled once for each instruction set
 // (histogram_kernels.cpp).
@@ -13,8 +14,6 @@ namespace picnn_fast {
 // hold whole blocks; the last may be part empty.
 constexpr int64_t kFilterBlock = 16;
 constexpr int64_t kSlicedBlock = 64;  // of count_sliced
-
-PICNN_FAST_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Activations [count, filters] of any strides; labels contiguous and in range.
 template <typename T>

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "storage.h"
+#include "../common/types.h"
 #include "units.h"
 
 // The loops of the masking family, compiled once for each instruction set (masking_kernels.cpp).

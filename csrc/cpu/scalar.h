@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../common/macros.h"
-#include "storage.h"
+#include "../common/types.h"
 
 // Storage types and their conversions, in branch-free integer arithmetic that compilers vectorise.
 namespace PICNN_FAST_NAMESPACE {

@@ -207,7 +207,7 @@ void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T
   }
   const PanelLayout& layout = s.layout;
   int64_t begins[kFiltersAtOnce];
-  const int64_t padded = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  const int64_t padded = picnn_fast::round_up(count, kLanes<A>);
   for (int64_t i = 0; i < padded; ++i) {
     begins[i] = layout.begin(peak[i < count ? i : count - 1]);
   }

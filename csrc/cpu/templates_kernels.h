@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "../common/templates.h"
-#include "storage.h"
+#include "../common/types.h"
 #include "units.h"
 
 // The loops of the template family, compiled once for each instruction set (templates_kernels.cpp).

@@ -6,12 +6,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <initializer_list>
-#include <sstream>
-#include <string>
 
-#include "../common/accumulate_type.h"
-#include "storage.h"
+#include "../common/check.h"
+#include "../common/types.h"
 
 // What the CPU operators ask of their arguments.
 namespace picnn_fast {
@@ -57,27 +54,6 @@ void with_real(const torch::stable::Tensor& t, const char* name, const Run& run)
   const bool wide = t.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, name, ": want float32 or float64");
   wide ? run(double{}) : run(float{});
-}
-
-inline void check_shape(const torch::stable::Tensor& t, const char* name,
-                        std::initializer_list<int64_t> want) {
-  bool same = t.dim() == static_cast<int64_t>(want.size());
-  for (size_t d = 0; same && d < want.size(); ++d) {
-    same = t.size(static_cast<int64_t>(d)) == want.begin()[d];
-  }
-  if (same) {
-    return;
-  }
-  std::ostringstream message;
-  message << name << ": got shape [";
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    message << (d == 0 ? "" : ", ") << t.size(d);
-  }
-  message << "], want [";
-  for (size_t d = 0; d < want.size(); ++d) {
-    message << (d == 0 ? "" : ", ") << want.begin()[d];
-  }
-  STD_TORCH_CHECK(false, message.str(), "]");
 }
 
 // Contiguous class indices, every one of them in [0, classes).

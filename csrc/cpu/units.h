@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "../common/rounding.h"
+
 // Feature maps as the kernels see them, and how their work is cut up.
 namespace picnn_fast {
 
@@ -27,11 +29,11 @@ struct Units {
 inline Units units_of(const MapsShape& shape, int64_t threads,
                       int64_t most = std::numeric_limits<int64_t>::max()) {
   int64_t filters = shape.filters < most ? shape.filters : most;
-  while (filters > 64 && shape.batch * ((shape.filters + filters - 1) / filters) < 4 * threads) {
-    filters = (filters / 2 + 15) / 16 * 16;
+  while (filters > 64 && shape.batch * ceil_div(shape.filters, filters) < 4 * threads) {
+    filters = round_up(filters / 2, 16);
   }
   filters = filters < 1 ? 1 : filters;
-  const int64_t blocks = (shape.filters + filters - 1) / filters;
+  const int64_t blocks = ceil_div(shape.filters, filters);
   return {filters, blocks, shape.batch * blocks};
 }
 

@@ -29,21 +29,18 @@ struct Arguments {
 
 Arguments check(const Tensor& maps, const Tensor& mean, const Tensor& groups,
                 const std::optional<Tensor>& positive) {
-  STD_TORCH_CHECK(maps.dim() == 4, "picnn_fast: maps must be [B, C, h, w]");
+  STD_TORCH_CHECK(maps.dim() == 4, "maps: got ", maps.dim(), " axes, want [B, C, h, w]");
   check_device(mean, "mean", maps, "maps");
   check_device(groups, "groups", maps, "maps");
-  STD_TORCH_CHECK(mean.dim() == 3 && mean.size(0) == maps.size(1) && mean.size(1) == maps.size(2) &&
-                      mean.size(2) == maps.size(3) && mean.scalar_type() == accumulate_type(maps),
-                  "picnn_fast: mean must be [C, h, w], float32, float64 for float64 maps");
-  STD_TORCH_CHECK(groups.dim() == 1 && groups.size(0) == maps.size(1) &&
-                      groups.scalar_type() == ScalarType::Long,
-                  "picnn_fast: groups must be int64 [C]");
+  check_shape(mean, "mean", {maps.size(1), maps.size(2), maps.size(3)});
+  check_accumulate_type(mean, "mean", maps);
+  check_shape(groups, "groups", {maps.size(1)});
+  check_type(groups, "groups", ScalarType::Long, "int64");
   Arguments made{torch::stable::contiguous(mean), torch::stable::contiguous(groups), {}};
   if (positive.has_value()) {
     check_device(*positive, "positive", maps, "maps");
-    STD_TORCH_CHECK(positive->dim() == 1 && positive->size(0) == maps.size(0) &&
-                        positive->scalar_type() == ScalarType::Bool,
-                    "picnn_fast: positive must be bool [B]");
+    check_shape(*positive, "positive", {maps.size(0)});
+    check_type(*positive, "positive", ScalarType::Bool, "bool");
     made.positive = torch::stable::contiguous(*positive);
   }
   return made;
@@ -71,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_correlation(
     const Tensor& maps, const Tensor& mean, const Tensor& groups, int64_t num_groups,
     const std::optional<Tensor>& positive) {
   const Arguments given = check(maps, mean, groups, positive);
-  STD_TORCH_CHECK(num_groups >= 0, "picnn_fast: num_groups must be at least 0");
+  STD_TORCH_CHECK(num_groups >= 0, "num_groups: got ", num_groups, ", want 0 or more");
   const int64_t B = maps.size(0), N = maps.size(1), G = num_groups, P = positions(maps);
   const ScalarType type = accumulate_type(maps);
   Tensor loss = torch::stable::new_empty(maps, {}, type);
@@ -106,19 +103,16 @@ Tensor group_correlation_backward(const Tensor& grad_loss, const Tensor& maps, c
                                   const Tensor& norms, const Tensor& sums, const Tensor& moments) {
   const Arguments given = check(maps, mean, groups, positive);
   const int64_t B = maps.size(0), N = maps.size(1), P = positions(maps);
-  STD_TORCH_CHECK(moments.dim() == 2 && moments.size(0) == 2,
-                  "picnn_fast: moments must be [2, num_groups]");
+  STD_TORCH_CHECK(moments.dim() == 2 && moments.size(0) == 2, "moments: want [2, num_groups]");
   const int64_t G = moments.size(1);
-  STD_TORCH_CHECK(norms.dim() == 2 && norms.size(0) == B && norms.size(1) == N && sums.dim() == 3 &&
-                      sums.size(0) == B && sums.size(1) == G && sums.size(2) == P &&
-                      grad_loss.numel() == 1,
-                  "picnn_fast: norms must be [B, C], sums [B, num_groups, h * w], grad_loss []");
+  check_shape(norms, "norms", {B, N});
+  check_shape(sums, "sums", {B, G, P});
+  check_shape(grad_loss, "grad_loss", {});
   const std::pair<const Tensor*, const char*> others[] = {
       {&grad_loss, "grad_loss"}, {&norms, "norms"}, {&sums, "sums"}, {&moments, "moments"}};
   for (const auto& [tensor, name] : others) {
     check_device(*tensor, name, maps, "maps");
-    STD_TORCH_CHECK(tensor->scalar_type() == accumulate_type(maps), "picnn_fast: ", name,
-                    " must be float32, float64 for float64 maps");
+    check_accumulate_type(*tensor, name, maps);
   }
   Tensor grad = torch::stable::empty_like(maps);
   if (B == 0 || N == 0) return grad;

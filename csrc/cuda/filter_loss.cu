@@ -124,7 +124,7 @@ Results filter_loss(const Tensor& x, const Tensor& offsets, double tau, bool wit
   offsets_of_maps(x, "x");
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const int64_t B = x.size(0), N = x.size(1);
-  STD_TORCH_CHECK(B <= kMost, "picnn_fast: x must be of fewer than 2^31 samples");
+  STD_TORCH_CHECK(B <= kMost, "x: got ", B, " samples, want fewer than 2^31");
   const Tensor loss = torch::stable::new_empty(x, {N}, accumulate_type(x));
   const Tensor grad =
       with_grad ? empty_gradient(x) : torch::stable::new_empty(x, {0}, accumulate_type(x));
@@ -132,8 +132,8 @@ Results filter_loss(const Tensor& x, const Tensor& offsets, double tau, bool wit
     using T = decltype(value);
     using A = Accumulate<T>;
     const auto part = read_template<A>(x, "x", offsets);
-    STD_TORCH_CHECK(part.offsets.count() <= kMost,
-                    "picnn_fast: x must be maps with fewer than 2^31 offsets");
+    STD_TORCH_CHECK(part.offsets.count() <= kMost, "x: got maps ", x.size(2), " x ", x.size(3),
+                    ", want fewer than 2^31 offsets");
     const double templates = static_cast<double>(x.size(2) * x.size(3) + 1);
     Problem<T> p{};
     p.x = input_maps<T>(x);
@@ -164,19 +164,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> running_filter_loss(
   const int64_t B = x.size(0), N = x.size(1), templates = x.size(2) * x.size(3) + 1;
   check_device(log_mean, "log_mean", x, "x");
   check_device(log_ratio, "log_ratio", x, "x");
-  STD_TORCH_CHECK(log_mean.dim() == 2 && log_mean.size(0) == N && log_mean.size(1) == templates &&
-                      log_mean.scalar_type() == accumulate_type(x),
-                  "picnn_fast: log_mean must be float32 [N, h * w + 1] (float64 for float64 x)");
-  STD_TORCH_CHECK(log_ratio.dim() == 1 && log_ratio.size(0) == N &&
-                      log_ratio.scalar_type() == accumulate_type(x),
-                  "picnn_fast: log_ratio must be float32 [N] (float64 for float64 x)");
-  STD_TORCH_CHECK(0 < momentum && momentum <= 1, "picnn_fast: momentum must be in (0, 1], not ",
-                  momentum);
+  check_shape(log_mean, "log_mean", {N, templates});
+  check_accumulate_type(log_mean, "log_mean", x);
+  check_shape(log_ratio, "log_ratio", {N});
+  check_accumulate_type(log_ratio, "log_ratio", x);
+  STD_TORCH_CHECK(0 < momentum && momentum <= 1, "momentum: got ", momentum, ", want (0, 1]");
   if (assigned.has_value()) {
     check_device(*assigned, "assigned", x, "x");
-    STD_TORCH_CHECK(assigned->dim() == 2 && assigned->size(0) == B && assigned->size(1) == N &&
-                        assigned->scalar_type() == ScalarType::Long,
-                    "picnn_fast: assigned must be int64 [B, N]");
+    check_shape(*assigned, "assigned", {B, N});
+    check_type(*assigned, "assigned", ScalarType::Long, "int64");
   }
   const Tensor new_log_mean =
       torch::stable::new_empty(log_mean, {log_mean.size(0), log_mean.size(1)});

@@ -80,7 +80,7 @@ Tiling make_tiling(const Tensor& activations, int64_t most_filters, int64_t leas
   const int64_t step = kThreads / t.lanes * RV * Walk<FV, RV>::kPieces;
   const int64_t splits = std::max<int64_t>(kBlocks / t.tiles, 1);
   t.rows = std::min(std::max(ceil_div(M, splits), least_rows), kMaxRows);
-  t.rows = ceil_div(t.rows, step) * step;
+  t.rows = round_up(t.rows, step);
   t.splits = ceil_div(M, t.rows);
   return t;
 }
@@ -154,23 +154,23 @@ struct Update {
 };
 
 void check_samples(const Tensor& activations, const Tensor& labels) {
-  STD_TORCH_CHECK(activations.dim() == 2, "picnn_fast: activations must be [M, N]");
+  STD_TORCH_CHECK(activations.dim() == 2, "activations: got ", activations.dim(),
+                  " axes, want [M, N]");
   check_device(labels, "labels", activations, "activations");
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
-                      labels.size(0) == activations.size(0),
-                  "picnn_fast: labels must be int64 [M]");
+  check_shape(labels, "labels", {activations.size(0)});
+  check_type(labels, "labels", ScalarType::Long, "int64");
 }
 void check_range(const Tensor& t, const Tensor& activations, const char* name) {
   check_device(t, name, activations, "activations");
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.dim() == 1 &&
-                      t.size(0) == activations.size(1) && t.is_contiguous(),
-                  "picnn_fast: ", name, " must be float64 [N], contiguous");
+  check_shape(t, name, {activations.size(1)});
+  check_type(t, name, ScalarType::Double, "float64");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": want it contiguous");
 }
 void check_table(const Tensor& t, const Tensor& activations, const char* name) {
   check_device(t, name, activations, "activations");
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == activations.size(1) && t.size(1) >= 2 &&
                       t.size(2) <= std::numeric_limits<int32_t>::max(),
-                  "picnn_fast: ", name, " must be [N, bins, K] with bins >= 2");
+                  name, ": want [N, bins, K] with 2 bins or more");
 }
 
 Labels make_labels(const Tensor& labels, int64_t classes) {
@@ -182,8 +182,8 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
                         const Tensor& activations, const Tensor& labels) {
   check_samples(activations, labels);
   check_table(counts, activations, "counts");
-  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous(),
-                  "picnn_fast: counts must be int64, contiguous");
+  check_type(counts, "counts", ScalarType::Long, "int64");
+  STD_TORCH_CHECK(counts.is_contiguous(), "counts: want them contiguous");
   check_range(minimum, activations, "minimum");
   check_range(maximum, activations, "maximum");
   Tensor column = torch::stable::new_empty(labels, {}, ScalarType::Long);
@@ -210,12 +210,10 @@ void check_soft(const Tensor& activations, const Tensor& labels, const Tensor& l
   for (const Tensor* t : {&low, &width}) {
     const char* name = t == &low ? "low" : "width";
     check_device(*t, name, activations, "activations");
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == activations.size(1) &&
-                        t->scalar_type() == accumulate_type(activations),
-                    "picnn_fast: ", name, " must be float32 [N] (float64 for float64 activations)");
+    check_shape(*t, name, {activations.size(1)});
+    check_accumulate_type(*t, name, activations);
   }
-  STD_TORCH_CHECK(2 <= bins && bins <= int64_t{1} << 24,
-                  "picnn_fast: bins must be in [2, 2**24], not ", bins);
+  STD_TORCH_CHECK(2 <= bins && bins <= int64_t{1} << 24, "bins: got ", bins, ", want 2 to 2**24");
 }
 
 template <typename C>
@@ -241,7 +239,7 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
                       const Tensor& width, int64_t bins, int64_t num_classes) {
   check_soft(activations, labels, low, width, bins);
   STD_TORCH_CHECK(0 <= num_classes && num_classes <= std::numeric_limits<int32_t>::max(),
-                  "picnn_fast: num_classes must be in [0, 2**31), not ", num_classes);
+                  "num_classes: got ", num_classes, ", want 0 to 2**31 - 1");
   const int64_t M = activations.size(0), N = activations.size(1);
   Tensor counts = torch::stable::new_empty(low, {N, bins, num_classes});
   const Tensor sums = torch::stable::new_zeros(labels, {N, bins, num_classes}, ScalarType::Long);
@@ -277,8 +275,7 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
   check_table(grad_counts, activations, "grad_counts");
   const int64_t bins = grad_counts.size(1), classes = grad_counts.size(2);
   check_soft(activations, labels, low, width, bins);
-  STD_TORCH_CHECK(grad_counts.scalar_type() == accumulate_type(activations),
-                  "picnn_fast: grad_counts must have the dtype of low");
+  check_accumulate_type(grad_counts, "grad_counts", activations);
   Tensor grad = torch::stable::empty_like(activations);
   with_type(activations, "activations", [&](auto value) {
     using T = decltype(value);

@@ -15,11 +15,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
-#include "../common/accumulate_type.h"
+#include "../common/check.h"
 #include "../common/macros.h"
+#include "../common/rounding.h"
 #include "../common/stable.h"
+#include "../common/types.h"
 
 #ifndef PICNN_FAST_CUDA_ON_CPU
 
@@ -63,12 +64,6 @@ __device__ A sum_warp(A value, int lanes = 32) {
   return value;
 }
 
-PICNN_FAST_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Type of sums, as accumulate_dtype in the reference.
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // W elements read or written at a time.
 template <typename T, int W>
 struct alignas(sizeof(T) * W) Vector {
@@ -89,18 +84,8 @@ void with_type(const torch::stable::Tensor& t, const char* name, const Run& run)
     case ScalarType::Double:
       return run(double{});
     default:
-      STD_TORCH_CHECK(false, "picnn_fast: ", name,
-                      " must be float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(false, name, ": want float32, float64, bfloat16 or float16");
   }
-}
-
-// The wrappers in picnn_fast check arguments in full; this, and what the families check, keeps a
-// direct call of an operator from reading or writing where it must not.
-inline void check_device(const torch::stable::Tensor& t, const char* name,
-                         const torch::stable::Tensor& other, const char* other_name) {
-  STD_TORCH_CHECK(
-      t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(),
-      "picnn_fast: ", name, " must be on the device of ", other_name);
 }
 
 // The launch's dynamic shared memory, as an array of T.

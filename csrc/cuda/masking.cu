@@ -98,29 +98,22 @@ void backward(const Tensor& grad_masked, const Tensor& features, const Tensor& m
 }
 
 void check_maps(const Tensor& maps, const char* name) {
-  STD_TORCH_CHECK(maps.dim() >= 2, "picnn_fast: ", name, " must be [B, N, *spatial]");
+  STD_TORCH_CHECK(maps.dim() >= 2, name, ": got ", maps.dim(), " axes, want [B, N, *spatial]");
 }
-void check_table(const Tensor& table, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == rows && table.size(1) == columns,
-                  "picnn_fast: ", name, " must be [", rows, ", ", columns, "]");
-}
-
 void check_mask(const Tensor& mask, const Tensor& features) {
-  check_table(mask, features.size(0), features.size(1), "mask");
-  STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
-                  "picnn_fast: mask must be float32 (float64 for float64 features)");
+  check_shape(mask, "mask", {features.size(0), features.size(1)});
+  check_accumulate_type(mask, "mask", features);
 }
 
 void check_seed(const Tensor& seed, const Tensor& other, const char* other_name) {
   check_device(seed, "seed", other, other_name);
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                  "picnn_fast: seed must be one int64");
+                  "seed: want one int64");
 }
 
 bool is_double(const Tensor& t, const char* name) {
   const bool wide = t.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, "picnn_fast: ", name,
-                  " must be float32 or float64");
+  STD_TORCH_CHECK(wide || t.scalar_type() == ScalarType::Float, name, ": want float32 or float64");
   return wide;
 }
 
@@ -134,8 +127,7 @@ Reals reals(const Tensor& t, const char* name) {
 }
 
 Tensor draw_labels(const Tensor& logits, const Tensor& seed, int64_t rank) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0,
-                  "picnn_fast: logits must be [B, K] with K > 0");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: want [B, K] with K > 0");
   check_seed(seed, logits, "logits");
   Tensor labels = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
   launch(logits, label_blocks, logits.size(0), kThreads, 0, reals(logits, "logits"), logits.size(1),
@@ -145,7 +137,7 @@ Tensor draw_labels(const Tensor& logits, const Tensor& seed, int64_t rank) {
 }
 
 Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t rank) {
-  STD_TORCH_CHECK(probabilities.dim() == 2, "picnn_fast: probabilities must be [B, N]");
+  STD_TORCH_CHECK(probabilities.dim() == 2, "probabilities: want [B, N]");
   check_seed(seed, probabilities, "probabilities");
   const int64_t B = probabilities.size(0), N = probabilities.size(1);
   Tensor mask = torch::stable::new_empty(probabilities, {B, N});
@@ -166,13 +158,13 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   check_maps(features, "features");
   const int64_t B = features.size(0), N = features.size(1);
   STD_TORCH_CHECK(correspondence.dim() == 2 && correspondence.size(0) > 0,
-                  "picnn_fast: correspondence must be [K, N] with K > 0");
+                  "correspondence: want [K, N] with K > 0");
   check_device(logits, "logits", features, "features");
   check_device(correspondence, "correspondence", features, "features");
   check_seed(seed, features, "features");
   const int64_t K = correspondence.size(0);
-  check_table(correspondence, K, N, "correspondence");
-  check_table(logits, B, K, "logits");
+  check_shape(correspondence, "correspondence", {K, N});
+  check_shape(logits, "logits", {B, K});
   Tensor masked = torch::stable::empty_like(features);
   Tensor mask = torch::stable::new_empty(features, {B, N}, accumulate_type(features));
   Tensor pseudo_label = torch::stable::new_empty(features, {B}, ScalarType::Long);
@@ -217,13 +209,12 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   check_maps(grad_masked, "grad_masked");
   check_device(grad_masked, "grad_masked", features, "features");
   check_device(mask, "mask", features, "features");
-  STD_TORCH_CHECK(grad_masked.dim() == features.dim(),
-                  "picnn_fast: grad_masked must have the shape of features");
+  STD_TORCH_CHECK(grad_masked.dim() == features.dim(), "grad_masked: want the shape of features");
   for (int64_t axis = 0; axis < features.dim(); ++axis)
     STD_TORCH_CHECK(grad_masked.size(axis) == features.size(axis),
-                    "picnn_fast: grad_masked must have the shape of features");
+                    "grad_masked: want the shape of features");
   STD_TORCH_CHECK(grad_masked.scalar_type() == features.scalar_type(),
-                  "picnn_fast: grad_masked must have the dtype of features");
+                  "grad_masked: want the dtype of features");
   const int64_t B = features.size(0), N = features.size(1);
   check_mask(mask, features);
   Tensor grad_features = torch::stable::empty_like(features);

@@ -315,17 +315,16 @@ void launch_threads(const Tensor& on, void (*kernel)(Parameters...), int64_t thr
 // included.
 std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Tensor& labels,
                                                   int64_t num_classes, int64_t n_neighbors) {
-  STD_TORCH_CHECK(values.dim() == 2 && values.scalar_type() == ScalarType::Double,
-                  "picnn_fast: values must be float64 [N, M]");
+  STD_TORCH_CHECK(values.dim() == 2, "values: got ", values.dim(), " axes, want [N, M]");
+  check_type(values, "values", ScalarType::Double, "float64");
   const int64_t N = values.size(0), M = values.size(1), K = num_classes;
   check_device(labels, "labels", values, "values");
-  STD_TORCH_CHECK(
-      labels.dim() == 1 && labels.size(0) == M && labels.scalar_type() == ScalarType::Long,
-      "picnn_fast: labels must be int64 [M]");
+  check_shape(labels, "labels", {M});
+  check_type(labels, "labels", ScalarType::Long, "int64");
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(M < kLimit && 0 <= K && K < kLimit,
-                  "picnn_fast: samples and classes must be fewer than 2^31 - 1");
-  STD_TORCH_CHECK(n_neighbors >= 1, "picnn_fast: n_neighbors must be at least 1");
+  STD_TORCH_CHECK(M < kLimit && 0 <= K && K < kLimit, "values, num_classes: got ", M,
+                  " samples and ", K, " classes, want fewer than 2^31 - 1");
+  STD_TORCH_CHECK(n_neighbors >= 1, "n_neighbors: got ", n_neighbors, ", want 1 or more");
   Tensor per_class = torch::stable::new_empty(values, {K, N});
   Tensor joint = torch::stable::new_empty(values, {N});
   if (N == 0) return {per_class, joint};

@@ -299,9 +299,8 @@ Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak, con
                               double scale) {
   offsets_of_maps(grad_masked, "grad_masked");
   check_device(peak, "peak", grad_masked, "grad_masked");
-  STD_TORCH_CHECK(peak.scalar_type() == ScalarType::Long && peak.dim() == 2 &&
-                      peak.size(0) == grad_masked.size(0) && peak.size(1) == grad_masked.size(1),
-                  "picnn_fast: peak must be int64 [B, N]");
+  check_shape(peak, "peak", {grad_masked.size(0), grad_masked.size(1)});
+  check_type(peak, "peak", ScalarType::Long, "int64");
   return mask<Work::kMask>(grad_masked, "grad_masked", peak, offsets, scale);
 }
 

@@ -277,7 +277,7 @@ def test_malformed_arguments_are_refused(kernels: dict[str, Callable[..., Any]])
     for operator, arguments, message in (
         (batch, (x[0], offsets), r"x: want maps \[B, N, h, w\]"),
         (batch, (x.int(), offsets), "x must be float32, float64, bfloat16 or float16"),
-        (batch, (x, offsets[1:]), "offsets: want"),
+        (batch, (x, offsets[1:]), "offsets: got shape .*, want"),
         (running, (x, mean[:, 1:], ratio, 0.1, None, offsets), "log_mean must be float32"),
         (running, (x, mean.double(), ratio, 0.1, None, offsets), "log_mean must be float32"),
         (running, (x, mean, ratio[1:], 0.1, None, offsets), "log_ratio must be float32"),
