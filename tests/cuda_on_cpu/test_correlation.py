@@ -95,23 +95,23 @@ def test_malformed_arguments_are_refused(kernels: dict[str, Callable[..., Any]])
     maps, mean, groups, num_groups, _ = arguments("wide_registers", "contiguous")
     forward, backward = kernels["group_correlation"], kernels["group_correlation_backward"]
     for changed, message in (
-        ((maps[0], mean, groups, num_groups, None), r"maps must be \[B, C, h, w\]"),
-        ((maps.long(), mean, groups, num_groups, None), r"mean must be|maps must be float32"),
-        ((maps, mean[1:], groups, num_groups, None), r"mean must be \[C, h, w\]"),
-        ((maps, mean.float(), groups, num_groups, None), "mean must be .* float64 for float64"),
-        ((maps, mean, groups.int(), num_groups, None), r"groups must be int64 \[C\]"),
-        ((maps, mean, groups[1:], num_groups, None), r"groups must be int64 \[C\]"),
-        ((maps, mean, groups, num_groups, torch.ones(2)), r"positive must be bool \[B\]"),
+        ((maps[0], mean, groups, num_groups, None), r"maps: got . axes, want \[B, C, h, w\]"),
+        ((maps.long(), mean, groups, num_groups, None), "(mean|maps): want float32"),
+        ((maps, mean[1:], groups, num_groups, None), r"mean: got shape .*, want"),
+        ((maps, mean.float(), groups, num_groups, None), "mean: want .* float64 for float64"),
+        ((maps, mean, groups.int(), num_groups, None), "groups: want int64"),
+        ((maps, mean, groups[1:], num_groups, None), "groups: got shape .*, want"),
+        ((maps, mean, groups, num_groups, torch.ones(2)), "positive: want bool"),
     ):
         with pytest.raises(RuntimeError, match=message):
             forward(*changed)
     _, norms, sums, moments = forward(maps, mean, groups, num_groups, None)
     one = torch.ones((), dtype=torch.float64)
     for kept, message in (
-        ((norms[1:], sums, moments), r"norms must be \[B, C\]"),
-        ((norms, sums[:, 1:], moments), r"sums \[B, num_groups"),
-        ((norms, sums, moments[:1]), r"moments must be \[2, num_groups\]"),
-        ((norms, sums.float(), moments), "sums must be float32, float64 for float64"),
+        ((norms[1:], sums, moments), "norms: got shape .*, want"),
+        ((norms, sums[:, 1:], moments), "sums: got shape .*, want"),
+        ((norms, sums, moments[:1]), r"moments: want \[2, num_groups\]"),
+        ((norms, sums.float(), moments), "sums: want float32, float64 for float64"),
     ):
         with pytest.raises(RuntimeError, match=message):
             backward(one, maps, mean, groups, None, *kept)

@@ -276,14 +276,14 @@ def test_malformed_arguments_are_refused(kernels: dict[str, Callable[..., Any]])
     batch, running = kernels["filter_loss"], kernels["filter_loss_running"]
     for operator, arguments, message in (
         (batch, (x[0], offsets), r"x: want maps \[B, N, h, w\]"),
-        (batch, (x.int(), offsets), "x must be float32, float64, bfloat16 or float16"),
+        (batch, (x.int(), offsets), "x: want float32, float64, bfloat16 or float16"),
         (batch, (x, offsets[1:]), "offsets: got shape .*, want"),
-        (running, (x, mean[:, 1:], ratio, 0.1, None, offsets), "log_mean must be float32"),
-        (running, (x, mean.double(), ratio, 0.1, None, offsets), "log_mean must be float32"),
-        (running, (x, mean, ratio[1:], 0.1, None, offsets), "log_ratio must be float32"),
-        (running, (x, mean, ratio, 0.0, None, offsets), r"momentum must be in \(0, 1\]"),
-        (running, (x, mean, ratio, 0.1, which.int(), offsets), "assigned must be int64"),
-        (running, (x, mean, ratio, 0.1, which[1:], offsets), "assigned must be int64"),
+        (running, (x, mean[:, 1:], ratio, 0.1, None, offsets), "log_mean: got shape .*, want"),
+        (running, (x, mean.double(), ratio, 0.1, None, offsets), "log_mean: want float32"),
+        (running, (x, mean, ratio[1:], 0.1, None, offsets), "log_ratio: got shape .*, want"),
+        (running, (x, mean, ratio, 0.0, None, offsets), r"momentum: got .*, want \(0, 1\]"),
+        (running, (x, mean, ratio, 0.1, which.int(), offsets), "assigned: want int64"),
+        (running, (x, mean, ratio, 0.1, which[1:], offsets), "assigned: got shape .*, want"),
     ):
         with pytest.raises(RuntimeError, match=message):
             operator(*arguments, 0.1, True)

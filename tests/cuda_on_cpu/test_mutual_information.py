@@ -62,12 +62,12 @@ def test_malformed_arguments_are_refused(estimate: Callable[..., Any]) -> None:
     for arguments, message in (
         ((values, labels - 1, 14, 3), "assertion failed in .*: 0 <= label && label < classes"),
         ((values, labels, 13, 3), "assertion failed in .*: 0 <= label && label < classes"),
-        ((values, labels.int(), 14, 3), "labels must be int64"),
-        ((values, labels[:19], 14, 3), r"labels must be int64 \[M\]"),
-        ((values.float(), labels, 14, 3), "values must be float64"),
-        ((values[0], labels, 14, 3), r"values must be float64 \[N, M\]"),
-        ((values, labels, 2**31, 3), "samples and classes must be fewer than"),
-        ((values, labels, 14, 0), "n_neighbors must be at least 1"),
+        ((values, labels.int(), 14, 3), "labels: want int64"),
+        ((values, labels[:19], 14, 3), "labels: got shape .*, want"),
+        ((values.float(), labels, 14, 3), "values: want float64"),
+        ((values[0], labels, 14, 3), r"values: got . axes, want \[N, M\]"),
+        ((values, labels, 2**31, 3), "samples and .* classes, want fewer than"),
+        ((values, labels, 14, 0), "n_neighbors: got 0, want 1 or more"),
     ):
         with pytest.raises(RuntimeError, match=message):
             estimate(*arguments)
