@@ -98,12 +98,18 @@ __device__ void multiply(const Product<A>& p, bool plain, A (&sum)[2][kTiles][4]
           if (j >= p.tiles) break;
           const Split a = look_up(near, column[j]).parts, b = look_up(far, column[j]).parts;
           const float t_high[2] = {a.high, b.high}, t_low[2] = {a.low, b.low};
+          // The matrix units cut off what does not fit a sum, always towards 0. So the small
+          // products come first, and sums of many steps are made outside, where they round.
+          float part[2][4] = {};
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            if constexpr (!kShort) multiply_tiles(sum[half][j], low[half], t_high);
-            multiply_tiles(sum[half][j], high[half], t_low);
-            multiply_tiles(sum[half][j], high[half], t_high);
-          }
+          for (int half = 0; half < 2; ++half)
+            if constexpr (!kShort) multiply_tiles(part[half], low[half], t_high);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) multiply_tiles(part[half], high[half], t_low);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) multiply_tiles(part[half], high[half], t_high);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sum[e / 4][j][e % 4] += part[e / 4][e % 4];
         }
       }
       return;

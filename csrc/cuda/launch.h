@@ -15,6 +15,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "../common/check.h"
 #include "../common/macros.h"
@@ -111,6 +114,33 @@ inline int64_t most_shared_bytes(const torch::stable::Tensor& on) {
 
 constexpr size_t kSharedUnasked = 48 << 10;  // bytes of dynamic shared memory any kernel may have
 
+#ifndef PICNN_FAST_CUDA_ON_CPU
+// Lets the kernel ask for as many bytes of dynamic shared memory as the current device, that of
+// `on`, has. Once a kernel and device, and not for this launch's bytes alone: the launch of another
+// thread could take them back before ours.
+inline void allow_shared(const torch::stable::Tensor& on, const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int32_t>, size_t> granted;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto at = granted.find({kernel, on.get_device_index()});
+  size_t most = at == granted.end() ? 0 : at->second;
+  if (at == granted.end()) {
+    cudaFuncAttributes attributes{};
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess) {
+      most = most_shared_bytes(on) - attributes.sharedSizeBytes;
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(most));
+    }
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "picnn_fast: shared memory of a kernel: ", cudaGetErrorString(error));
+    granted[{kernel, on.get_device_index()}] = most;
+  }
+  STD_TORCH_CHECK(bytes <= most, "picnn_fast: a kernel wants ", bytes,
+                  " bytes of shared memory, and the device has ", most, " for it");
+}
+#endif
+
 // Runs kernel(args...) on a one-dimensional grid, on the current stream of `on`'s device. A launch
 // of no blocks is no launch.
 template <typename... Parameters, typename... Arguments>
@@ -132,12 +162,8 @@ void launch(const torch::stable::Tensor& on, void (*kernel)(Parameters...), int6
                   "picnn_fast: a CUDA tensor, but libtorch_cuda is not loaded");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  if (shared_bytes > kSharedUnasked) {
-    const cudaError_t refused = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    STD_TORCH_CHECK(refused == cudaSuccess, "picnn_fast: ", shared_bytes,
-                    " bytes of shared memory: ", cudaGetErrorString(refused));
-  }
+  if (shared_bytes > kSharedUnasked)
+    allow_shared(on, reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -40,7 +40,7 @@ PICNN_FAST_HD float ten_bits(float x) {
 
 // x = high + low but for 2^-22 of it, both with 10-bit mantissas: the products of three pairs of
 // them are that of two floats but for some 2^-21.
-struct Split {
+struct alignas(8) Split {  // read at once
   float high, low;
 };
 PICNN_FAST_HD Split split(float x) {

@@ -11,6 +11,7 @@ from picnn_fast._extras import extra
 from picnn_fast.backbones import ReceptiveField, receptive_field
 from picnn_fast.explain.contributions import contribution_maps, owners
 from picnn_fast.models.base import InterpretableNetwork
+from picnn_fast.reference.masking import add_by_label
 
 _MEMORY_LIMIT = 2**30
 # Share of its mean by which a filter may vary and count as constant: the rounding of float32.
@@ -406,7 +407,7 @@ class _Sums:
     def add(self, pooled: Tensor, labels: Tensor) -> None:
         pooled, batch = pooled.double(), len(pooled)
         self.counts += labels.bincount(minlength=len(self.counts))
-        self.by_class.index_add_(0, labels, pooled)
+        add_by_label(self.by_class, labels, pooled)
         # Chan, Golub, LeVeque 1979: of deviations from the mean, which do not cancel.
         mean = pooled.mean(0)
         apart, between = pooled - mean, mean - self.mean

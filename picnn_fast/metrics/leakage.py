@@ -10,6 +10,7 @@ from torch import Tensor
 from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.pathway import MeanOverDraws
+from picnn_fast.reference.masking import add_by_label
 
 # A pair's images are of two classes, or of one; an image is alone in the first batch.
 _APART, _TOGETHER, _ALONE = range(3)
@@ -162,7 +163,7 @@ class MaskLeakage(PerImageMetric):
         """Of each draw in each resample, ``[S, R]``."""
         counts = counts.to(self.device)
         sizes = torch.zeros(len(counts), self.num_classes, dtype=self.wide, device=self.device)
-        sizes.index_add_(1, self.rows("labels"), counts.to(self.wide))
+        add_by_label(sizes.T, self.rows("labels"), counts.to(self.wide).T)
         one_class = (sizes / sizes.sum(1, keepdim=True)).square().sum(1)
         right, kinds = self.rows("right").to(self.wide), self.rows("kinds")
         apart, together = (

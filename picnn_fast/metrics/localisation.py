@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.thresholds import kth_greatest
+from picnn_fast.reference.masking import add_by_label
 
 # Elements that are looked at together.
 _BLOCK = 2**22
@@ -201,7 +202,7 @@ class GradMapLocalisation(SaliencyLocalisation):
             shape = (self.num_classes, self.num_filters)
             self._sums = torch.zeros(shape, dtype=self.wide, device=self.device)
         labels = labels.to(self.device, torch.int64)
-        self._sums.index_add_(0, labels, pooled.detach().to(self._sums))
+        add_by_label(self._sums, labels, pooled.detach().to(self._sums))
         self._images += labels.bincount(minlength=self.num_classes).cpu()
 
     def top_filters(self, labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from picnn_fast.metrics.mutual_information import MutualInformationScore
 from picnn_fast.ops.histogram import MOST_BINS
 from picnn_fast.ops.mutual_information import prepare
 from picnn_fast.reference.histogram import bins_of
+from picnn_fast.reference.masking import add_by_label
 from picnn_fast.reference.mutual_information import ross_terms
 
 # Elements that a step may hold beside the activations.
@@ -176,8 +177,8 @@ class MutualInformationEstimates(MutualInformationScore):
             first = torch.arange(x.shape[1], device=x.device) * self.bins
             cells = ((first + below.long()) * 2 + own).flatten()
             counts = x.new_zeros(2 * self.bins * x.shape[1])
-            counts.index_add_(0, cells, (1 - upper).flatten())
-            counts.index_add_(0, cells + 2, upper.flatten())
+            add_by_label(counts, cells, (1 - upper).flatten())
+            add_by_label(counts, cells + 2, upper.flatten())
             ratios = _log_ratios(counts.view(-1, self.bins, 2)).flatten()
             terms = (1 - upper) * ratios[cells].view_as(x)
             yield terms + upper * ratios[cells + 2].view_as(x)

@@ -11,6 +11,7 @@ from picnn_fast import checks
 from picnn_fast.backbones import ReceptiveField
 from picnn_fast.metrics.bootstrap import PerImageMetric
 from picnn_fast.metrics.thresholds import kth_greatest
+from picnn_fast.reference.masking import add_by_label
 
 # Elements that compute() works on at a time.
 _BLOCK = 2**22
@@ -510,8 +511,8 @@ class PartInterpretability(_PartMetric):
         )
         images = torch.zeros(self.num_classes, 1, dtype=torch.float64, device=self.device)
         for maps, labels in zip(_batches(self.maps), _batches(self.labels), strict=True):
-            sums.index_add_(0, labels, maps.sum((2, 3), dtype=torch.float64))
-            images.index_add_(0, labels, torch.ones_like(labels[:, None], dtype=torch.float64))
+            add_by_label(sums, labels, maps.sum((2, 3), dtype=torch.float64))
+            add_by_label(images, labels, torch.ones_like(labels[:, None], dtype=torch.float64))
         means = (sums / images).nan_to_num(-math.inf)
         best, category = means.max(0)
         return category.where(best > -math.inf, -1)

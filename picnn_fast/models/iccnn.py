@@ -15,6 +15,7 @@ from picnn_fast.functional import group_class_loss, group_correlation_loss
 from picnn_fast.layers import with_target_layer
 from picnn_fast.losses import Copies, check_output, cross_entropy
 from picnn_fast.models.base import InterpretableNetwork, check_task, evaluating
+from picnn_fast.reference.masking import add_by_label
 
 DECAY = 0.95  # of the moving mean
 PUBLISHED_GROUPS = 16
@@ -374,8 +375,8 @@ class _Activations:
             self.class_sums = maps.new_zeros(self.num_classes, filters)
             self.class_counts = maps.new_zeros(self.num_classes)
         labels = labels.to(maps.device, torch.int64)
-        self.class_sums.index_add_(0, labels, maps.mean(2))
-        self.class_counts.index_add_(0, labels, maps.new_ones(len(labels)))
+        add_by_label(self.class_sums, labels, maps.mean(2))
+        add_by_label(self.class_counts, labels, maps.new_ones(len(labels)))
         mean = maps.mean(0)
         centred = (maps - mean).transpose(0, 1).flatten(1)
         apart = mean - self.mean

@@ -85,7 +85,7 @@ class FilterCategories(nn.Module):
             values = maps.detach().amax((2, 3)).to(self.means.dtype)
         total = sums_by_label(values, labels, len(self.means))
         ones = torch.ones_like(labels, dtype=total.dtype)[:, None]
-        count = torch.zeros_like(total[:, :1]).index_add_(0, labels, ones)
+        count = sums_by_label(ones, labels, len(total))
         present = count > 0
         new = total / count.clamp_min(1)
         first = new if self.by == "sum" else new.clamp_min(0.1)

@@ -198,7 +198,17 @@ def bernoulli_parameters_backward(
 
 def sums_by_label(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Rows ``[B, N]`` added up by label, ``[classes, N]``; the same bits every time."""
-    sums = rows.new_zeros(classes, rows.shape[1])
+    return add_by_label(rows.new_zeros(classes, rows.shape[1]), labels, rows)
+
+
+def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Add each of ``rows`` ``[B, *]`` to the row of ``sums`` ``[K, *]`` that its label names.
+
+    In place, and the same bits every time. All are on one device, rows and sums of one dtype.
+
+    Returns:
+        ``sums``.
+    """
     if rows.is_cuda:
         # index_add_ would add there in whatever order threads come; this sorts the labels first.
         return sums.index_put_((labels,), rows, accumulate=True)

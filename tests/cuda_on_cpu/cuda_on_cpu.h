@@ -10,10 +10,16 @@
 //   - PICNN_FAST_FIBRE_ORDER chooses in which order threads and blocks run: "forward" (default),
 //     "reversed", or "shuffled:SEED", drawn anew at each turn. A thread runs until it has to wait,
 //     so a missing barrier gives another result under one of the orders.
-// PICNN_FAST_FIBRE_SHARED is the bytes of shared memory a block may ask for, 227 KB if not set.
-// Not modelled: races between threads of one warp that lock-step execution would hide or show,
-// memory ordering, and the sizes of registers and of the device. Any error ends the launch as a
-// std::runtime_error that says where.
+//   - PICNN_FAST_FIBRE_WARPS: "in_turn" (default) goes from warp to warp at every warp operation,
+//     "one_by_one" runs a warp up to the block's next barrier before another begins, as warps that
+//     are far apart do.
+// PICNN_FAST_FIBRE_MEMORY: "poisoned" (default) shared memory, or "kept", with what the block
+// before left there, which is as likely on a device: code that makes up for a NaN hides nothing
+// then. PICNN_FAST_FIBRE_SUMS: the matrix units truncate each sum of products "once" (default) or
+// after "each" product; nothing says which a device does. PICNN_FAST_FIBRE_SHARED is the bytes of
+// shared memory a block may ask for, 227 KB if not set. Not modelled: races between threads of one
+// warp that lock-step execution would hide or show, memory ordering, and the sizes of registers and
+// of the device. Any error ends the launch as a std::runtime_error that says where.
 
 #include <dlfcn.h>
 #include <link.h>
@@ -135,7 +141,7 @@ class Executor {
     body_ = body;
     gridDim = grid;
     blockDim = block;
-    choose_order();
+    choose_modes();
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     std::vector<uint64_t> order(blocks);
     for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
@@ -211,6 +217,7 @@ class Executor {
 
   std::string here() { return name(*current_); }
   unsigned lane() { return linear_index(current_->index) % 32; }
+  bool truncates_each() const { return truncates_each_; }
 
  private:
   Executor() : fibres_(kMaxThreads) {
@@ -229,7 +236,18 @@ class Executor {
     return out.str();
   }
 
-  void choose_order() {
+  // Whether the variable holds `other`, not `usual` or nothing.
+  bool chosen(const char* variable, const char* usual, const char* other) {
+    const char* set = std::getenv(variable);
+    const std::string value = set == nullptr ? usual : set;
+    if (value != usual && value != other)
+      fail(variable, ": got ", value, ", want ", usual, " or ", other);
+    return value == other;
+  }
+  void choose_modes() {
+    one_by_one_ = chosen("PICNN_FAST_FIBRE_WARPS", "in_turn", "one_by_one");
+    kept_ = chosen("PICNN_FAST_FIBRE_MEMORY", "poisoned", "kept");
+    truncates_each_ = chosen("PICNN_FAST_FIBRE_SUMS", "once", "each");
     const char* value = std::getenv("PICNN_FAST_FIBRE_ORDER");
     const std::string order = value == nullptr ? "forward" : value;
     reversed_ = order == "reversed";
@@ -250,7 +268,8 @@ class Executor {
     size_t size;
   };
   static Span shared_variables() {
-    picnn_fast_dynamic_shared[0] = kPoison;  // the loader allocates them at the first touch
+    // The loader allocates them at the first touch.
+    static_cast<void>(*static_cast<volatile unsigned char*>(picnn_fast_dynamic_shared));
     Span span{nullptr, 0};
     dl_iterate_phdr(
         [](dl_phdr_info* info, size_t, void* out) {
@@ -273,8 +292,10 @@ class Executor {
     if (shared.begin == nullptr) fail("shared memory not found");
     // All but what lies behind the launch's dynamic shared memory.
     unsigned char* const end = picnn_fast_dynamic_shared + sizeof(picnn_fast_dynamic_shared);
-    std::memset(shared.begin, kPoison, picnn_fast_dynamic_shared + shared_bytes - shared.begin);
-    std::memset(end, kPoison, shared.begin + shared.size - end);
+    if (!kept_) {
+      std::memset(shared.begin, kPoison, picnn_fast_dynamic_shared + shared_bytes - shared.begin);
+      std::memset(end, kPoison, shared.begin + shared.size - end);
+    }
     std::memset(picnn_fast_dynamic_shared + shared_bytes, kGuardByte, kGuard);
 
     slots_.clear();
@@ -285,23 +306,39 @@ class Executor {
       fibres_[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
       turn[t] = &fibres_[t];
     }
-    if (reversed_) std::reverse(turn.begin(), turn.end());
+    // Groups of threads, of which one goes as far as it can before the next begins.
+    const unsigned size = one_by_one_ ? 32 : threads;
+    std::vector<std::vector<Fibre*>> groups;
+    for (unsigned t = 0; t < threads; t += size)
+      groups.emplace_back(turn.begin() + t, turn.begin() + std::min(t + size, threads));
+    if (reversed_) {
+      std::reverse(groups.begin(), groups.end());
+      for (auto& group : groups) std::reverse(group.begin(), group.end());
+    }
     for (unsigned returned = 0; returned < threads;) {
-      if (shuffled_) std::shuffle(turn.begin(), turn.end(), random_);
-      bool progress = false;
-      for (Fibre* f : turn) {
-        if (f->returned || f->waiting_block || !may_go_on(*f)) continue;
-        progress = true;
-        resume(*f);
-        if (error_) std::rethrow_exception(error_);
-        if (f->returned) ++returned;
-      }
-      if (!progress) release_barrier(turn);
+      if (shuffled_) std::shuffle(groups.begin(), groups.end(), random_);
+      for (auto& group : groups)
+        while (run_once(group, returned)) continue;
+      if (returned < threads) release_barrier(turn);
     }
     for (size_t i = 0; i < kGuard; ++i)
       if (picnn_fast_dynamic_shared[shared_bytes + i] != kGuardByte)
         fail("block (", blockIdx.x, ", ", blockIdx.y, ", ", blockIdx.z, ") wrote past its ",
              shared_bytes, " bytes of dynamic shared memory");
+  }
+
+  // Each thread of a group that need not wait goes on, once; whether there is one.
+  bool run_once(std::vector<Fibre*>& group, unsigned& returned) {
+    if (shuffled_) std::shuffle(group.begin(), group.end(), random_);
+    bool ran = false;
+    for (Fibre* f : group) {
+      if (f->returned || f->waiting_block || !may_go_on(*f)) continue;
+      ran = true;
+      resume(*f);
+      if (error_) std::rethrow_exception(error_);
+      if (f->returned) ++returned;
+    }
+    return ran;
   }
 
   bool may_go_on(Fibre& f) {
@@ -375,7 +412,8 @@ class Executor {
   Fibre* current_ = nullptr;
   jmp_buf scheduler_;
   std::exception_ptr error_;
-  bool reversed_ = false, shuffled_ = false;
+  bool reversed_ = false, shuffled_ = false, one_by_one_ = false, kept_ = false;
+  bool truncates_each_ = false;
   std::mt19937_64 random_;
 };
 
@@ -491,7 +529,8 @@ inline int __all_sync(unsigned mask, int predicate, PICNN_FAST_PLACE) {
 }
 
 // The matrix units' c += a·b for a whole warp, with operands cut to 10-bit mantissas and sums to 23
-// bits, not rounded. Where lanes hold the elements: csrc/cuda/matrix_units.h.
+// bits, not rounded, as often as PICNN_FAST_FIBRE_SUMS says. Where lanes hold the elements:
+// csrc/cuda/matrix_units.h.
 inline void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2],
                              PICNN_FAST_PLACE) {
   const auto cut = [](float x) {
@@ -504,6 +543,10 @@ inline void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b
     float x;
     std::memcpy(&x, &low, sizeof(x));
     return double{x};
+  };
+  const auto truncated = [](double sum) {
+    const auto nearest = static_cast<float>(sum);
+    return std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
   };
   auto& executor = cuda_on_cpu::Executor::get();
   std::array<std::array<uint64_t, 32>, 3> lanes;
@@ -520,9 +563,9 @@ inline void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b
       const uint64_t of_a = lanes[k / 4][row % 8 * 4 + k % 4] >> (row < 8 ? 0 : 32);
       const uint64_t of_b = lanes[2][column * 4 + k % 4] >> (k < 4 ? 0 : 32);
       sum += back(of_a) * back(of_b);
+      if (executor.truncates_each()) sum = truncated(sum);
     }
-    c[i] = static_cast<float>(sum);
-    if (std::fabs(c[i]) > std::fabs(sum)) c[i] = std::nextafter(c[i], 0.0f);
+    c[i] = truncated(sum);
   }
 }
 #undef PICNN_FAST_PLACE

@@ -60,6 +60,17 @@ __global__ void neighbour(int* out, bool with_barrier) {
   out[t] = shared[(t + 1) % n];
 }
 
+// The first warp hands its sum to the second, which comes by a warp operation of its own first.
+__global__ void other_warp(int* out, bool with_barrier) {
+  __shared__ int handed;
+  const int t = threadIdx.x;
+  int sum = t % 32;
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFull, sum, offset);
+  if (t == 0) handed = sum;
+  if (with_barrier) __syncthreads();
+  out[t] = __shfl_sync(kFull, handed, 0);
+}
+
 __global__ void unwritten_shared(float* out) {
   __shared__ float fixed[4];
   out[0] = fixed[threadIdx.x];
@@ -147,6 +158,9 @@ const char* run_atomics(int* counters) {
 }
 const char* run_neighbour(int* out, int threads, bool with_barrier) {
   return run(1, threads, threads * sizeof(int), [=] { neighbour(out, with_barrier); });
+}
+const char* run_other_warp(int* out, bool with_barrier) {
+  return run(1, 64, 0, [=] { other_warp(out, with_barrier); });
 }
 const char* run_unwritten_shared(float* out) {
   return run(2, 1, sizeof(float), [=] { unwritten_shared(out); });

@@ -22,7 +22,6 @@ SHAPES = {
     "many_groups": ((1, 40, 2, 3), 300),
     "many_positions": ((1, 2, 33, 40), 2),
 }
-ORDERS = ("reversed", "shuffled:0")
 
 
 def arguments(name: str, layout: str, *, counted: bool = False) -> tuple[Any, ...]:
@@ -65,19 +64,17 @@ def test_loss_and_gradient_equal_the_reference(
     assert_equals_the_reference(kernels, arguments(name, layout, counted=counted))
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_order_of_threads_and_blocks_does_not_change_a_bit(
     kernels: dict[str, Callable[..., Any]],
     name: str,
     layout: str,
-    order: str,
-    monkeypatch: pytest.MonkeyPatch,
+    schedule: Callable[[], None],
 ) -> None:
     given = arguments(name, layout)
     expected = assert_equals_the_reference(kernels, given)
-    monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
+    schedule()
     assert torch.equal(assert_equals_the_reference(kernels, given), expected)
 
 

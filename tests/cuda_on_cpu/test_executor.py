@@ -1,6 +1,7 @@
 """The executor of CUDA kernels on a CPU computes what a GPU would, and catches mistakes."""
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,34 @@ def test_a_missing_barrier_shows(kernels: ctypes.CDLL, order: str) -> None:
     assert -1 in out.tolist()  # what no thread had written yet
 
 
+@pytest.mark.parametrize("order", ["forward", "reversed"])
+def test_a_warp_may_run_far_ahead_of_the_others(
+    kernels: ctypes.CDLL, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a missing barrier shows, where warps that take turns at every operation hide it."""
+    monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
+    hidden = {}
+    for warps in ("in_turn", "one_by_one"):
+        monkeypatch.setenv("PICNN_FAST_FIBRE_WARPS", warps)
+        for with_barrier in (True, False):
+            out = np.zeros(64, np.int32)
+            assert run(kernels, "other_warp", out, with_barrier) == ""
+            hidden[warps, with_barrier] = out.tolist() == [496] * 64
+    assert hidden["in_turn", True]
+    assert hidden["one_by_one", True]
+    assert hidden["in_turn", False] or order == "reversed"
+    assert hidden["one_by_one", False] == (order == "forward")
+
+
+def test_a_block_may_find_what_the_one_before_left(
+    kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PICNN_FAST_FIBRE_MEMORY", "kept")
+    out = np.zeros(2, np.float32)
+    assert run(kernels, "unwritten_shared", out) == ""
+    assert out.tolist() == [1, 1]
+
+
 def test_every_block_finds_its_shared_memory_poisoned(kernels: ctypes.CDLL) -> None:
     out = np.zeros(2, np.float32)
     assert run(kernels, "unwritten_shared", out) == ""
@@ -147,12 +176,31 @@ def test_matrix_units_multiply_what_ten_bits_hold(kernels: ctypes.CDLL, order: s
     c = np.full((16, 8), np.nan, np.float32)
     assert run(kernels, "matrix_units", a, b, c) == ""
     expected = cut(a).astype(np.float64) @ cut(b).astype(np.float64)
-    nearest = expected.astype(np.float32)
-    below = np.where(
-        np.abs(nearest) > np.abs(expected), np.nextafter(nearest, np.float32(0)), nearest
-    )
-    np.testing.assert_array_equal(c, below)
+    np.testing.assert_array_equal(c, toward_zero(expected))
     assert np.abs(c - a @ b).max() > 1e-5  # the rest of the mantissas is lost
+
+
+def toward_zero(exact: np.ndarray) -> np.ndarray:
+    nearest = exact.astype(np.float32)
+    return np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, np.float32(0)), nearest)
+
+
+def test_matrix_units_may_truncate_after_each_product(
+    kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    a = generator.standard_normal((16, 8), np.float32)
+    b = generator.standard_normal((8, 8), np.float32)
+    c = np.full((2, 16, 8), np.nan, np.float32)
+    for out, sums in zip(c, ("once", "each"), strict=True):
+        monkeypatch.setenv("PICNN_FAST_FIBRE_SUMS", sums)
+        assert run(kernels, "matrix_units", a, b, out) == ""
+    products = cut(a)[:, :, None].astype(np.float64) * cut(b)[None]
+    expected = np.zeros((16, 8), np.float32)
+    for k in range(8):
+        expected = toward_zero(expected + products[:, k])
+    np.testing.assert_array_equal(c[1], expected)
+    assert (c[0] != c[1]).any()
 
 
 def test_numbers_split_into_two_of_ten_bits(kernels: ctypes.CDLL) -> None:
@@ -177,9 +225,16 @@ def test_an_unknown_order_is_refused(kernels: ctypes.CDLL, monkeypatch: pytest.M
     assert "want forward, reversed or shuffled:SEED" in run(kernels, "block_of", 1, 0)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mode", ["WARPS", "MEMORY", "SUMS"])
+def test_an_unknown_mode_is_refused(
+    kernels: ctypes.CDLL, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"PICNN_FAST_FIBRE_{mode}", "any")
+    assert f"PICNN_FAST_FIBRE_{mode}: got any, want " in run(kernels, "block_of", 1, 0)
+
+
 def test_masking_kernels_do_not_depend_on_the_order(
-    order: str, monkeypatch: pytest.MonkeyPatch
+    schedule: Callable[[], None],
 ) -> None:
     """Warps and blocks may run in any order: a missing barrier would give other bits in some."""
     try:
@@ -197,12 +252,11 @@ def test_masking_kernels_do_not_depend_on_the_order(
         return [masked, mask, label, gated, *kernels["masking_backward"](gated, maps, mask)]
 
     contiguous = torch.randn(3, 70, 121, generator=generator)
-    for maps in (contiguous, contiguous.mT.contiguous().mT, contiguous[:, :, ::2]):
-        monkeypatch.delenv("PICNN_FAST_FIBRE_ORDER", raising=False)
-        expected = run_all(maps)
-        monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
-        for got, wanted in zip(run_all(maps), expected, strict=True):
-            assert torch.equal(got, wanted)
+    layouts = (contiguous, contiguous.mT.contiguous().mT, contiguous[:, :, ::2])
+    expected = [run_all(maps) for maps in layouts]
+    schedule()
+    for maps, wanted in zip(layouts, expected, strict=True):
+        assert all(map(torch.equal, run_all(maps), wanted))
 
 
 def test_what_is_loaded_lies_where_nobody_else_writes(

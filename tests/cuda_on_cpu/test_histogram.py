@@ -16,7 +16,6 @@ from picnn_fast.reference import histogram as reference
 from tests.reference.test_histogram import fresh
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ORDERS = ("forward", "reversed", "shuffled:0", "shuffled:1")
 # Samples, filters, bins, classes.
 SHAPES = {
     "tables_in_shared_memory": (600, 16, 8, 3),
@@ -99,32 +98,30 @@ def test_many_samples_equal_the_reference(
     check(kernels, SHAPES[shape], dtype, layout)
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
 @pytest.mark.parametrize("layout", ["filters", "samples", "strided"])
 def test_the_order_of_threads_and_blocks_does_not_matter(
     kernels: dict[str, Callable[..., Any]],
     layout: str,
-    order: str,
-    monkeypatch: pytest.MonkeyPatch,
+    schedule: Callable[[], None],
 ) -> None:
-    monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
+    schedule()
     check(kernels, SHAPES["tables_in_shared_memory"], torch.float32, layout)
 
 
 def test_soft_counts_have_the_same_bits_in_every_order(
-    kernels: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+    kernels: dict[str, Callable[..., Any]], schedule: Callable[[], None]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (700,), generator=generator)
+    given = []
     for dtype, bins in itertools.product((torch.float32, torch.float64), (6, 400)):
         x = torch.randn(700, 5, generator=generator).to(dtype)
         low, width = torch.full((5,), -3).to(dtype), torch.full((5,), 6 / bins).to(dtype)
-        results = []
-        for order in ORDERS:
-            monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
-            results.append(kernels["soft_histogram"](x, labels, low, width, bins, 3))
-        for result in results[1:]:
-            assert torch.equal(result, results[0])
+        given.append((x, labels, low, width, bins, 3))
+    expected = [kernels["soft_histogram"](*arguments) for arguments in given]
+    schedule()
+    for arguments, wanted in zip(given, expected, strict=True):
+        assert torch.equal(kernels["soft_histogram"](*arguments), wanted)
 
 
 @pytest.mark.parametrize("classes", [2, 3000])

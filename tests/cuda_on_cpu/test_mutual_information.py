@@ -46,13 +46,12 @@ def test_filters_of_several_blocks_agree_with_the_reference(
         torch.testing.assert_close(one, two, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("order", ["reversed", "shuffled:0"])
 def test_results_do_not_depend_on_the_order_of_threads(
-    estimate: Callable[..., Any], order: str, monkeypatch: pytest.MonkeyPatch
+    estimate: Callable[..., Any], schedule: Callable[[], None]
 ) -> None:
     values, labels = filters(300)
     expected = estimate(values, labels, 14, 2)
-    monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
+    schedule()
     got = estimate(values, labels, 14, 2)
     assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
 

@@ -31,7 +31,6 @@ SHAPES = {
     "wide_tile": (1, 37, 3, 5),
     "narrow_tile": (2, 3, 20, 21),
 }
-ORDERS = ("forward", "reversed", "shuffled:0")
 
 
 def maps(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
@@ -83,17 +82,15 @@ def test_mask_layer_equals_the_reference_bit_for_bit(
     assert got.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_order_of_threads_and_blocks_does_not_matter(
     kernels: dict[str, Callable[..., Any]],
     shape: str,
     layout: str,
-    order: str,
-    monkeypatch: pytest.MonkeyPatch,
+    schedule: Callable[[], None],
 ) -> None:
-    monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
+    schedule()
     x = maps(SHAPES[shape], layout, torch.float32)
     offsets = TEMPLATES["gradient"].offsets_for(*x.shape[2:], x)
     expected = reference.template_mask(x, offsets, 1.0)

@@ -1,6 +1,8 @@
 """Masking family under autograd, torch.compile, autocast and opcheck, on every backend."""
 
+import ast
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
+import picnn_fast
 from picnn_fast.functional import (
     bernoulli_mask,
     class_gate,
@@ -405,6 +408,18 @@ def test_gradients_of_tables_are_added_up_in_one_order_on_a_gpu():
     assert sums.shape == (CLASSES, FILTERS)
     assert "index_put_" in eager.names
     assert not any("index_add" in name for name in eager.names)
+
+
+def test_all_sums_by_label_are_made_by_one_function():
+    """That which keeps their order on a GPU; sums of integers need none."""
+    root = Path(picnn_fast.__file__).parent
+    callers = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("index_add_", "index_add")
+    }
+    assert callers == {"reference/masking.py", "reference/histogram.py"}
 
 
 @pytest.mark.gpu
