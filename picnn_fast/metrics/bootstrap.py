@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from picnn_fast import checks
+from picnn_fast.metrics.ranks import JoinedMetric, gather_rows
 
 # Counts that are drawn at a time: 128 MiB.
 _BLOCK = 2**24
@@ -91,12 +91,12 @@ def percentile_interval(values: Tensor, level: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-class PerImageMetric(Metric):
+class PerImageMetric(JoinedMetric):
     """A metric whose states are rows, one an image, in the order of the images.
 
     A subclass declares each with ``add_rows``, appends a batch of rows in ``update`` with
-    ``append`` and reads them with ``rows``. Over ranks they are joined, also with those of a rank
-    that has seen no image.
+    ``append`` and reads them with ``rows``. Over ranks they are joined, rank by rank, also with
+    those of a rank that has seen no image.
 
     Args:
         **kwargs: of ``torchmetrics.Metric``.
@@ -161,12 +161,11 @@ class PerImageMetric(Metric):
         dtype = self.wide if dtype == torch.float64 else dtype
         return torch.empty(0, *shape, dtype=dtype, device=self.device)
 
-    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
-        # Ranks gather tensors of one shape and dtype, also from one without images.
+    def join(self, to: int | None = None, group: Any = None) -> None:
         for name in self._shapes:
-            if not len(getattr(self, name)):
-                setattr(self, name, [self._no_rows(name)])
-        super()._sync_dist(dist_sync_fn, process_group)
+            joined = gather_rows(self.rows(name), to, group)
+            if joined is not None:
+                setattr(self, name, [joined])
 
 
 def resampled_means(values: Tensor, counts: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from picnn_fast import checks
 from picnn_fast.metrics.pathway import MeanOverDraws
+from picnn_fast.metrics.ranks import JoinedMetric, gather_rows
 
 TRAINING_SAMPLES = (500, 1000, 2000)  # table 3 of the paper
 TREES = 100
+_STATES = ("normal", "adversarial", "right")
 
 
 class Detection(NamedTuple):
@@ -43,7 +43,7 @@ class Detection(NamedTuple):
     errors: Tensor
 
 
-class DetectionError(Metric):
+class DetectionError(JoinedMetric):
     """Error rate of a random forest that tells attacked images from those that are as they were.
 
     The forest is given features of an image, here the means of the maps of every convolution. It is
@@ -106,7 +106,7 @@ class DetectionError(Metric):
             raise ValueError(f"samples: got {list(samples)}, want even numbers, half of each class")
         self.seeds = checks.integer("seeds", seeds, 1)
         self.all_attacked = all_attacked
-        for name in ("normal", "adversarial", "right"):
+        for name in _STATES:
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
@@ -147,14 +147,21 @@ class DetectionError(Metric):
         right = [(value.argmax(1) == labels) for value in (logits, adversarial_logits)]
         self.right.append(torch.stack(right, 1).to(self.device, torch.uint8))
 
+    def join(self, to: int | None = None, group: Any = None) -> None:
+        for name in _STATES:
+            state = getattr(self, name)
+            joined = gather_rows(torch.cat(state) if state else None, to, group)
+            if joined is not None:
+                setattr(self, name, [joined.to(self.device)])
+
     def compute(self) -> Detection:
         """Of all images; shares in [0, 1], float64 on the CPU."""
-        right = dim_zero_cat(self.right).cpu().bool()
+        right = torch.cat(self.right).cpu().bool()
         fooled = right[:, 0] & ~right[:, 1]
         used = torch.ones_like(fooled) if self.all_attacked else fooled
         # Of each image used both forms, [U, 2, F].
         states = (self.normal, self.adversarial)
-        features = torch.stack([dim_zero_cat(state).cpu()[used] for state in states], 1).numpy()
+        features = torch.stack([torch.cat(state).cpu()[used] for state in states], 1).numpy()
         seeds = range(self.seeds)
         rows = [[_error(features, count, seed) for seed in seeds] for count in self.samples]
         errors = torch.tensor(rows, dtype=torch.float64)

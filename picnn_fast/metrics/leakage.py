@@ -1,7 +1,7 @@
 """Mask leakage: what the pattern of a mask alone tells of the class."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ class MaskLeakage(PerImageMetric):
 
     The other image is drawn from as many as the first batch held, each image seen so far as likely
     as any other, so that images sorted by class are paired across classes too. Pairs of one class
-    and pairs of two are counted apart and weighed by how many of each the whole set holds.
+    and pairs of two are counted apart and weighed by how many of each the whole set holds. Which
+    images are paired hangs on the sizes of the batches and the seed alone. A rank pairs images that
+    it has seen, those that ``skip`` and ``keep`` give it among them.
 
     Args:
         num_classes: K.
@@ -62,6 +64,7 @@ class MaskLeakage(PerImageMetric):
 
     def _forget(self) -> None:
         self._kept: tuple[Tensor, Tensor] | None = None
+        self._places: list[int] = []  # of the images that are kept, among all seen
         self._seen = 0
         self._generator = torch.Generator().manual_seed(self.seed)
 
@@ -98,20 +101,75 @@ class MaskLeakage(PerImageMetric):
             )
         if len(maps) == 0:
             return
-        if self._kept is None:
-            # An image that is alone in the first batch has no other to be paired with.
-            shift = self._draw(1, len(maps)) if len(maps) > 1 else 0
-            self._add(maps.roll(shift, 0), labels.roll(shift), labels, masks, classify)
+        first, seen = self._seen == 0, self._seen
+        if not first and self._kept is None:
+            raise ValueError(f"maps: got an update after skip(), want keep() of {self._places}")
+        others, replaced = self._pair(len(maps))
+        if first:
+            others = others.to(maps.device)
+            self._add(maps[others], labels[others], labels, masks, classify)
             self._kept = maps.clone(), labels.clone()
-        else:
-            other = torch.randint(len(self._kept[0]), (len(maps),), generator=self._generator)
-            other = other.to(maps.device)
-            self._add(self._kept[0][other], self._kept[1][other], labels, masks, classify)
-            for at in range(len(maps)):
-                place = self._draw(0, self._seen + at + 1)
-                if place < len(self._kept[0]):
-                    self._kept[0][place], self._kept[1][place] = maps[at], labels[at]
-        self._seen += len(maps)
+            return
+        assert self._kept is not None
+        others = others.to(maps.device)
+        self._add(self._kept[0][others], self._kept[1][others], labels, masks, classify)
+        for slot, place in replaced.items():
+            at = place - seen
+            self._kept[0][slot], self._kept[1][slot] = maps[at], labels[at]
+
+    def skip(self, sizes: Sequence[int]) -> list[int]:
+        """Go on as after batches that were given to other ranks; before the first ``update``.
+
+        Args:
+            sizes: of these batches, in order.
+
+        Returns:
+            Which of their images others are now paired with: ``keep`` is to be given them next.
+
+        Raises:
+            TypeError, ValueError: a size that is no integer, or below 1.
+        """
+        for size in sizes:
+            self._pair(checks.integer("sizes", size, 1))
+        return list(self._places)
+
+    def keep(self, maps: Tensor, labels: Tensor) -> None:
+        """Take the images that ``skip`` named.
+
+        Args:
+            maps: ``[b, …]``, in the order in which they were named.
+            labels: ``[b]`` integers in [0, K).
+
+        Raises:
+            TypeError: not tensors, or of the wrong dtype.
+            ValueError: other than so many, or labels out of range.
+        """
+        checks.tensor("maps", maps)
+        checks.labels("labels", labels, len(self._places), self.num_classes)
+        if len(maps) != len(self._places):
+            raise ValueError(f"maps: got {len(maps)} images, want {len(self._places)}, of skip()")
+        self._kept = maps.clone(), labels.clone()
+
+    def _pair(self, size: int) -> tuple[Tensor, dict[int, int]]:
+        """Draw for a batch of so many images.
+
+        Returns:
+            ``[size]``, with which of the images kept each is paired, in the first batch with which
+            of its own; and which images are kept in the place of others from then on.
+        """
+        seen, self._seen = self._seen, self._seen + size
+        if seen == 0:
+            # An image that is alone in the first batch has no other to be paired with.
+            shift = self._draw(1, size) if size > 1 else 0
+            self._places = list(range(size))
+            return torch.arange(size).roll(shift), {}
+        others = torch.randint(len(self._places), (size,), generator=self._generator)
+        replaced: dict[int, int] = {}
+        for place in range(seen, seen + size):
+            slot = self._draw(0, place + 1)
+            if slot < len(self._places):
+                self._places[slot] = replaced[slot] = place
+        return others, replaced
 
     def forward(self, *args: Any, **kwargs: Any) -> MeanOverDraws:
         """Add a batch as ``update`` does, and return the value of this batch alone.

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
+from picnn_fast.metrics.ranks import all_reduce, by_filters, gather_objects
 from picnn_fast.metrics.thresholds import kth_greatest
 from picnn_fast.reference.masking import add_by_label
 
@@ -139,7 +141,7 @@ class GradMapLocalisation(SaliencyLocalisation):
     the gradient of a filter's mean activation with respect to the image, its norm over the colours.
 
     ``reset`` forgets the images of ``update`` alone. Each rank chooses filters by what its own
-    ``prepare`` saw.
+    ``prepare`` saw, unless all call ``join_prepared`` before the first ``update``.
 
     Args:
         num_filters: N.
@@ -198,12 +200,26 @@ class GradMapLocalisation(SaliencyLocalisation):
         if pooled.shape[1] != self.num_filters:
             raise ValueError(f"pooled: got {pooled.shape[1]} filters, want {self.num_filters}")
         checks.labels("labels", labels, len(pooled), self.num_classes)
+        sums = self._class_sums()
+        labels = labels.to(self.device, torch.int64)
+        add_by_label(sums, labels, pooled.detach().to(sums))
+        self._images += labels.bincount(minlength=self.num_classes).cpu()
+
+    def join_prepared(self, group: Any = None) -> None:
+        """Choose filters by what ``prepare`` saw on all ranks, once; all of them call it.
+
+        Args:
+            group: of ``torch.distributed``; None: of all processes.
+        """
+        self._sums = all_reduce(self._class_sums(), "SUM", group)
+        self._images = all_reduce(self._images.to(self.device), "SUM", group).cpu()
+
+    def _class_sums(self) -> Tensor:
+        """``[K, N]``, what ``prepare`` saw."""
         if self._sums is None:
             shape = (self.num_classes, self.num_filters)
             self._sums = torch.zeros(shape, dtype=self.wide, device=self.device)
-        labels = labels.to(self.device, torch.int64)
-        add_by_label(self._sums, labels, pooled.detach().to(self._sums))
-        self._images += labels.bincount(minlength=self.num_classes).cpu()
+        return self._sums
 
     def top_filters(self, labels: Tensor) -> Tensor:
         """Of each label's class the filters of the greatest mean activation.
@@ -247,7 +263,8 @@ class ActivMapLocalisation(PerImageMetric):
     ``prepare`` keeps the maps in single precision until the first ``update``. Where those of all
     images would take more than ``memory_limit``, the thresholds are those of every second, fourth
     … image. ``reset`` forgets the images of ``update`` alone. Each rank has thresholds of what its
-    own ``prepare`` saw.
+    own ``prepare`` saw, unless all call ``join_prepared`` before the first ``update``; a rank keeps
+    no more than that many bytes of its own maps then, and is sent as many of the others'.
 
     Args:
         num_filters: N.
@@ -309,7 +326,22 @@ class ActivMapLocalisation(PerImageMetric):
 
     def _begin(self) -> None:
         self._kept: list[Tensor] = []
-        self._offered, self._every = 0, 1
+        # Of the images that prepare() is shown: the first, among those of all ranks; the next; and
+        # that every second, fourth … is kept.
+        self._first = self._next = 0
+        self._every = 1
+
+    def skip(self, sizes: Sequence[int]) -> list[int]:
+        """Count images of ``prepare`` that were given to other ranks; before the first of its own.
+
+        Args:
+            sizes: of their batches.
+
+        Returns:
+            No image: none of them is wanted.
+        """
+        self._first = self._next = sum(sizes)
+        return []
 
     def prepare(self, maps: Tensor) -> None:
         """Add a batch to those of which the thresholds are; after an update, to new ones.
@@ -322,14 +354,50 @@ class ActivMapLocalisation(PerImageMetric):
             ValueError: of another shape, or not finite (on a GPU a device-side assert).
         """
         self._check_maps(maps)
-        chosen = (torch.arange(len(maps)) + self._offered) % self._every == 0
-        self._offered += len(maps)
+        chosen = (torch.arange(len(maps)) + self._next) % self._every == 0
+        self._next += len(maps)
         # A copy: the caller may write into the maps before they are read again.
         self._kept.append(maps.detach()[chosen.to(maps.device)].to(self.device, torch.float32))
-        an_image = 4 * math.prod(maps.shape[1:])
-        while (count := sum(map(len, self._kept))) > 1 and count * an_image > self.memory_limit:
-            self._every *= 2
-            self._kept = [torch.cat(self._kept)[::2].clone()]
+        while self._too_many(sum(map(len, self._kept)), maps.shape[1:]):
+            self._thin_out(2 * self._every)
+
+    def join_prepared(self, group: Any = None) -> None:
+        """Take thresholds of what ``prepare`` saw on all ranks; all of them call it.
+
+        Those of one process that saw all, where ``skip`` told each rank which images are its own.
+
+        Args:
+            group: of ``torch.distributed``; None: of all processes.
+        """
+        size = next((tuple(maps.shape[1:]) for maps in self._kept if len(maps)), None)
+        facts = gather_objects((self._next - self._first, self._every, size), group)
+        sizes = [size for _, _, size in facts if size is not None]
+        if not sizes:
+            return
+        images, every = sum(fact[0] for fact in facts), max(fact[1] for fact in facts)
+        while self._too_many(-(-images // every), sizes[0]):
+            every *= 2
+        self._thin_out(every)
+        own = torch.cat(self._kept) if self._kept else None
+
+        def compute(maps: Tensor, filters: slice) -> Tensor:
+            k = max(1, int(self.top * maps[:, 0].numel()))
+            return kth_greatest([maps], k)
+
+        self.thresholds.copy_(by_filters(own, self.num_filters, compute, group))
+        self._begin()
+
+    def _too_many(self, images: int, size: Sequence[int]) -> bool:
+        return images > 1 and images * 4 * math.prod(size) > self.memory_limit
+
+    def _thin_out(self, every: int) -> None:
+        """Of the maps that are kept, keep those of every so many images."""
+        if every == self._every or not self._kept:
+            return
+        first = -(-self._first // self._every)  # of those kept, counted from the first of all ranks
+        factor = every // self._every
+        self._kept = [torch.cat(self._kept)[-first % factor :: factor].clone()]
+        self._every = every
 
     def update(self, maps: Tensor, object_masks: Tensor, labels: Tensor) -> None:
         """Add a batch of images.

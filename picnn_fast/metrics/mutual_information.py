@@ -8,11 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from picnn_fast import checks, functional
+from picnn_fast.metrics.ranks import JoinedMetric, all_reduce, gather_objects, gather_rows, world
 from picnn_fast.ops import histogram
 from picnn_fast.ops.mutual_information import plug_in
 from picnn_fast.reference.histogram import widen
@@ -29,7 +27,7 @@ _MEMORY_LIMIT = 2**32
 _ROUNDING = 2**-17
 
 
-class MutualInformationScore(Metric):
+class MutualInformationScore(JoinedMetric):
     """MIS: how much each filter tells about the class it tells most about (CSG section 4.1).
 
     m[c, i] is the mutual information, in nats, between filter i's pooled activation and 1[y = c];
@@ -44,8 +42,10 @@ class MutualInformationScore(Metric):
     - ``estimator="histogram"`` keeps counts, ``8 · N · bins · K`` bytes however many samples there
       are. Order, batches and ranks make no difference. Too high by about bins / 2M.
 
-    Over ranks the score is that of all their samples. They are kept in their own dtype, whatever
-    dtype the metric is cast to.
+    Over ranks the score is that of all their samples, of "knn" in the order of the ranks. What they
+    gather, "knn" alone, is the samples of all, once: M · N of their dtype, 4 bytes of float32, and
+    8 M of labels, on each rank that computes; of "histogram" counts are added up. Samples are kept
+    in their own dtype, whatever dtype the metric is cast to.
 
     Args:
         num_classes: K, below 2**31.
@@ -55,7 +55,7 @@ class MutualInformationScore(Metric):
         bins: of "histogram", 2 to 2**24.
         bias_correction: of "histogram": None or "miller_madow".
         memory_limit: of "knn", in bytes: ``update`` refuses samples with which ``compute`` would
-            need more on this process, those of other ranks included.
+            need more on this process if every rank had as many.
             4 GiB are enough for some 50,000 samples of 6,000 filters in float32.
         **kwargs: of ``torchmetrics.Metric``.
 
@@ -208,9 +208,7 @@ class MutualInformationScore(Metric):
             return torch.cat(
                 [plug_in(block, "class", self.bias_correction) for block in counts.split(few)], 1
             )
-        activations, labels = dim_zero_cat(self.activations), dim_zero_cat(self.labels)
-        if activations.device.type not in ("cpu", "cuda"):  # MPS has no float64
-            activations, labels = activations.cpu(), labels.cpu()
+        activations, labels = self._samples()
         matrix = functional.knn_mutual_information(
             activations,
             labels,
@@ -220,6 +218,13 @@ class MutualInformationScore(Metric):
         )
         self._warn_of_constant(activations.amin(0).double(), activations.amax(0).double())
         return matrix
+
+    def _samples(self) -> tuple[Tensor, Tensor]:
+        """Activations ``[M, N]`` and labels ``[M]`` of "knn"."""
+        parts = [_cat(x) for x in (self.activations, self.labels)]
+        if parts[0].device.type not in ("cpu", "cuda"):  # MPS has no float64
+            parts = [part.cpu() for part in parts]
+        return parts[0], parts[1]
 
     def _warn_of_constant(self, least: Tensor, most: Tensor) -> None:
         if self._warned:
@@ -239,8 +244,6 @@ class MutualInformationScore(Metric):
         """N, or 0 before the first sample."""
         if self.estimator == "histogram":
             return self.table.numel() // _row(self.bins, self.num_classes)
-        if isinstance(self.activations, Tensor):  # joined by torchmetrics
-            return self.activations.shape[1] if self.activations.ndim == 2 else 0
         return self.activations[0].shape[1] if self.activations else 0
 
     def _count(self, activations: Tensor, labels: Tensor) -> None:
@@ -267,9 +270,7 @@ class MutualInformationScore(Metric):
         """Refuse a batch with which ``compute`` would need more than the limit."""
         samples = len(activations) + sum(map(len, self.labels))
         stored = activations.nbytes + sum(batch.nbytes for batch in self.activations)
-        ranks = 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size(self.process_group)
+        ranks = world(self.process_group)[1]
         samples, stored = ranks * samples, ranks * stored
         elements = samples * activations.shape[1]
         needed = 2 * stored + min(8 * elements, max(stored, _BLOCK)) + min(24 * elements, _STEP)
@@ -281,39 +282,53 @@ class MutualInformationScore(Metric):
                 " higher memory_limit, or estimator='histogram', which keeps no samples"
             )
 
-    def _sync_dist(
-        self,
-        dist_sync_fn: Callable[..., Any] = gather_all_tensors,
-        process_group: Any = None,
-    ) -> None:
-        # Ranks gather tensors of one shape and dtype, which one without samples does not know.
-        own = self._filters()
-        if self.estimator == "knn" and own:
-            self.activations = [dim_zero_cat(self.activations)]
-            self.labels = [dim_zero_cat(self.labels)]
+    def join(self, to: int | None = None, group: Any = None) -> None:
+        """Take in what the other ranks have seen; all ranks call it.
+
+        Args:
+            to: the rank in the group that is to compute, and alone gets what there is; None: every
+                rank.
+            group: of ``torch.distributed``; None: of all processes.
+
+        Raises:
+            ValueError: on every rank, ranks that saw different numbers of filters.
+        """
         held = [x.dtype for x in self.activations] if self.estimator == "knn" else []
-        facts = [own, *(dtype in held for dtype in checks.FLOATING)]
-        group = process_group or self.process_group
-        ranks = dist_sync_fn(torch.tensor(facts, device=self.device), group=group)
-        table = torch.stack(ranks)
-        widths = sorted(set(table[:, 0].tolist()) - {0})
+        facts = gather_objects((self._filters(), held), group)
+        widths = sorted({fact[0] for fact in facts} - {0})
         if len(widths) > 1:
             raise ValueError(
                 f"activations: got {' and '.join(map(str, widths))} filters on different ranks,"
                 " want as many on each"
             )
-        if widths and self.estimator == "knn":
-            used = table[:, 1:].amax(0).tolist()
-            dtypes = [dtype for dtype, some in zip(checks.FLOATING, used, strict=True) if some]
-            common = functools.reduce(torch.promote_types, dtypes)
-            if own:
-                self.activations = [self.activations[0].to(common)]
-            else:
-                self.activations = [torch.empty(0, *widths, dtype=common, device=self.device)]
-                self.labels = [torch.empty(0, dtype=torch.int64, device=self.device)]
-        elif widths and not own:
-            self.table = _empty(widths[0], self.bins, self.num_classes, self.device)
-        super()._sync_dist(dist_sync_fn, process_group)
+        if not widths:
+            return
+        if self.estimator == "histogram":
+            self.table = self._joined_table(widths[0], group)
+            return
+        common = functools.reduce(torch.promote_types, [x for fact in facts for x in fact[1]])
+        activations = torch.empty(0, widths[0], dtype=common, device=self.device)
+        labels = torch.empty(0, dtype=torch.int64, device=self.device)
+        if held:
+            activations, labels = map(_cat, (self.activations, self.labels))
+        joined = gather_rows(activations.to(common), to, group), gather_rows(labels, to, group)
+        if joined[0] is not None and joined[1] is not None:
+            self.activations, self.labels = [joined[0]], [joined[1]]
+
+    def _joined_table(self, filters: int, group: Any) -> Tensor:
+        """The table of the samples of all ranks."""
+        size = self.bins, self.num_classes
+        table = self.table
+        if table.numel() == 0:
+            table = _empty(filters, *size, self.device)
+        counts, least, most = _parts(table, *size)
+        joined = _empty(filters, *size, self.device)
+        all_counts, minimum, maximum = _parts(joined, *size)
+        minimum.copy_(all_reduce(least, "MIN", group))
+        maximum.copy_(all_reduce(most, "MAX", group))
+        wide = widen(counts, least, most, minimum, maximum)
+        all_counts.copy_(all_reduce(wide, "SUM", group))
+        return joined
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         def keeping_dtype(state: Tensor) -> Tensor:
@@ -329,6 +344,11 @@ class MutualInformationScore(Metric):
             super()._reduce_states(incoming_state)
         elif other.numel():
             self.table = other
+
+
+def _cat(batches: list[Tensor]) -> Tensor:
+    """All of them; no copy of a single one."""
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
 def _row(bins: int, classes: int) -> int:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities.data import dim_zero_cat
 
 from picnn_fast import checks, functional
 from picnn_fast.metrics.bootstrap import check_counts, resampled_means
@@ -82,8 +81,7 @@ class MutualInformationEstimates(MutualInformationScore):
     @property
     def seen(self) -> int:
         """M, how many images were seen."""
-        labels = self.labels  # a tensor once ranks were joined
-        return len(labels) if isinstance(labels, Tensor) else sum(map(len, labels))
+        return sum(map(len, self.labels))
 
     def compute(self) -> ScoreEstimates:  # type: ignore[override]
         """Scalars on the metric's device, float64; float32 on MPS.
@@ -130,12 +128,6 @@ class MutualInformationEstimates(MutualInformationScore):
             _resampled(self._hard_terms, -math.inf, matrices.miller_madow, *of_samples),
             _resampled(self._soft_terms, 0.0, matrices.soft_histogram, *of_samples),
         )
-
-    def _samples(self) -> tuple[Tensor, Tensor]:
-        activations, labels = dim_zero_cat(self.activations), dim_zero_cat(self.labels)
-        if activations.device.type not in ("cpu", "cuda"):  # MPS has no float64
-            activations, labels = activations.cpu(), labels.cpu()
-        return activations, labels
 
     def _by_blocks(self, estimate: Callable[..., Tensor], **options: Any) -> Tensor:
         """m ``[K, N]`` of a histogram, by blocks of filters."""

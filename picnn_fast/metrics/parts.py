@@ -1,7 +1,7 @@
 """Whether filters stand for object parts: location instability and part interpretability."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from picnn_fast import checks
 from picnn_fast.backbones import ReceptiveField
 from picnn_fast.metrics.bootstrap import PerImageMetric
+from picnn_fast.metrics.ranks import all_reduce, by_filters, gather_rows
 from picnn_fast.metrics.thresholds import kth_greatest
 from picnn_fast.reference.masking import add_by_label
 
@@ -341,7 +342,9 @@ class PartInterpretability(_PartMetric):
 
     Order, batches and ranks make no difference. All maps and masks are kept, ``4 · N · h · w +
     P · H · W / 8`` bytes an image, for the threshold is not known before the last image; then N · P
-    bytes more say which parts were found.
+    bytes more say which parts were found. Over ranks each keeps its own: for thresholds a rank is
+    sent as many maps as it has, of some filters and all images, and what is gathered are the N · P
+    bytes an image.
 
     Args:
         num_filters: N.
@@ -352,8 +355,8 @@ class PartInterpretability(_PartMetric):
         iou: of region and part, that association wants more than; in (0, 1).
         diameter: of the round fields in pixels, >= √2; None takes the effective one.
         memory_limit: in bytes: ``update`` refuses images with which ``compute`` would need more on
-            this process, those of other ranks included; some 200 MB are not counted. 4 GiB are
-            enough for some 5,000 images of 224 pixels with 512 maps of 14 x 14.
+            this process; what was found, and some 200 MB, are not counted. 4 GiB are enough for
+            some 5,000 images of 224 pixels with 512 maps of 14 x 14 on each rank.
         **kwargs: of ``torchmetrics.Metric``.
 
     Raises:
@@ -415,6 +418,8 @@ class PartInterpretability(_PartMetric):
         self._association = torch.empty(0)
         self._categories = torch.empty(0)
         self._found = self._shown = torch.empty(0)
+        # Category of each filter, what was found and what is shown in the images of all ranks.
+        self._joined: tuple[Tensor, Tensor, Tensor] | None = None
 
     def update(self, maps: Tensor, part_masks: Tensor, labels: Tensor | None = None) -> None:
         """Add a batch of images.
@@ -442,8 +447,7 @@ class PartInterpretability(_PartMetric):
         1,000 images of 128 pixels with 128 maps of 16 x 16 and 5 parts take some seconds.
         """
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-            category = self._category()
-            self._found, self._shown = self._hits(category, self._thresholds(category))
+            category, self._found, self._shown = self._joined or self._look()
             self._categories = category.cpu()
             everyone = torch.ones(1, len(self._shown), dtype=self.wide, device=self.device)
             self._association = self._associations(everyone)[0].cpu().double()
@@ -505,7 +509,44 @@ class PartInterpretability(_PartMetric):
         self.compute()
         return self._categories
 
-    def _category(self) -> Tensor:
+    def join(self, to: int | None = None, group: Any = None) -> None:
+        """Take in what the other ranks have seen; all ranks call it.
+
+        Args:
+            to: the rank in the group that is to compute, and alone gets what there is; None: every
+                rank.
+            group: of ``torch.distributed``; None: of all processes.
+        """
+        labels = gather_rows(self.rows("labels"), None, group)
+        assert labels is not None
+        with torch.autocast(self.device.type, enabled=False), torch.no_grad():
+            sums, images = (all_reduce(total, "SUM", group) for total in self._sums())
+            category = self._category(sums, images)
+
+            def thresholds(maps: Tensor, filters: slice) -> Tensor:
+                return self._thresholds([maps], [labels], category[filters])
+
+            of_filters = by_filters(self.rows("maps"), self.num_filters, thresholds, group)
+            found, shown = (
+                gather_rows(part, to, group) for part in self._hits(category, of_filters)
+            )
+        if found is not None and shown is not None:
+            self._joined = category, found, shown
+            self.labels = [labels]
+
+    def unsync(self, should_unsync: bool = True) -> None:
+        super().unsync(should_unsync)
+        if should_unsync:
+            self._joined = None
+
+    def _look(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The category of each filter ``[N]``, and ``_hits``."""
+        category = self._category(*self._sums())
+        thresholds = self._thresholds(_batches(self.maps), _batches(self.labels), category)
+        return category, *self._hits(category, thresholds)
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Sums of maps over each category's images ``[K, N]``, and how many that are ``[K, 1]``."""
         sums = torch.zeros(
             self.num_classes, self.num_filters, dtype=torch.float64, device=self.device
         )
@@ -513,22 +554,31 @@ class PartInterpretability(_PartMetric):
         for maps, labels in zip(_batches(self.maps), _batches(self.labels), strict=True):
             add_by_label(sums, labels, maps.sum((2, 3), dtype=torch.float64))
             add_by_label(images, labels, torch.ones_like(labels[:, None], dtype=torch.float64))
+        return sums, images
+
+    def _category(self, sums: Tensor, images: Tensor) -> Tensor:
         means = (sums / images).nan_to_num(-math.inf)
         best, category = means.max(0)
         return category.where(best > -math.inf, -1)
 
-    def _thresholds(self, category: Tensor) -> Tensor:
-        """T ``[N]``, over the images of each filter's category."""
-        thresholds = torch.full((self.num_filters,), math.inf, device=self.device)
-        batches = list(_batches(self.maps))
+    def _thresholds(
+        self, maps: Sequence[Tensor], labels: Sequence[Tensor], category: Tensor
+    ) -> Tensor:
+        """T ``[n]``, over the images of each filter's category.
+
+        Args:
+            maps, labels: ``[b, n, h, w]`` and ``[b]`` of all batches.
+            category: ``[n]``.
+        """
+        thresholds = torch.full((len(category),), math.inf, device=self.device)
         for c in category.unique().tolist():
-            rows = [(labels == c).nonzero()[:, 0] for labels in _batches(self.labels)]
+            rows = [(of == c).nonzero()[:, 0] for of in labels]
             total = math.prod(self.receptive_field.map_size) * sum(map(len, rows))
             if total == 0:
                 continue
             valid = min(max(round(self.top * total), 1), total - 1)
             filters = (category == c).nonzero()[:, 0]
-            thresholds[filters] = kth_greatest(batches, valid + 1, images=rows, filters=filters)
+            thresholds[filters] = kth_greatest(maps, valid + 1, images=rows, filters=filters)
         return thresholds
 
     def _hits(self, category: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
@@ -599,8 +649,6 @@ class PartInterpretability(_PartMetric):
     def _check_memory(self, more: int) -> None:
         """Refuse a batch with which ``compute`` would need more than the limit."""
         images = more + sum(map(len, self.labels))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            images *= torch.distributed.get_world_size(self.process_group)
         field = self.receptive_field
         an_image = 4 * self.num_filters * math.prod(field.map_size)
         an_image += self.num_parts * math.ceil(math.prod(field.image_size) / 8) + 8
@@ -613,7 +661,7 @@ class PartInterpretability(_PartMetric):
             )
 
 
-def _batches(state: list[Tensor] | Tensor) -> Iterable[Tensor]:
+def _batches(state: list[Tensor] | Tensor) -> list[Tensor]:
     """Tensors of a state that is a list, or was joined over ranks."""
     return [state] if isinstance(state, Tensor) else state
 

@@ -1,14 +1,18 @@
 """The grid pointing game: whether an attribution tells a class's image from those of others."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
+from picnn_fast.metrics.ranks import agreeing, gather_objects, gather_rows, world
+
+T = TypeVar("T")
 
 
 class _Kept(NamedTuple):
@@ -17,6 +21,14 @@ class _Kept(NamedTuple):
     confidence: float
     place: int
     image: Tensor
+
+
+class _Told(NamedTuple):
+    """What ranks know of an image that one of them keeps; in order, the first is to be chosen."""
+
+    doubt: float  # the negative of its confidence
+    place: int  # among the images of all ranks
+    rank: int
 
 
 class PointingGame(PerImageMetric):
@@ -30,8 +42,9 @@ class PointingGame(PerImageMetric):
 
     Classes take turns so that grids hold all alike; of more classes than places, those at even
     distances. ``update`` keeps on the metric's device as many images of each class as are needed
-    where all have as many; where some have fewer, there are fewer grids. Over ranks, each makes
-    grids of its own images. ``forward`` is not offered: a batch makes no grid.
+    where all have as many; where some have fewer, there are fewer grids. Over ranks grids are of
+    the images of all, each of which is sent to the rank that makes its grid. ``forward`` is not
+    offered: a batch makes no grid.
 
     Args:
         num_classes: K, at least ``size``².
@@ -172,41 +185,97 @@ class PointingGame(PerImageMetric):
         """Images of each class that grids can take."""
         return math.ceil(self.grids / (len(self.classes) // self.cells))
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        self._play()
-        super()._sync_dist(*args, **kwargs)
+    def join(self, to: int | None = None, group: Any = None) -> None:
+        """Take in what the other ranks have seen; all ranks call it, and each makes some grids.
+
+        Args:
+            to: the rank in the group that is to compute, and alone gets what there is; None: every
+                rank.
+            group: of ``torch.distributed``; None: of all processes.
+        """
+        starts, chosen = self._choose(group)
+        grids = list(self._grids(chosen))
+        rank, ranks = world(group)
+        each = [self._sent(grids[k::ranks], k, starts[rank], group) for k in range(ranks)]
+        of_grids = each[rank].split(self.cells)
+        places, shares = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=self.wide)
+        with agreeing(group):
+            for grid, images in zip(grids[rank::ranks], of_grids, strict=False):
+                value = self._shares([c for c, _ in grid], images)
+                shares = torch.cat([shares, value.to(shares)])
+                places = torch.cat([places, torch.tensor([told.place for _, told in grid])])
+        known = gather_rows(places, to, group), gather_rows(shares, to, group)
+        if known[0] is not None and known[1] is not None:
+            joined = torch.full((starts[-1],), math.nan, dtype=self.wide)
+            joined[known[0]] = known[1]
+            self.values = [joined.to(self.device)]
+            if len(joined) == self._count:  # the others have none
+                self._played = self.values[0]
+
+    def _choose(self, group: Any) -> tuple[list[int], dict[int, list[_Told]]]:
+        """Of all ranks: where each's images begin, and end; and what grids are made of."""
+        own = {c: [(-x.confidence, x.place) for x in kept] for c, kept in self._kept.items()}
+        every = gather_objects((self._count, own), group)
+        starts = list(itertools.accumulate((count for count, _ in every), initial=0))
+        chosen: dict[int, list[_Told]] = {}
+        for c in self.classes:
+            told = [
+                _Told(doubt, start + place, rank)
+                for rank, (start, (_, kept)) in enumerate(zip(starts, every, strict=False))
+                for doubt, place in kept[c]
+            ]
+            chosen[c] = sorted(told)[: self._most]
+        return starts, chosen
+
+    def _sent(
+        self, grids: Sequence[list[tuple[int, _Told]]], maker: int, start: int, group: Any
+    ) -> Tensor:
+        """On the rank that makes these grids, their images ``[n, C, H, W]``, one after another."""
+        rank, _ = world(group)
+        wanted = [told for grid in grids for _, told in grid]
+        held = {start + x.place: x.image for kept in self._kept.values() for x in kept}
+        own = [held[x.place] for x in wanted if x.rank == rank]
+        images = gather_rows(torch.stack(own) if own else None, maker, group)
+        if images is None:
+            return torch.empty(0, device=self.device)
+        # They came rank by rank.
+        came = sorted(range(len(wanted)), key=lambda at: wanted[at].rank)
+        back = torch.empty(len(wanted), dtype=torch.int64)
+        back[came] = torch.arange(len(wanted))
+        return images[back.to(images.device)].to(self.device)
 
     def _play(self) -> None:
         """Put the images' values in the place of those that were not known."""
-        if self._is_synced or self._count == 0:
+        # Other ranks' images are there too once they were joined, with the values of them all.
+        if self.seen != self._count or self._count == 0:
             return
         if self._played is None:
             values = torch.full((self._count,), math.nan, dtype=self.wide, device=self.device)
-            for grid in self._grids():
+            for grid in self._grids(self._kept):
                 indices = torch.tensor([image.place for _, image in grid], device=self.device)
-                values[indices] = self._shares(grid).to(self.wide)
+                images = torch.stack([image.image for _, image in grid])
+                values[indices] = self._shares([c for c, _ in grid], images).to(self.wide)
             self._played = values
         self.values = [self._played]
 
-    def _grids(self) -> Iterator[list[tuple[int, _Kept]]]:
+    def _grids(self, kept: Mapping[int, Sequence[T]]) -> Iterator[list[tuple[int, T]]]:
         """Classes and their images, row by row."""
         made = 0
         for rank in range(self._most):
-            classes = [c for c in self.classes if len(self._kept[c]) > rank]
+            classes = [c for c in self.classes if len(kept[c]) > rank]
             turn = rank % max(1, len(classes))
             classes = classes[turn:] + classes[:turn]
             for first in range(0, len(classes) - self.cells + 1, self.cells):
                 if made < self.grids:
-                    yield [(c, self._kept[c][rank]) for c in classes[first : first + self.cells]]
+                    yield [(c, kept[c][rank]) for c in classes[first : first + self.cells]]
                 made += 1
 
-    def _shares(self, grid: list[tuple[int, _Kept]]) -> Tensor:
-        """Of each class, ``[cells]``."""
-        images = torch.stack([image.image for _, image in grid])
+    def _shares(self, of: Sequence[int], images: Tensor) -> Tensor:
+        """Of each class, ``[cells]``, of the image of each."""
         height, width = images.shape[2:]
         cells = images.unflatten(0, (self.size, self.size)).permute(2, 0, 3, 1, 4)
         whole = cells.reshape(1, images.shape[1], self.size * height, self.size * width)
-        classes = torch.tensor([[c for c, _ in grid]], device=images.device)
+        classes = torch.tensor([of], device=images.device)
         heat = self.attribution(whole, classes).to(self.device)
         wanted = (1, self.cells, *whole.shape[2:])
         if tuple(heat.shape) != wanted:

@@ -9,6 +9,7 @@ from torch import Tensor
 from picnn_fast import checks
 from picnn_fast.metrics.bootstrap import PerImageMetric, resampled_means
 from picnn_fast.metrics.class_means import ClassMeans
+from picnn_fast.metrics.ranks import agreeing, gather_objects, world
 
 # Of more classes, so many are removed, spread evenly.
 MOST_CLASSES = 20
@@ -162,7 +163,8 @@ class FilterRemoval(PerImageMetric):
     def prepare(self, activations: Tensor, labels: Tensor) -> None:
         """Show a batch of images before the first ``update``, where there is no ownership.
 
-        Each of several processes removes the filters that its own images activate most.
+        Each of several processes removes the filters that its own images activate most, unless all
+        call ``join_prepared`` before the first ``update``.
 
         Args:
             activations: ``[B, N]`` maps averaged over their positions, any floating dtype.
@@ -175,6 +177,20 @@ class FilterRemoval(PerImageMetric):
         self._seen.update(activations, labels)
         self._removed = None
 
+    def join_prepared(self, group: Any = None) -> None:
+        """Remove the filters that the images of all ranks activate most; all ranks call it.
+
+        Args:
+            group: of ``torch.distributed``; None: of all processes.
+        """
+        if self._ownership is not None:
+            return
+        self._seen.join(0, group)  # activations lie on one rank alone, 4 · N bytes an image
+        self._removed = None
+        with agreeing(group):
+            removed = self.removed() if world(group)[0] == 0 else None
+        self._removed = gather_objects(removed, group)[0]
+
     def removed(self) -> Tensor:
         """``[S, N]`` bool on the CPU: which filters are removed for each of ``classes``.
 
@@ -184,7 +200,7 @@ class FilterRemoval(PerImageMetric):
         if self._removed is None:
             if self._ownership is not None:
                 each = [owned_filters(self._ownership, [c]) for c in self.classes]
-            elif not self._seen.update_called:
+            elif self._seen.seen == 0:
                 raise ValueError("prepare: got no image, want all of them before the first update")
             else:
                 means = self._seen.compute()

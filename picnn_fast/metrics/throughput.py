@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from picnn_fast import checks
+from picnn_fast.metrics.ranks import JoinedMetric
 
 _WARM_UP = 3  # rounds that are not timed
 
@@ -28,7 +28,7 @@ class Speed(NamedTuple):
     overhead: Tensor
 
 
-class Throughput(Metric):
+class Throughput(JoinedMetric):
     """Wall-clock time of a network and of the plain network in it, on the same images in turn.
 
     In each round both run once, in the next in the other order. Of all rounds medians are taken,
@@ -94,6 +94,9 @@ class Throughput(Metric):
         ratios = [network / plain for network, plain in zip(*took, strict=True)]
         speeds = [len(images) / statistics.median(times) for times in took]
         return Speed(*torch.tensor([*speeds, statistics.median(ratios)], device=self.device))
+
+    def join(self, to: int | None = None, group: Any = None) -> None:
+        """Nothing is taken in: a rank measures itself."""
 
     def reset(self) -> None:
         """As before the first batch."""

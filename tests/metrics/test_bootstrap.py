@@ -60,20 +60,6 @@ def test_forward_gives_the_batch_and_adds_to_the_total():
     assert metric.replicate(torch.tensor([[0, 1, 1]])).item() == 5.5
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_a_rank_without_images_joins_the_others():
-    metric, told = MeanOverImages(), []
-
-    def gather(rows, group):
-        told.append((rows.shape, rows.dtype))
-        return [rows, torch.tensor([1.0, 5.0], dtype=torch.float64)]
-
-    metric._sync_dist(gather)
-    assert told == [((0,), torch.float64)]
-    assert metric.compute().item() == 3
-    assert metric.seen == 2
-
-
 def test_what_are_no_values_or_counts_is_refused():
     metric = MeanOverImages()
     for values, error, message in (

@@ -122,26 +122,6 @@ def test_more_images_and_a_reset_make_grids_anew() -> None:
     assert metric.compute() == first
 
 
-def test_ranks_have_grids_of_their_own_images() -> None:
-    """As if another rank had seen the same images."""
-    pixels, logits, labels = inputs(50, 4)
-    metric = PointingGame(
-        4,
-        attribution,
-        size=2,
-        distributed_available_fn=lambda: True,
-        dist_sync_fn=lambda state, group: [state, state],
-    )
-    metric.update(pixels, logits, labels)
-    alone = by_hand(pixels, logits, labels, 2, 50)
-    counted = [value for value in alone if not math.isnan(value)]
-    assert metric.compute().item() == pytest.approx(sum(counted) / len(counted))
-    metric.sync(dist_sync_fn=metric.dist_sync_fn)
-    assert metric.per_image().tolist() == pytest.approx(alone + alone, nan_ok=True)
-    metric.unsync()
-    assert metric.per_image().tolist() == pytest.approx(alone, nan_ok=True)
-
-
 def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="size: got 3 with num_classes=8, want 9 classes or more"):
         PointingGame(8, attribution)
