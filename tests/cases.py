@@ -60,11 +60,11 @@ def kernel_cases(
 ) -> pytest.MarkDecorator:
     """The test's backends and cases: ``full`` where the code is compiled; ``interpreted`` on
     PyTorch's own operators, in Triton's interpreter, which is slow, and, unless it is empty, on
-    the same code compiled for other instruction sets. CUDA's bodies run as fibres take ``full``
-    too, but for ``fibres``."""
+    the same code compiled for other instruction sets and on CUDA's bodies run as fibres, which
+    take ``fibres`` where it is given."""
     chosen = {"reference": interpreted, "reference-gpu": interpreted, "triton": interpreted}
-    chosen["cuda-fibres"] = full if fibres is None else fibres
     chosen |= dict.fromkeys(other_instruction_sets(), interpreted or full)
+    chosen["cuda-fibres"] = (interpreted or full) if fibres is None else fibres
     params = []
     for entry in (*BACKENDS, *other_instruction_sets()):
         backend, marks = (entry, ()) if isinstance(entry, str) else (entry.values[0], entry.marks)

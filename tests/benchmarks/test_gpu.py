@@ -242,10 +242,11 @@ def test_gpu_tests_are_found_wherever_they_live_without_captum(tmp_path: Path) -
     assert {f"tests/ops/test_{family}_parity.py" for family in families} <= found
 
 
+# Stand-ins: every process would import PyTorch.
 LOST = """
-import torch
+import sys
+import types
 
-torch.cuda.is_available = lambda: True
 asserted = []
 
 
@@ -254,7 +255,9 @@ def synchronize(device=None):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
 
-torch.cuda.synchronize = synchronize
+cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=synchronize)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda, device=object)
+sys.modules["picnn_fast"] = types.SimpleNamespace(backends=None)
 from tests.conftest import (  # noqa: E402, F401
     pytest_addoption,
     pytest_configure,

@@ -22,7 +22,6 @@ from tests.ops.test_templates_parity import LAYOUTS, SHAPES, TEMPLATES, first_pe
 
 ESTIMATORS = ("batch", "running", "target")
 MAIN = LAYOUTS[:2]
-FEW = few(SHAPES, LAYOUTS, ESTIMATORS, DTYPES)
 
 
 def state_before(x: Tensor, estimator: str) -> FilterLossState | None:
@@ -157,7 +156,11 @@ def assert_parity(
     return loss, grad
 
 
-@kernel_cases(("shape_name", "layout", "estimator", "dtype"), FEW, FEW)
+@kernel_cases(
+    ("shape_name", "layout", "estimator", "dtype"),
+    few(SHAPES, LAYOUTS, ESTIMATORS, DTYPES),
+    in_turn(list(SHAPES), LAYOUTS, ESTIMATORS, DTYPES),
+)
 def test_forward_and_backward(backend: Backend, shape_name, layout, estimator, dtype):
     x = maps(SHAPES[shape_name], layout, dtype) * 30  # responses of a few units
     _, grad = assert_parity(backend, x, TEMPLATES["l1"], estimator)
@@ -168,7 +171,8 @@ def test_forward_and_backward(backend: Backend, shape_name, layout, estimator, d
 @kernel_cases(
     ("name", "estimator", "layout", "dtype"),
     pairwise(TEMPLATES, ESTIMATORS, MAIN, (torch.float32, torch.float64)),
-    in_turn(list(TEMPLATES), ESTIMATORS, MAIN, [torch.float32] * 3 + [torch.float64]),
+    # To a kernel each is a table of numbers.
+    in_turn(["function", "table", "l2 uniform"], ESTIMATORS, MAIN, [torch.float32, torch.float64]),
 )
 def test_every_kind_of_template(backend: Backend, name, estimator, layout, dtype):
     x = maps((4, 2, 7, 5), layout, dtype) * 30
