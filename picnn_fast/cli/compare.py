@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         " methods' own are what suits them there. An interrupted comparison goes on when started"
         " again, and more methods or seeds go on with a complete one.",
         groups=("backbone", "data", "optimizer"),
-        without=("seed", "devices", "strategy"),
+        without=("seed", "devices", "num_nodes", "timeout", "strategy"),
         recipe=recipe,
         add=add,
     )

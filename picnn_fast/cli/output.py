@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,19 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def telling_how_to_go_on(folder: "RunFolder") -> Iterator[None]:
-    """A training that is interrupted says what the same command would do."""
-    from picnn_fast.training.launch import launch
+def telling_how_to_go_on(
+    folder: "RunFolder", speaks: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """A training that is interrupted says what the same command would do.
 
+    Args:
+        folder: of the run.
+        speaks: whether this one of several processes speaks for all.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-        if launch(None).first:  # one of several processes speaks for all
+        if speaks():
             kept = any(folder.work.rglob("*.ckpt"))
             how = "goes on from the last checkpoint" if kept else "starts anew"
             print(

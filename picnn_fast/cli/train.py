@@ -9,7 +9,7 @@ from picnn_fast.cli.tables import print_table
 
 
 def run(arguments: Sequence[str]) -> int:
-    from picnn_fast.training.launch import launch
+    from picnn_fast.training.launch import launch_of
     from picnn_fast.training.options import BY_IMAGE_SIZE, Options, parse
     from picnn_fast.training.run import train, train_folder
 
@@ -27,9 +27,9 @@ def run(arguments: Sequence[str]) -> int:
     complete = not overwrite and folder.complete()
     name = options.backbone["name"]
     by_size = args["backbone"]["name"] == BY_IMAGE_SIZE != name
-    if by_size and not complete and launch(None).first:
+    if by_size and not complete and launch_of(options).first:
         print(f"backbone: {name}, by the size of the images; --backbone NAME takes another")
-    with telling_how_to_go_on(folder):
+    with telling_how_to_go_on(folder, lambda: launch_of(options).first):
         figures = train(options, overwrite=overwrite)
     if not figures:  # a process beside the first one
         return 0

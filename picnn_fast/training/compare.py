@@ -13,7 +13,7 @@ from picnn_fast._terminal import counted
 from picnn_fast.evaluation import Figures, as_csv
 from picnn_fast.models.factory import METHODS
 from picnn_fast.training.checkpoint import CHECKPOINT
-from picnn_fast.training.launch import launch
+from picnn_fast.training.launch import launch_of
 from picnn_fast.training.options import FREE, ConfigError, Options
 from picnn_fast.training.run import METRICS, assemble, fit, read_metrics
 from picnn_fast.training.run_folder import RunFolder, write_json
@@ -119,7 +119,7 @@ def compare(
         >>> options = Options(data="digits", output="runs/compare", epochs=5)
         >>> figures = compare(options, methods_on("digits", ["std", "csg"]))  # doctest: +SKIP
     """
-    started = launch(options.devices)
+    started = launch_of(options)
     if started.devices * started.nodes > 1:
         raise ConfigError(
             f"devices: got {started.devices * started.nodes}, want 1: networks are trained one"

@@ -2,8 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
+import pickle
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,26 +15,27 @@ import torch
 from torch import distributed
 
 from picnn_fast._extras import extra
-from picnn_fast.training.options import ConfigError
-from picnn_fast.training.run_folder import RunFolder
+from picnn_fast.training.launchers import (
+    ADDRESS,
+    PORT,
+    OwnLauncher,
+    from_outside,
+    is_child,
+    own_node,
+)
+from picnn_fast.training.options import ConfigError, Options
+from picnn_fast.training.run_folder import RunFolder, RunFolderError
 
 with extra("train"):
     import lightning as L
     from lightning.fabric.accelerators.cuda import CUDAAccelerator
     from lightning.fabric.accelerators.mps import MPSAccelerator
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.pytorch.utilities import rank_zero_only
 
 T = TypeVar("T")
-# Launchers, and the variable in which each tells how many processes it started on a machine.
-_LOCAL_PROCESSES: dict[type[ClusterEnvironment], str] = {
-    TorchElasticEnvironment: "LOCAL_WORLD_SIZE",
-    SLURMEnvironment: "SLURM_NTASKS_PER_NODE",
-}
-# What Lightning gives the processes that it starts itself beside the first.
-_CHILD = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+# Of what the first processes of several machines tell one another before there is a group.
+_decisions = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Launch:
         devices: processes on each machine.
         nodes: machines.
         outside: whether torchrun or SLURM started them all, before any knew of the run.
-        child: whether Lightning started this one, once the first had begun.
+        child: whether Lightning started this one, once the first of its machine had begun.
+        environment: Lightning's view of it.
+        timeout: how long processes wait for one another.
     """
 
     rank: int
@@ -50,14 +57,19 @@ class Launch:
     nodes: int
     outside: bool
     child: bool
+    environment: ClusterEnvironment = dataclasses.field(compare=False, repr=False)
+    timeout: timedelta = dataclasses.field(compare=False, repr=False)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def decide(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, or the error it raises, in every process."""
-        if not self.outside:
+        """What the first process computes, or the error it raises, in every process.
+
+        Where they are started by hand on each machine, in the first of each.
+        """
+        if not self.outside and self.nodes == 1:
             return compute()
         outcome: list[Any] = [None, None]
         if self.first:
@@ -65,73 +77,126 @@ class Launch:
                 outcome[0] = compute()
             except Exception as error:
                 outcome[1] = error
-        _connect()
-        distributed.broadcast_object_list(outcome, src=0)
+        outcome = self._told_by_group(outcome) if self.outside else self._told_by_store(outcome)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
+
+    def _told_by_group(self, outcome: list[Any]) -> list[Any]:
+        if not distributed.is_initialized():
+            os.environ[ADDRESS] = self.environment.main_address
+            os.environ[PORT] = str(self.environment.main_port)
+            os.environ["RANK"] = str(self.environment.global_rank())
+            os.environ["WORLD_SIZE"] = str(self.environment.world_size())
+            # Lightning takes the group it finds, so it has to serve training as well.
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend, timeout=self.timeout)
+        distributed.broadcast_object_list(outcome, src=0)
+        return outcome
+
+    def _told_by_store(self, outcome: list[Any]) -> list[Any]:
+        """There can be no group yet, for the other processes of the machines come later."""
+        # The group to come is at the same address: in one process a server serves both.
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            self.environment.main_address,
+            self.environment.main_port,
+            is_master=self.first,
+            timeout=self.timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        key = f"picnn_fast/{next(_decisions)}"
+        others = [f"{key}/{node}" for node in range(1, self.nodes)]
+        if self.first:
+            store.set(key, pickle.dumps(outcome))  # type: ignore[arg-type]
+            store.wait(others)  # the server goes when this process does
+            return outcome
+        told: list[Any] = pickle.loads(store.get(key))
+        store.set(f"{key}/{self.environment.node_rank()}", "read")
+        return told
 
     @contextlib.contextmanager
     def owning(self, folder: RunFolder, *, overwrite: bool) -> Iterator[Path]:
         """``folder.writing`` of the first process, which alone looks after the folder.
 
         The others wait until it is prepared, and get its path.
+
+        Raises:
+            RunFolderError: see ``folder.writing``; the machines do not share the folder.
         """
         with contextlib.ExitStack() as stack:
             if self.child:
                 yield folder.work
-            else:
-                yield self.decide(lambda: stack.enter_context(folder.writing(overwrite=overwrite)))
+                return
+            work = self.decide(lambda: stack.enter_context(folder.writing(overwrite=overwrite)))
+            if self.nodes > 1 and not _appears(work):
+                raise RunFolderError(
+                    f"output: {folder.path} is not the same folder on all machines, want one on a"
+                    " file system that they share"
+                )
+            yield work
 
 
-def launch(devices: int | None) -> Launch:
+def launch_of(options: Options) -> Launch:
+    """How the processes of a run with these options were started; see ``launch``."""
+    return launch(options.devices, options.num_nodes, timeout=options.timeout)
+
+
+def launch(devices: int | None, num_nodes: int | None = None, *, timeout: float = 600.0) -> Launch:
     """How this process was started.
 
     Args:
         devices: wanted on each machine; None takes what a launcher started, else 1.
+        num_nodes: machines that are wanted; None likewise.
+        timeout: seconds that processes wait for one another.
 
     Raises:
-        ConfigError: another number of devices than a launcher started processes.
+        ConfigError: another number than a launcher started, or variables of a launcher that are
+            missing or contradict one another.
     """
-    outside = _launcher()
+    wait = timedelta(seconds=timeout)
+    outside = from_outside()
     if outside is not None:
-        local = _LOCAL_PROCESSES[type(outside)]
-        processes = int(os.environ.get(local, outside.world_size()))
-        if devices not in (None, processes):
-            raise ConfigError(
-                f"devices: got {devices} with {processes} processes started on each machine, want"
-                f" {processes}, or none"
-            )
+        for name, wanted, got, what in (
+            ("devices", devices, outside.devices, "processes started on each machine"),
+            ("num_nodes", num_nodes, outside.nodes, "machines"),
+        ):
+            if wanted not in (None, got):
+                raise ConfigError(
+                    f"{name}: got {wanted} with {got} {what} by {outside.name}, want {got}, or none"
+                )
+        environment = outside.environment
+        several = environment.world_size() > 1
         started = Launch(
-            outside.global_rank(), processes, outside.world_size() // processes, True, False
+            environment.global_rank() if several else 0,
+            outside.devices,
+            outside.nodes,
+            several,
+            False,
+            environment,
+            wait,
         )
     else:
-        child = all(name in os.environ for name in _CHILD) and int(os.environ["WORLD_SIZE"]) > 1
-        rank = int(os.environ["LOCAL_RANK"]) if child else 0
-        started = Launch(rank, devices or 1, 1, False, child)
+        nodes, each = num_nodes or 1, devices or 1
+        node = own_node(nodes)
+        own = OwnLauncher(node)
+        rank = node * each + own.local_rank()
+        started = Launch(rank, each, nodes, False, is_child(), own, wait)
     # Lightning goes by RANK and its like, which may be left over from something else.
     rank_zero_only.rank = started.rank  # type: ignore[attr-defined]
     return started
 
 
-def _launcher() -> ClusterEnvironment | None:
-    """What started several processes from outside, if anything did."""
-    for kind in _LOCAL_PROCESSES:
-        if kind.detect() and kind().world_size() > 1:
-            return kind()
-    return None
-
-
-def _connect() -> None:
-    outside = _launcher()
-    if outside is None or distributed.is_initialized():
-        return
-    os.environ["MASTER_ADDR"] = outside.main_address
-    os.environ["MASTER_PORT"] = str(outside.main_port)
-    os.environ["RANK"] = str(outside.global_rank())
-    os.environ["WORLD_SIZE"] = str(outside.world_size())
-    # Lightning takes the group it finds, so it has to serve training as well.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+def _appears(folder: Path, seconds: float = 30.0) -> bool:
+    """Whether a folder is there that another machine has just made: a network's may be late."""
+    end = time.monotonic() + seconds
+    while not folder.is_dir():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            os.listdir(folder.parent)  # which makes the network's look anew
+    return True
 
 
 def check_accelerator(accelerator: str, precision: str = "32-true") -> None:

@@ -115,7 +115,14 @@ GROUPS: dict[str, Group] = {
 
 
 # Another value makes no other run.
-FREE = (*(f"data.{name}" for name in HOW_READ), "checkpoint_every")
+FREE = (
+    *(f"data.{name}" for name in HOW_READ),
+    "checkpoint_every",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "timeout",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +167,12 @@ class Options:
         seed: of initial weights, order, augmentation and masks.
         precision: of the arithmetic.
         accelerator: device type.
-        devices: how many of them on each machine; null: 1, or as many as torchrun or SLURM started
+        devices: how many of them on each machine; null: 1, or as many as torchrun or srun started
             processes.
+        num_nodes: machines; null: 1, or as many as torchrun or srun started processes on. Without
+            these NODE_RANK and MASTER_ADDR are wanted on each.
+        timeout: seconds that processes wait for one another before a run ends, as where a machine
+            is lost.
         strategy: across devices, as Lightning names it.
         channels_last: keep weights and maps with their channels innermost, which convolutions run
             faster on; results differ in rounding.
@@ -199,6 +210,8 @@ class Options:
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int | None = None
+    num_nodes: int | None = None
+    timeout: float = 600.0
     strategy: Literal["auto", "ddp"] = "auto"
     channels_last: bool = True
 
@@ -284,6 +297,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "checkpoint_every": (1, math.inf),
     "seed": (0, 2**32 - 1),
     "devices": (1, 1024),
+    "num_nodes": (1, 2**16),
+    "timeout": (1.0, 1e6),
 }
 
 

@@ -32,7 +32,7 @@ from picnn_fast.training.checkpoint import (
     read_checkpoint,
     read_source,
 )
-from picnn_fast.training.launch import Launch, check_accelerator, launch
+from picnn_fast.training.launch import Launch, check_accelerator, launch_of
 from picnn_fast.training.module import InterpretableModule
 from picnn_fast.training.options import FREE, ConfigError, Options, few, one_line, qualified
 from picnn_fast.training.progress import (
@@ -49,6 +49,7 @@ with extra("train"):
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+    from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 METRICS = "metrics.json"
 
@@ -84,7 +85,7 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
         RunFolderError: the folder holds another run, or a damaged one, or cannot be written.
         DivergenceError: the loss is no finite number.
     """
-    started = launch(options.devices)
+    started = launch_of(options)
     folder = train_folder(options)
     method = options.method["name"]
     if not started.child and started.decide(lambda: not overwrite and folder.complete()):
@@ -147,7 +148,7 @@ def assemble(
     Raises:
         ConfigError: data, network or devices cannot be had, or do not go together.
     """
-    started = launch(options.devices) if started is None else started
+    started = launch_of(options) if started is None else started
     check_accelerator(options.accelerator, options.precision)
     data = build_data(options)
     _choose_validation(options, data)
@@ -212,7 +213,6 @@ def assemble(
         callbacks.append(introduction)
     if progress:
         callbacks.append(ProgressBar() if sys.stdout.isatty() else ProgressLines())
-    processes = started.devices * started.nodes
     try:
         with _quiet():
             trainer = L.Trainer(
@@ -222,10 +222,10 @@ def assemble(
                 accelerator=options.accelerator,
                 devices=started.devices,
                 num_nodes=started.nodes,
-                strategy="ddp" if started.outside and processes > 1 else options.strategy,
+                strategy=_strategy(options, started),
                 logger=_loggers(folder),
                 callbacks=callbacks,
-                plugins=[WholeCheckpoints(data.class_names)],
+                plugins=[WholeCheckpoints(data.class_names), started.environment],
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
@@ -237,6 +237,13 @@ def assemble(
             f" {options.strategy}, precision {options.precision}: {one_line(error)}"
         ) from error
     return Run(options, data, network, module, trainer)
+
+
+def _strategy(options: Options, started: Launch) -> Strategy | str:
+    """How processes train one network together."""
+    if options.strategy == "auto" and started.devices * started.nodes == 1:
+        return "auto"
+    return DDPStrategy(timeout=started.timeout)
 
 
 def _choose_validation(options: Options, data: SeededDataModule) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,10 +19,15 @@ from picnn_fast.training.run import build_data, read_history, train
 FLAGS = {"num_filters": 8, "epochs": 2, "batch_size": 256, "accelerator": "cpu"}
 
 
+OF_LAUNCHERS = re.compile(
+    r"(SLURM|TORCHELASTIC)_.*|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
+)
+
+
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in filter(OF_LAUNCHERS.fullmatch, [*os.environ]):
+        monkeypatch.delenv(name)
     yield
     monkeypatch.undo()
     launch(None)  # this process is the first again
@@ -67,29 +73,140 @@ def test_torchrun_trains_one_run_whose_figures_are_those_of_its_checkpoint(tmp_p
     assert "holds a complete run with other options: epochs 2, now 1" in other.stderr
 
 
-def test_torchrun_and_slurm_tell_how_many_processes_there_are(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    found = launch(None)
-    assert (found.rank, found.devices, found.nodes, found.outside) == (3, 2, 2, True)
-    assert not found.first
-    assert launch(2) == found
-    with pytest.raises(ConfigError, match=r"^devices: got 3 with 2 processes started"):
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "job",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+}
+SRUN = {
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_NAME": "training",
+    "SLURM_JOB_ID": "123456",
+}
+BY_HAND = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+
+
+def found(**variables):
+    """What ``launch`` makes of nothing else asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        return launch(None)
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
+def test_torchrun_and_srun_tell_how_many_processes_there_are(monkeypatch, launcher):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    started = launch(None)
+    assert (started.rank, started.devices, started.nodes) == (3, 2, 2)
+    assert started.outside
+    assert not started.first
+    assert started.environment.local_rank() == 1
+    assert launch(2, 2) == started
+    with pytest.raises(ConfigError, match=r"^devices: got 3 with 2 processes started on each"):
         launch(3)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    for name, value in {
-        "SLURM_NTASKS": 2,
-        "SLURM_NTASKS_PER_NODE": 2,
-        "SLURM_PROCID": 0,
-        "SLURM_LOCALID": 0,
-        "SLURM_NODEID": 0,
-        "SLURM_JOB_NAME": "training",
-        "SLURM_JOB_ID": 1,
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    found = launch(None)
-    assert (found.rank, found.devices, found.nodes, found.outside) == (0, 2, 1, True)
+    with pytest.raises(ConfigError, match=r"^num_nodes: got 1 with 2 machines by (torch|s)run"):
+        launch(None, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rank", "devices", "nodes"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "2(x2)"}, 3, 2, 2),
+        ({"SLURM_NTASKS_PER_NODE": "", "SLURM_TASKS_PER_NODE": "2(x2)"}, 3, 2, 2),
+        ({"SLURM_NTASKS_PER_NODE": "", "SLURM_NNODES": "2"}, 3, 2, 2),
+        # What was asked of the job is not what srun made of a step within it.
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 3, 2, 2),
+        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_TASKS": "4"}, 3, 2, 2),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_LOCALID": "3", "SLURM_NODEID": "0"}, 3, 4, 1),
+        # Dealt out in turn: the second process of all is the first of the second machine.
+        ({"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, 1, 2, 2),
+        ({"SLURM_NTASKS": "1"}, 0, 1, 1),
+        ({"SLURM_JOB_NAME": "interactive", "SLURM_STEP_NODELIST": ""}, 0, 1, 1),
+        # One torchrun on each machine.
+        (TORCHRUN | {"SLURM_NTASKS": "2"}, 3, 2, 2),
+    ],
+)
+def test_variables_of_slurm_are_read_in_all_their_forms(changed, rank, devices, nodes):
+    started = found(**SRUN | changed)
+    assert (started.rank, started.devices, started.nodes) == (rank, devices, nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address"),
+    [
+        ("gpu[07-08]", "gpu07"),
+        ("gpu[3,5-9],big1", "gpu3"),
+        ("a1,b[1-2]", "a1"),
+        ("n[2],m[3-4]", "n2"),
+        ("rack[0-1]node[4-5].site", "rack0node4.site"),
+        ("one two", "one"),
+    ],
+)
+def test_the_first_machine_of_a_step_is_where_processes_meet(monkeypatch, nodes, address):
+    environment = found(**SRUN | {"SLURM_STEP_NODELIST": nodes}).environment
+    assert (environment.main_address, environment.main_port) == (address, 15000 + 3456)
+    assert found(**SRUN, SLURM_STEP_ID="2").environment.main_port == 15000 + 3456 + 202
+    given = found(**SRUN, MASTER_ADDR="10.0.0.7", MASTER_PORT="4000").environment
+    assert (given.main_address, given.main_port) == ("10.0.0.7", 4000)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (SRUN | {"SLURM_PROCID": ""}, "SLURM_PROCID: is not set with 4 tasks, want srun before"),
+        (SRUN | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS: got 'many', want an integer >= 1"),
+        (SRUN | {"SLURM_PROCID": "4"}, "SLURM_PROCID: got 4, want less than 4, the tasks"),
+        (SRUN | {"SLURM_LOCALID": "2"}, "SLURM_LOCALID: got 2, want less than 2, the tasks on"),
+        (SRUN | {"SLURM_NTASKS_PER_NODE": "3"}, "SLURM_NTASKS_PER_NODE: got 3 with 4 tasks, want"),
+        (SRUN | {"SLURM_NTASKS_PER_NODE": "3,1"}, "SLURM_NTASKS_PER_NODE: got '3,1', want as"),
+        (SRUN | {"SLURM_NTASKS_PER_NODE": "2x"}, r"SLURM_NTASKS_PER_NODE: got '2x', want a num"),
+        (SRUN | {"SLURM_NNODES": "4"}, r"SLURM_NTASKS_PER_NODE: got 2 with 4 tasks on 4 machines"),
+        (SRUN | {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST: is not set with 2 machines"),
+        (SRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT: got 70000, want a port"),
+        (
+            SRUN | {"ENVIRONMENT": "BATCH", "SLURM_STEP_NODELIST": ""},
+            "SLURM_NTASKS: got 4, but the batch script started one process alone, want srun",
+        ),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE: is not set though TORCHELASTIC"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE: got 3 of WORLD_SIZE 4, want"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK: got '-1', want an integer >= 0"),
+    ],
+)
+def test_variables_of_launchers_that_are_wrong_are_told_in_one_line(variables, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        found(**variables)
+    assert "\n" not in str(caught.value)
+
+
+def test_machines_without_a_launcher_are_told_apart_by_hand(monkeypatch):
+    with pytest.raises(ConfigError, match=r"^NODE_RANK: is not set with num_nodes 2, want it on"):
+        launch(2, 2)
+    for name, value in BY_HAND.items():
+        with pytest.raises(ConfigError, match=f"^{name}: is not set with num_nodes 2"):
+            launch(2, 2)
+        monkeypatch.setenv(name, value)
+    started = launch(2, 2)
+    assert (started.rank, started.devices, started.nodes) == (2, 2, 2)
+    assert not started.outside
+    assert started.environment.main_port == 29500
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(ConfigError, match=r"^NODE_RANK: got 2, want less than 2, the machines"):
+        launch(2, 2)
+    monkeypatch.setenv("NODE_RANK", "1")
+    # As Lightning starts the others of a machine.
+    for name, value in {"LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    started = launch(2, 2)
+    assert (started.rank, started.child) == (3, True)
 
 
 @pytest.mark.parametrize(
