@@ -218,4 +218,4 @@ def soft_histogram_backward(
     flat = grad_counts.reshape(-1)
     slope = (flat[cell + classes] - flat[cell]) / width
     grad = torch.where(inside, slope, torch.where(t.isnan(), t, 0))
-    return torch.empty_like(activations).copy_(grad)
+    return grad.to(activations.dtype)
