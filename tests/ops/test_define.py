@@ -58,6 +58,8 @@ def test_reverse_mode_of_torch_func_is_that_of_autograd(name):
     x, y, z = inputs()
     want = plain_gradient(name, x, y, z)
     torch.testing.assert_close(torch.func.grad(FUNCTIONS[name])(x, y, z), want)
+    # Which maps over the gradient of the result alone.
+    torch.testing.assert_close(torch.func.jacrev(FUNCTIONS[name])(x, y, z), want)
     with torch.no_grad():
         torch.testing.assert_close(torch.func.grad(FUNCTIONS[name])(x, y, z), want)
 
