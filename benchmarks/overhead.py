@@ -26,6 +26,7 @@ from picnn_fast.models import METHODS, InterpretableNetwork
 
 # Images a step on a CPU, on a GPU eight times as many; and rounds.
 SIZES = {"resnet18": (16, 12), "vgg16": (6, 6), "mobilenet_v2": (16, 12), "vit_b_16": (4, 8)}
+BEHIND = 32  # images a step of what lies behind the backbone; the papers' steps have 128
 TIMED = ("picnn", "csg", "icnn", "iccnn")
 FILTERS = 128  # as many as PICNN takes for ten classes
 CLASSES = (10, 100, 1000)
@@ -99,19 +100,23 @@ def _added(times: dict[str, list[float]], name: str, whole: float) -> dict[str, 
 
 
 def bench_backbone(
-    backbone: str, batch: int, size: int, rounds: int, device: torch.device
+    backbone: str, batch: int, behind: int, size: int, rounds: int, device: torch.device
 ) -> dict[str, Any]:
     """Steps and inference of a backbone alone, with a target layer, and with methods on that.
 
     Inference is of the network that is deployed, ``discriminator()``. A transformer has no layer
     inserted: its target is its own last tokens, and methods that take maps alone are left out.
     What a method adds to a step of STD lies behind the backbone, which is the same: there it is
-    timed alone, by which it is told from the noise of a whole step.
+    timed alone, at ``behind`` images, by which it is told from the noise of a whole step.
     """
     inserted = backbone != "vit_b_16"
     layout = torch.channels_last
-    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
-    labels = torch.randint(0, 10, (batch,), device=device)
+
+    def batch_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.randn(count, 3, size, size, device=device).to(memory_format=layout)
+        return images, torch.randint(0, 10, (count,), device=device)
+
+    images, labels = batch_of(batch)
     plain = torchvision.models.get_model(backbone, num_classes=10)
     plain.to(device=device, memory_format=layout)
     steps = {"plain": _step(plain, nn.functional.cross_entropy, images, labels)}
@@ -149,12 +154,14 @@ def bench_backbone(
         }
     for model in models.values():
         model.train()
-    tails = {
-        name: _behind(model, images, labels, inserted=inserted) for name, model in models.items()
-    }
+    many = batch_of(behind)
+    step = {"std": _step(models["std"], models["std"].loss, *many)}
+    whole = statistics.median(harness.interleaved(step, 3, device, warmup=1)["std"])
+    tails = {name: _behind(model, *many, inserted=inserted) for name, model in models.items()}
     times = harness.interleaved(tails, 5 * rounds, device, warmup=2)
-    whole = statistics.median(training["std"])
     entry["behind"] = {
+        "images": [behind, 3, size, size],
+        "std_step_milliseconds": 1e3 * whole,
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "added_to_std": {name: _added(times, name, whole) for name in times if name != "std"},
     }
@@ -225,8 +232,10 @@ def run(
             with measure(results, name):
                 torch.manual_seed(0)
                 images, times = (2, 2) if smoke else SIZES[name]
-                images *= 8 if device.type == "cuda" else 1
-                entry = bench_backbone(name, images, size, times, device)
+                behind = 2 if smoke else BEHIND
+                if device.type == "cuda":
+                    images, behind = 8 * images, 8 * behind
+                entry = bench_backbone(name, images, behind, size, times, device)
                 results["backbones"].append(entry)
     if "classes" in tables:
         results["classes"] = []
@@ -311,12 +320,12 @@ images, with as many filters as it takes by default. *Layout and precision*: a s
 the small residual network at 128 images of 32 pixels, as its weights lie and as it computes
 (`--channels_last`, `--precision bf16-mixed`). In brackets the quartiles of the rounds. *Added to
 STD*: a step of all that lies behind the backbone, which is the same for both, minus that of STD, as
-a share of STD's whole step: it tells apart what the noise of whole steps hides.
+a share of STD's whole step, of 32 images: it tells apart what the noise of whole steps hides.
 
 <results: overhead-*.json>
 
-PICNN runs the head twice, which shows where that is wide and images are few, as with VGG-16. An
-ICNN's first mask layer, and its loss, are of the backbone's own channels, 1,280 of MobileNetV2.
+PICNN runs the head twice, which shows in steps of few images where the head is wide, as VGG-16's.
+An ICNN's first mask layer, and its loss, are of the backbone's own channels, 1,280 of MobileNetV2.
 
 What is deployed is the network of STD, but for an ICNN's mask layers. The target layer costs what
 its filters do, which by default are 12.8 a class and at most four times the backbone's channels;
