@@ -1,8 +1,10 @@
 """``picnn-fast evaluate``: figures of trained networks, and of plain ones."""
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,72 @@ from picnn_fast.cli.trained import Trained, add_accelerator, add_path, of_traine
 
 if TYPE_CHECKING:
     from picnn_fast.evaluation import Figures, Measurement
+    from picnn_fast.training.launch import Launch
 
 
 def run(arguments: Sequence[str]) -> int:
-    from picnn_fast.evaluation import measure
-    from picnn_fast.training.launch import device_of, launch
+    from picnn_fast.training.launch import launch
+
+    started = launch(None)
+    started.decide(lambda: None)  # which connects processes that were started together
+    try:
+        if started.first:
+            return _run(arguments, started)
+        # The first speaks for all, of errors too: those of one process are raised on every one.
+        with contextlib.suppress(Exception, SystemExit), _in_silence():
+            _run(arguments, started)
+        return 0
+    finally:
+        if started.outside:
+            _disconnect()
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def _disconnect() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _run(arguments: Sequence[str], started: "Launch") -> int:
+    from picnn_fast.metrics.ranks import agreeing
+
+    with agreeing():
+        args, trained = _parse(arguments)
+        figures = figures_named(args["figures"])
+        if started.first:
+            _check_output(args["output"])
+    runs: dict[str, Trained] = {}
+    measured: dict[str, Measurement] = {}
+    told: list[str] = []
+    while True:
+        with agreeing():
+            run = next(trained, None)
+        if run is None:
+            break
+        measured[run.name] = _measure(run, args, figures, started)
+        if args["model"] is not None:
+            layer, filters = run.network.layer, run.network.num_filters
+            of = "" if layer is None else f" of layer {layer}"
+            told.append(f"{args['model']}, as it is, by {counted(filters, 'filter')}{of}")
+        runs[run.name] = run._replace(network=None, data=None)
+    if started.first:
+        _tell(runs, measured, told, args)
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[dict[str, Any], Iterator["Trained"]]:
     from picnn_fast.training.options import check_range
-    from picnn_fast.training.run import reading_images, try_image
 
     plain = any(token.partition("=")[0] == "--model" for token in arguments)
 
@@ -54,8 +115,6 @@ def run(arguments: Sequence[str]) -> int:
         )
         parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
-    if not launch(None).first:  # one of several processes measures, so that no image counts twice
-        return 0
     args, trained = (of_model if plain else of_trained)(
         arguments,
         prog="picnn-fast evaluate",
@@ -64,36 +123,52 @@ def run(arguments: Sequence[str]) -> int:
         " side by side, seeds of one method as their mean and standard deviation, and what they"
         " differ by from the ordinary network (std), else from the first, with its interval."
         " --model NAME in place of runs measures any plain classifier on the images that --data"
-        " names.",
+        " names. Processes that torchrun or srun starts share the images.",
         add=add,
     )
     if not plain:
         check_no_model(args)
     check_range("draws", args["draws"], 1)
     check_range("resamples", args["resamples"], 0)
-    figures = figures_named(args["figures"])
-    _check_output(args["output"])
-    runs: dict[str, Trained] = {}
-    measured: dict[str, Measurement] = {}
-    told: list[str] = []
-    for run in trained:
-        with reading_images():
+    return args, trained
+
+
+def _measure(
+    run: Trained, args: Mapping[str, Any], figures: Sequence[str] | None, started: "Launch"
+) -> "Measurement":
+    import torch
+
+    from picnn_fast.evaluation import measure
+    from picnn_fast.metrics.ranks import agreeing
+    from picnn_fast.training.launch import device_of
+    from picnn_fast.training.run import reading_images, try_image
+
+    with reading_images():
+        with agreeing():
             try_image(run.network, run.data, f"the network in {run.checkpoint}")
-            measured[run.name] = measure(
-                run.network,
-                run.data,
-                figures=figures,
-                resamples=args["resamples"],
-                seed=run.options.seed,
-                draws=args["draws"],
-                device=device_of(args["accelerator"]),
-                progress=sys.stdout.isatty() and not args["json"],
-            )
-        if plain:
-            layer, filters = run.network.layer, run.network.num_filters
-            of = "" if layer is None else f" of layer {layer}"
-            told.append(f"{args['model']}, as it is, by {counted(filters, 'filter')}{of}")
-        runs[run.name] = run._replace(network=None, data=None)
+            device = device_of(args["accelerator"])
+            if device.type == "cuda" and started.outside:
+                place = started.rank % started.devices % torch.cuda.device_count()
+                device = torch.device("cuda", place)
+        return measure(
+            run.network,
+            run.data,
+            figures=figures,
+            resamples=args["resamples"],
+            seed=run.options.seed,
+            draws=args["draws"],
+            device=device,
+            progress=sys.stdout.isatty() and not args["json"],
+        )
+
+
+def _tell(
+    runs: Mapping[str, Trained],
+    measured: Mapping[str, "Measurement"],
+    told: list[str],
+    args: Mapping[str, Any],
+) -> None:
+    """Print what was measured, and write it where it is wanted."""
     groups = _seeds_together(runs)
     rows = {label: [measured[name].figures for name in names] for label, names in groups.items()}
     base = next((r for r, names in groups.items() if runs[names[0]].plain), next(iter(groups)))
@@ -104,7 +179,7 @@ def run(arguments: Sequence[str]) -> int:
     if args["output"] is not None:
         _write_figures(args["output"], content)
     if args["json"]:
-        return 0
+        return
     data = {run.options.data["name"] for run in runs.values()}
     images = sorted({measurement.images for measurement in measured.values()})
     title = f"Test split of {', '.join(sorted(data))}, {' and '.join(map(str, images))} images"
@@ -117,7 +192,6 @@ def run(arguments: Sequence[str]) -> int:
         told.append(f"{args['output']}: metrics.json, metrics.csv")
     for line in told:
         print(printable(f"  {line}"))
-    return 0
 
 
 def _check_output(folder: Path | None) -> None:

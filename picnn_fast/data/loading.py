@@ -371,7 +371,7 @@ class SeededDataModule(L.LightningDataModule):
         if self.trainer is None or self.trainer.world_size == 1:
             return self.in_order(images)
         share = range(self.trainer.global_rank, len(images), self.trainer.world_size)  # type: ignore[arg-type]
-        return self._loader(Subset(_Read(images), share), of=images)
+        return self.in_order(images, share)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return [] if self.validation_set is None else self.in_order(self.validation_set)
@@ -379,9 +379,17 @@ class SeededDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         return self.in_order(self.test_set)
 
-    def in_order(self, images: Dataset[Any]) -> DataLoader[Any]:
-        """All of a set, in batches as it stands; torch's generator is left as it was."""
-        return self._loader(_Read(images))
+    def in_order(
+        self, images: Dataset[Any], places: Sequence[int] | None = None
+    ) -> DataLoader[Any]:
+        """A set in batches as it stands; torch's generator is left as it was.
+
+        Args:
+            images: of the set.
+            places: which of them, in this order; None: all.
+        """
+        read = _Read(images)
+        return self._loader(read if places is None else Subset(read, places), of=images)
 
     def _loader(
         self,

@@ -81,9 +81,9 @@ class FiguresCallback(Callback):
 
     They are those of ``evaluate``, on the test split of ``data``: once, when training ends, or
     during it too; a network that is chosen by them has no test split left. What is measured is a
-    copy in float32, in evaluation mode, so that training goes on as if nothing had been. Of
-    several ranks each measures the whole split, and the first logs; parameters have to be whole
-    on each, as with DDP.
+    copy in float32, in evaluation mode, so that training goes on as if nothing had been. Several
+    ranks measure the split together, the network as the first has it, and the first logs;
+    parameters have to be whole on each, as with DDP.
 
     Args:
         data: a data module of ours, set up; None: that of ``trainer.fit``.

@@ -27,7 +27,8 @@ class Performed(NamedTuple):
 class Observation:
     """Images of one batch, and what a network makes of them.
 
-    Every draw follows from ``seed``, and none from torch's generator, which is left as it was.
+    Every draw follows from ``seed``, whichever process makes it, and none from torch's generator,
+    which is left as it was.
 
     Args:
         network: in eval mode.
@@ -126,16 +127,18 @@ class Observation:
         each = []
         for draw in range(self.draws):
             seed = derive_seed(self.seed, _PSEUDO_LABEL, draw)
-            label = bernoulli_mask(empty, self.logits, ownership, seed=seed)[2]
+            label = bernoulli_mask(empty, self.logits, ownership, seed=seed, rank=0)[2]
             seed = derive_seed(self.seed, _PSEUDO_LABEL_MASK, draw)
-            each.append(self.network.class_mask(label, seed=seed))
+            each.append(self.network.class_mask(label, seed=seed, rank=0))
         return torch.stack(each)
 
     @cached_property
     def label_masks(self) -> Tensor:
         """``[S, B, N]`` drawn for the true labels."""
         seeds = [derive_seed(self.seed, _LABEL_MASK, draw) for draw in range(self.draws)]
-        return torch.stack([self.network.class_mask(self.labels, seed=seed) for seed in seeds])
+        return torch.stack(
+            [self.network.class_mask(self.labels, seed=seed, rank=0) for seed in seeds]
+        )
 
     @cached_property
     def masked_logits(self) -> Tensor:

@@ -7,7 +7,7 @@ process in its order, what it computes is then that of one process, bit for bit.
 
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +31,21 @@ def world(group: Any = None) -> tuple[int, int]:
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """What each rank gives, on every rank; small, and what can be pickled."""
+    """What each rank gives, on every rank; small, and what can be pickled.
+
+    Raises:
+        ConnectionError: another process has ended, or does not answer in time.
+    """
     _, ranks = world(group)
     values = [value] * ranks
     if ranks > 1:
-        distributed.all_gather_object(values, value, group=group)
+        try:
+            distributed.all_gather_object(values, value, group=group)
+        except RuntimeError as error:
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConnectionError(
+                f"another process has ended or does not answer: {text}"
+            ) from error
     return values
 
 
@@ -116,6 +126,23 @@ def all_reduce(own: Tensor, operation: str = "SUM", group: Any = None) -> Tensor
     return total.to(own.device)
 
 
+def take_first(tensors: Iterable[Tensor], group: Any = None) -> None:
+    """Overwrite tensors of every rank, of the same shapes and dtypes, by those of the first.
+
+    Args:
+        tensors: in the same order on all ranks.
+        group: of ``torch.distributed``; None: of all processes.
+    """
+    if world(group)[1] == 1:
+        return
+    for own in tensors:
+        wire = torch.device("cpu") if distributed.get_backend(group) == "gloo" else own.device
+        values = own.detach().to(wire, copy=True).contiguous()
+        if values.numel() > 0:
+            _pass_on(values, 0, None, world(group)[0], group)
+            own.detach().copy_(values)
+
+
 def by_filters(
     maps: Tensor | None, filters: int, compute: Callable[[Tensor, slice], Tensor], group: Any = None
 ) -> Tensor:
@@ -170,9 +197,8 @@ def agreeing(group: Any = None) -> Iterator[None]:
     told = None if own is None else _sent(own)
     try:
         every = gather_objects(told, group)
-    except Exception as error:
-        # The process group itself is what failed: what was raised here says more.
-        raise own or error from None
+    except ConnectionError as error:
+        raise own or error from None  # what was raised here says more
     if own is not None:
         raise own
     for source, other in enumerate(every):

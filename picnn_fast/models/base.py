@@ -270,7 +270,9 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         """Which filter stands for which class: ``[K, N]`` in [0, 1], without gradient, or None."""
         return None
 
-    def class_mask(self, labels: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+    def class_mask(
+        self, labels: Tensor, *, seed: int | Tensor | None = None, rank: int | None = None
+    ) -> Tensor:
         """Draw a Bernoulli mask for the rows of ``ownership`` that belong to ``labels``.
 
         PICNN eq. 7; ``1 - class_mask(labels)`` is the complement that ACC3 is measured with.
@@ -279,6 +281,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
             labels: ``[B]`` integers in [0, K), on the model's device.
             seed: as in ``functional.bernoulli_mask``: None draws one from torch's generator. A
                 seed fixes the draws by position in the batch: give each batch its own.
+            rank: as there: None is that of the process, so that processes draw apart.
 
         Returns:
             ``[B, N]`` of 0 and 1, float32 or wider, without gradient.
@@ -289,7 +292,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         probabilities = self.ownership()
         if probabilities is None:
             raise ValueError(f"class_mask: {type(self).__name__} gives no filter to a class")
-        return draw_mask(probabilities, labels, seed=seed)
+        return draw_mask(probabilities, labels, seed=seed, rank=rank)
 
     def performer(self) -> Performer | None:
         """The trained network that this one explains, or None: it explains itself."""

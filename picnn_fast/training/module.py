@@ -455,9 +455,10 @@ class InterpretableModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        seen = Observation(
-            self.network, images, labels, seed=derive_seed(self.seed, _EVALUATE, batch_idx)
-        )
+        # Ranks draw apart.
+        number = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        seed = derive_seed(self.seed, _EVALUATE, number)
+        seen = Observation(self.network, images, labels, seed=seed)
         for name, metric in self.figures.items():
             FIGURES[name].update(metric, seen)
 

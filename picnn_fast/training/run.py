@@ -20,6 +20,7 @@ from picnn_fast.data import DATA
 from picnn_fast.data.files import DamagedFileError
 from picnn_fast.data.loading import SeededDataModule
 from picnn_fast.evaluation import FIGURES, Figures, evaluate, read_figures
+from picnn_fast.metrics.ranks import agreeing
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training.checkpoint import (
     BEST,
@@ -340,8 +341,8 @@ def try_image(
 def fit(run: Run, *, progress: bool = True) -> Figures:
     """Train from the last checkpoint in the run's folder, if there is one, then evaluate.
 
-    With several processes all train and the first alone evaluates, so that no test image counts
-    twice.
+    Several processes train and evaluate together; each test image counts once. The network that is
+    measured is that of the first, as its checkpoint has it.
 
     Args:
         run: as of ``assemble``; it can be fitted once.
@@ -359,31 +360,37 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
     checkpoint = Path(trainer.default_root_dir) / CHECKPOINT
     with _quiet(), reading_images():
         trainer.fit(run.module, run.data, ckpt_path=checkpoint if checkpoint.exists() else None)
-        device = trainer.strategy.root_device
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        try:
+            figures = _evaluate(run, checkpoint.with_name(BEST), progress=progress)
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
         if trainer.global_rank != 0:
             return {}
-        for remark in run.network.remarks():
-            warnings.warn(remark, stacklevel=2)
-        best = checkpoint.with_name(BEST)
-        if run.options.report_epoch != "last" and best.exists():
-            saved = read_checkpoint(best)["state_dict"]
-            run.module.load_state_dict(saved)
-        # Measured in float32, as from the checkpoint, also after training with 64-true.
-        figures = evaluate(
-            run.network.float(),
-            run.data,
-            seed=run.options.seed,
-            device=device,
-            progress=progress and sys.stdout.isatty(),
-        )
         for name, value in figures.items():
             if name in FIGURES and isinstance(value, float):
                 said = FIGURES[name].remark(value)
                 if said is not None:
                     warnings.warn(said, stacklevel=2)
         return figures
+
+
+def _evaluate(run: Run, best: Path, *, progress: bool) -> Figures:
+    """The figures of the epoch to report, on every process."""
+    with agreeing():
+        if run.trainer.global_rank == 0:
+            for remark in run.network.remarks():
+                warnings.warn(remark, stacklevel=2)
+            if run.options.report_epoch != "last" and best.exists():
+                run.module.load_state_dict(read_checkpoint(best)["state_dict"])
+    # Measured in float32, as from the checkpoint, also after training with 64-true.
+    return evaluate(
+        run.network.float(),
+        run.data,
+        seed=run.options.seed,
+        device=run.trainer.strategy.root_device,
+        progress=progress and sys.stdout.isatty(),
+    )
 
 
 def build_data(options: Options) -> SeededDataModule:

@@ -16,6 +16,12 @@ def _needs_performer(network: InterpretableNetwork, data: object) -> str | None:
     return "no performer" if network.performer() is None else None
 
 
+def _share(metric: Any, seen: Observation) -> None:
+    """Of the network alone: one batch is enough."""
+    if not metric.update_called:
+        metric.update(seen.network.logged()["p"])
+
+
 def _more_errors(metric: Any, seen: Observation) -> None:
     """1 where the performer alone is right, -1 where it alone is wrong, else 0."""
     right = [
@@ -34,7 +40,7 @@ FIGURES: dict[str, Figure] = {
             " such track, or of chance there is none."
         ),
         metric=lambda network, data, draws: MeanMetric(),
-        update=lambda metric, seen: metric.update(seen.network.logged()["p"]),
+        update=_share,
         needs=_needs_performer,
     ),
     "more_errors": Figure(

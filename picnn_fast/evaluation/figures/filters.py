@@ -31,8 +31,10 @@ def _needs_gate(network: InterpretableNetwork, data: object) -> str | None:
 
 
 def _update_density(metric: Metric, seen: Observation) -> None:
+    """Of the gate alone: one batch is enough."""
     assert isinstance(seen.network, CSG)
-    metric.update(seen.network.density())
+    if not metric.update_called:
+        metric.update(seen.network.density())
 
 
 def _weights(network: InterpretableNetwork, data: SeededDataModule) -> Tensor:

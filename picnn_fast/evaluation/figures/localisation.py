@@ -20,6 +20,7 @@ from picnn_fast.metrics import (
     PointingGame,
     SaliencyLocalisation,
 )
+from picnn_fast.metrics.ranks import agreeing
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.gradients import class_activation, class_saliency, filter_saliency
 
@@ -75,6 +76,11 @@ class _GradMap(GradMapLocalisation):
     def compute(self) -> Localisation:
         self._look(len(self._waiting))
         return super().compute()
+
+    def join(self, to: int | None = None, group: Any = None) -> None:
+        with agreeing(group):
+            self._look(len(self._waiting))
+        super().join(to, group)
 
     def reset(self) -> None:
         super().reset()
