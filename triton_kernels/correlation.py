@@ -242,9 +242,11 @@ def group_correlation_backward(
     weights_kernel[(B * triton.cdiv(P, BLOCK),)](sums, own, total, weights, G, P, POSITIONS=BLOCK)
     x, y = (t.view(B, N, P) for t in (maps, grad))
     positions = min(triton.next_power_of_2(P), LONGEST)
-    channels = min(max(TILE // positions, 1), triton.next_power_of_2(N))
+    most = TILE // 2 if norms.dtype == torch.float64 else TILE  # registers hold half as many
+    channels = min(max(most // positions, 1), triton.next_power_of_2(N))
     gradient_kernel[(B * triton.cdiv(N, channels),)](
         x, mean, groups, positive, norms, weights, grad, N, G, P, *x.stride(), *y.stride(),
         COUNTED=positive is not None, CHANNELS=channels, POSITIONS=positions,
+        num_warps=min(max(channels * positions // 256, 4), 16),
     )  # fmt: skip
     return grad

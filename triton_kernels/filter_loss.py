@@ -24,7 +24,7 @@ from picnn_fast.triton_kernels.templates import middle, number, place, tile
 SAMPLES = 64  # of responses, [samples, templates]
 TEMPLATES = 64
 DEPTH = 16  # positions that a product takes in at a time
-GRAD_TEMPLATES = 16  # of responses that a tile of the gradient, [samples, positions], takes in
+GRAD_TEMPLATES = 32  # of responses that a tile of the gradient, [samples, positions], takes in
 GRAD_POSITIONS = 256  # of the gradient, for each tile of which the responses are made anew
 if triton.knobs.runtime.interpret:  # takes its time by the operation, not by the element
     SAMPLES = TEMPLATES = DEPTH = GRAD_TEMPLATES = GRAD_POSITIONS = 1024

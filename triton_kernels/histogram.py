@@ -1,7 +1,7 @@
 """Triton kernels of the histogram family. ``picnn_fast.reference.histogram`` is the definition.
 
-Hard counts take two passes, the range and then the counts on its grid; what is small in between
-([N] and the tables themselves) is plain PyTorch, without a host sync. Soft counts are sums of
+Hard counts take three kernels: the range, what was counted so far on its grid, and then the counts.
+There is no host sync. Soft counts are sums of
 integers, weights times a power of two, so that they do not depend on the order of the additions.
 """
 
@@ -15,7 +15,10 @@ from picnn_fast.triton_kernels.conversions import narrow, widen
 
 TILE = 2048  # elements of a tile of [samples, filters]
 PROGRAMS = 1024  # about what keeps a large device busy
-SLOTS = 4096  # counters of a table that a program keeps for itself
+SLOTS = 1024  # counters of a table that a program keeps for itself; counting costs as many / 32
+BLOCK = 1024  # counters of a filter that a program moves at a time
+CELL_BITS = tl.constexpr(reference.CELL_BITS)
+SMALLEST_EXPONENT = tl.constexpr(reference.SMALLEST_EXPONENT)
 POISON = tl.constexpr(-(2**63))  # the sign bit: a soft count with a NaN in it
 
 
@@ -39,10 +42,13 @@ def _labels(labels, m, M, stride, classes):
 
 @triton.jit
 def range_kernel(
-    activations, least, most, finite, M, N, x_m, x_n, rows,
+    activations, least, most, column, M, N, x_m, x_n, rows,
     ROWS: tl.constexpr, FILTERS: tl.constexpr,
 ):  # fmt: skip
-    """Range of the finite values of a split of the samples, and whether all are: [splits, N]."""
+    """Range of the finite values of a split of the samples, [splits, N].
+
+    Of column, N at first, the number of the first column that holds another value.
+    """
     n, first, split = _place(N, rows, ROWS, FILTERS)
     dtype = least.dtype.element_ty
     low = tl.full((ROWS, FILTERS), float("inf"), dtype)
@@ -62,7 +68,83 @@ def range_kernel(
     at = split.to(tl.int64) * N + n
     tl.store(least + at, tl.min(low, 0), mask=n < N)
     tl.store(most + at, tl.max(high, 0), mask=n < N)
-    tl.store(finite + at, 1 - tl.max(strange, 0), mask=n < N)
+    bad = (tl.max(strange, 0) > 0) & (n < N)
+    first_bad = tl.min(tl.where(bad, n, N), 0)
+    if first_bad < N:
+        tl.atomic_min(column, first_bad, sem="relaxed")
+
+
+@triton.jit
+def _cell(x, scale):
+    """Number of the cell of width 1 / scale that holds float64 x."""
+    scaled = tl.floor(x * scale)
+    # A product may underflow to -0, but what is negative lies in a negative cell.
+    return tl.where((x < 0) & (scaled == 0), -1.0, scaled).to(tl.int64)
+
+
+@triton.jit
+def _grid(low, high, bins):
+    """Of a finite range: the smallest exponent, the shift to that of the grid, the first cell."""
+    magnitude = tl.maximum(tl.abs(low), tl.abs(high))
+    exponent = (magnitude.to(tl.int64, bitcast=True) >> 52) - 1023 - CELL_BITS
+    exponent = tl.maximum(exponent, SMALLEST_EXPONENT)
+    scale = _inverse_power(exponent)
+    first, last = _cell(low, scale), _cell(high, scale)
+    shifts = tl.arange(0, 32)  # more than are ever needed
+    fits = (last >> shifts) - (first >> shifts) < bins
+    shift = tl.min(tl.where(fits, shifts, 31), 0).to(tl.int64)
+    return exponent, shift, first >> shift
+
+
+@triton.jit
+def _inverse_power(exponent):
+    """2**-exponent, where that is a normal number."""
+    return ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def regrid_kernel(
+    counts, before, minimum, maximum, least, most, column, scale, shift, first_cell,
+    N, splits, bins, classes, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program a filter: its range takes in those of the splits, and its counts go to its grid.
+
+    Which scale, shift and first_cell tell. before: a copy of the counts.
+    """
+    if tl.load(column) < N:
+        return
+    n = tl.program_id(0).to(tl.int64)
+    low, high = tl.load(minimum + n), tl.load(maximum + n)
+    new_low, new_high = low, high
+    for start in range(0, splits, BLOCK):
+        s = start + tl.arange(0, BLOCK).to(tl.int64)
+        here = tl.load(least + s * N + n, mask=s < splits, other=float("inf"))
+        new_low = tl.minimum(new_low, tl.min(here, 0).to(tl.float64))
+        here = tl.load(most + s * N + n, mask=s < splits, other=-float("inf"))
+        new_high = tl.maximum(new_high, tl.max(here, 0).to(tl.float64))
+    exponent, up, first = _grid(new_low, new_high, bins)
+    tl.store(minimum + n, new_low)
+    tl.store(maximum + n, new_high)
+    tl.store(scale + n, _inverse_power(exponent))
+    tl.store(shift + n, up)
+    tl.store(first_cell + n, first)
+    if low <= high:
+        old_exponent, old_up, old_first = _grid(low, high, bins)
+        further = exponent + up - old_exponent - old_up
+        if (further > 0) | (old_first != first):
+            counts += n * bins * classes
+            before += n * bins * classes
+            for start in range(0, bins * classes, BLOCK):
+                i = start + tl.arange(0, BLOCK).to(tl.int64)
+                tl.store(counts + i, tl.zeros((BLOCK,), tl.int64), mask=i < bins * classes)
+            tl.debug_barrier()  # zeros of other threads of the program come before the sums
+            for start in range(0, bins * classes, BLOCK):
+                i = start + tl.arange(0, BLOCK).to(tl.int64)
+                old = tl.load(before + i, mask=i < bins * classes, other=0)
+                # Bins without a count may have no place on the new grid.
+                j = ((old_first + i // classes) >> further) - first
+                at = counts + j * classes + i % classes
+                tl.atomic_add(at, old, mask=old > 0, sem="relaxed")
 
 
 @triton.jit
@@ -72,7 +154,7 @@ def count_kernel(
     ROWS: tl.constexpr, FILTERS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Count a split of the samples, in a table of SLOTS > 0 of the program's own or in place."""
-    if tl.load(column) >= 0:
+    if tl.load(column) < N:
         return
     n, first, _ = _place(N, rows, ROWS, FILTERS)
     scales = tl.load(scale + n, mask=n < N, other=1.0)[None, :]
@@ -87,10 +169,7 @@ def count_kernel(
         label = _labels(labels, m, M, l_m, classes)
         inside = (m < M)[:, None] & (n < N)[None, :]
         x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
-        x = widen(x, tl.float64).to(tl.float64)
-        scaled = tl.floor(x * scales)
-        # A product may underflow to -0, but what is negative lies in a negative cell.
-        cell = tl.where((x < 0) & (scaled == 0), -1.0, scaled).to(tl.int64) >> shifts
+        cell = _cell(widen(x, tl.float64).to(tl.float64), scales) >> shifts
         slot = (row + cell - first_cells) * classes + label[:, None]
         if SLOTS > 0:
             flat = tl.reshape(slot, (ROWS * FILTERS,)).to(tl.int32)
@@ -195,37 +274,28 @@ def histogram_update(
     splits = triton.cdiv(M, each)
     wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
     least, most = (activations.new_empty((splits, N), dtype=wide) for _ in range(2))
-    finite = labels.new_empty((splits, N), dtype=torch.int32)
+    column = labels.new_full((), N)
     range_kernel[(programs,)](
-        activations, least, most, finite, M, N, *activations.stride(), each,
+        activations, least, most, column, M, N, *activations.stride(), each,
         ROWS=rows, FILTERS=filters,
     )  # fmt: skip
-    bad = finite.amin(0) == 0
-    column = torch.where(bad.any(), bad.long().argmax(), -1)
-    good = column < 0
-    # Of a column without a finite value the range is empty; then nothing is counted or kept.
-    new_minimum = torch.where(good, torch.minimum(minimum, least.amin(0).double()), 0)
-    new_maximum = torch.where(good, torch.maximum(maximum, most.amax(0).double()), 0)
-    new_counts = reference.widen(counts, minimum, maximum, new_minimum, new_maximum)
-    exponent, first_cell = reference.grid(new_minimum, new_maximum, bins)
-    # By way of the smallest exponent, whose power of two is a normal number.
-    smallest = reference.smallest_exponent(new_minimum, new_maximum)
-    scale, shift = reference.power_of_two(-smallest), exponent - smallest
-
+    scale = minimum.new_empty(N)
+    shift, first_cell = (labels.new_empty(N) for _ in range(2))
+    regrid_kernel[(N,)](
+        counts, counts.clone(), minimum, maximum, least, most, column, scale, shift, first_cell,
+        N, splits, bins, classes, BLOCK=BLOCK,
+    )  # fmt: skip
     slots = triton.next_power_of_2(bins * classes)
     own = slots <= SLOTS
     programs, each, rows, filters = _tiling(activations, SLOTS // slots if own else TILE)
     count_kernel[(programs,)](
-        activations, labels, column, scale, shift, first_cell, new_counts,
+        activations, labels, column, scale, shift, first_cell, counts,
         M, N, bins, classes, *activations.stride(), *labels.stride(), each,
         ROWS=rows, FILTERS=filters,
         # As many as a histogram needs: one for each thread of a warp.
         SLOTS=max(filters * slots, 32) if own else 0,
     )  # fmt: skip
-    counts.copy_(torch.where(good, new_counts, counts))
-    minimum.copy_(torch.where(good, new_minimum, minimum))
-    maximum.copy_(torch.where(good, new_maximum, maximum))
-    return column
+    return column.masked_fill_(column == N, -1)
 
 
 def soft_histogram(

@@ -136,7 +136,7 @@ def tile(maps: Tensor) -> tuple[int, int, int]:
     near = S > 1 and maps.stride(1) == 1
     channels = max(2 * TILE // positions, NEAR) if near else max(TILE // positions, 1)
     channels = min(channels, triton.next_power_of_2(N))
-    return channels, positions, min(max(channels * positions // 512, 4), 16)
+    return channels, positions, min(max(channels * positions // 512, 4), 32)
 
 
 def _launch(maps: Tensor) -> tuple[tuple[int], dict[str, Any]]:

@@ -65,9 +65,11 @@ void with_vectors(Layout layout, const Run& run) {
   }
 }
 
-// Tiles of at most `most_filters` filters; at least `least_rows` samples a block.
+// Tiles of at most `most_filters` filters; at least `least_rows` samples a block, in about
+// `blocks`.
 template <int FV, int RV>
-Tiling make_tiling(const Tensor& activations, int64_t most_filters, int64_t least_rows) {
+Tiling make_tiling(const Tensor& activations, int64_t most_filters, int64_t least_rows,
+                   int64_t blocks = kBlocks) {
   const int64_t M = activations.size(0), N = activations.size(1);
   Tiling t{};
   t.filters_fast = FV > 1 || (RV == 1 && activations.stride(1) <= activations.stride(0));
@@ -78,7 +80,7 @@ Tiling make_tiling(const Tensor& activations, int64_t most_filters, int64_t leas
   while (t.lanes * 2 * FV <= filters && t.lanes < 32 && t.lanes * FV < N) t.lanes *= 2;
   t.tiles = ceil_div(N, t.lanes * FV);
   const int64_t step = kThreads / t.lanes * RV * Walk<FV, RV>::kPieces;
-  const int64_t splits = std::max<int64_t>(kBlocks / t.tiles, 1);
+  const int64_t splits = std::max<int64_t>(blocks / t.tiles, 1);
   t.rows = std::min(std::max(ceil_div(M, splits), least_rows), kMaxRows);
   t.rows = round_up(t.rows, step);
   t.splits = ceil_div(M, t.rows);
@@ -122,8 +124,10 @@ struct Update {
     const bool along = RV > 1 || activations.stride(0) < activations.stride(1);
     const int64_t least = along ? 1 : std::min<int64_t>(kVectorBytes / sizeof(T), state.N);
     if (fitting < least) return false;
-    // Tables of all blocks together take less than the activations.
-    const Tiling tiling = make_tiling<FV, RV>(activations, fitting, 4 * state.bins * state.classes);
+    // Tables of all blocks together have no more counters than there are activations: few filters
+    // of many samples keep a device busy all the same.
+    const Tiling tiling =
+        make_tiling<FV, RV>(activations, fitting, state.bins * state.classes, kCountBlocks);
     const TableShape shape(state.bins, state.classes);
     const Tensor range = torch::stable::new_empty(minimum, {tiling.splits, state.N, 2});
     const Tensor grid =

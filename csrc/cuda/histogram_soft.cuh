@@ -48,7 +48,7 @@ struct Halves {
 
 // sums [N, bins, K] in units of 2^-fraction_bits. `staged`: by way of shared memory.
 template <typename T, int FV, int RV>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     add_weights(Samples<const T> samples, Labels labels, Tiling tiling,
                 SoftGrid<Accumulate<T>> grid, TableShape shape, bool staged, int fraction_bits,
                 Wide* sums) {
@@ -144,7 +144,7 @@ struct GradCounts {
 };
 
 template <typename T, int FV, int RV>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     soft_backward(GradCounts<Accumulate<T>> grad_counts, Samples<const T> samples, Labels labels,
                   Tiling tiling, SoftGrid<Accumulate<T>> grid, TableShape shape, bool staged,
                   Samples<T> grad) {

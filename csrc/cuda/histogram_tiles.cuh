@@ -172,7 +172,7 @@ struct ThreadCounters {
 };
 
 template <typename T, int FV, int RV>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     count_tiles(Samples<const T> samples, Labels labels, Tiling tiling, State state,
                 TableShape shape, Partial partial) {
   using C = Accumulate<T>;

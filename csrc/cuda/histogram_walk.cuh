@@ -18,6 +18,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kMaxFilters = 64;         // of a block: 128 bytes of the narrowest type
 constexpr int kSharedBytes = 43 << 10;  // of tables: 48 KB less the fixed arrays of a block
 constexpr int64_t kBlocks = 384;        // one round of three to a multiprocessor on a large device
+constexpr int64_t kCountBlocks = 264;   // of two: hard counts take the registers of so many
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of a block: its counters have 32 bits
 
 template <typename T>

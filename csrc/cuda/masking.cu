@@ -26,10 +26,11 @@ void scale(const Tensor& features, const Tensor& masked, const Factors& factors)
   const int64_t B = features.size(0), N = features.size(1), S = positions(features);
   const Maps<const Value> in = input_maps<Value>(features);
   const Maps<Value> out = output_maps<Value>(masked);
-  // 8 to 64 KB of maps a block: the larger, the less the label and the draws weigh.
-  const int64_t size = sizeof(Value);
-  const int64_t elements =
-      std::clamp<int64_t>(B * N * S * size / (4 * kManyBlocks), 8192, 65536) / size;
+  // 8 to 64 KB of maps a block: the larger, the less the label and the draws weigh, which cost
+  // as much as 24 KB do. So 32 KB at least, once every multiprocessor has blocks of that size.
+  const int64_t size = sizeof(Value), bytes = B * N * S * size;
+  const int64_t least = std::clamp<int64_t>(bytes / kFewBlocks, 8192, 32768);
+  const int64_t elements = std::clamp<int64_t>(bytes / (4 * kManyBlocks), least, 65536) / size;
   const int channels = channels_per_block(N, S, elements);
   // Without channels, one block a sample still draws the label.
   const int64_t blocks = B * std::max<int64_t>(ceil_div(N, channels), 1);
@@ -69,6 +70,7 @@ void backward(const Tensor& grad_masked, const Tensor& features, const Tensor& m
   p.mask_batch = mask.stride(0);
   p.mask_channel = mask.stride(1);
   p.grad_mask = static_cast<A*>(grad_mask.data_ptr());
+  p.B = B;
   p.N = N;
   p.S = S;
   constexpr int kVector = Tile<T>::kVector;
@@ -84,8 +86,22 @@ void backward(const Tensor& grad_masked, const Tensor& features, const Tensor& m
     }
     case Layout::kChannelsLast: {
       const int lanes = tile_lanes(B, N, kVector);
-      launch(features, backward_channels_last<T>, B * ceil_div(N, lanes * kVector), kThreads,
-             kThreads * kVector * sizeof(A), p, lanes);
+      const int64_t blocks = B * ceil_div(N, lanes * kVector);
+      // Where blocks are few and positions many: pieces that keep every row of threads busy.
+      const int64_t pieces = S * lanes / (kThreads * kUnroll);
+      const int splits = static_cast<int>(
+          std::clamp<int64_t>(kFewBlocks / blocks, 1, std::max<int64_t>(pieces, 1)));
+      Tensor partial = grad_mask;
+      if (splits > 1) {
+        partial = torch::stable::new_empty(grad_mask, {splits, B, N});
+        p.grad_mask = static_cast<A*>(partial.data_ptr());
+      }
+      launch(features, backward_channels_last<T>, blocks * splits, kThreads,
+             kThreads * kVector * sizeof(A), p, lanes, splits);
+      if (splits > 1)
+        launch(features, add_splits<A>, ceil_div(B * N, kThreads), kThreads, 0,
+               static_cast<const A*>(p.grad_mask), splits, B * N,
+               static_cast<A*>(grad_mask.data_ptr()));
       break;
     }
     case Layout::kStrided: {

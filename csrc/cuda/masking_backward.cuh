@@ -1,8 +1,9 @@
 #pragma once
 
 // Backward: the gradient of the maps and that of the mask in one read of both inputs. A block holds
-// whole channels, so sums need no atomics and come out the same every time; the price is few blocks
-// when B * N is small and S huge.
+// whole channels, or in the channels-last layout a piece of their positions whose sums a second
+// kernel adds up in order: so sums need no atomics and come out the same every time. In the other
+// layouts the price is few blocks when B * N is small and S huge.
 
 #include <cstdint>
 
@@ -19,8 +20,8 @@ struct Backward {
   Maps<T> grad_features;
   const A* mask;
   int64_t mask_batch, mask_channel;
-  A* grad_mask;  // contiguous
-  int64_t N, S;
+  A* grad_mask;  // contiguous; in the channels-last layout for each split of the positions
+  int64_t B, N, S;
 
   __device__ A factor(int64_t b, int64_t channel) const {
     return mask[b * mask_batch + channel * mask_channel];
@@ -82,7 +83,7 @@ __device__ void multiply_run(const Backward<T>& p, int64_t b, int64_t first_chan
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     backward_runs(Backward<T> p, int block_channels, int lanes) {
   using A = Accumulate<T>;
   const int S = static_cast<int>(p.S);
@@ -130,7 +131,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int W, typename T, typename A = Accumulate<T>>
-__device__ void multiply_tile(const Backward<T>& p, const Tile<T>& tile, int lanes, A* sums) {
+__device__ void multiply_tile(const Backward<T>& p, const Tile<T>& tile, int lanes, int64_t first,
+                              int64_t last, A* sums) {
   constexpr int kPieces = Tile<T>::kVector / W;
   constexpr int kRows = kPieces > kUnroll ? 1 : kUnroll / kPieces;
   const T* x = p.features.data + tile.b * p.features.batch + tile.begin;
@@ -146,7 +148,7 @@ __device__ void multiply_tile(const Backward<T>& p, const Tile<T>& tile, int lan
       sum[q][i] = 0;
     }
   }
-  for (int64_t s = tile.row; s < p.S; s += kRows * tile.rows) {
+  for (int64_t s = first + tile.row; s < last; s += kRows * tile.rows) {
     Vector<T, W> xs[kRows][kPieces], gs[kRows][kPieces];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -154,7 +156,7 @@ __device__ void multiply_tile(const Backward<T>& p, const Tile<T>& tile, int lan
       for (int q = 0; q < kPieces; ++q) {
         const int64_t at = s + r * tile.rows;
         const int column = (q * lanes + tile.lane) * W;
-        if (at >= p.S || column >= tile.count) continue;
+        if (at >= last || column >= tile.count) continue;
         xs[r][q] = *reinterpret_cast<const Vector<T, W>*>(x + at * p.features.position + column);
         gs[r][q] = *reinterpret_cast<const Vector<T, W>*>(g + at * p.grad_masked.position + column);
       }
@@ -165,7 +167,7 @@ __device__ void multiply_tile(const Backward<T>& p, const Tile<T>& tile, int lan
       for (int q = 0; q < kPieces; ++q) {
         const int64_t at = s + r * tile.rows;
         const int column = (q * lanes + tile.lane) * W;
-        if (at >= p.S || column >= tile.count) continue;
+        if (at >= last || column >= tile.count) continue;
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           sum[q][i] += static_cast<A>(xs[r][q].lane[i]) * static_cast<A>(gs[r][q].lane[i]);
@@ -185,9 +187,12 @@ __device__ void multiply_tile(const Backward<T>& p, const Tile<T>& tile, int lan
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_channels_last(Backward<T> p, int lanes) {
+__global__ void __launch_bounds__(kThreads)
+    backward_channels_last(Backward<T> p, int lanes, int splits) {
   using A = Accumulate<T>;
-  const Tile<T> tile(p.N, lanes, 1);
+  const Tile<T> tile(p.N, lanes, splits);
+  const int64_t length = ceil_div(p.S, splits);
+  const int64_t first = tile.split * length, last = min(p.S, first + length);
   A* sums = dynamic_shared<A>();
   const bool aligned =
       tile.aligned(p.features.data + tile.b * p.features.batch + tile.begin, p.features.position) &&
@@ -196,15 +201,26 @@ __global__ void __launch_bounds__(kThreads) backward_channels_last(Backward<T> p
       tile.aligned(p.grad_features.data + tile.b * p.grad_features.batch + tile.begin,
                    p.grad_features.position);
   if (aligned)
-    multiply_tile<Tile<T>::kVector>(p, tile, lanes, sums);
+    multiply_tile<Tile<T>::kVector>(p, tile, lanes, first, last, sums);
   else
-    multiply_tile<1>(p, tile, lanes, sums);
+    multiply_tile<1>(p, tile, lanes, first, last, sums);
   __syncthreads();
   for (int i = threadIdx.x; i < tile.count; i += kThreads) {
     A sum = 0;
     for (int row = 0; row < tile.rows; ++row) sum += sums[row * lanes * Tile<T>::kVector + i];
-    p.grad_mask[tile.b * p.N + tile.begin + i] = sum;
+    p.grad_mask[(tile.split * p.B + tile.b) * p.N + tile.begin + i] = sum;
   }
+}
+
+// sums [count], of partial [splits, count].
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    add_splits(const A* partial, int splits, int64_t count, A* sums) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= count) return;
+  A sum = 0;
+  for (int64_t s = 0; s < splits; ++s) sum += partial[s * count + i];
+  sums[i] = sum;
 }
 
 template <typename T>

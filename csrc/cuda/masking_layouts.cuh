@@ -25,6 +25,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kVectorBytes = 16;
 constexpr int kUnroll = 4;             // vectors in flight in each thread
 constexpr int kMaxChannels = 512;      // of a block in the run layout: at most two draws a thread
+constexpr int64_t kFewBlocks = 264;    // two for each multiprocessor of a large device
 constexpr int64_t kManyBlocks = 1024;  // about what the largest devices hold at a time
 
 enum class Layout { kRuns, kChannelsLast, kStrided };

@@ -2,8 +2,8 @@
 //
 // The mask layer reads a map once: its values wait in registers while the peak is looked for. Maps
 // are [B, N, positions]; the kernels differ in what lies side by side in memory:
-//   mask_maps           positions, or nothing: a warp for each map, a block for a large one.
-//   mask_channels_last  channels: a thread for each channel and several of its positions.
+//   mask_maps           positions, or nothing: 8 lanes for each map, a warp or a block for larger
+//   ones. mask_channels_last  channels: a thread for each channel and several of its positions.
 // Maps too large for the registers of their threads are read a second time. The backward pass is
 // the same without the search, and peaks alone without the mask. Threads side by side along a map
 // read values of the template side by side; those of a channel each read them anywhere: from shared
@@ -13,8 +13,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <climits>
-#include <cmath>
+#include <cstring>
 #include <tuple>
+#include <type_traits>
 
 #include "../common/read_template.h"
 #include "../common/templates.h"
@@ -54,95 +55,151 @@ struct Mask {
     PICNN_FAST_DEVICE_ASSERT(0 <= position && position < positions());
     return static_cast<int>(position);
   }
-  // `middle`: the value at offset 0, in the template's values or a copy. `peak`: its number.
-  __device__ T masked(T x, int position, const A* middle, int peak) const {
-    const A value = middle[part.offsets.number(position) - peak];
+  // `value`: of the template, in units of tau.
+  __device__ T masked(T x, A value) const {
     return static_cast<T>(static_cast<A>(x) * mask_value(value, scale));
   }
 };
 
-// The greatest value so far. NaN is above all else; of equals, the first position counts.
-template <typename A>
-struct Peak {
-  A value;
-  int position;
+// The numbers of positions that lie `step` apart, as Offsets gives them; one division to begin
+// with.
+struct Walk {
+  int number, column;
+  int width, step_number, step_column;
 
-  static __device__ Peak none() { return {-static_cast<A>(HUGE_VAL), INT_MAX}; }
-  __device__ void include(A other, int other_position) {
-    const bool above = other > value || (other != other && value == value);
-    const bool same = other == value || (other != other && value != value);
-    if (above || (same && other_position < position)) {
-      value = other;
-      position = other_position;
-    }
-  }
-  // Takes in the lanes whose number differs by `offset`; for whole warps.
-  __device__ void include_lane(int offset) {
-    const A other = __shfl_xor_sync(kFullWarp, value, offset);
-    include(other, __shfl_xor_sync(kFullWarp, position, offset));
+  // step_rows: step / width.
+  __device__ Walk(const Offsets& offsets, int first, int step, int step_rows)
+      : number(offsets.number(first)),
+        column(first % offsets.width),
+        width(offsets.width),
+        step_number(step + step_rows * (offsets.width - 1)),
+        step_column(step - step_rows * offsets.width) {}
+  __device__ void advance() {
+    number += step_number;
+    column += step_column;
+    if (column >= width) column -= width, number += width - 1;
   }
 };
 
-// One map for each kLanes threads, a warp or a block, or kMaps of them in turn: small maps, so that
-// enough reads are under way.
-template <typename T, Work kWork, int kLanes, int kMaps, int kItems>
-__global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2) mask_maps(Mask<T> p) {
+// A key that orders as values do, with NaN above all else and one zero; above 0.
+__device__ uint32_t order_key(float x) {
+  const float value = x + 0.0f;
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t flip = bits >> 31 != 0 ? ~uint32_t{0} : uint32_t{1} << 31;
+  return x != x ? ~uint32_t{0} : bits ^ flip;
+}
+__device__ uint64_t order_key(double x) {
+  const double value = x + 0.0;
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint64_t flip = bits >> 63 != 0 ? ~uint64_t{0} : uint64_t{1} << 63;
+  return x != x ? ~uint64_t{0} : bits ^ flip;
+}
+
+// The greatest value so far; of equals, the first position counts.
+template <typename A>
+struct Peak {
+  using Key = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  Key key;
+  int position;
+
+  static __device__ Peak none() { return {0, INT_MAX}; }
+  // A value at a position behind those before.
+  __device__ void include_next(A value, int at) {
+    const Key other = order_key(value);
+    position = other > key ? at : position;
+    key = max(key, other);
+  }
+  __device__ void include(const Peak& other) {
+    if (other.key > key || (other.key == key && other.position < position)) *this = other;
+  }
+  // That of each kLanes neighbours of a warp, for all of them.
+  template <int kLanes>
+  __device__ void include_lanes() {
+    if constexpr (kLanes == 32 && sizeof(A) == 4) {
+      const uint32_t most = __reduce_max_sync(kFullWarp, key);
+      const unsigned at = key == most ? position : INT_MAX;
+      position = static_cast<int>(__reduce_min_sync(kFullWarp, at));
+      key = most;
+    } else {
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        const Key other = __shfl_xor_sync(kFullWarp, key, offset);
+        include({other, __shfl_xor_sync(kFullWarp, position, offset)});
+      }
+    }
+  }
+};
+
+// Blocks of a multiprocessor such that the values of its threads stay in registers.
+template <typename T, int kItems>
+constexpr int kBlocksOf = kItems * sizeof(Accumulate<T>) <= 32    ? 4
+                          : kItems * sizeof(Accumulate<T>) <= 128 ? 2
+                                                                  : 1;
+
+// A map for each kLanes threads: a part of a warp, a warp, or a block.
+template <typename T, Work kWork, int kLanes, int kItems>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems>)
+    mask_maps(Mask<T> p, int lanes_rows) {
   using A = Accumulate<T>;
-  static_assert(kLanes == 32 || (kLanes == kThreads && kMaps == 1));
+  static_assert(kLanes <= 32 || kLanes == kThreads);
   constexpr int kStep = kLanes * kItems;
-  const int lane = threadIdx.x % kLanes, positions = p.positions();
-  const int64_t first = (int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes) * kMaps;
-  T value[kMaps][kItems];
-  const auto load = [&](int m, int base) {
-    const int64_t b = (first + m) / p.N, n = (first + m) % p.N;
-    if (b >= p.B) return;
-    const T* x = p.in.data + b * p.in.batch + n * p.in.channel;
+  constexpr bool kWhole = kLanes < kThreads;  // maps have at most kStep positions
+  const int lane = threadIdx.x % kLanes;
+  const int64_t map = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const int64_t b = map / p.N, n = map % p.N;
+  // Lanes without a map take part in the search of their warp.
+  const int positions = b < p.B ? p.positions() : 0;
+  const T* x = p.in.data + b * p.in.batch + n * p.in.channel;
+  T value[kItems];
+  const auto load = [&](int base) {
+    const T* from = x + (base + lane) * p.in.position;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int at = base + i * kLanes + lane;
-      if (at < positions) value[m][i] = x[at * p.in.position];
+      if (base + i * kLanes + lane < positions) value[i] = *from;
+      from += kLanes * p.in.position;
     }
   };
-#pragma unroll
-  for (int m = 0; m < kMaps; ++m) load(m, 0);
-#pragma unroll
-  for (int m = 0; m < kMaps; ++m) {
-    const int64_t b = (first + m) / p.N, n = (first + m) % p.N;
-    if (b >= p.B) return;  // all threads of the map
-    int found;
-    if constexpr (kFinds<kWork>) {
-      auto peak = Peak<A>::none();
-      for (int base = 0; base < positions; base += kStep) {
-        if (base > 0) load(m, base);
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          const int at = base + i * kLanes + lane;
-          if (at < positions) peak.include(static_cast<A>(value[m][i]), at);
-        }
-      }
-      for (int offset = 16; offset > 0; offset /= 2) peak.include_lane(offset);
-      if constexpr (kLanes > 32) {
-        __shared__ Peak<A> warp_peak[kWarps];
-        if (threadIdx.x % 32 == 0) warp_peak[threadIdx.x / 32] = peak;
-        __syncthreads();
-        for (int w = 0; w < kWarps; ++w) peak.include(warp_peak[w].value, warp_peak[w].position);
-      }
-      found = peak.position;
-      if (lane == 0) p.peak[b * p.peak_batch + n * p.peak_channel] = found;
-      if (kMasks<kWork> && positions > kStep) load(m, 0);
-    } else {
-      found = p.peak_given(b, n);
-    }
-    if constexpr (!kMasks<kWork>) continue;
-    const A* middle = p.part.values + p.part.offsets.middle();
-    const int number = p.part.offsets.number(found);
-    T* y = p.out.data + b * p.out.batch + n * p.out.channel;
-    for (int base = 0; base < positions; base += kStep) {
-      if (base > 0) load(m, base);
+  load(0);
+  int found = 0;
+  if constexpr (kFinds<kWork>) {
+    auto peak = Peak<A>::none();
+    for (int base = 0; base < (kWhole ? 1 : positions); base += kStep) {
+      if (base > 0) load(base);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const int at = base + i * kLanes + lane;
-        if (at < positions) y[at * p.out.position] = p.masked(value[m][i], at, middle, number);
+        if (at < positions) peak.include_next(static_cast<A>(value[i]), at);
+      }
+    }
+    peak.template include_lanes<(kLanes < 32 ? kLanes : 32)>();
+    if constexpr (kLanes > 32) {
+      __shared__ Peak<A> warp_peak[kWarps];
+      if (threadIdx.x % 32 == 0) warp_peak[threadIdx.x / 32] = peak;
+      __syncthreads();
+      for (int w = 0; w < kWarps; ++w) peak.include(warp_peak[w]);
+    }
+    if (positions == 0) return;
+    found = peak.position;
+    if (lane == 0) p.peak[b * p.peak_batch + n * p.peak_channel] = found;
+    if (kMasks<kWork> && !kWhole && positions > kStep) load(0);
+  } else {
+    if (positions == 0) return;
+    found = p.peak_given(b, n);
+  }
+  if constexpr (kMasks<kWork>) {
+    const Offsets& offsets = p.part.offsets;
+    const A* from_peak = p.part.values + offsets.middle() - offsets.number(found);
+    T* y = p.out.data + b * p.out.batch + n * p.out.channel;
+    Walk walk(offsets, lane, kLanes, lanes_rows);
+    for (int base = 0; base < (kWhole ? 1 : positions); base += kStep) {
+      if (base > 0) load(base);
+      T* to = y + (base + lane) * p.out.position;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (base + i * kLanes + lane < positions) *to = p.masked(value[i], from_peak[walk.number]);
+        to += kLanes * p.out.position;
+        walk.advance();
       }
     }
   }
@@ -151,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2) mask_maps(Mask<
 // A block holds `lanes` channels of a sample side by side; its kThreads / lanes rows of them walk
 // down the positions.
 template <typename T, Work kWork, int kItems>
-__global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2)
-    mask_channels_last(Mask<T> p, int lanes, bool copy_values) {
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems>)
+    mask_channels_last(Mask<T> p, int lanes, int rows_rows, bool copy_values) {
   using A = Accumulate<T>;
   const unsigned tiles = static_cast<unsigned>(ceil_div(p.N, lanes));
   const int64_t b = blockIdx.x / tiles;
@@ -161,11 +218,11 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2)
   const int positions = n < p.N ? p.positions() : 0, step = rows * kItems;
   T value[kItems];
   const auto load = [&](int base) {
-    const T* x = p.in.data + b * p.in.batch + n * p.in.channel;
+    const T* from = p.in.data + b * p.in.batch + n * p.in.channel + (base + first) * p.in.position;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int at = base + i * rows + first;
-      if (at < positions) value[i] = x[at * p.in.position];
+      if (base + i * rows + first < positions) value[i] = *from;
+      from += rows * p.in.position;
     }
   };
   load(0);
@@ -186,15 +243,14 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2)
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const int at = base + i * rows + first;
-        if (at < positions) peak.include(static_cast<A>(value[i]), at);
+        if (at < positions) peak.include_next(static_cast<A>(value[i]), at);
       }
     }
     peaks[threadIdx.x] = peak;
     for (int half = rows / 2; half > 0; half /= 2) {
       __syncthreads();
       if (first >= half) continue;
-      const Peak<A> other = peaks[threadIdx.x + half * lanes];
-      peak.include(other.value, other.position);
+      peak.include(peaks[threadIdx.x + half * lanes]);
       peaks[threadIdx.x] = peak;
     }
     __syncthreads();
@@ -205,14 +261,17 @@ __global__ void __launch_bounds__(kThreads, kItems <= 8 ? 4 : 2)
     found = p.peak_given(b, n);
   }
   if constexpr (!kMasks<kWork>) return;
-  const int number = p.part.offsets.number(found);
+  const A* from_peak = middle - p.part.offsets.number(found);
   T* y = p.out.data + b * p.out.batch + n * p.out.channel;
+  Walk walk(p.part.offsets, first, rows, rows_rows);
   for (int base = 0; base < positions; base += step) {
     if (base > 0) load(base);
+    T* to = y + (base + first) * p.out.position;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int at = base + i * rows + first;
-      if (at < positions) y[at * p.out.position] = p.masked(value[i], at, middle, number);
+      if (base + i * rows + first < positions) *to = p.masked(value[i], from_peak[walk.number]);
+      to += rows * p.out.position;
+      walk.advance();
     }
   }
 }
@@ -230,21 +289,25 @@ void launch_mask(const Tensor& x, const Mask<T>& p) {
     const int64_t bytes = p.part.offsets.count() * static_cast<int64_t>(sizeof(Accumulate<T>));
     const bool copy = kMasks<kWork> && bytes <= kMostCopied;
     const size_t shared = copy ? bytes : 0;
-    if (positions <= 8 * (kThreads / lanes))
-      launch(x, mask_channels_last<T, kWork, 8>, blocks, kThreads, shared, p, lanes, copy);
+    const int rows = kThreads / lanes, rows_rows = rows / p.part.offsets.width;
+    if (positions <= 8 * rows)
+      launch(x, mask_channels_last<T, kWork, 8>, blocks, kThreads, shared, p, lanes, rows_rows,
+             copy);
     else
-      launch(x, mask_channels_last<T, kWork, 32>, blocks, kThreads, shared, p, lanes, copy);
+      launch(x, mask_channels_last<T, kWork, 32>, blocks, kThreads, shared, p, lanes, rows_rows,
+             copy);
     return;
   }
-  const auto with_warps = [&](auto* kernel, int64_t maps) {
-    launch(x, kernel, ceil_div(p.B * p.N, kWarps * maps), kThreads, 0, p);
+  const auto with_lanes = [&](auto* kernel, int lanes) {
+    launch(x, kernel, ceil_div(p.B * p.N, kThreads / lanes), kThreads, 0, p,
+           lanes / p.part.offsets.width);
   };
-  if (positions <= 2 * 32)
-    with_warps(mask_maps<T, kWork, 32, 4, 2>, 4);
+  if (positions <= 8 * 8)
+    with_lanes(mask_maps<T, kWork, 8, 8>, 8);
   else if (positions <= 8 * 32)
-    with_warps(mask_maps<T, kWork, 32, 1, 8>, 1);
+    with_lanes(mask_maps<T, kWork, 32, 8>, 32);
   else
-    launch(x, mask_maps<T, kWork, kThreads, 1, 16>, p.B * p.N, kThreads, 0, p);
+    with_lanes(mask_maps<T, kWork, kThreads, 16>, kThreads);
 }
 
 // The maps and their peaks, and no template yet.

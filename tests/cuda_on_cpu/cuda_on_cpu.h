@@ -528,6 +528,18 @@ inline int __all_sync(unsigned mask, int predicate, PICNN_FAST_PLACE) {
   return __ballot_sync(mask, predicate, file, line) == mask;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, PICNN_FAST_PLACE) {
+  const auto values =
+      cuda_on_cpu::Executor::get().meet({"__reduce_max_sync", file, line}, mask, value);
+  unsigned most = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if ((mask >> lane & 1u) != 0) most = std::max(most, static_cast<unsigned>(values[lane]));
+  return most;
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, PICNN_FAST_PLACE) {
+  return ~__reduce_max_sync(mask, ~value, file, line);
+}
+
 // The matrix units' c += a·b for a whole warp, with operands cut to 10-bit mantissas and sums to 23
 // bits, not rounded, as often as PICNN_FAST_FIBRE_SUMS says. Where lanes hold the elements:
 // csrc/cuda/matrix_units.h.

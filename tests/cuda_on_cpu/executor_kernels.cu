@@ -41,6 +41,8 @@ __global__ void warp_operations(int* out) {
   out[8 * n + t] = __syncthreads_count(lane == 0);
   out[9 * n + t] = __syncthreads_or(t == n - 1);
   out[10 * n + t] = __syncthreads_and(t > 0);
+  out[11 * n + t] = static_cast<int>(__reduce_max_sync(kFull, value));
+  out[12 * n + t] = static_cast<int>(__reduce_min_sync(kFull, value + 7));
 }
 
 __global__ void atomics(int* counters) {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from picnn_fast.reference.masking import masking_backward
 from tests.conftest import Unavailable, fibre_kernels
 from tests.cuda_on_cpu import build
 
@@ -48,7 +49,7 @@ def test_block_reduction_is_exact_in_every_order(kernels: ctypes.CDLL, order: st
 
 
 def test_warp_operations_give_what_cuda_defines(kernels: ctypes.CDLL, order: str) -> None:
-    out = np.full((11, 64), -1, np.int32)
+    out = np.full((13, 64), -1, np.int32)
     assert run(kernels, "warp_operations", out) == ""
     t = np.arange(64)
     warp, lane = t // 32, t % 32
@@ -66,6 +67,8 @@ def test_warp_operations_give_what_cuda_defines(kernels: ctypes.CDLL, order: str
         np.full(64, 2),
         np.full(64, 1),
         np.full(64, 0),
+        100 * warp + 31,
+        100 * warp + 7,
     ]
     for row, wanted in zip(out, expected, strict=True):
         assert row.tolist() == np.asarray(wanted).astype(np.int32).tolist()
@@ -252,11 +255,16 @@ def test_masking_kernels_do_not_depend_on_the_order(
         return [masked, mask, label, gated, *kernels["masking_backward"](gated, maps, mask)]
 
     contiguous = torch.randn(3, 70, 121, generator=generator)
-    layouts = (contiguous, contiguous.mT.contiguous().mT, contiguous[:, :, ::2])
+    # So many positions are cut into pieces where channels lie side by side.
+    many = torch.randn(3, 300, 70, generator=generator).mT
+    layouts = (contiguous, contiguous.mT.contiguous().mT, contiguous[:, :, ::2], many)
     expected = [run_all(maps) for maps in layouts]
     schedule()
     for maps, wanted in zip(layouts, expected, strict=True):
         assert all(map(torch.equal, run_all(maps), wanted))
+        _, mask, _, gated, *gradients = wanted
+        for one, two in zip(gradients, masking_backward(gated, maps, mask), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_loaded_lies_where_nobody_else_writes(

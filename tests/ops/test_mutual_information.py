@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from sklearn.feature_selection import mutual_info_classif
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from picnn_fast.functional import (
     mutual_information,
@@ -18,6 +20,7 @@ from picnn_fast.functional import (
 from picnn_fast.ops import mutual_information as family
 from picnn_fast.reference import histogram as histogram_reference
 from tests.conftest import Backend
+from tests.ops.cases import Recorder
 
 ESTIMATORS = ("knn", "histogram", "soft_histogram")
 
@@ -404,3 +407,24 @@ def test_the_score_is_the_mean_of_the_best_classes() -> None:
     ):
         with pytest.raises(error, match=r"^mi: got"):
             mutual_information_score(wrong)
+
+
+def test_on_a_gpu_the_filters_of_a_block_are_as_many_as_its_memory_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each block costs launches; without a device only the operators that would run are seen."""
+    gpu = SimpleNamespace(total_memory=2**36)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        assert family._scratch_bytes(torch.device("cuda")) == 2**31
+        assert family._scratch_bytes(torch.device("cpu")) == 2**24
+    monkeypatch.setattr(family, "_scratch_bytes", lambda device: gpu.total_memory // 32)
+    with FakeTensorMode():
+        activations = torch.rand(10_000, 512, device="cuda")
+        labels = torch.zeros(10_000, dtype=torch.int64, device="cuda")
+        for memory, blocks in ((2**36, 1), (2**33, 3)):
+            gpu.total_memory = memory
+            with Recorder() as ran:
+                mutual_information(activations, labels, 200, estimator="histogram", bins=64)
+            assert ran.names.count("picnn_fast::histogram_update") == blocks

@@ -1,112 +1,141 @@
-"""Compiles Triton kernels for a GPU that need not be there; prints one line for each.
+"""Compiles Triton kernels for a GPU that need not be there; prints a line of JSON for each.
 
-Run as a program, with TRITON_INTERPRET unset: the interpreter replaces the compiler when a kernel
-is decorated. Arguments: the files to compile the ``*_kernel`` functions of.
+    python -m tests.triton_kernels.compile_for_gpu [--capability 90] [FAMILY ...]
+
+What is compiled is what would be launched: every operator runs on tensors without data ("meta"), in
+each type of its case in ``tests/ops/cases.py`` and float32 in several layouts, and in place of its
+launches kernels are compiled for the types, constants and options that they are given.
+TRITON_INTERPRET must be unset: the interpreter replaces the compiler when a kernel is decorated.
 """
 
-import importlib.util
-import itertools
+import argparse
+import importlib
+import inspect
+import json
+import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-HOPPER = GPUTarget("cuda", 90, 32)
-# Element types of the tensors that may differ from call to call: (maps, masks), and the tables'.
-MAPS = (("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32"))
-TABLES = ("fp32", "fp64")
-POINTERS = {
-    "features": "maps", "masked": "maps", "grad_masked": "maps", "grad_features": "maps",
-    "mask": "masks", "grad_mask": "masks",
-    "logits": "table", "correspondence": "table", "probabilities": "table",
-    "seed": "i64", "label": "i64", "labels": "i64",
-    "activations": "maps", "grad": "maps", "grad_counts": "masks",
-    "least": "masks", "most": "masks", "low": "masks", "width": "masks",
-    "finite": "i32", "scale": "fp64", "column": "i64", "shift": "i64", "first_cell": "i64",
-    "counts": "i64", "sums": "i64",
-    "values": "fp64", "column_labels": "i32", "grouped": "i32", "starts": "i32", "singles": "i32",
-    "place": "i32", "previous": "i32", "following": "i32",
-    "maps": "maps", "offsets": "masks", "peak": "i64", "assigned": "i64",
-    "columns": "masks", "row_sums": "masks", "gains": "masks", "marginals": "masks",
-    "information": "masks", "relative": "masks", "grad_maps": "masks",
-    "mean": "masks", "groups": "i64", "order": "i64", "begins": "i64", "positive": "i1",
-    "norms": "masks", "group_sums": "masks", "moments": "masks", "own": "masks", "total": "masks",
-    "weights": "masks",
-    "psi": "i64", "class_sums": "i64", "base_sum": "i64", "joint_sum": "i64",
-}  # fmt: skip
-# Compile-time constants, each with the values that make another kernel of it.
-SIZES = {
-    "CHANNELS": (32,), "POSITIONS": (64,), "CLASS_BLOCK": (1024,),
-    "ROWS": (16,), "FILTERS": (32,), "SLOTS": (0, 4096),
-    "BLOCK": (256,),
-    "FIND_PEAK": (True, False), "FIND_NORMS": (True, False), "COUNTED": (True, False),
-    "SAMPLES": (64,), "TEMPLATES": (64,), "DEPTH": (16,),
-    "GRAD_TEMPLATES": (16,), "GRAD_POSITIONS": (256,),
-}  # fmt: skip
-# Launched with more warps than four.
-WARPS = dict.fromkeys(("columns_kernel", "rows_kernel", "information_kernel", "gradient_kernel"), 8)
-# Launched without fused multiply-adds: they would round otherwise than the reference.
-UNFUSED = {
-    "pseudo_label_kernel",
-    "samples_kernel",
-    "few_others_kernel",
-    "mask_kernel",
-    "peaks_kernel",
+from tests.ops.cases import CASES, OperatorCase
+
+# As large as is usual, where tiles depend on it; elsewhere the size of the case that threads share.
+SHAPES = {
+    "filter_loss": [(64, 8, 14, 14)],
+    "templates": [(2, 64, 14, 14), (2, 64, 56, 56)],
+    "histogram": [(4096, 64, 16, 10), (1000, 8, 64, 200)],
 }
+LAYOUTS = ("contiguous", "channels_last", "transposed")
+FAR = 2**31  # from sample to sample: strides then have 64 bits
 
 
-def sources(kernel):
-    """The kernel with every set of argument types that the launchers can pass.
+class Device:
+    """Stands in for the driver of a GPU."""
 
-    Sizes and strides are 32 or 64 bits wide; those that equal 1 arrive as constants.
-    """
-    names = kernel.arg_names
-    kinds = {POINTERS.get(name) for name in names}
-    maps = MAPS if kinds & {"maps", "masks"} else MAPS[:1]
-    tables = TABLES if "table" in kinds else TABLES[:1]
-    variants = [(*types, "i32") for types in itertools.product(maps, tables)]
-    variants += [(maps[0], tables[0], "i64"), (maps[0], tables[0], "constexpr")]
-    sizes = {name: SIZES[name] for name in names if name in SIZES}
-    cases = itertools.product(variants, itertools.product(*sizes.values()))
-    yielded = []
-    for ((map_type, mask_type), table, size), values in cases:
-        types = {"maps": map_type, "masks": mask_type, "table": table}
-        signature, constants = {}, dict(zip(sizes, values, strict=True))
-        for name in names:
-            if name in POINTERS:
-                signature[name] = "*" + types.get(POINTERS[name], POINTERS[name])
-            elif kernel.params[names.index(name)].do_not_specialize:
-                signature[name] = "i64" if size == "i64" else "i32"
-            elif kernel.params[names.index(name)].annotation_type:
-                signature[name] = kernel.params[names.index(name)].annotation_type
-            else:
-                signature[name] = "constexpr" if name in constants else size
-            if signature[name] == "constexpr":
-                constants.setdefault(name, 1)
-        if (signature, constants) in yielded:
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def without_data(value: Any, far: bool) -> Any:
+    """A tensor's shape and strides alone; ``far``: with samples very far from each other."""
+    if not isinstance(value, Tensor):
+        return value
+    strides = (FAR, *value.stride()[1:]) if far else value.stride()
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device="meta")
+
+
+def calls(case: OperatorCase) -> Iterator[tuple[Any, ...]]:
+    """Arguments of each call of the case's operator."""
+    for shape in SHAPES.get(case.family, [case.many]):
+        for dtype in case.dtypes:
+            layouts = [name for name in LAYOUTS if name in case.layouts]
+            for layout in layouts if dtype == case.dtypes[0] else layouts[:1]:
+                arguments = case.arguments(shape, layout, dtype)
+                yield tuple(without_data(value, False) for value in arguments)
+    arguments = case.arguments(SHAPES.get(case.family, [case.many])[0])
+    yield tuple(without_data(v, i in case.maps) for i, v in enumerate(arguments))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of those that did not fit and lie in memory instead."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", text))
+    # What a thread has on its stack is not spilled where nothing is ever stored there.
+    spilled = int(found["STACK"]) if re.search(r"\bSTL\b", text) else 0
+    return {"registers": int(found["REG"]), "spilled": spilled}
+
+
+def compiled_instead(run: Callable[..., Any], family: str) -> Callable[..., Any]:
+    """What takes the place of ``JITFunction.run``: compiles, and prints what came of it."""
+    seen: set[str] = set()
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = inspect.signature(kernel.fn).bind_partial(
+            *args, **{k: v for k, v in kwargs.items() if k in kernel.arg_names}
+        )
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash in seen:
+            return
+        seen.add(compiled.hash)
+        types = {k: str(v.dtype)[6:] for k, v in given.arguments.items() if isinstance(v, Tensor)}
+        constants = {p.name: given.arguments[p.name] for p in kernel.params if p.is_constexpr}
+        record = {
+            "family": family,
+            "kernel": kernel.fn.__name__,
+            "types": types,
+            "constants": constants,
+            "warps": compiled.metadata.num_warps,
+            "shared": compiled.metadata.shared,
+            "fused": compiled.asm["ptx"].count("fma."),
+            **resources(compiled.asm["cubin"]),
+        }
+        print(json.dumps(record), flush=True)
+
+    return compile_only
+
+
+def main(families: Sequence[str], capability: int) -> None:
+    driver.set_active(Device(capability))
+    run = triton.JITFunction.run
+    for case in CASES:
+        if families and case.family not in families:
             continue
-        yielded.append((signature, constants))
-        yield ASTSource(fn=kernel, signature=signature, constexprs=constants)
-
-
-def main(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    for name, kernel in vars(module).items():
-        if not name.endswith("_kernel") or not isinstance(kernel, triton.JITFunction):
+        module = importlib.import_module(f"picnn_fast.triton_kernels.{case.family}")
+        operator = getattr(module, case.name, None)
+        if operator is None:  # PyTorch's own operators serve it
             continue
-        for source in sources(kernel):
-            options = {"enable_fp_fusion": name not in UNFUSED, "num_warps": WARPS.get(name, 4)}
-            compiled = triton.compile(source, target=HOPPER, options=options)
-            fused = compiled.asm["ptx"].count("fma.")
-            size = f"{len(compiled.asm['cubin'])} bytes"
-            print(path.stem, name, *source.signature.values(), size, fused)
+        triton.JITFunction.run = compiled_instead(run, case.family)
+        for arguments in calls(case):
+            operator(*arguments)
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        main(Path(argument))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", metavar="FAMILY")
+    parser.add_argument("--capability", type=int, default=90, help="80 is an A100, 90 an H100")
+    options = parser.parse_args()
+    main(options.families, options.capability)
+    sys.exit(0)

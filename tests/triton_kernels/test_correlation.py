@@ -5,6 +5,7 @@ import torch
 
 from picnn_fast.reference import correlation as reference
 from tests.conftest import HAS_GPU
+from tests.triton_kernels.conftest import Compiled, types
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("picnn_fast.triton_kernels.correlation")
@@ -13,15 +14,16 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 
 def test_every_kernel_compiles_for_hopper_in_every_dtype(
-    compiled: dict[str, list[list[str]]],
+    compiled: Compiled,
 ) -> None:
     of_maps = {"norms_kernel", "sums_kernel", "gradient_kernel"}
-    of_sums = {"moments_kernel", "weights_kernel"}
-    assert {line[0] for line in compiled["correlation"]} == of_maps | of_sums
-    for name in of_maps | of_sums:
-        types = {line[1] for line in compiled["correlation"] if line[0] == name}
-        halves = {"*bf16", "*fp16"} if name in of_maps else set()
-        assert types == {"*fp32", "*fp64"} | halves, name
+    of_sums = {"moments_kernel": "group_sums", "weights_kernel": "moments"}
+    records = compiled["correlation"]
+    assert {record["kernel"] for record in records} == of_maps | set(of_sums)
+    for name in of_maps:
+        assert types(records, name, "maps") == {"float32", "float64", "bfloat16", "float16"}, name
+    for name, argument in of_sums.items():
+        assert types(records, name, argument) == {"float32", "float64"}, name
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

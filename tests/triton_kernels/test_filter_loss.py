@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from picnn_fast import PartTemplate
 from picnn_fast.reference import filter_loss as reference
 from tests.conftest import HAS_GPU
+from tests.triton_kernels.conftest import Compiled, types
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("picnn_fast.triton_kernels.filter_loss")
@@ -22,17 +23,14 @@ TEMPLATE = PartTemplate("l2")
 
 
 def test_every_kernel_compiles_for_hopper_in_every_dtype(
-    compiled: dict[str, list[list[str]]],
+    compiled: Compiled,
 ) -> None:
-    """In the tiles and with the warps of a launch of float32."""
-    names = {
-        f"{name}_kernel" for name in ("columns", "rows", "information", "gradient", "assigned")
-    }
-    assert {line[0] for line in compiled["filter_loss"]} == names
-    for name in names:
-        types = {line[1] for line in compiled["filter_loss"] if line[0] == name}
-        of_maps = set() if name == "assigned_kernel" else {"*bf16", "*fp16"}
-        assert types == {"*fp32", "*fp64"} | of_maps, name
+    of_maps = {f"{name}_kernel" for name in ("columns", "rows", "information", "gradient")}
+    records = compiled["filter_loss"]
+    assert {record["kernel"] for record in records} == of_maps | {"assigned_kernel"}
+    for name in of_maps:
+        assert types(records, name, "maps") == {"float32", "float64", "bfloat16", "float16"}, name
+    assert types(records, "assigned_kernel", "weights") == {"float32", "float64"}
 
 
 def batch(operators: Any, x: Tensor, tau: float, with_grad: bool = True) -> tuple[Tensor, ...]:

@@ -1,28 +1,29 @@
 """Triton kernels of the histogram family, beyond the parity suite in tests/ops."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from picnn_fast.reference import histogram as reference
 from tests.conftest import HAS_GPU
 from tests.reference.test_histogram import fresh
+from tests.triton_kernels.conftest import Compiled, types
 
 pytest.importorskip("triton")
 triton_histogram = pytest.importorskip("picnn_fast.triton_kernels.histogram")
 
 
 def test_every_kernel_compiles_for_hopper_in_every_dtype(
-    compiled: dict[str, list[list[str]]],
+    compiled: Compiled,
 ) -> None:
     kernels = {"range_kernel", "count_kernel", "soft_kernel", "soft_backward_kernel"}
-    assert {line[0] for line in compiled["histogram"]} == kernels
+    records = compiled["histogram"]
+    assert {record["kernel"] for record in records} == kernels | {"regrid_kernel"}
     for name in kernels:
-        types = {
-            line[2 if name == "soft_backward_kernel" else 1]
-            for line in compiled["histogram"]
-            if line[0] == name
-        }
-        assert types == {"*fp32", "*fp64", "*bf16", "*fp16"}, name
+        of_maps = types(records, name, "activations")
+        assert of_maps == {"float32", "float64", "bfloat16", "float16"}, name
 
 
 @pytest.mark.parametrize("programs", [1, 6])
@@ -56,6 +57,41 @@ def test_tiles_and_tables_do_not_matter(
     grad = triton_histogram.soft_histogram_backward(counts, x, labels, low, width)
     wanted = reference.soft_histogram_backward(counts, x, labels, low, width)
     torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=0)
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that a GPU would run a kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket.__name__ not in ("new_empty", "empty", "empty_like"):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_is_at_most_ten_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: launched.append(self.name)
+
+    for name in ("range_kernel", "regrid_kernel", "count_kernel"):
+        monkeypatch.setattr(triton_histogram, name, Recorder(name))
+    state = fresh(40, 64, 200)
+    with Launches() as others:
+        triton_histogram.histogram_update(*state, torch.rand(90, 40), torch.arange(90))
+    assert launched == ["range_kernel", "regrid_kernel", "count_kernel"]
+    assert others.names
+    assert len(launched) + len(others.names) <= 10, others.names
 
 
 @pytest.mark.gpu(else_cpu=True)

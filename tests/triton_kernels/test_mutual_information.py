@@ -4,18 +4,20 @@ import pytest
 import torch
 
 from tests.conftest import HAS_GPU
+from tests.triton_kernels.conftest import Compiled
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("picnn_fast.triton_kernels.mutual_information")
 
 
 def test_every_kernel_compiles_for_hopper_without_fused_multiply_adds(
-    compiled: dict[str, list[list[str]]],
+    compiled: Compiled,
 ) -> None:
     """One would round distances otherwise than scikit-learn's brute-force search does."""
     names = {"runs_kernel", "samples_kernel", "few_others_kernel"}
-    assert {line[0] for line in compiled["mutual_information"]} == names
-    assert not any(int(line[-1]) for line in compiled["mutual_information"])
+    records = compiled["mutual_information"]
+    assert {record["kernel"] for record in records} == names
+    assert not any(record["fused"] for record in records)
 
 
 @pytest.mark.parametrize("kernel", ["samples_kernel", "few_others_kernel"])

@@ -6,6 +6,7 @@ import torch
 from picnn_fast import PartTemplate
 from picnn_fast.reference import templates as reference
 from tests.conftest import HAS_GPU
+from tests.triton_kernels.conftest import Compiled, types
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("picnn_fast.triton_kernels.templates")
@@ -14,12 +15,14 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 
 def test_every_kernel_compiles_for_hopper_in_every_dtype_without_fused_multiply_adds(
-    compiled: dict[str, list[list[str]]],
+    compiled: Compiled,
 ) -> None:
     """One would round masks otherwise than the reference does."""
-    assert {line[0] for line in compiled["templates"]} == {"mask_kernel", "peaks_kernel"}
-    assert {line[1] for line in compiled["templates"]} == {"*fp32", "*fp64", "*bf16", "*fp16"}
-    assert not any(int(line[-1]) for line in compiled["templates"])
+    records = compiled["templates"]
+    assert {record["kernel"] for record in records} == {"mask_kernel", "peaks_kernel"}
+    for name in ("mask_kernel", "peaks_kernel"):
+        assert types(records, name, "maps") == {"float32", "float64", "bfloat16", "float16"}
+    assert not any(record["fused"] for record in records)
 
 
 @pytest.mark.gpu(else_cpu=True)
