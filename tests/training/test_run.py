@@ -155,7 +155,16 @@ def test_mutual_information_weight_reaches_the_loss(config, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resumed_run_ends_like_an_uninterrupted_one(config, tmp_path, monkeypatch, workers):
-    config = _with(config, "data", num_workers=workers)
+    _assert_resumes(_with(config, "data", num_workers=workers), tmp_path, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_resumed_run_on_a_gpu_ends_like_an_uninterrupted_one(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    _assert_resumes(dataclasses.replace(config, accelerator="gpu"), tmp_path, monkeypatch)
+
+
+def _assert_resumes(config, tmp_path, monkeypatch):
     whole = train(config, progress=False)
     second = dataclasses.replace(config, output=str(tmp_path / "runs" / "two"))
     with monkeypatch.context() as patch:

@@ -32,6 +32,7 @@ from tests.ops.cases import CASES, OperatorCase
 SHAPES = {
     "filter_loss": [(64, 8, 14, 14)],
     "templates": [(2, 64, 14, 14), (2, 64, 56, 56)],
+    "correlation": [(9, 300, 7, 7), (2, 40, 70, 70)],
     "histogram": [(4096, 64, 16, 10), (1000, 8, 64, 200)],
 }
 LAYOUTS = ("contiguous", "channels_last", "transposed")

@@ -1,0 +1,283 @@
+"""What only a GPU can show of the operators: streams, graphs, devices, asserts.
+
+And as much of it as tensors without data show where there is none.
+
+Over all operators and the backends of a GPU; what a family owes there beyond is in its own files.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from picnn_fast import PartTemplate
+from picnn_fast.functional import mask_channels, template_mask
+from tests.conftest import WITHOUT_GPU_KERNEL, Backend
+from tests.ops.cases import CASES, Arguments, OperatorCase, as_tuple, on_device
+
+ROOT = Path(__file__).parents[2]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+on_kernels = pytest.mark.parametrize("backend", ["triton-gpu", "cuda"], indirect=True)
+
+
+def on_gpu(case: OperatorCase, device: str = "cuda") -> Arguments:
+    return tuple(
+        on_device(torch.device(device), a) if isinstance(a, Tensor) else a for a in case.arguments()
+    )
+
+
+def run(case: OperatorCase, arguments: Arguments) -> tuple[Tensor, ...]:
+    """Results, then copies of what is written to."""
+    written = case.written()
+    given = [a.clone() if i in written else a for i, a in enumerate(arguments)]
+    return (*as_tuple(case.operator(*given)), *(given[i] for i in written))
+
+
+@every_case
+def test_nothing_is_made_on_another_device_or_read_back(case: OperatorCase) -> None:
+    """The reference, and the shape function, on a GPU that there need not be."""
+    cpu = case.arguments()
+    expected = run(case, cpu)
+    with FakeTensorMode():
+        arguments = tuple(
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
+            if isinstance(a, Tensor)
+            else a
+            for a in cpu
+        )
+        ran = [run(case, arguments)]
+        # The definition by nearest neighbours goes from class to class, and so counts them.
+        if case.family != "mutual_information":
+            ran.append(case.reference(*arguments))
+        for results in ran:
+            for got, want in zip(results, expected, strict=False):
+                assert (got.device.type, got.dtype) == ("cuda", want.dtype)
+                assert got.shape == want.shape
+
+
+@pytest.mark.gpu
+@every_case
+@on_kernels
+def test_an_operator_never_waits_for_the_device_and_a_graph_replays_it(
+    backend: Backend, case: OperatorCase
+) -> None:
+    if case.name in WITHOUT_GPU_KERNEL:
+        pytest.skip("PyTorch's own operators serve it")
+    arguments = on_gpu(case)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = run(case, arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(case, arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(case, arguments)
+    for result in got:
+        result.fill_(0)
+    graph.replay()
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+
+
+@pytest.mark.gpu
+@every_case
+@on_kernels
+def test_results_on_a_stream_of_its_own_are_those_of_the_usual_one(
+    backend: Backend, case: OperatorCase
+) -> None:
+    arguments = on_gpu(case)
+    expected = run(case, arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # What is read comes late on this stream: a launch on another would not wait for it.
+        torch.cuda._sleep(20_000_000)
+        late = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+        got = run(case, late)
+    stream.synchronize()
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+
+
+@pytest.mark.gpu
+@every_case
+@on_kernels
+def test_a_second_device_is_used_while_the_first_is_current(
+    backend: Backend, case: OperatorCase
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    expected = run(case, on_gpu(case, "cuda:0"))
+    got = run(case, on_gpu(case, "cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for one, two in zip(got, expected, strict=True):
+        assert one.device == torch.device("cuda:1")
+        assert torch.equal(one.cpu().nan_to_num(7), two.cpu().nan_to_num(7))
+
+
+@pytest.mark.gpu
+@on_kernels
+def test_maps_of_more_elements_than_32_bits_count_are_masked_to_the_last(backend: Backend) -> None:
+    shape = (2, 2**15 + 1, 182, 182)
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GB of memory")
+    maps = torch.empty(shape, dtype=torch.bfloat16, device="cuda").fill_(1)
+    assert maps.numel() > 2**31
+    maps[1, -1, 181, 180] = 3
+    mask = torch.zeros(shape[:2], device="cuda")
+    mask[1, -1] = 2
+    masked = mask_channels(maps, mask)
+    assert masked[1, -1].float().sum().item() == 2 * 182 * 182 + 4
+    assert not masked[0].any()
+    del masked
+    masked, peak = template_mask(maps, PartTemplate())
+    assert peak[1, -1].item() == 181 * 182 + 180
+    assert peak[0, 0].item() == 0
+    alone, _ = template_mask(maps[1:, -1:].clone(), PartTemplate())
+    assert torch.equal(masked[1:, -1:], alone)
+
+
+DETERMINISTIC = """
+import torch
+from picnn_fast import PartTemplate
+from picnn_fast.functional import *
+
+torch.use_deterministic_algorithms(True)
+generator = torch.Generator("cuda").manual_seed(0)
+maps = torch.randn(512, 16, 7, 7, device="cuda", generator=generator).relu_().requires_grad_()
+logits = torch.randn(512, 5, device="cuda", generator=generator).requires_grad_()
+table = torch.rand(5, 16, device="cuda", generator=generator).requires_grad_()
+labels = torch.randint(5, (512,), device="cuda", generator=generator)
+groups = torch.arange(16, device="cuda") % 3
+losses = {
+    "bernoulli_mask": lambda: bernoulli_mask(maps, logits, table, seed=1)[0].square().sum(),
+    "class_gate": lambda: class_gate(maps, table, labels).square().sum(),
+    "template_mask": lambda: template_mask(maps, PartTemplate())[0].square().sum(),
+    "filter_loss": lambda: filter_loss(maps[:64], PartTemplate()).sum(),
+    "group_correlation_loss": lambda: group_correlation_loss(maps, maps.detach().mean(0), groups),
+    "group_class_loss": lambda: group_class_loss(maps, groups, labels, 5),
+    "mutual_information": lambda: mutual_information(
+        maps.mean((2, 3)), labels, 5, estimator="soft_histogram"
+    ).sum(),
+}
+for name, loss in losses.items():
+    runs = []
+    for _ in range(2):
+        got = torch.autograd.grad(loss(), (maps, logits, table), allow_unused=True)
+        runs.append([g for g in got if g is not None])
+    assert runs[0], name
+    assert all(map(torch.equal, *runs)), name
+for estimator in ("knn", "histogram"):
+    m = [mutual_information(maps.mean((2, 3)), labels, 5, estimator=estimator) for _ in range(2)]
+    assert torch.equal(*m), estimator
+"""
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.gpu
+def test_gradients_repeat_to_the_bit_where_only_deterministic_algorithms_are_allowed() -> None:
+    done = in_a_process(DETERMINISTIC, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradients_repeat_to_the_bit_on_the_cpu() -> None:
+    """The same script, so that it is sound where a GPU first runs it."""
+    done = in_a_process(DETERMINISTIC.replace('"cuda"', '"cpu"'))
+    assert done.returncode == 0, done.stderr
+
+
+WITHOUT_CUDA_KERNELS = """
+import json, sys
+sys.modules["picnn_fast._C"] = None
+import torch
+from picnn_fast import backends, functional
+served = {name: backends.serving("cuda", name) for name in backends.operators()}
+if torch.cuda.is_available():
+    maps, labels = torch.rand(3, 4, 5, 5, device="cuda"), torch.tensor([0, 1, 1], device="cuda")
+    gate = torch.rand(2, 4, device="cuda", requires_grad=True)
+    functional.class_gate(maps, gate, labels).sum().backward()
+    wanted = torch.zeros_like(gate).index_add_(0, labels, maps.sum((2, 3)))
+    torch.testing.assert_close(gate.grad, wanted)
+print(json.dumps(served))
+"""
+
+
+@pytest.mark.gpu
+def test_triton_serves_a_gpu_where_no_kernels_were_compiled() -> None:
+    done = in_a_process(WITHOUT_CUDA_KERNELS)
+    assert done.returncode == 0, done.stderr
+    served = json.loads(done.stdout)
+    assert {name for name, by in served.items() if by != "triton"} == WITHOUT_GPU_KERNEL
+
+
+# An assert ends the use of the device by a process: each has one of its own.
+BAD = {
+    "histogram": """
+labels[3] = 5
+mutual_information(x, labels, 5, estimator="histogram")
+""",
+    "histogram, not finite": """
+x[3, 1] = torch.inf
+mutual_information(x, labels, 5, estimator="histogram")
+""",
+    "soft_histogram": """
+labels[3] = -1
+mutual_information(x, labels, 5, estimator="soft_histogram")
+""",
+    "knn": """
+labels[3] = 7
+mutual_information(x, labels, 5)
+""",
+    "a table of draws": """
+draw_mask(torch.full((5, 3), 1.5, device="cuda"), labels)
+""",
+    "a table of a gate": """
+labels[3] = 9
+class_gate(torch.rand(40, 3, 2, 2, device="cuda"), torch.rand(5, 3, device="cuda"), labels)
+""",
+}
+ARGUMENTS = """
+import torch
+from picnn_fast.functional import *
+x = torch.rand(40, 3, device="cuda")
+labels = torch.arange(40, device="cuda") % 5
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_ends_in_a_device_side_assert(name: str) -> None:
+    done = in_a_process(ARGUMENTS + BAD[name] + "\ntorch.cuda.synchronize()\n")
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_an_error_on_the_cpu(name: str) -> None:
+    """The same calls, so that they are bad where a GPU first runs them."""
+    scope: dict[str, Any] = {}
+    exec(ARGUMENTS.replace('"cuda"', '"cpu"'), scope)
+    with pytest.raises(ValueError, match=r"^(labels|activations|correspondence): "):
+        exec(BAD[name].replace('"cuda"', '"cpu"'), scope)
