@@ -92,12 +92,12 @@ Samples<const T> input(const Tensor& t) {
   return {static_cast<const T*>(t.data_ptr()), t.stride(0), t.stride(1), t.size(0), t.size(1)};
 }
 
-// Filters of a tile whose tables fit in shared memory. Bins and classes beyond any table give 0.
-int64_t filters_that_fit(int64_t bins, int64_t classes, int64_t entry_bytes) {
-  constexpr int64_t kMost = kSharedBytes;
-  if (bins > kMost || classes > kMost) return 0;
-  if (bins * classes * entry_bytes > kMost) return 0;
-  return kMost / (TableShape(bins, classes).per_filter * entry_bytes);
+// Filters of a tile whose tables fit in `most` bytes. Bins and classes beyond any table give 0.
+int64_t filters_that_fit(int64_t bins, int64_t classes, int64_t entry_bytes,
+                         int64_t most = kSharedBytes) {
+  if (bins > most || classes > most) return 0;
+  if (bins * classes * entry_bytes > most) return 0;
+  return most / (TableShape(bins, classes).per_filter * entry_bytes);
 }
 
 // One call of histogram_update on activations of type T.
@@ -119,10 +119,15 @@ struct Update {
   // False where the tables of a tile do not fit in shared memory.
   template <int FV, int RV>
   bool count_in_tiles() const {
-    const int64_t fitting = filters_that_fit(state.bins, state.classes, sizeof(uint32_t));
     // At least 16 bytes of each sample are worth reading at a time.
     const bool along = RV > 1 || activations.stride(0) < activations.stride(1);
     const int64_t least = along ? 1 : std::min<int64_t>(kVectorBytes / sizeof(T), state.N);
+    int64_t fitting = filters_that_fit(state.bins, state.classes, sizeof(uint32_t));
+    // A block that has a multiprocessor's memory to itself still spares a second reading, and
+    // atomics in global memory.
+    if (fitting < least)
+      fitting = std::min(least, filters_that_fit(state.bins, state.classes, sizeof(uint32_t),
+                                                 most_shared_bytes(activations) - kFixedBytes));
     if (fitting < least) return false;
     // Tables of all blocks together have no more counters than there are activations: few filters
     // of many samples keep a device busy all the same.

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 TableShape shape, Partial partial) {
   using C = Accumulate<T>;
   __shared__ BlockGrids<C> block;
-  static_assert(sizeof(block) + kSharedBytes <= 48 << 10);
+  static_assert(sizeof(block) <= kFixedBytes);
   uint32_t* table = dynamic_shared<uint32_t>();
   const Walk<FV, RV> place(tiling, samples.M, samples.N);
   for (int i = threadIdx.x; i < place.filters * shape.per_filter; i += kThreads) table[i] = 0;

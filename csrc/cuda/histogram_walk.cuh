@@ -15,10 +15,11 @@ using Wide = unsigned long long;  // what 64-bit atomics take
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kVectorBytes = 16;
-constexpr int kMaxFilters = 64;         // of a block: 128 bytes of the narrowest type
-constexpr int kSharedBytes = 43 << 10;  // of tables: 48 KB less the fixed arrays of a block
-constexpr int64_t kBlocks = 384;        // one round of three to a multiprocessor on a large device
-constexpr int64_t kCountBlocks = 264;   // of two: hard counts take the registers of so many
+constexpr int kMaxFilters = 64;       // of a block: 128 bytes of the narrowest type
+constexpr int kFixedBytes = 5 << 10;  // of a block's other arrays in shared memory
+constexpr int kSharedBytes = (48 << 10) - kFixedBytes;  // of tables, where several blocks share it
+constexpr int64_t kBlocks = 384;       // one round of three to a multiprocessor on a large device
+constexpr int64_t kCountBlocks = 264;  // of two: hard counts take the registers of so many
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of a block: its counters have 32 bits
 
 template <typename T>

@@ -20,7 +20,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = {
     "tables_in_shared_memory": (600, 16, 8, 3),
     "ragged": (531, 5, 4, 2),
-    "tables_too_large": (270, 8, 40, 300),
+    "tables_of_all_shared_memory": (270, 8, 40, 300),
+    "tables_too_large": (90, 4, 70, 900),
 }
 
 
