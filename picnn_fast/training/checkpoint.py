@@ -16,6 +16,7 @@ from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.convert import published_picnn
 from picnn_fast.models.pretrained import CARD
+from picnn_fast.training import shards
 from picnn_fast.training.options import (
     BY_IMAGE_SIZE,
     ConfigError,
@@ -268,8 +269,24 @@ class WholeCheckpoints(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        return self._checked(Path(path), whole=True)
+
+    def load_rest(self, path: Path) -> dict[str, Any]:
+        """What the file itself holds, without the shards that it may name."""
+        return self._checked(path, whole=False)
+
+    def load_shards(self, path: Path, said: Any, like: Any) -> dict[str, torch.Tensor]:
+        """See ``shards.read``, by all processes together."""
         try:
-            content = read_checkpoint(Path(path))
+            return shards.read(path, said, like, together=True)
+        except shards.DamagedShardsError as error:
+            raise RunFolderError(
+                f"checkpoint: {path} is damaged: {error}; remove {path.parent} to start anew"
+            ) from error
+
+    def _checked(self, path: Path, *, whole: bool) -> dict[str, Any]:
+        try:
+            content = read_checkpoint(path, whole=whole)
             names = [str(name) for name in content[_SAVED].get("class_names") or ()]
             if self.class_names is not None and names != list(self.class_names):
                 raise RunFolderError(
@@ -278,11 +295,27 @@ class WholeCheckpoints(TorchCheckpointIO):
                 )
             return content
         except RunFolderError as error:
-            raise RunFolderError(f"{error}; remove {Path(path).parent} to start anew") from error
+            raise RunFolderError(f"{error}; remove {path.parent} to start anew") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def settle(path: Path) -> None:
+    """Make a checkpoint of shards one file, as all that is not training reads it.
+
+    Raises:
+        RunFolderError: see ``read_checkpoint``.
+    """
+    content = read_checkpoint(path)
+    if content.pop(shards.KEY, None) is not None:
+        WholeCheckpoints().save_checkpoint(content, path)
+    shards.remove(path)
+
+
+def read_checkpoint(path: Path, *, whole: bool = True) -> dict[str, Any]:
     """The content of a checkpoint of ``train``, on the CPU.
+
+    Args:
+        path: of its file.
+        whole: whether with the tensors that lie in shards beside it, where there are any.
 
     Raises:
         FileNotFoundError: no such file.
@@ -296,6 +329,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise RunFolderError(f"checkpoint: {path} is damaged: {damaged} is not as it was saved")
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = content[_SAVED]["config"]
+        if whole and shards.KEY in content:
+            content = shards.put_together(content, shards.read(path, content[shards.KEY]))
+    except shards.DamagedShardsError as error:
+        raise RunFolderError(f"checkpoint: {path} is damaged: {error}") from error
     except RunFolderError:
         raise
     except PermissionError as error:

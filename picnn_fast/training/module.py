@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -22,10 +23,12 @@ from picnn_fast.models.base import InterpretableNetwork, evaluating
 from picnn_fast.training.checkpoint import load_checkpoint
 from picnn_fast.training.options import check_steps
 from picnn_fast.training.progress import WatchesImages
+from picnn_fast.training.sharding import ShardedStrategy, shard, whole
 
 with extra("train"):
     import lightning as L
     from lightning.pytorch.callbacks import Timer
+    from lightning.pytorch.strategies import ModelParallelStrategy
     from lightning.pytorch.trainer.states import TrainerFn
 
 # Numbers that keep the draws of training and validation apart.
@@ -90,6 +93,8 @@ class _TrainingImages:
                 generator=torch.Generator(),
             )
         watching = [c for c in trainer.callbacks if isinstance(c, WatchesImages)]  # type: ignore[attr-defined]
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.share_buffers()
         trainer.validating = True  # data modules augment on the device in training alone
         try:
             for number, batch in enumerate(loader, start=1):
@@ -98,8 +103,18 @@ class _TrainingImages:
                 yield images, labels
                 for callback in watching:
                     callback.on_images_read(trainer, number, len(loader))
+            for _ in range(self._fewer(len(loader))):
+                yield images[:0], labels[:0]
         finally:
             trainer.training = True
+
+    def _fewer(self, batches: int) -> int:
+        """How many batches others have more, where layers are gathered by all ranks together."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return 0
+        most = torch.tensor(batches, device=self.trainer.strategy.root_device)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return int(most) - batches
 
 
 class InterpretableModule(L.LightningModule):
@@ -187,6 +202,11 @@ class InterpretableModule(L.LightningModule):
         self.figures = nn.ModuleDict(
             {first: FIGURES[first].metric(network, None, 1) for first in self._sharing}
         )
+
+    def configure_model(self) -> None:
+        """Under FSDP2, Lightning's ModelParallelStrategy, the network is dealt out."""
+        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
+            shard(self.network, self.device_mesh["data_parallel"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, K]`` of the discrimination pathway."""
@@ -377,8 +397,11 @@ class InterpretableModule(L.LightningModule):
             self._check_finite(loss)
         self._log_means({"loss": loss.detach(), **terms}, len(labels))
         if not self.automatic_optimization:
-            optimizer: Any = self.optimizers()[self._turn()]  # type: ignore[index]
-            self.zero_grad()
+            optimizers: Any = self.optimizers()
+            optimizer = optimizers[self._turn()]
+            # Not the module's: under FSDP2 its parameters are others between the two passes.
+            for one in optimizers:
+                one.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
             self.network.after_step()
@@ -424,7 +447,7 @@ class InterpretableModule(L.LightningModule):
             DivergenceError: logits of them are no finite numbers.
         """
         images = images.to(next(self.network.parameters()).dtype)
-        with torch.no_grad(), evaluating(self.network):
+        with torch.no_grad(), evaluating(self.network), whole(self.network):
             maps, bypass = self.network.encode(images)
             logits = self.network.head_logits(maps, bypass=bypass)
         self._check_finite(logits.abs().amax(), "the largest logit after the last step")

@@ -173,7 +173,8 @@ class Options:
             these NODE_RANK and MASTER_ADDR are wanted on each.
         timeout: seconds that processes wait for one another before a run ends, as where a machine
             is lost.
-        strategy: across devices, as Lightning names it.
+        strategy: across devices: ddp keeps the whole network on each; fsdp deals weights, gradients
+            and optimiser out to them; auto: ddp where there are several.
         channels_last: keep weights and maps with their channels innermost, which convolutions run
             faster on; results differ in rounding.
 
@@ -212,7 +213,7 @@ class Options:
     devices: int | None = None
     num_nodes: int | None = None
     timeout: float = 600.0
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     channels_last: bool = True
 
     def __post_init__(self) -> None:

@@ -30,8 +30,10 @@ from picnn_fast.training.checkpoint import (
     StepCheckpoints,
     WholeCheckpoints,
     build_network,
+    load_checkpoint,
     read_checkpoint,
     read_source,
+    settle,
 )
 from picnn_fast.training.launch import Launch, check_accelerator, launch_of
 from picnn_fast.training.module import InterpretableModule
@@ -44,6 +46,7 @@ from picnn_fast.training.progress import (
     work,
 )
 from picnn_fast.training.run_folder import RunFolder, RunFolderError, write_json
+from picnn_fast.training.sharding import ShardedStrategy, check_sharding
 
 with extra("train"):
     import lightning as L
@@ -165,6 +168,8 @@ def assemble(
     network = build_network(
         options, data.num_classes, data.in_channels, source, weights=not goes_on
     )
+    if options.strategy == "fsdp":
+        check_sharding(options, network)
     cost = _try_image(options, network, data)
     optimizer = options.optimizer_class()
     module = InterpretableModule(
@@ -244,6 +249,9 @@ def _strategy(options: Options, started: Launch) -> Strategy | str:
     """How processes train one network together."""
     if options.strategy == "auto" and started.devices * started.nodes == 1:
         return "auto"
+    if options.strategy == "fsdp":
+        processes = started.devices * started.nodes
+        return ShardedStrategy(processes, started.timeout, channels_last=options.channels_last)
     return DDPStrategy(timeout=started.timeout)
 
 
@@ -360,6 +368,7 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
     checkpoint = Path(trainer.default_root_dir) / CHECKPOINT
     with _quiet(), reading_images():
         trainer.fit(run.module, run.data, ckpt_path=checkpoint if checkpoint.exists() else None)
+        run = _settled(run, checkpoint)
         try:
             figures = _evaluate(run, checkpoint.with_name(BEST), progress=progress)
         finally:
@@ -391,6 +400,19 @@ def _evaluate(run: Run, best: Path, *, progress: bool) -> Figures:
         device=run.trainer.strategy.root_device,
         progress=progress and sys.stdout.isatty(),
     )
+
+
+def _settled(run: Run, checkpoint: Path) -> Run:
+    """The run with its network whole, from its last checkpoint, which becomes one file."""
+    trainer = run.trainer
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        return run
+    with agreeing():  # none reads on before it is written
+        if trainer.global_rank == 0:
+            settle(checkpoint)
+    network = load_checkpoint(checkpoint)[0]
+    run.module.network = network
+    return run._replace(network=network)
 
 
 def build_data(options: Options) -> SeededDataModule:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from picnn_fast.training.checkpoint import read_checkpoint
 from picnn_fast.training.options import Options
 from picnn_fast.training.run import METRICS, train
 
@@ -75,7 +76,7 @@ def options_of(method: Any, root: Path, output: Path, **given: Any) -> Options:
 
 def differences(one: Path, two: Path, file: str = "last.ckpt") -> list[str]:
     """In what the checkpoints and figures of two runs differ."""
-    states = [torch.load(path / file, weights_only=True) for path in (one, two)]
+    states = [read_checkpoint(path / file) for path in (one, two)]
     found = []
     for part in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         first, second = (_flat(state[part], part) for state in states)
