@@ -127,11 +127,12 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     ours: tuple[type[Exception], ...] = ()
     # Known only to those who can have raised them.
     if "picnn_fast.training.options" in sys.modules:
+        from picnn_fast.training.launch import LostProcessError
         from picnn_fast.training.module import DivergenceError
         from picnn_fast.training.options import ConfigError
         from picnn_fast.training.run_folder import RunFolderError
 
-        ours = (ConfigError, RunFolderError, DivergenceError)
+        ours = (ConfigError, RunFolderError, DivergenceError, LostProcessError)
     if "picnn_fast.evaluation" in sys.modules:
         from picnn_fast.evaluation import NotFiniteError
 

@@ -259,6 +259,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         try:
             with replacing(path) as file:
                 torch.save(checkpoint, file)
+            said = checkpoint.get(shards.KEY)
+            shards.remove(path, keep=None if said is None else said["folder"])
         except RuntimeError as error:
             # torch tells that its archive is short, and not what the system said.
             cause = error.__cause__ or error.__context__
@@ -307,7 +309,6 @@ def settle(path: Path) -> None:
     content = read_checkpoint(path)
     if content.pop(shards.KEY, None) is not None:
         WholeCheckpoints().save_checkpoint(content, path)
-    shards.remove(path)
 
 
 def read_checkpoint(path: Path, *, whole: bool = True) -> dict[str, Any]:

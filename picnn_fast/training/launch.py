@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -135,6 +136,40 @@ class Launch:
                     " file system that they share"
                 )
             yield work
+
+
+class LostProcessError(RuntimeError):
+    """A process of the run was lost, or did not answer in time; the message says what is left."""
+
+
+@contextlib.contextmanager
+def telling_of_lost(started: Launch, folder: RunFolder) -> Iterator[None]:
+    """What a collective says of a process that is gone, as a line that says how to go on.
+
+    Raises:
+        LostProcessError: in place of what torch raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if started.devices * started.nodes == 1 or not _is_of_lost(error):
+            raise
+        # Without where in gloo's sources, and its advice.
+        said = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        kept = any(folder.work.glob("*.ckpt"))
+        how = "goes on from the last checkpoint, on any machines" if kept else "starts anew"
+        raise LostProcessError(
+            "a process of this run is gone, or did not answer for"
+            f" {started.timeout.total_seconds():g} s (--timeout): {said};"
+            f" the same command {how}"
+        ) from error
+
+
+def _is_of_lost(error: RuntimeError) -> bool:
+    # Gloo's are of no class of their own.
+    return isinstance(error, distributed.DistError) or bool(
+        re.search(r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out", str(error))
+    )
 
 
 def launch_of(options: Options) -> Launch:

@@ -35,7 +35,7 @@ from picnn_fast.training.checkpoint import (
     read_source,
     settle,
 )
-from picnn_fast.training.launch import Launch, check_accelerator, launch_of
+from picnn_fast.training.launch import Launch, check_accelerator, launch_of, telling_of_lost
 from picnn_fast.training.module import InterpretableModule
 from picnn_fast.training.options import FREE, ConfigError, Options, few, one_line, qualified
 from picnn_fast.training.progress import (
@@ -88,9 +88,17 @@ def train(options: Options, *, overwrite: bool = False, progress: bool = True) -
             not laid out as expected or holds a damaged image.
         RunFolderError: the folder holds another run, or a damaged one, or cannot be written.
         DivergenceError: the loss is no finite number.
+        LostProcessError: another process is gone, or does not answer.
     """
     started = launch_of(options)
     folder = train_folder(options)
+    with telling_of_lost(started, folder):
+        return _train(options, started, folder, overwrite=overwrite, progress=progress)
+
+
+def _train(
+    options: Options, started: Launch, folder: RunFolder, *, overwrite: bool, progress: bool
+) -> Figures:
     method = options.method["name"]
     if not started.child and started.decide(lambda: not overwrite and folder.complete()):
         return read_metrics(folder.path, [method])[method] if started.first else {}

@@ -155,16 +155,14 @@ class ShardedStrategy(ModelParallelStrategy):
         """The last one in shards, each written by its process; any other in one file."""
         path = Path(self.broadcast(filepath))
         rest, sharded = shards.take_apart(checkpoint)
-        said: dict[str, Any] | None = None
         if path.name == CHECKPOINT:
-            said = shards.write(path, self.broadcast(secrets.token_hex(4)), sharded)
-            rest[shards.KEY] = said
+            token = self.broadcast(secrets.token_hex(4))
+            rest[shards.KEY] = shards.write(path, token, sharded)
         else:
             found = shards.gathered(sharded)
             rest = shards.put_together(rest, found)
         if self.global_rank == 0:
             self.checkpoint_io.save_checkpoint(rest, path)
-            shards.remove(path, None if said is None else said["folder"])
         self.barrier()
 
     def load_checkpoint(
