@@ -151,7 +151,7 @@ def telling_of_lost(started: Launch, folder: RunFolder) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError) as error:
         if started.devices * started.nodes == 1 or not _is_of_lost(error):
             raise
         # Without where in gloo's sources, and its advice.
@@ -165,9 +165,9 @@ def telling_of_lost(started: Launch, folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _is_of_lost(error: RuntimeError) -> bool:
+def _is_of_lost(error: Exception) -> bool:
     # Gloo's are of no class of their own.
-    return isinstance(error, distributed.DistError) or bool(
+    return isinstance(error, distributed.DistError | ConnectionError) or bool(
         re.search(r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out", str(error))
     )
 

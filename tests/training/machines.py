@@ -155,9 +155,9 @@ def alive(process: int) -> bool:
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def saved_epoch(folder: Path) -> int:
-    """Of the last checkpoint, which is read whole."""
-    epoch: int = read_checkpoint(folder / ".run.partial" / "last.ckpt")["epoch"]
+def saved_epoch(folder: Path, *, whole: bool = True) -> int:
+    """Of the last checkpoint, which is read whole where nothing writes it meanwhile."""
+    epoch: int = read_checkpoint(folder / ".run.partial" / "last.ckpt", whole=whole)["epoch"]
     return epoch
 
 
@@ -171,7 +171,9 @@ def main(folder: Path, how: str) -> int:
         lambda: exit_with(cli.main(arguments(folder, epochs=NO_END))), folder / "alone.log"
     )
     end = time.monotonic() + 60
-    while saved_epoch(folder) < result["saved"] + 2 and alive(alone) and time.monotonic() < end:
+    while alive(alone) and time.monotonic() < end:
+        if saved_epoch(folder, whole=False) >= result["saved"] + 2:
+            break
         time.sleep(0.1)
     os.kill(alone, signal.SIGTERM)
     os.waitpid(alone, 0)
