@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -12,16 +11,13 @@ import torch
 
 from picnn_fast.evaluation import default_figures, evaluate
 from picnn_fast.training.checkpoint import load_checkpoint
-from picnn_fast.training.launch import launch
+from picnn_fast.training.launch import Launch, launch
 from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run import build_data, read_history, train
+from picnn_fast.training.run_folder import RunFolder, RunFolderError
+from tests.training.together import OF_LAUNCHERS
 
 FLAGS = {"num_filters": 8, "epochs": 2, "batch_size": 256, "accelerator": "cpu"}
-
-
-OF_LAUNCHERS = re.compile(
-    r"(SLURM|TORCHELASTIC)_.*|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +203,22 @@ def test_machines_without_a_launcher_are_told_apart_by_hand(monkeypatch):
         monkeypatch.setenv(name, value)
     started = launch(2, 2)
     assert (started.rank, started.child) == (3, True)
+
+
+def test_machines_that_do_not_share_the_folder_are_told_so(monkeypatch, tmp_path):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    started = launch(None)
+    monkeypatch.setattr(Launch, "decide", lambda self, compute: tmp_path / "elsewhere")
+    seconds = iter([0.0, 1.0, 31.0])
+    monkeypatch.setattr("picnn_fast.training.launch.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("picnn_fast.training.launch.time.sleep", lambda seconds: None)
+    folder = RunFolder(tmp_path / "run", "train", {})
+    with (
+        pytest.raises(RunFolderError, match="is not the same folder on all machines"),
+        started.owning(folder, overwrite=False),
+    ):
+        raise AssertionError("the folder is not there")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Training with --strategy fsdp: the weights of one process, and checkpoints of any number."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,13 @@ def test_a_complete_run_holds_whole_files_that_are_read_as_any_other(trained):
         network, options, _ = load_checkpoint(path)
         assert options.strategy == "fsdp"
         assert state(path).keys() == network.state_dict().keys()
+
+
+def test_srun_and_machines_by_hand_are_one_run_whose_first_process_has_its_figures(trained):
+    first, second = (json.loads((trained / f"figures{rank}.json").read_text()) for rank in (0, 1))
+    written = json.loads((trained / "complete" / "metrics.json").read_text())["icnn"]
+    assert first == [written, written]
+    assert second == [{}, {}]
 
 
 def test_shards_that_are_damaged_or_gone_are_told_in_a_line(trained, tmp_path):

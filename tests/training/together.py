@@ -8,7 +8,10 @@ start of Python each. What each training leaves is in a folder of its own.
 
 import contextlib
 import copy
+import dataclasses
+import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -74,19 +77,36 @@ def performer_options(folder: Path) -> Options:
     )
 
 
-def as_rank(rank: int, port: int, ranks: int = RANKS) -> None:
-    """What torchrun tells a process."""
-    os.environ.update(
-        {
+OF_LAUNCHERS = re.compile(
+    r"(SLURM|TORCHELASTIC)_.*|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
+)
+
+
+def as_rank(rank: int, port: int, launcher: str = "torchrun") -> None:
+    """What torchrun tells a process, or srun one of two machines, or a user the same."""
+    for name in filter(OF_LAUNCHERS.fullmatch, [*os.environ]):
+        del os.environ[name]
+    told = {
+        "torchrun": {
             "TORCHELASTIC_RUN_ID": "together",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": RANKS,
+            "LOCAL_WORLD_SIZE": RANKS,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    )
+        },
+        "srun": {
+            "SLURM_NTASKS": RANKS,
+            "SLURM_NTASKS_PER_NODE": f"1(x{RANKS})",
+            "SLURM_PROCID": rank,
+            "SLURM_LOCALID": 0,
+            "SLURM_NODEID": rank,
+            "SLURM_STEP_NODELIST": "localhost,gpu[02-07]",
+            "SLURM_JOB_ID": 17,
+        },
+        "user": {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1"},
+    }[launcher]
+    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_PORT=str(port))
 
 
 def fit(options: Options, folder: Path) -> None:
@@ -204,11 +224,13 @@ def of_rank(rank: int, ports: Iterator[int], folder: Path) -> None:
     resumed(options_for(CUT, folder, "on-2", **adam), wait_for(folder / "on-2", folder / "copied"))
     as_rank(rank, next(ports))
     resumed(options_for(CUT, folder, "1-on-2", **adam), wait_for(folder / "1-on-2", folder / "1"))
-    # The whole command.
-    as_rank(rank, next(ports))
-    train(
-        options_for("icnn", folder, "complete", report_epoch="best_on_validation"), progress=False
-    )
+    # The whole command, and once more where it is complete.
+    best = options_for("icnn", folder, "complete", report_epoch="best_on_validation")
+    as_rank(rank, next(ports), "srun")
+    figures = [train(best, progress=False)]
+    as_rank(rank, next(ports), "user")
+    figures.append(train(dataclasses.replace(best, num_nodes=RANKS), progress=False))
+    (folder / f"figures{rank}.json").write_text(json.dumps(figures))
 
 
 def wait_for(folder: Path, sign: Path) -> Path:
