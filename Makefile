@@ -37,6 +37,7 @@ docs: $(VENV)/.built ## the documentation, in build/docs
 
 bench: $(VENV)/.built ## measure, and write benchmarks/results and benchmarks/README.md
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.calls
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.mutual_information
 	$(BIN)/python -m benchmarks.bias

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import (
     bias,
+    calls,
     compare,
     correlation,
     evaluation,
@@ -30,6 +31,7 @@ from benchmarks import (
 BENCHMARKS = (
     overhead,
     loading,
+    calls,
     masking,
     filter_loss,
     correlation,

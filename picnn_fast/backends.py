@@ -25,15 +25,10 @@ Kernels = dict[str, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Operator:
-    """What ``ops.define`` was told of one.
-
-    Args:
-        triton: whether the family's Triton module has a kernel.
-    """
+    """What ``ops.define`` was told of one."""
 
     family: str
     reference: Callable[..., Any]
-    triton: bool
 
 
 _operators: dict[str, Operator] = {}
@@ -108,7 +103,7 @@ def _triton_kernels() -> Kernels:
 
         return call
 
-    return {name: kernel(name, one.family) for name, one in _operators.items() if one.triton}
+    return {name: kernel(name, one.family) for name, one in _operators.items()}
 
 
 def _register_triton_for_cuda() -> None:

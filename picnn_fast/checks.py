@@ -4,7 +4,9 @@ Shapes, dtypes and devices are known to the host, so they raise at once. Values 
 they are read and raise ``ValueError``; on a GPU (and wherever a call is traced) they become
 ``torch._assert_async``, a check that runs on the device in stream order, before the operator's
 own kernel, without waiting for it. Like PyTorch's own ``bernoulli`` and ``nll_loss``, a failed
-check then surfaces as a device-side assert at the next synchronisation.
+check then surfaces as a device-side assert at the next synchronisation. What a kernel refuses
+itself (``by_kernel``) costs nothing beforehand; what it raises on the CPU is said again in these
+words.
 """
 
 import difflib
@@ -96,6 +98,7 @@ def did_you_mean(value: object, names: Iterable[str]) -> str:
 
 
 def tensor(name: str, value: object) -> None:
+    """No nested one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
     if value.is_nested:
@@ -108,14 +111,21 @@ def module(name: str, value: object) -> None:
 
 
 def floating(name: str, value: Tensor) -> None:
+    """A tensor of one of ``FLOATING``, neither sparse nor nested."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATING
+        and value.layout == torch.strided
+        and not value.is_nested
+    ):
+        return
     tensor(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{name}: got dtype {value.dtype}, want one of "
             + ", ".join(str(dtype) for dtype in FLOATING)
         )
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {value.layout}, want torch.strided")
+    raise TypeError(f"{name}: got layout {value.layout}, want torch.strided")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -166,9 +176,9 @@ def holds(name: str, condition: Tensor, got: Callable[[], str], want: str) -> No
         raise ValueError(f"{name}: got {got()}, want {want}")
 
 
-def _within(name: str, value: Tensor, high: int, want: str) -> None:
+def _within(name: str, value: Tensor, high: int, want: str, by_kernel: bool = False) -> None:
     """Every element in [0, high]. NaN fails: ``aminmax`` passes it on, and no comparison holds."""
-    if value.numel() == 0:
+    if by_kernel or value.numel() == 0:
         return
     least, most = unwrapped(value).detach().aminmax()
     if asynchronous(value):
@@ -182,19 +192,34 @@ def probabilities(name: str, value: Tensor) -> None:
     _within(name, value, 1, "probabilities: finite, in [0, 1]")
 
 
-def labels(name: str, value: Tensor, batch: int, num_classes: int) -> None:
-    """Integers ``[batch]`` in [0, num_classes)."""
-    indices(name, value, batch, num_classes, of="sample", kind="class indices")
+def labels(
+    name: str, value: Tensor, batch: int, num_classes: int, *, by_kernel: bool = False
+) -> None:
+    """Integers ``[batch]`` in [0, num_classes).
+
+    Args:
+        by_kernel: the operator's kernels refuse others themselves; only type and shape are checked.
+    """
+    indices(name, value, batch, num_classes, of="sample", kind="class indices", by_kernel=by_kernel)
 
 
-def indices(name: str, value: Tensor, count: int, below: int, *, of: str, kind: str) -> None:
-    """Integers ``[count]`` in [0, below), one for each ``of``."""
+def indices(
+    name: str,
+    value: Tensor,
+    count: int,
+    below: int,
+    *,
+    of: str,
+    kind: str,
+    by_kernel: bool = False,
+) -> None:
+    """Integers ``[count]`` in [0, below), one for each ``of``; ``by_kernel`` as of ``labels``."""
     tensor(name, value)
     if value.dtype not in INTEGER:
         raise TypeError(f"{name}: got dtype {value.dtype}, want integers, such as torch.int64")
     if tuple(value.shape) != (count,):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want ({count},), one a {of}")
-    _within(name, value, below - 1, f"{kind} in [0, {below})")
+    _within(name, value, below - 1, f"{kind} in [0, {below})", by_kernel)
 
 
 _OUTSIDE = [None]

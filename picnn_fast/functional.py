@@ -5,6 +5,7 @@ from picnn_fast.ops.filter_loss import FilterLossState, filter_loss, published_f
 from picnn_fast.ops.masking import (
     bernoulli_mask,
     class_gate,
+    draw_labels,
     draw_mask,
     gate_penalty,
     gumbel_mask,
@@ -24,6 +25,7 @@ __all__ = [
     "FilterLossState",
     "bernoulli_mask",
     "class_gate",
+    "draw_labels",
     "draw_mask",
     "filter_loss",
     "gate_penalty",

@@ -26,9 +26,6 @@ IN_CI = os.environ.get("CI") == "true"
 os.environ.pop("PICNN_FAST_RESULTS", None)
 # Backends a run of the continuous build must not skip.
 REQUIRED = ("reference", "cpp", "triton-gpu" if HAS_GPU else "triton", "cuda-fibres")
-# Operators without a Triton or CUDA kernel, on purpose: small matrix algebra, for which PyTorch's
-# product serves as well. They run on what serves their device when nothing is forced.
-WITHOUT_GPU_KERNEL = frozenset({"bernoulli_parameters_backward"})
 
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("tests")
@@ -36,10 +33,7 @@ hypothesis.settings.load_profile("tests")
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend that serves every operator while the test runs, for tensors on ``device``.
-
-    But for ``WITHOUT_GPU_KERNEL``.
-    """
+    """A backend that serves every operator while the test runs, for tensors on ``device``."""
 
     name: str
     device: torch.device
@@ -50,13 +44,9 @@ class Backend:
         return self.name in ("triton", "cuda-fibres")
 
 
-def expected_server(backend: Backend, operator: str) -> str:
-    """The only name ``backends.serving`` may give for ``operator`` while ``backend`` is forced."""
-    forced = backend.name.removesuffix("-gpu").partition("-")[0]
-    if forced in ("triton", "cuda") and operator in WITHOUT_GPU_KERNEL:
-        compiled = backend.device.type == "cpu" and backends.extension is not None
-        return "cpp" if compiled else "reference"
-    return forced
+def expected_server(backend: Backend) -> str:
+    """The only name ``backends.serving`` may give while ``backend`` is forced."""
+    return backend.name.removesuffix("-gpu").partition("-")[0]
 
 
 class Unavailable(Exception):

@@ -16,6 +16,9 @@ from picnn_fast.triton_kernels.conversions import narrow, widen
 
 CLASS_BLOCK = 1024
 TILE = 2048  # elements of a tile of [channels, positions]
+# Beyond, samples would read the table too often one by one, and the library's product serves.
+TABLE_ELEMENTS = 1 << 16
+SAMPLES = 8  # of a tile whose rows are added up by label
 
 
 @triton.jit
@@ -125,12 +128,16 @@ def _kept(seed, index, p, rank, mask_type: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rank"])
 def filters_kernel(
-    probabilities, seed, rank, mask, N, count, p_b, p_n, BLOCK: tl.constexpr
+    probabilities, labels, seed, rank, mask, N, count, p_b, p_n,
+    BLOCK: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
     """Bernoulli draws with a row of probabilities for each sample."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    p = tl.load(probabilities + index // N * p_b + index % N * p_n, mask=inside, other=0.0)
+    row = index // N
+    if BY_LABEL:
+        row = tl.load(labels + row, mask=inside, other=0)
+    p = tl.load(probabilities + row * p_b + index % N * p_n, mask=inside, other=0.0)
     tl.store(mask + index, _kept(seed, index, p, rank, mask.dtype.element_ty), mask=inside)
 
 
@@ -152,13 +159,19 @@ def bernoulli_kernel(
 
 @triton.jit
 def channels_kernel(
-    features, mask, masked,
+    features, mask, labels, rows, masked,
     N, S, x_b, x_n, x_s, m_b, m_n, y_b, y_n, y_s,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
     """Maps of a block of channels scaled by their masks."""
-    b, n, s, _ = _place(N, S, CHANNELS, POSITIONS)
-    factor = tl.load(mask + b * m_b + n * m_n, mask=n < N, other=0.0)
+    b, n, s, part = _place(N, S, CHANNELS, POSITIONS)
+    row = b
+    if BY_LABEL:
+        row = tl.load(labels + b)
+    factor = tl.load(mask + row * m_b + n * m_n, mask=n < N, other=0.0)
+    if BY_LABEL:  # noqa: SIM102 (known when it is compiled; the other when it runs)
+        if part == 0:
+            tl.store(rows + b * N + n, factor, mask=n < N)
     _scale(features, masked, factor, b, n, s, N, S, x_b, x_n, x_s, y_b, y_n, y_s)
 
 
@@ -194,6 +207,100 @@ def backward_kernel(
     tl.store(grad_mask + b * N + n, tl.sum(total, 1), mask=n < N)
 
 
+@triton.jit
+def _sum_by_label(
+    program, grad_rows, labels, by_label, B, N, r_b, r_n, BLOCK: tl.constexpr, SAMPLES: tl.constexpr
+):
+    """The rows of one class added up in a block of columns, in the order of the samples."""
+    blocks = tl.cdiv(N, BLOCK)
+    k = (program // blocks).to(tl.int64)
+    n = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((SAMPLES, BLOCK), grad_rows.dtype.element_ty)
+    for start in range(0, B, SAMPLES):
+        b = start + tl.arange(0, SAMPLES).to(tl.int64)
+        mine = tl.load(labels + b, mask=b < B, other=-1) == k
+        total += tl.load(
+            grad_rows + b[:, None] * r_b + n[None, :] * r_n,
+            mask=mine[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
+    tl.store(by_label + k * N + n, tl.sum(total, 0), mask=n < N)
+
+
+@triton.jit
+def sums_kernel(
+    grad_rows, labels, by_label, B, N, r_b, r_n, BLOCK: tl.constexpr, SAMPLES: tl.constexpr
+):  # fmt: skip
+    """One program a class and block of columns."""
+    _sum_by_label(tl.program_id(0), grad_rows, labels, by_label, B, N, r_b, r_n, BLOCK, SAMPLES)
+
+
+@triton.jit
+def _logits_gradient(
+    b, grad_rows, scores, table, gradient, K, N, r_b, r_n, l_b, l_k, p_k, p_n,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, MULTIPLIED: tl.constexpr,
+):  # fmt: skip
+    """Of one sample. ``gradient`` holds grad_rows @ table.T already where ``MULTIPLIED``."""
+    scores += b * l_b
+    gradient += b * K
+    offsets = tl.arange(0, CLASSES).to(tl.int64)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
+    low = -float("inf")
+    most = tl.load(scores + offsets * l_k, mask=offsets < K, other=low)
+    for start in range(CLASSES, K, CLASSES):
+        k = start + offsets
+        most = tl.maximum(most, tl.load(scores + k * l_k, mask=k < K, other=low))
+    largest = tl.max(most, 0)
+    total = tl.zeros((CLASSES,), grad_rows.dtype.element_ty)
+    weighted = tl.zeros((CLASSES,), grad_rows.dtype.element_ty)
+    for start in range(0, K, CLASSES):
+        k = start + offsets
+        if MULTIPLIED:
+            product = tl.load(gradient + k, mask=k < K, other=0.0)
+        else:
+            products = tl.zeros((CLASSES, BLOCK), grad_rows.dtype.element_ty)
+            for first in range(0, N, BLOCK):
+                n = first + columns
+                row = tl.load(grad_rows + b * r_b + n * r_n, mask=n < N, other=0.0)
+                part = tl.load(
+                    table + k[:, None] * p_k + n[None, :] * p_n,
+                    mask=(k < K)[:, None] & (n < N)[None, :],
+                    other=0.0,
+                )
+                products += part * row[None, :]
+            product = tl.sum(products, 1)
+            tl.store(gradient + k, product, mask=k < K)
+        weight = tl.exp(tl.load(scores + k * l_k, mask=k < K, other=low) - largest)
+        weight = tl.where(k < K, weight, 0.0)
+        total += weight
+        weighted += weight * product
+    sum_of_weights = tl.sum(total, 0)
+    mean = tl.sum(weighted, 0) / sum_of_weights
+    tl.debug_barrier()  # the products are read again by other threads
+    for start in range(0, K, CLASSES):
+        k = start + offsets
+        weight = tl.exp(tl.load(scores + k * l_k, mask=k < K, other=low) - largest)
+        product = tl.load(gradient + k, mask=k < K, other=0.0)
+        tl.store(gradient + k, weight / sum_of_weights * (product - mean), mask=k < K)
+
+
+@triton.jit
+def parameters_kernel(
+    grad_rows, scores, table, labels, gradient, by_label,
+    B, K, N, r_b, r_n, l_b, l_k, p_k, p_n,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr, MULTIPLIED: tl.constexpr,
+):  # fmt: skip
+    """The first programs a sample's logits each, the others the table."""
+    program = tl.program_id(0)
+    if program < B:
+        _logits_gradient(
+            program.to(tl.int64), grad_rows, scores, table, gradient,
+            K, N, r_b, r_n, l_b, l_k, p_k, p_n, CLASSES, BLOCK, MULTIPLIED,
+        )  # fmt: skip
+    else:
+        _sum_by_label(program - B, grad_rows, labels, by_label, B, N, r_b, r_n, BLOCK, SAMPLES)
+
+
 def _flat(maps: Tensor) -> Tensor:
     """``[B, N, *spatial]`` as a view ``[B, N, S]``; the Python wrappers copy what has none."""
     return maps.view(*maps.shape[:2], math.prod(maps.shape[2:]))
@@ -223,21 +330,36 @@ def draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
     return label
 
 
-def draw_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
+def draw_filters(
+    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+) -> Tensor:
     """Bernoulli masks; see ``reference.masking.draw_filters``."""
-    mask = probabilities.new_empty(probabilities.shape)
+    batch = len(probabilities)
+    if labels is not None:
+        _check_labels(labels, batch)
+        batch, labels = len(labels), labels.contiguous()
+    mask = probabilities.new_empty((batch, probabilities.shape[1]))
     if mask.numel() > 0:
         filters_kernel[(triton.cdiv(mask.numel(), TILE),)](
-            probabilities, seed, rank, mask, mask.shape[1], mask.numel(), *probabilities.stride(),
-            BLOCK=TILE,
+            probabilities, probabilities if labels is None else labels, seed, rank, mask,
+            mask.shape[1], mask.numel(), *probabilities.stride(),
+            BLOCK=TILE, BY_LABEL=labels is not None,
         )  # fmt: skip
     return mask
 
 
 def bernoulli_mask(
-    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+    features: Tensor,
+    logits: Tensor,
+    correspondence: Tensor,
+    seed: Tensor,
+    rank: int,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pseudo-label, Bernoulli mask and masked maps; see ``reference.masking.bernoulli_mask``."""
+    if validate:
+        within = (correspondence >= 0) & (correspondence <= 1)
+        torch._assert_async(within.all(), "correspondence: want probabilities: finite, in [0, 1]")
     masked = torch.empty_like(features)
     features, flat = _flat(features), _flat(masked)
     B, N, S = features.shape
@@ -257,15 +379,36 @@ def bernoulli_mask(
 
 def mask_channels(features: Tensor, mask: Tensor) -> Tensor:
     """Maps scaled channel by channel; see ``reference.masking.mask_channels``."""
+    return _scaled(features, mask)
+
+
+def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps scaled by their labels' rows; see ``reference.masking.class_gate``."""
+    _check_labels(labels, len(gate))
+    rows = gate.new_empty(features.shape[:2])
+    if features.numel() == 0:
+        return torch.empty_like(features), rows.copy_(gate[labels])
+    return _scaled(features, gate, labels.contiguous(), rows), rows
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    within = (labels >= 0) & (labels < classes)
+    torch._assert_async(within.all(), f"labels: want class indices in [0, {classes})")
+
+
+def _scaled(
+    features: Tensor, mask: Tensor, labels: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
     masked = torch.empty_like(features)
     features, flat = _flat(features), _flat(masked)
     B, N, S = features.shape
     if features.numel() > 0:
         channels, positions = _tile(features)
         channels_kernel[(B * triton.cdiv(N, channels) * triton.cdiv(S, positions),)](
-            features, mask, flat,
+            features, mask, mask if labels is None else labels, mask if rows is None else rows,
+            flat,
             N, S, *features.stride(), *mask.stride(), *flat.stride(),
-            CHANNELS=channels, POSITIONS=positions,
+            CHANNELS=channels, POSITIONS=positions, BY_LABEL=labels is not None,
         )  # fmt: skip
     return masked
 
@@ -284,3 +427,46 @@ def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tup
             CHANNELS=channels, POSITIONS=positions,
         )  # fmt: skip
     return grad_features, grad_mask
+
+
+def sums_by_label(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Rows added up by label; see ``reference.masking.sums_by_label``."""
+    filters = rows.shape[1]
+    sums = rows.new_empty((classes, filters))
+    if sums.numel() > 0:
+        block = _columns(filters)
+        sums_kernel[(classes * triton.cdiv(filters, block),)](
+            rows, labels.contiguous(), sums, len(labels), filters, *rows.stride(),
+            BLOCK=block, SAMPLES=SAMPLES,
+        )  # fmt: skip
+    return sums
+
+
+def bernoulli_parameters_backward(
+    grad_mask: Tensor, logits: Tensor, correspondence: Tensor, pseudo_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and correspondence, see
+    ``reference.masking.bernoulli_parameters_backward``."""
+    (batch, filters), classes = grad_mask.shape, len(correspondence)
+    gradient = logits.new_empty((batch, classes))
+    sums = correspondence.new_empty((classes, filters))
+    multiplied = correspondence.numel() > TABLE_ELEMENTS
+    if multiplied:
+        with torch.autocast(logits.device.type, enabled=False):
+            torch.mm(grad_mask, correspondence.T, out=gradient)
+    block = _columns(filters)
+    programs = batch + classes * triton.cdiv(filters, block)
+    if programs > 0:
+        parameters_kernel[(programs,)](
+            grad_mask, logits, correspondence, pseudo_label.contiguous(), gradient, sums,
+            batch, classes, filters,
+            *grad_mask.stride(), *logits.stride(), *correspondence.stride(),
+            CLASSES=min(16, triton.next_power_of_2(classes)), BLOCK=block, SAMPLES=SAMPLES,
+            MULTIPLIED=multiplied,
+        )  # fmt: skip
+    return gradient, sums
+
+
+def _columns(filters: int) -> int:
+    """Of a block, a power of two."""
+    return min(128, triton.next_power_of_2(max(filters, 1)))

@@ -30,7 +30,7 @@ const CorrelationKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(correlati
 // [C, P] turned to [P, C].
 template <typename A>
 Tensor by_position(const Tensor& mean, int64_t filters, int64_t positions) {
-  const Tensor turned = torch::stable::new_empty(mean, {positions, filters});
+  const Tensor turned = allocate({positions, filters}, mean.scalar_type());
   const A* from = static_cast<const A*>(mean.const_data_ptr());
   A* to = static_cast<A*>(turned.mutable_data_ptr());
   constexpr int64_t kSquare = 16;  // a line of floats each way
@@ -66,13 +66,13 @@ struct Arguments {
     check_shape(mean_given, "mean", {maps.size(1), maps.size(2), maps.size(3)});
     STD_TORCH_CHECK(mean_given.scalar_type() == accumulate_type(maps),
                     "mean: want float32, float64 for float64 maps");
-    mean = torch::stable::contiguous(mean_given);
-    groups = class_indices(groups_given, "groups", shape.filters, num_groups);
+    mean = as_contiguous(mean_given);
+    groups = class_indices(groups_given, "groups", {shape.filters}, num_groups);
     counted = shape.batch;
     if (positive_given.has_value()) {
       check_shape(*positive_given, "positive", {shape.batch});
       STD_TORCH_CHECK(positive_given->scalar_type() == ScalarType::Bool, "positive: want bool");
-      positive = torch::stable::contiguous(*positive_given);
+      positive = as_contiguous(*positive_given);
       const bool* counts = static_cast<const bool*>(positive->const_data_ptr());
       counted = std::count(counts, counts + shape.batch, true);
     }
@@ -143,12 +143,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_correlation(
     const std::optional<Tensor>& positive) {
   Arguments given(maps, mean, groups, num_groups, positive);
   const MapsShape& shape = given.shape;
-  const auto empty = [&](std::initializer_list<int64_t> sizes) {
-    return torch::stable::new_empty(maps, sizes, accumulate_type(maps));
-  };
-  Tensor loss = empty({}), norms = empty({shape.batch, shape.filters});
-  Tensor sums = empty({shape.batch, num_groups, shape.positions});
-  Tensor moments = empty({2, num_groups});
+  const ScalarType type = accumulate_type(maps);
+  Tensor loss = allocate({}, type), norms = allocate({shape.batch, shape.filters}, type);
+  Tensor sums = allocate({shape.batch, num_groups, shape.positions}, type);
+  Tensor moments = allocate({2, num_groups}, type);
   with_types(maps, "maps", [&](auto element, auto sum) {
     using T = decltype(element);
     using A = decltype(sum);
@@ -196,10 +194,10 @@ Tensor group_correlation_backward(const Tensor& grad_loss, const Tensor& maps, c
     STD_TORCH_CHECK(t->scalar_type() == accumulate_type(maps),
                     "grad_loss, norms, sums, moments: want float32, float64 for float64 maps");
   }
-  const Tensor own_norms = torch::stable::contiguous(norms);
-  const Tensor own_sums = torch::stable::contiguous(sums);
-  const Tensor own_moments = torch::stable::contiguous(moments);
-  Tensor grad = torch::stable::empty_like(maps);
+  const Tensor own_norms = as_contiguous(norms);
+  const Tensor own_sums = as_contiguous(sums);
+  const Tensor own_moments = as_contiguous(moments);
+  Tensor grad = allocate_like(maps);
   with_types(maps, "maps", [&](auto element, auto sum) {
     using T = decltype(element);
     using A = decltype(sum);

@@ -67,9 +67,9 @@ struct Outputs {
 Outputs empty_outputs(const Tensor& x, bool with_grad) {
   const ScalarType type = accumulate_type(x);
   // Of an empty batch the loss is 0.
-  const Tensor loss = x.size(0) == 0 ? torch::stable::new_zeros(x, {x.size(1)}, type)
-                                     : torch::stable::new_empty(x, {x.size(1)}, type);
-  return {loss, with_grad ? empty_like(x, type) : torch::stable::new_empty(x, {0}, type)};
+  const Tensor loss =
+      x.size(0) == 0 ? torch::stable::new_zeros(x, {x.size(1)}, type) : allocate({x.size(1)}, type);
+  return {loss, with_grad ? allocate_like(x, type) : allocate({0}, type)};
 }
 
 // `running` is null for the loss over the batch.
@@ -126,14 +126,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> filter_loss_running(
       log_mean.scalar_type() == accumulate_type(x) && log_ratio.scalar_type() == accumulate_type(x),
       "log_mean, log_ratio: want float32, float64 for float64 maps");
   STD_TORCH_CHECK(momentum > 0 && momentum <= 1, "momentum: got ", momentum, ", want (0, 1]");
-  const Tensor means = torch::stable::contiguous(log_mean);
-  const Tensor ratios = torch::stable::contiguous(log_ratio);
+  const Tensor means = as_contiguous(log_mean);
+  const Tensor ratios = as_contiguous(log_ratio);
   std::optional<Tensor> chosen;
   if (assigned.has_value()) {
-    check_shape(*assigned, "assigned", {x.size(0), x.size(1)});
-    const int64_t count = x.size(0) * x.size(1);
-    chosen = class_indices(torch::stable::view(torch::stable::contiguous(*assigned), {count}),
-                           "assigned", count, templates);
+    chosen = class_indices(*assigned, "assigned", {x.size(0), x.size(1)}, templates);
   }
   const Outputs out = empty_outputs(x, with_grad);
   Tensor new_mean = torch::stable::clone(means);

@@ -30,7 +30,7 @@ void check_bins(const char* name, int64_t bins) {
 // One class index for each of the samples.
 Tensor indices_of(const Tensor& activations, const Tensor& labels, int64_t classes) {
   STD_TORCH_CHECK(activations.dim() == 2, "activations: want [samples, filters]");
-  return class_indices(labels, "labels", activations.size(0), classes);
+  return class_indices(labels, "labels", {activations.size(0)}, classes);
 }
 
 // `indices` must outlive the result.
@@ -383,7 +383,7 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   }
   STD_TORCH_CHECK(counts.is_contiguous() && minimum.is_contiguous() && maximum.is_contiguous(),
                   "counts, minimum, maximum: want contiguous tensors");
-  Tensor column = torch::stable::new_empty(labels, {}, ScalarType::Long);
+  Tensor column = allocate({}, ScalarType::Long);
   int64_t& first_bad = *static_cast<int64_t*>(column.mutable_data_ptr());
   first_bad = -1;
   with_types(activations, "activations", [&](auto value, auto) {
@@ -451,9 +451,9 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
   STD_TORCH_CHECK(classes >= 1, "num_classes: got ", classes, ", want at least 1");
   const Tensor indices = indices_of(activations, labels, classes);
   check_scale(low, width, activations);
-  const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
+  const Tensor lows = as_contiguous(low), widths = as_contiguous(width);
   const int64_t samples = activations.size(0), filters = activations.size(1);
-  Tensor counts = torch::stable::new_empty(low, {filters, bins, classes});
+  Tensor counts = allocate({filters, bins, classes}, low.scalar_type());
   // By shape alone, so that the order of the sums does not depend on the number of threads.
   const int64_t rows = std::max<int64_t>(4096, classes * bins);
   const int64_t runs = ceil_div(samples, rows), units = runs * ceil_div(filters, kFilterBlock);
@@ -496,9 +496,9 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
   check_shape(grad_counts, "grad_counts", {activations.size(1), bins, classes});
   check_type(grad_counts, "grad_counts", accumulate_type(activations), "the dtype of low");
   check_bins("grad_counts", bins);
-  const Tensor lows = torch::stable::contiguous(low), widths = torch::stable::contiguous(width);
-  const Tensor grads = torch::stable::contiguous(grad_counts);
-  Tensor grad = torch::stable::empty_like(activations);
+  const Tensor lows = as_contiguous(low), widths = as_contiguous(width);
+  const Tensor grads = as_contiguous(grad_counts);
+  Tensor grad = allocate_like(activations);
   constexpr int64_t kRows = 512;
   with_types(activations, "activations", [&](auto value, auto) {
     using T = decltype(value);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -44,6 +45,26 @@ void check_mask(const Tensor& mask, const MapsShape& shape, const Tensor& featur
   check_shape(mask, "mask", {shape.batch, shape.filters});
   STD_TORCH_CHECK(mask.scalar_type() == accumulate_type(features),
                   "mask: want float32, float64 for float64 features");
+}
+
+// Whether all of them are in [0, 1]; NaN is not.
+template <typename P>
+void check_probabilities(const Tensor& t, const char* name) {
+  const P* values = static_cast<const P*>(t.const_data_ptr());
+  const int64_t rows = t.size(0), columns = t.size(1);
+  const int64_t row = t.stride(0), column = t.stride(1);
+  int outside = 0;
+  // Together, without a branch: compilers make vectors of it where the columns are neighbours.
+  const auto look = [&](int64_t step) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        const P value = values[i * row + j * step];
+        outside |= static_cast<int>(!(value >= 0)) | static_cast<int>(!(value <= 1));
+      }
+    }
+  };
+  column == 1 ? look(1) : look(column);
+  STD_TORCH_CHECK(outside == 0, name, ": want probabilities: finite, in [0, 1]");
 }
 
 template <typename L>
@@ -93,7 +114,7 @@ Tensor draw_labels(const Tensor& logits, const Tensor& seed, int64_t rank) {
                   "logits: want [batch, classes], at least one class");
   const int64_t batch = logits.size(0), classes = logits.size(1);
   const uint64_t key = checked_seed(seed);
-  Tensor labels = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
+  Tensor labels = allocate({batch}, ScalarType::Long);
   with_real(logits, "logits", [&](auto logit) {
     using L = decltype(logit);
     const DrawLabels<L> drawn = label_draws<L>(logits, key, rank, labels);
@@ -107,15 +128,23 @@ Tensor draw_labels(const Tensor& logits, const Tensor& seed, int64_t rank) {
   return labels;
 }
 
-Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t rank) {
-  STD_TORCH_CHECK(probabilities.dim() == 2, "probabilities: want [batch, filters]");
-  const int64_t batch = probabilities.size(0), filters = probabilities.size(1);
+Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t rank,
+                    const std::optional<Tensor>& labels) {
+  STD_TORCH_CHECK(probabilities.dim() == 2, "probabilities: want two axes, the second of filters");
+  const int64_t filters = probabilities.size(1);
+  int64_t batch = probabilities.size(0);
+  std::optional<Tensor> indices;
+  const int64_t* rows = nullptr;
+  if (labels.has_value()) {
+    batch = labels->numel();
+    indices = class_indices(*labels, "labels", {batch}, probabilities.size(0));
+    rows = static_cast<const int64_t*>(indices->const_data_ptr());
+  }
   const uint64_t key = checked_seed(seed);
-  Tensor mask = torch::stable::new_empty(probabilities, {batch, filters});
+  Tensor mask = allocate({batch, filters}, probabilities.scalar_type());
   with_real(probabilities, "probabilities", [&](auto probability) {
     using P = decltype(probability);
-    const DrawFilters<P, P> drawn =
-        filter_draws<P, P>(probabilities, /*rows=*/nullptr, key, rank, mask);
+    const DrawFilters<P, P> drawn = filter_draws<P, P>(probabilities, rows, key, rank, mask);
     const FilterKernels<P, P>& k = kernels();
     const int64_t grain =
         std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, kDrawElements * filters));
@@ -156,7 +185,7 @@ void draw_and_keep(const DrawLabels<L>& labelled, const DrawFilters<P, Accumulat
 
 std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const Tensor& logits,
                                                   const Tensor& correspondence, const Tensor& seed,
-                                                  int64_t rank) {
+                                                  int64_t rank, bool validate) {
   const MapsShape shape = shape_of_maps(features, "features");
   STD_TORCH_CHECK(logits.dim() == 2, "logits: want [batch, classes]");
   const int64_t classes = logits.size(1);
@@ -164,10 +193,9 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   check_shape(logits, "logits", {shape.batch, classes});
   check_shape(correspondence, "correspondence", {classes, shape.filters});
   const uint64_t key = checked_seed(seed);
-  Tensor masked = torch::stable::empty_like(features);
-  Tensor mask =
-      torch::stable::new_empty(features, {shape.batch, shape.filters}, accumulate_type(features));
-  Tensor labels = torch::stable::new_empty(features, {shape.batch}, ScalarType::Long);
+  Tensor masked = allocate_like(features);
+  Tensor mask = allocate({shape.batch, shape.filters}, accumulate_type(features));
+  Tensor labels = allocate({shape.batch}, ScalarType::Long);
   with_types(features, "features", [&](auto element, auto sum) {
     with_real(logits, "logits", [&](auto logit) {
       with_real(correspondence, "correspondence", [&](auto probability) {
@@ -175,6 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
         using A = decltype(sum);
         using L = decltype(logit);
         using P = decltype(probability);
+        if (validate) {
+          check_probabilities<P>(correspondence, "correspondence");
+        }
         const DrawLabels<L> labelled = label_draws<L>(logits, key, rank, labels);
         draw_and_keep<T, L, P>(labelled,
                                filter_draws<P, A>(correspondence, labelled.labels, key, rank, mask),
@@ -185,11 +216,9 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
   return {masked, mask, labels};
 }
 
-Tensor mask_channels(const Tensor& features, const Tensor& mask) {
-  const MapsShape shape = shape_of_maps(features, "features");
-  check_mask(mask, shape, features);
-  const Tensor rows = torch::stable::contiguous(mask);
-  Tensor masked = torch::stable::empty_like(features);
+// `rows` [B, N] contiguous, in the type of the sums.
+Tensor scaled_by(const Tensor& features, const MapsShape& shape, const Tensor& rows) {
+  Tensor masked = allocate_like(features);
   with_types(features, "features", [&](auto element, auto) {
     using T = decltype(element);
     const ScaleMaps<T> scaled = scaling<T>(features, rows, masked);
@@ -200,6 +229,12 @@ Tensor mask_channels(const Tensor& features, const Tensor& mask) {
   return masked;
 }
 
+Tensor mask_channels(const Tensor& features, const Tensor& mask) {
+  const MapsShape shape = shape_of_maps(features, "features");
+  check_mask(mask, shape, features);
+  return scaled_by(features, shape, as_contiguous(mask));
+}
+
 std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Tensor& features,
                                             const Tensor& mask) {
   const MapsShape shape = shape_of_maps(features, "features");
@@ -207,10 +242,9 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   STD_TORCH_CHECK(grad_masked.scalar_type() == features.scalar_type(),
                   "grad_masked: want the dtype of features");
   check_mask(mask, shape, features);
-  const Tensor rows = torch::stable::contiguous(mask);
-  Tensor grad_features = torch::stable::empty_like(features);
-  Tensor grad_mask =
-      torch::stable::new_empty(mask, {shape.batch, shape.filters}, accumulate_type(features));
+  const Tensor rows = as_contiguous(mask);
+  Tensor grad_features = allocate_like(features);
+  Tensor grad_mask = allocate({shape.batch, shape.filters}, accumulate_type(features));
   with_types(features, "features", [&](auto element, auto sum) {
     using T = decltype(element);
     using A = decltype(sum);
@@ -232,6 +266,67 @@ std::tuple<Tensor, Tensor> masking_backward(const Tensor& grad_masked, const Ten
   return {grad_features, grad_mask};
 }
 
+// The maps scaled by the rows of a gate [K, N] that labels name, and these rows [B, N].
+std::tuple<Tensor, Tensor> class_gate(const Tensor& features, const Tensor& gate,
+                                      const Tensor& labels) {
+  const MapsShape shape = shape_of_maps(features, "features");
+  STD_TORCH_CHECK(gate.dim() == 2, "gate: want [classes, filters]");
+  check_shape(gate, "gate", {gate.size(0), shape.filters});
+  check_accumulate_type(gate, "gate", features);
+  const Tensor indices = class_indices(labels, "labels", {shape.batch}, gate.size(0));
+  const Tensor table = as_contiguous(gate);
+  Tensor rows = allocate({shape.batch, shape.filters}, gate.scalar_type());
+  with_real(table, "gate", [&](auto element) {
+    using A = decltype(element);
+    const A* from = static_cast<const A*>(table.const_data_ptr());
+    const int64_t* label = static_cast<const int64_t*>(indices.const_data_ptr());
+    A* to = static_cast<A*>(rows.mutable_data_ptr());
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      std::copy_n(from + label[b] * shape.filters, shape.filters, to + b * shape.filters);
+    }
+  });
+  return {scaled_by(features, shape, rows), rows};
+}
+
+// Rows [B, N] added up by label, in the order of the samples: the same bits every time.
+template <typename A>
+void sum_by_label(const A* rows, const int64_t* labels, int64_t batch, int64_t filters,
+                  int64_t classes, A* sums) {
+  constexpr int64_t kFilters = 64;
+  const int64_t grain =
+      std::max<int64_t>(1, kGrainElements / (kFilters * std::max<int64_t>(1, batch + classes)));
+  torch::stable::parallel_for(0, (filters + kFilters - 1) / kFilters, grain,
+                              [&](int64_t begin, int64_t end) {
+                                const int64_t first = begin * kFilters;
+                                const int64_t count = std::min(end * kFilters, filters) - first;
+                                for (int64_t k = 0; k < classes; ++k) {
+                                  std::fill_n(sums + k * filters + first, count, A{0});
+                                }
+                                for (int64_t b = 0; b < batch; ++b) {
+                                  const A* row = rows + b * filters + first;
+                                  A* sum = sums + labels[b] * filters + first;
+                                  for (int64_t n = 0; n < count; ++n) {
+                                    sum[n] += row[n];
+                                  }
+                                }
+                              });
+}
+
+Tensor sums_by_label(const Tensor& rows, const Tensor& labels, int64_t classes) {
+  STD_TORCH_CHECK(rows.dim() == 2, "rows: want two axes");
+  const int64_t batch = rows.size(0), filters = rows.size(1);
+  const Tensor indices = class_indices(labels, "labels", {batch}, classes);
+  const Tensor values = as_contiguous(rows);
+  Tensor sums = allocate({classes, filters}, rows.scalar_type());
+  with_real(values, "rows", [&](auto element) {
+    using A = decltype(element);
+    sum_by_label(static_cast<const A*>(values.const_data_ptr()),
+                 static_cast<const int64_t*>(indices.const_data_ptr()), batch, filters, classes,
+                 static_cast<A*>(sums.mutable_data_ptr()));
+  });
+  return sums;
+}
+
 // grad_mask @ correspondence^T by the library, or nothing where the kernel works it out.
 Tensor product_of_large(const Tensor& grad_mask, const Tensor& correspondence) {
   // Up to here the table stays in the second-level cache while every sample passes over it; beyond,
@@ -240,7 +335,7 @@ Tensor product_of_large(const Tensor& grad_mask, const Tensor& correspondence) {
   Tensor product;
   if (correspondence.numel() > kTableElements) {
     // The CPU kernel itself: through the dispatcher, autocast would lower it to bfloat16.
-    product = torch::stable::new_empty(grad_mask, {grad_mask.size(0), correspondence.size(0)});
+    product = allocate({grad_mask.size(0), correspondence.size(0)}, grad_mask.scalar_type());
     const Tensor transposed = torch::stable::transpose(correspondence, 0, 1);
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu_mm_out(product.get(), grad_mask.get(), transposed.get()));
@@ -278,12 +373,12 @@ std::tuple<Tensor, Tensor> bernoulli_parameters_backward(const Tensor& grad_mask
   STD_TORCH_CHECK(classes >= 1, "correspondence: want at least one class");
   check_shape(grad_mask, "grad_mask", {batch, filters});
   check_shape(logits, "logits", {batch, classes});
-  const Tensor rows = torch::stable::contiguous(grad_mask);
-  const Tensor scores = torch::stable::contiguous(logits);
-  const Tensor table = torch::stable::contiguous(correspondence);
-  const Tensor labels = class_indices(pseudo_label, "pseudo_label", batch, classes);
-  Tensor grad_logits = torch::stable::new_empty(logits, {batch, classes});
-  Tensor grad_table = torch::stable::new_empty(correspondence, {classes, filters});
+  const Tensor rows = as_contiguous(grad_mask);
+  const Tensor scores = as_contiguous(logits);
+  const Tensor table = as_contiguous(correspondence);
+  const Tensor labels = class_indices(pseudo_label, "pseudo_label", {batch}, classes);
+  Tensor grad_logits = allocate({batch, classes}, logits.scalar_type());
+  Tensor grad_table = allocate({classes, filters}, correspondence.scalar_type());
   with_real(correspondence, "correspondence", [&](auto element) {
     using A = decltype(element);
     STD_TORCH_CHECK(grad_mask.scalar_type() == correspondence.scalar_type() &&
@@ -314,6 +409,8 @@ STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
   m.impl("bernoulli_mask", TORCH_BOX(&bernoulli_mask));
   m.impl("mask_channels", TORCH_BOX(&mask_channels));
   m.impl("masking_backward", TORCH_BOX(&masking_backward));
+  m.impl("class_gate", TORCH_BOX(&class_gate));
+  m.impl("sums_by_label", TORCH_BOX(&sums_by_label));
   m.impl("bernoulli_parameters_backward", TORCH_BOX(&bernoulli_parameters_backward));
 }
 

@@ -430,7 +430,7 @@ std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Te
   STD_TORCH_CHECK(num_classes >= 0 && num_classes <= std::numeric_limits<int32_t>::max(),
                   "num_classes: got ", num_classes, ", want [0, 2^31)");
   STD_TORCH_CHECK(n_neighbors >= 1, "n_neighbors: got ", n_neighbors, ", want at least 1");
-  const Tensor indices = class_indices(labels, "labels", samples, num_classes);
+  const Tensor indices = class_indices(labels, "labels", {samples}, num_classes);
   const size_t classes = static_cast<size_t>(num_classes);
   std::vector<int32_t> narrow(static_cast<size_t>(samples));
   std::vector<int64_t> sizes(classes), offsets(classes);
@@ -447,8 +447,8 @@ std::tuple<Tensor, Tensor> knn_mutual_information(const Tensor& values, const Te
     offset += sizes[c];
     singletons |= sizes[c] == 1;
   }
-  Tensor per_class = torch::stable::new_empty(values, {num_classes, filters});
-  Tensor joint = torch::stable::new_empty(values, {filters});
+  Tensor per_class = allocate({num_classes, filters}, values.scalar_type());
+  Tensor joint = allocate({filters}, values.scalar_type());
   Problem problem(samples);
   problem.samples = samples;
   problem.filters = filters;

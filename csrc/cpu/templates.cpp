@@ -54,7 +54,7 @@ void set_units(MapPeaks<T>& s, bool side_by_side, bool twice) {
 
 Tensor map_peaks(const Tensor& x) {
   offsets_of_maps(x, "x");
-  const Tensor peak = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+  const Tensor peak = allocate({x.size(0), x.size(1)}, ScalarType::Long);
   with_types(x, "x", [&](auto stored, auto) {
     using T = decltype(stored);
     auto s = map_peaks_of<T>(x, "x", peak);
@@ -97,7 +97,7 @@ void run(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
 // Masks `x` into what is returned, by the peaks it finds or those it is given.
 Tensor mask(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
             const Tensor& offsets, double scale) {
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = allocate_like(x);
   with_types(x, name, [&](auto stored, auto) {
     run<decltype(stored)>(x, name, peak, find_peak, offsets, scale, out);
   });
@@ -106,7 +106,7 @@ Tensor mask(const Tensor& x, const char* name, const Tensor& peak, bool find_pea
 
 std::tuple<Tensor, Tensor> template_mask(const Tensor& x, const Tensor& offsets, double scale) {
   STD_TORCH_CHECK(x.dim() == 4, "x: want maps [B, N, h, w]");
-  const Tensor peak = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+  const Tensor peak = allocate({x.size(0), x.size(1)}, ScalarType::Long);
   return {mask(x, "x", peak, /*find_peak=*/true, offsets, scale), peak};
 }
 
@@ -114,10 +114,7 @@ Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak, con
                               double scale) {
   STD_TORCH_CHECK(grad_masked.dim() == 4, "grad_masked: want maps [B, N, h, w]");
   const MapsShape shape = shape_of_maps(grad_masked, "grad_masked");
-  check_shape(peak, "peak", {shape.batch, shape.filters});
-  const int64_t count = shape.batch * shape.filters;
-  const Tensor peaks = class_indices(torch::stable::view(torch::stable::contiguous(peak), {count}),
-                                     "peak", count, shape.positions);
+  const Tensor peaks = class_indices(peak, "peak", {shape.batch, shape.filters}, shape.positions);
   return mask(grad_masked, "grad_masked", peaks, /*find_peak=*/false, offsets, scale);
 }
 

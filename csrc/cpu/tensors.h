@@ -1,13 +1,17 @@
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstdint>
+#include <initializer_list>
 
 #include "../common/check.h"
+#include "../common/stable.h"
 #include "../common/types.h"
 
 // What the CPU operators ask of their arguments.
@@ -56,13 +60,71 @@ void with_real(const torch::stable::Tensor& t, const char* name, const Run& run)
   wide ? run(double{}) : run(float{});
 }
 
-// Contiguous class indices, every one of them in [0, classes).
+// Uninitialised tensors. torch::stable::new_empty and empty_like look their operator up by name in
+// the dispatcher at each call, which costs more than a small operator's own work.
+inline torch::stable::Tensor allocate_strided(const int64_t* sizes, const int64_t* strides,
+                                              int64_t axes, torch::headeronly::ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      axes, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+inline torch::stable::Tensor allocate(std::initializer_list<int64_t> sizes,
+                                      torch::headeronly::ScalarType type) {
+  constexpr size_t kMost = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMost, "picnn_fast: more axes than an operator has");
+  std::array<int64_t, kMost> strides{};
+  int64_t stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= sizes.begin()[axis] > 1 ? sizes.begin()[axis] : 1;
+  }
+  return allocate_strided(sizes.begin(), strides.data(), static_cast<int64_t>(sizes.size()), type);
+}
+
+// Whether the elements of [B, N, h, w] lie densely in the order B, h, w, N.
+inline bool is_channels_last(const torch::stable::Tensor& t) {
+  if (t.dim() != 4) {
+    return false;
+  }
+  const int64_t filters = t.size(1), height = t.size(2), width = t.size(3);
+  return t.stride(1) == 1 && t.stride(3) == filters && t.stride(2) == width * filters &&
+         t.stride(0) == height * width * filters;
+}
+
+// Laid out like `t`, of any type.
+inline torch::stable::Tensor allocate_like(const torch::stable::Tensor& t,
+                                           torch::headeronly::ScalarType type) {
+  const bool dense = t.is_contiguous() || is_channels_last(t);
+  const torch::stable::Tensor layout = dense ? t : torch::stable::empty_like(t);
+  if (!dense && layout.scalar_type() == type) {
+    return layout;
+  }
+  int64_t *sizes = nullptr, *strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(layout.get(), &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(layout.get(), &strides));
+  return allocate_strided(sizes, strides, layout.dim(), type);
+}
+
+inline torch::stable::Tensor allocate_like(const torch::stable::Tensor& t) {
+  return allocate_like(t, t.scalar_type());
+}
+
+// `t` itself where it is contiguous, without the dispatcher.
+inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Class indices of the shape wanted, contiguous, every one of them in [0, classes).
 inline torch::stable::Tensor class_indices(const torch::stable::Tensor& labels, const char* name,
-                                           int64_t count, int64_t classes) {
-  check_shape(labels, name, {count});
+                                           std::initializer_list<int64_t> shape, int64_t classes) {
+  check_shape(labels, name, shape);
+  const int64_t count = labels.numel();
   STD_TORCH_CHECK(labels.scalar_type() == torch::headeronly::ScalarType::Long, name,
                   ": want int64");
-  const torch::stable::Tensor indices = torch::stable::contiguous(labels);
+  const torch::stable::Tensor indices = as_contiguous(labels);
   const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
   // All at once, by their sign bits: a loop that may stop is not vectorised.
   const uint64_t last = static_cast<uint64_t>(classes) - 1;

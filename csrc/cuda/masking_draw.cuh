@@ -97,21 +97,38 @@ __global__ void __launch_bounds__(kThreads)
 // mask [B, N] contiguous, of count = B * N elements.
 template <typename P>
 __global__ void __launch_bounds__(kThreads)
-    filter_elements(const P* probabilities, int64_t row, int64_t column, int64_t N, int64_t count,
-                    const int64_t* seed, uint32_t rank, P* mask) {
+    filter_elements(MaskRows<P> probabilities, int64_t N, int64_t count, const int64_t* seed,
+                    uint32_t rank, P* mask) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= count) return;
   const uint32_t bits = random_24_bits(at, static_cast<uint64_t>(*seed), Stream::kFilter, rank);
-  mask[at] = keeps_filter(bits, probabilities[at / N * row + at % N * column]);
+  mask[at] = keeps_filter(bits, probabilities(at / N)[at % N * probabilities.column]);
+}
+
+// The blocks share the table out: those of sample b take rows b, b + samples and so on, each its
+// own channels. No launch and no pass of its own; and not inlined, so that it takes few registers
+// of what follows.
+__attribute__((noinline)) __device__ void validate_probabilities(Reals table, int64_t b,
+                                                                 int64_t samples, int64_t classes,
+                                                                 int64_t begin, int count) {
+  for (int64_t k = b; k < classes; k += samples) {
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const double p = table(k, begin + i);
+      PICNN_FAST_DEVICE_ASSERT(p >= 0 && p <= 1);
+    }
+  }
 }
 
 // Fills `factor` with those of channels [begin, begin + count) of sample b, for the whole block.
 // `writes`: this block, among those that share the channels, writes the side outputs.
+// kValidate: and refuses what is no probability.
+template <bool kValidate>
 struct BernoulliFactors {
   using Factor = uint8_t;
 
   Reals logits, correspondence;
   int64_t classes, filters;
+  int64_t samples;
   const int64_t* seed;
   uint32_t rank;
   float* mask;  // one of the two is null
@@ -120,6 +137,8 @@ struct BernoulliFactors {
 
   __device__ void operator()(int64_t b, int64_t begin, int count, bool writes,
                              Factor* factor) const {
+    if (kValidate && writes)
+      validate_probabilities(correspondence, b, samples, classes, begin, count);
     const uint64_t key = static_cast<uint64_t>(*seed);
     const int64_t label = draw_pseudo_label(logits, classes, b, key, rank);
     if (writes && begin == 0 && threadIdx.x == 0) pseudo_label[b] = label;

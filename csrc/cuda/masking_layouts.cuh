@@ -98,5 +98,21 @@ struct Tile {
   }
 };
 
+// A row of a table for each sample: its own, or that of its label among `classes`.
+template <typename A>
+struct MaskRows {
+  const A* mask;
+  int64_t row, column;    // strides
+  const int64_t* labels;  // null: a row for each sample
+  int64_t label_stride, classes;
+
+  __device__ const A* operator()(int64_t b) const {
+    if (labels == nullptr) return mask + b * row;
+    const int64_t label = labels[b * label_stride];
+    PICNN_FAST_DEVICE_ASSERT(0 <= label && label < classes);
+    return mask + label * row;
+  }
+};
+
 }  // namespace
 }  // namespace picnn_fast

@@ -15,12 +15,17 @@ template <typename A>
 struct MaskFactors {
   using Factor = A;
 
-  const A* mask;
-  int64_t row, column;  // strides
+  MaskRows<A> rows;
+  A* used;  // [B, filters] contiguous, what was read, or null
+  int64_t filters;
 
-  __device__ void operator()(int64_t b, int64_t begin, int count, bool, Factor* factor) const {
-    for (int i = threadIdx.x; i < count; i += kThreads)
-      factor[i] = mask[b * row + (begin + i) * column];
+  __device__ void operator()(int64_t b, int64_t begin, int count, bool writes,
+                             Factor* factor) const {
+    const A* mask = rows(b);
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      factor[i] = mask[(begin + i) * rows.column];
+      if (writes && used != nullptr) used[b * filters + begin + i] = factor[i];
+    }
     __syncthreads();
   }
 };

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from picnn_fast.data.loading import derive_seed
 from picnn_fast.data.parts import PartSample
-from picnn_fast.functional import bernoulli_mask
+from picnn_fast.functional import draw_labels
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.models.gradients import class_activation
 
@@ -119,38 +119,36 @@ class Observation:
     def pseudo_label_masks(self) -> Tensor:
         """``[S, B, N]`` drawn for pseudo-labels, themselves drawn from the softmax of ``logits``
         (PICNN, eq. 7 to 10)."""
-        # Maps of no size: the pseudo-label alone is wanted.
-        empty = self.logits.new_empty(len(self.logits), self.network.num_filters, 0)
-        ownership = self.network.ownership()
-        if ownership is None:
-            raise ValueError(f"{type(self.network).__name__} gives no filter to a class")
         each = []
         for draw in range(self.draws):
             seed = derive_seed(self.seed, _PSEUDO_LABEL, draw)
-            label = bernoulli_mask(empty, self.logits, ownership, seed=seed, rank=0)[2]
+            label = draw_labels(self.logits, seed=seed, rank=0)
             seed = derive_seed(self.seed, _PSEUDO_LABEL_MASK, draw)
             each.append(self.network.class_mask(label, seed=seed, rank=0))
-        return torch.stack(each)
+        return stacked(each)
 
     @cached_property
     def label_masks(self) -> Tensor:
         """``[S, B, N]`` drawn for the true labels."""
         seeds = [derive_seed(self.seed, _LABEL_MASK, draw) for draw in range(self.draws)]
-        return torch.stack(
-            [self.network.class_mask(self.labels, seed=seed, rank=0) for seed in seeds]
-        )
+        return stacked([self.network.class_mask(self.labels, seed=seed, rank=0) for seed in seeds])
 
     @cached_property
     def masked_logits(self) -> Tensor:
         """``[S, B, K]`` by the filters drawn for the pseudo-label: the pathway of ACC2."""
         masks = self.pseudo_label_masks
-        return torch.stack([self.network.head_logits(self.maps, mask) for mask in masks])
+        return stacked([self.network.head_logits(self.maps, mask) for mask in masks])
 
     @cached_property
     def complement_logits(self) -> Tensor:
         """``[S, B, K]`` without the filters drawn for the true label: the pathway of ACC3."""
         masks = 1 - self.label_masks
-        return torch.stack([self.network.head_logits(self.maps, mask) for mask in masks])
+        return stacked([self.network.head_logits(self.maps, mask) for mask in masks])
+
+
+def stacked(each: list[Tensor]) -> Tensor:
+    """``torch.stack``, of a single one, the usual number of draws, without a copy."""
+    return each[0][None] if len(each) == 1 else torch.stack(each)
 
 
 def pool(maps: Tensor, channel_dim: int) -> Tensor:

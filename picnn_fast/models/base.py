@@ -292,7 +292,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         probabilities = self.ownership()
         if probabilities is None:
             raise ValueError(f"class_mask: {type(self).__name__} gives no filter to a class")
-        return draw_mask(probabilities, labels, seed=seed, rank=rank)
+        return draw_mask(probabilities, labels, seed=seed, rank=rank, validate=False)
 
     def performer(self) -> Performer | None:
         """The trained network that this one explains, or None: it explains itself."""

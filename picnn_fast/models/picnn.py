@@ -161,8 +161,9 @@ class PICNN(InterpretableNetwork):
         shared, layers = self.masked_head.share(self.head, maps)
         logits = self.masked_head.classify(layers, shared)
         sample = bernoulli_mask if self.sampling == "bernoulli" else gumbel_mask
+        # A softmax or a sigmoid yields probabilities: nothing to validate.
         masked, mask, pseudo_label = sample(
-            shared, logits, self.correspondence(), channel_dim=self.channel_dim
+            shared, logits, self.correspondence(), channel_dim=self.channel_dim, validate=False
         )
         masked_logits = self.masked_head.classify(layers, masked)
         return PICNNOutput(logits, masked_logits, mask, pseudo_label, maps)

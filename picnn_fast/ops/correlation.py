@@ -91,9 +91,7 @@ def group_correlation_loss(
                 f"positive: got shape {tuple(positive.shape)}, want ({len(maps)},), one a sample"
             )
     constant = mean.detach().to(accumulate_dtype(maps.dtype)).contiguous()
-    loss: Tensor = torch.ops.picnn_fast.group_correlation.default(
-        readable(maps), constant, labels, count, positive
-    )[0]
+    loss: Tensor = _group_correlation_operator(readable(maps), constant, labels, count, positive)[0]
     return loss
 
 
@@ -213,7 +211,7 @@ def _group_correlation_gradient(
     return (torch.ops.picnn_fast.group_correlation_backward.default(grad_loss, *saved),)
 
 
-define(
+_group_correlation_operator = define(
     "correlation",
     "group_correlation(Tensor maps, Tensor mean, Tensor groups, SymInt num_groups,"
     " Tensor? positive) -> (Tensor loss, Tensor norms, Tensor sums, Tensor moments)",

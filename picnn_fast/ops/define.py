@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
@@ -16,6 +17,13 @@ from picnn_fast import backends
 # Inside an autograd.Function the dispatcher would come to the operator's autograd kernel again.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
+_function_mode = torch._C._is_torch_function_mode_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_compiling
+# What nothing but autograd looks at on the way to an operator; any other class may intercept it.
+_ORDINARY = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
 # Whether a transform of torch.func calls an operator for the next one further out.
 _called_by_inner = ContextVar("_called_by_inner", default=False)
 
@@ -36,8 +44,7 @@ def define(
     backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
     constants: Sequence[int] = (),
     decomposition: Callable[..., Any] | None = None,
-    triton: bool = True,
-) -> None:
+) -> Callable[..., Any]:
     """Define ``picnn_fast::<schema>`` with its reference implementation and shape function.
 
     Reverse mode works under ``torch.func`` as well; ``vmap`` calls the operator sample by sample.
@@ -54,30 +61,62 @@ def define(
         constants: places of outputs that backward alone differentiates, not the caller.
         decomposition: the operator in PyTorch's own, for exporters that know no others; sizes may
             be symbols there.
-        triton: whether the family's Triton module has a kernel.
+
+    Returns:
+        The operator for a public function to call: ``torch.ops.picnn_fast.<name>``, without the
+        dispatcher's two ways through Python where autograd alone is to be asked, which cost a call
+        on small tensors a tenth. ``constants`` may be differentiable there.
     """
     name = schema.split("(", 1)[0]
     backends.library.define(schema)
-    backends.add_operator(name, backends.Operator(family, reference, triton))
+    backends.add_operator(name, backends.Operator(family, reference))
     torch.library.register_fake(f"{backends.NAMESPACE}::{name}", fake, lib=backends.library)
     overload = getattr(getattr(torch.ops, backends.NAMESPACE), name).default
     if decomposition is not None:
         register_decomposition(overload)(decomposition)
         # Shapes alone are still told by ``fake``, not by tracing the decomposition.
         register_decomposition(overload, type="meta")(fake)
-    if not overload._schema.is_mutable:
-        recorded = _recorded(overload, setup_context, backward)
-        if constants:
-            recorded = _with_constants(recorded, constants)
-        backends.library.impl(name, recorded, "Autograd")
+    if overload._schema.is_mutable:
+        direct: Callable[..., Any] = overload
+        return direct
+    apply, recorded = _recorded(overload, setup_context, backward)
+    if constants:
+        recorded = _with_constants(recorded, constants)
+    backends.library.impl(name, recorded, "Autograd")
+    return _direct(overload, apply)
+
+
+def _direct(overload: torch._ops.OpOverload, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """``overload``, by ``apply`` or its kernels at once where no one else is to see the call."""
+
+    def call(*arguments: Any) -> Any:
+        if (
+            _compiling()
+            or _transforms_active()
+            or _function_mode()
+            or _dispatch_modes()
+            or _tracing_state() is not None
+        ):
+            return overload(*arguments)
+        for value in arguments:
+            if type(value) not in _ORDINARY:
+                return overload(*arguments)
+        if _grad_enabled():
+            return apply(*arguments)
+        if forward_ad._current_level >= 0:
+            return overload(*arguments)
+        with _below_autograd():
+            return overload(*arguments)
+
+    return call
 
 
 def _recorded(
     operator: torch._ops.OpOverload,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None,
     backward: Callable[..., tuple[Tensor | None, ...]] | None,
-) -> Callable[..., Any]:
-    """The operator where gradients are recorded."""
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The operator where gradients are recorded: outside of transforms, and anywhere."""
     name = operator._schema.name.partition("::")[2]
     nothing = (None,) * len(operator._schema.arguments)
 
@@ -89,17 +128,19 @@ def _recorded(
             setup_context(ctx, arguments, output)
         return output
 
+    def no_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{name}: got its result to differentiate, want a constant: no derivative of it is"
+            " offered"
+        )
+
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if backward is None:
-            raise RuntimeError(
-                f"{name}: got its result to differentiate, want a constant: no derivative of it is"
-                " offered"
-            )
+        assert backward is not None
         if grads[0] is None and all(grad is None for grad in grads):
             return nothing
         # Before the guard: activation checkpointing computes them again, and records gradients.
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or _transforms_active():
+        if _grad_enabled() or _transforms_active():
             found = backward(ctx, saved, *grads)
         else:
             with _below_autograd():
@@ -114,7 +155,8 @@ def _recorded(
     def make(forward: Callable[..., Any]) -> Any:
         # Not of autograd.Function, whose ``apply`` binds arguments by their names, at three times
         # the dispatcher's cost, and sorts out the transforms of torch.func, as the dispatcher has.
-        members = {"forward": forward, "backward": differentiate, "jvp": refuse}
+        derivative = no_derivative if backward is None else differentiate
+        members = {"forward": forward, "backward": derivative, "jvp": refuse}
         members["_compiled_autograd_key"] = torch.autograd.Function._compiled_autograd_key
         return type(
             "".join(map(str.capitalize, name.split("_"))),
@@ -141,7 +183,7 @@ def _recorded(
         with enable_single_level_autograd_function():
             return make(within).apply(*arguments)
 
-    return call
+    return apply, call
 
 
 def _with_constants(function: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:

@@ -172,7 +172,7 @@ _OPTIONS = {
 def batch_filter_loss(x: Tensor, template: PartTemplate) -> Tensor:
     """``filter_loss`` with X the batch: exact, and so is its gradient."""
     maps, *options = _operands(x, template)
-    loss: Tensor = torch.ops.picnn_fast.filter_loss.default(maps, *options)[0]
+    loss: Tensor = _filter_loss_operator(maps, *options)[0]
     return loss
 
 
@@ -210,8 +210,7 @@ def target_filter_loss(
 
 def _operands(x: Tensor, template: PartTemplate) -> tuple[Tensor, Tensor, float, bool]:
     """What every operator takes: maps, offsets, tau, and whether the gradient is wanted."""
-    check_maps(x)
-    height, width = x.shape[2:]
+    height, width = check_maps(x)
     offsets = check_template(template).offsets_for(height, width, x)
     with_grad = may_be_differentiated(x)
     return readable(x), offsets, template.tau_for(height, width), with_grad
@@ -227,13 +226,12 @@ def _by_estimates(
         checks.not_recomputed("filter_loss")
     maps, *options = operands
     loss: Tensor
-    loss, _, log_mean, log_ratio = torch.ops.picnn_fast.filter_loss_running.default(
+    loss, _, log_mean, log_ratio = _filter_loss_running_operator(
         maps, state.log_mean, state.log_ratio, state.momentum, assigned, *options
     )
     if renew:
         with torch.no_grad():
-            state.log_mean.copy_(log_mean)
-            state.log_ratio.copy_(log_ratio)
+            torch._foreach_copy_([state.log_mean, state.log_ratio], [log_mean, log_ratio])
     return loss
 
 
@@ -414,10 +412,14 @@ def _filter_loss_gradient(
     if not ctx.with_grad:
         raise ValueError("with_grad: got False, want True for maps that are differentiated")
     (grad,) = saved
-    return ((grad * grad_loss[:, None, None]).to(ctx.dtype),)
+    scale = grad_loss[:, None, None]
+    if grad.dtype == ctx.dtype:
+        return (grad * scale,)
+    # Rounded once, as by ``to``, and in the same pass over the maps.
+    return (torch.mul(grad, scale, out=torch.empty_like(grad, dtype=ctx.dtype)),)
 
 
-define(
+_filter_loss_operator = define(
     "filter_loss",
     "filter_loss(Tensor x, Tensor offsets, float tau, bool with_grad)"
     " -> (Tensor loss, Tensor grad)",
@@ -427,7 +429,7 @@ define(
     backward=_filter_loss_gradient,
     constants=[1],
 )
-define(
+_filter_loss_running_operator = define(
     "filter_loss",
     "filter_loss_running(Tensor x, Tensor log_mean, Tensor log_ratio, float momentum,"
     " Tensor? assigned, Tensor offsets, float tau, bool with_grad)"

@@ -7,8 +7,8 @@ from torch import Tensor
 def readable(maps: Tensor) -> Tensor:
     """``maps``, copied where its spatial axes do not lie in memory as one axis would."""
     if (
-        maps.ndim <= 3
-        or maps.is_contiguous()
+        maps.is_contiguous()
+        or maps.ndim <= 3
         or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))
     ):
         return maps

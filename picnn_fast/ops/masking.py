@@ -19,6 +19,7 @@ def bernoulli_mask(
     seed: int | Tensor | None = None,
     rank: int | None = None,
     channel_dim: int = 1,
+    validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask feature maps by the filters drawn for a pseudo-label (PICNN, eq. 4-10).
 
@@ -38,6 +39,8 @@ def bernoulli_mask(
         rank: separates the draws of processes that share a seed; None takes the rank in the
             default process group, 0 alone.
         channel_dim: the filter axis of ``features``, e.g. -1 for ``[B, T, N]`` tokens.
+        validate: False leaves out the check that ``correspondence`` holds probabilities, where
+            the caller made them such, as a softmax does.
 
     Returns:
         masked, like ``features`` (exactly 0 where a filter is dropped, whatever its map holds);
@@ -47,8 +50,8 @@ def bernoulli_mask(
     Raises:
         TypeError: unsupported dtype, or a seed or rank that is no int.
         ValueError: shapes or devices that disagree; probabilities outside [0, 1] or not finite.
-            On a GPU, and under torch.compile, this last check runs on the device without a host
-            sync and fails as a device-side assert (RuntimeError), as in ``torch.bernoulli``.
+            On a GPU, and under torch.compile, the kernel makes this last check as it draws, without
+            a host sync, and fails as a device-side assert (RuntimeError), as ``torch.bernoulli``.
 
     Note:
         The gradient of the mask is the sum over positions of features times gradient, for dropped
@@ -67,10 +70,13 @@ def bernoulli_mask(
     maps = _channels_second(features, channel_dim)
     _check_draws(maps, logits, correspondence, channel_dim)
     rank, seed = checks.rank(rank), checks.seed(seed, features.device)
-    checks.probabilities("correspondence", correspondence)
-    masked, mask, pseudo_label = torch.ops.picnn_fast.bernoulli_mask.default(
-        readable(maps), checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
-    )
+    arguments = checks.accumulable(logits), checks.accumulable(correspondence), seed, rank
+    try:
+        masked, mask, pseudo_label = _bernoulli_mask_operator(readable(maps), *arguments, validate)
+    except RuntimeError:
+        if validate:
+            checks.probabilities("correspondence", correspondence)
+        raise
     if channel_dim != 1:
         masked = masked.movedim(1, channel_dim)
     return masked, _as(mask, features.dtype), pseudo_label
@@ -84,6 +90,7 @@ def gumbel_mask(
     temperature: float = 0.01,
     seed: int | Tensor | None = None,
     channel_dim: int = 1,
+    validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gumbel-softmax in place of the Bernoulli draw: the ablation of PICNN, table 4.
 
@@ -94,8 +101,8 @@ def gumbel_mask(
 
     Args:
         temperature: of the Gumbel-softmax; > 0.
-        features, logits, correspondence, seed, channel_dim: see ``bernoulli_mask``; ``seed`` rules
-            the pseudo-label alone.
+        features, logits, correspondence, seed, channel_dim, validate: see ``bernoulli_mask``;
+            ``seed`` rules the pseudo-label alone.
 
     Returns:
         masked, mask (in [0, 1], near 0 or 1 at low temperature) and pseudo_label, as
@@ -117,9 +124,10 @@ def gumbel_mask(
     maps = _channels_second(features, channel_dim)
     _check_draws(maps, logits, correspondence, channel_dim)
     rank, seed = checks.rank(None), checks.seed(seed, features.device)
-    checks.probabilities("correspondence", correspondence)
+    if validate:
+        checks.probabilities("correspondence", correspondence)
     logits, table = checks.accumulable(logits), checks.accumulable(correspondence)
-    pseudo_label = torch.ops.picnn_fast.draw_labels.default(logits.detach(), seed, rank)
+    pseudo_label = _draw_labels_operator(logits.detach(), seed, rank)
     assignment = torch.nn.functional.gumbel_softmax(
         table.clamp_min(torch.finfo(torch.float32).tiny).log(), tau=temperature, dim=0
     )
@@ -136,13 +144,15 @@ def draw_mask(
     *,
     seed: int | Tensor | None = None,
     rank: int | None = None,
+    validate: bool = True,
 ) -> Tensor:
     """Draw masks of channels for labels that are given (PICNN, eq. 7).
 
     Args:
         correspondence: ``[K, N]`` probabilities in [0, 1], float32, float64, bfloat16 or float16.
         labels: ``[B]`` integers in [0, K).
-        seed, rank: see ``bernoulli_mask``, whose mask this is where it draws these labels.
+        seed, rank, validate: see ``bernoulli_mask``, whose mask this is where it draws these
+            labels.
 
     Returns:
         ``[B, N]`` of 0 and 1 in the dtype of ``correspondence``, whose gradient is that of
@@ -164,13 +174,51 @@ def draw_mask(
     """
     _check_table("correspondence", correspondence)
     checks.tensor("labels", labels)
-    checks.labels("labels", labels, labels.numel(), correspondence.shape[0])
+    checks.labels("labels", labels, labels.numel(), correspondence.shape[0], by_kernel=True)
     checks.same_device("labels", labels, "correspondence", correspondence)
     rank, seed = checks.rank(rank), checks.seed(seed, correspondence.device)
-    checks.probabilities("correspondence", correspondence)
-    rows = _rows(checks.accumulable(correspondence), labels)
-    mask: Tensor = torch.ops.picnn_fast.draw_filters.default(rows, seed, rank)
+    if validate:
+        checks.probabilities("correspondence", correspondence)
+    table = checks.accumulable(correspondence)
+    try:
+        mask: Tensor = _draw_filters_operator(table, seed, rank, _as(labels, torch.int64))
+    except RuntimeError:
+        checks.labels("labels", labels, labels.numel(), correspondence.shape[0])
+        raise
     return _as(mask, correspondence.dtype)
+
+
+def draw_labels(
+    logits: Tensor, *, seed: int | Tensor | None = None, rank: int | None = None
+) -> Tensor:
+    """Draw pseudo-labels from softmax(logits) (PICNN, eq. 9-10).
+
+    Args:
+        logits: ``[B, K]`` float32, float64, bfloat16 or float16. A row with NaN or +inf draws the
+            last class.
+        seed, rank: see ``bernoulli_mask``, whose pseudo-labels these are.
+
+    Returns:
+        ``[B]`` int64, not differentiable.
+
+    Raises:
+        TypeError: unsupported dtype, a seed or rank that is no int.
+        ValueError: no logits ``[B, K]`` of at least one class, a seed or rank out of range.
+
+    Example:
+        >>> import torch
+        >>> from picnn_fast.functional import draw_labels
+        >>> draw_labels(torch.tensor([[9., 0.], [0., 9.]]), seed=0)
+        tensor([0, 1])
+    """
+    checks.floating("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] < 1:
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, want [samples, classes], at least one class"
+        )
+    rank, seed = checks.rank(rank), checks.seed(seed, logits.device)
+    label: Tensor = _draw_labels_operator(checks.accumulable(logits).detach(), seed, rank)
+    return label
 
 
 def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int = 1) -> Tensor:
@@ -203,7 +251,10 @@ def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int = 1) -> Te
             f" channels, axis {channel_dim}, of features {tuple(features.shape)}"
         )
     checks.same_device("mask", mask, "features", features)
-    return _masked(maps, _as(mask, reference.accumulate_dtype(features.dtype)), channel_dim)
+    masked: Tensor = _mask_channels_operator(
+        readable(maps), _as(mask, reference.accumulate_dtype(features.dtype))
+    )
+    return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
 
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: int = 1) -> Tensor:
@@ -232,11 +283,16 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
     """
     maps = _channels_second(features, channel_dim)
     _check_filters("gate", gate, maps, channel_dim)
-    checks.labels("labels", labels, maps.shape[0], gate.shape[0])
+    checks.labels("labels", labels, maps.shape[0], gate.shape[0], by_kernel=True)
     checks.same_device("labels", labels, "features", features)
     # Widened before a row is taken: the gradients of its samples are summed in the wider type.
-    rows = _rows(_as(gate, reference.accumulate_dtype(features.dtype)), labels)
-    return _masked(maps, rows, channel_dim)
+    table = _as(gate, reference.accumulate_dtype(features.dtype))
+    try:
+        gated: Tensor = _class_gate_operator(readable(maps), table, _as(labels, torch.int64))[0]
+    except RuntimeError:
+        checks.labels("labels", labels, maps.shape[0], gate.shape[0])
+        raise
+    return gated if channel_dim == 1 else gated.movedim(1, channel_dim)
 
 
 def project_gate(gate: Tensor) -> Tensor:
@@ -379,11 +435,6 @@ def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter(-1, labels[:, None], 1.0)
 
 
-def _masked(maps: Tensor, mask: Tensor, channel_dim: int) -> Tensor:
-    masked: Tensor = torch.ops.picnn_fast.mask_channels.default(readable(maps), mask)
-    return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
-
-
 # Draws --------------------------------------------------------------------------------------------
 
 
@@ -391,7 +442,7 @@ def _fake_draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
-define(
+_draw_labels_operator = define(
     "masking",
     "draw_labels(Tensor logits, Tensor seed, SymInt rank) -> Tensor",
     reference=reference.draw_labels,
@@ -399,20 +450,54 @@ define(
 )
 
 
-def _fake_draw_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
-    return probabilities.new_empty(probabilities.shape)
+def _fake_draw_filters(
+    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+) -> Tensor:
+    batch = probabilities.shape[:1] if labels is None else labels.shape
+    return probabilities.new_empty((*batch, probabilities.shape[1]))
 
 
-def _draw_filters_gradient(ctx: Any, saved: tuple[()], grad_mask: Tensor) -> tuple[Tensor]:
+def _setup_draw_filters(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    probabilities, _, _, labels = (*inputs, None)[:4]
+    ctx.classes = probabilities.shape[0]
+    if labels is not None:
+        ctx.save_for_backward(labels)
+
+
+def _draw_filters_gradient(ctx: Any, saved: tuple[Tensor, ...], grad_mask: Tensor) -> tuple[Tensor]:
     """Straight through."""
-    return (grad_mask,)
+    if not saved:
+        return (grad_mask,)
+    return (_sums_by_label(grad_mask, saved[0], ctx.classes),)
+
+
+def _sums_by_label(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The operator, or others that have a derivative where one may be asked for."""
+    if not torch.is_grad_enabled():
+        found: Tensor = torch.ops.picnn_fast.sums_by_label.default(rows, labels, classes)
+        return found
+    sums = rows.new_zeros(classes, rows.shape[1])
+    return sums.index_put((labels,), rows, accumulate=True)
+
+
+def _fake_sums_by_label(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    return rows.new_empty((classes, rows.shape[1]))
 
 
 define(
     "masking",
-    "draw_filters(Tensor probabilities, Tensor seed, SymInt rank) -> Tensor",
+    "sums_by_label(Tensor rows, Tensor labels, SymInt classes) -> Tensor",
+    reference=reference.sums_by_label,
+    fake=_fake_sums_by_label,
+)
+
+
+_draw_filters_operator = define(
+    "masking",
+    "draw_filters(Tensor probabilities, Tensor seed, SymInt rank, Tensor? labels=None) -> Tensor",
     reference=reference.draw_filters,
     fake=_fake_draw_filters,
+    setup_context=_setup_draw_filters,
     backward=_draw_filters_gradient,
 )
 
@@ -421,7 +506,12 @@ define(
 
 
 def _fake_bernoulli_mask(
-    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+    features: Tensor,
+    logits: Tensor,
+    correspondence: Tensor,
+    seed: Tensor,
+    rank: int,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask_dtype = reference.accumulate_dtype(features.dtype)
     return (
@@ -432,7 +522,7 @@ def _fake_bernoulli_mask(
 
 
 def _setup_bernoulli_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, logits, correspondence, _, _ = inputs
+    features, logits, correspondence = inputs[:3]
     _, mask, pseudo_label = output
     ctx.save_for_backward(features, logits, correspondence, mask, pseudo_label)
     ctx.mark_non_differentiable(pseudo_label)
@@ -455,7 +545,9 @@ def _bernoulli_mask_gradient(
     grad_logits = grad_correspondence = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         assert grad_z is not None
-        dtype = torch.promote_types(logits.dtype, correspondence.dtype)
+        dtype = logits.dtype
+        if dtype != correspondence.dtype:
+            dtype = torch.promote_types(dtype, correspondence.dtype)
         grad_logits, grad_correspondence = _parameters_gradient(
             _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
         )
@@ -484,10 +576,10 @@ def _parameters_gradient(
     return y1 * (grad_y1 - (y1 * grad_y1).sum(-1, keepdim=True)), grad_correspondence
 
 
-define(
+_bernoulli_mask_operator = define(
     "masking",
     "bernoulli_mask(Tensor features, Tensor logits, Tensor correspondence, Tensor seed,"
-    " SymInt rank) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
+    " SymInt rank, bool validate=False) -> (Tensor masked, Tensor mask, Tensor pseudo_label)",
     reference=reference.bernoulli_mask,
     fake=_fake_bernoulli_mask,
     setup_context=_setup_bernoulli_mask,
@@ -507,7 +599,6 @@ define(
     " Tensor pseudo_label) -> (Tensor grad_logits, Tensor grad_correspondence)",
     reference=reference.bernoulli_parameters_backward,
     fake=_fake_parameters_backward,
-    triton=False,  # small matrix algebra: the library's product serves
 )
 
 
@@ -536,13 +627,45 @@ def _mask_channels_gradient(
     return _maps_gradient(grad_masked, *saved)
 
 
-define(
+_mask_channels_operator = define(
     "masking",
     "mask_channels(Tensor features, Tensor mask) -> Tensor",
     reference=reference.mask_channels,
     fake=_fake_mask_channels,
     setup_context=_save_inputs,
     backward=_mask_channels_gradient,
+)
+
+
+def _fake_class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features), gate.new_empty(features.shape[:2])
+
+
+def _setup_class_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, gate, labels = inputs
+    rows = output[1]
+    ctx.classes = gate.shape[0]
+    ctx.save_for_backward(features, gate, labels, rows)
+    ctx.mark_non_differentiable(rows)
+
+
+def _class_gate_gradient(
+    ctx: Any, saved: tuple[Tensor, ...], grad_masked: Tensor, _: None
+) -> tuple[Tensor, Tensor]:
+    features, gate, labels, rows = saved
+    if torch.is_grad_enabled():  # the rows may be differentiated, too
+        rows = _rows(gate, labels)
+    grad_features, grad_rows = _maps_gradient(grad_masked, features, rows)
+    return grad_features, _sums_by_label(grad_rows, labels, ctx.classes)
+
+
+_class_gate_operator = define(
+    "masking",
+    "class_gate(Tensor features, Tensor gate, Tensor labels) -> (Tensor masked, Tensor rows)",
+    reference=reference.class_gate,
+    fake=_fake_class_gate,
+    setup_context=_setup_class_gate,
+    backward=_class_gate_gradient,
 )
 
 

@@ -3,7 +3,9 @@
 Shapes: M samples, N filters, K classes. Every estimate is in nats.
 """
 
+import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from picnn_fast import checks
+from picnn_fast import backends, checks
 from picnn_fast.ops.define import define
 from picnn_fast.ops.histogram import MOST_BINS
 from picnn_fast.reference import mutual_information as reference
@@ -25,8 +27,10 @@ _SCRATCH_BYTES = 2**24
 _ALIGNED = 8
 # Elements that a step of ``prepare`` may hold beside the block it works on.
 _CHUNK = 2**20
-# Elements of a block that are too few to draw the noise twice for (64 MiB).
-_SMALL = 2**23
+# Elements that numpy's passes over some columns find in the cache again.
+_CACHED = 2**17
+# Elements of a block that are too few to draw the noise twice for (256 MiB).
+_SMALL = 2**25
 
 
 def mutual_information(
@@ -148,7 +152,7 @@ def knn_mutual_information(
         zeros that a ReLU leaves: about 0 nats. Where it is lost in rounding, equal samples count
         together.
 
-        Takes less than twice the memory of the activations (as float32) beside them, by blocks of
+        Takes at most twice the memory of the activations (as float32) beside them, by blocks of
         filters, and some 80 MB.
 
     Source:
@@ -439,36 +443,87 @@ def prepare(activations: Tensor, random_state: int) -> Iterator[Tensor]:
 
     Yields:
         The filters in order as float64 ``[n, M]`` on the CPU, in blocks of n filters that take
-        about as much memory as the activations, or 64 MiB. Every block draws the noise again.
+        about as much memory as the activations, or 256 MiB. Every block draws the noise again.
     """
     samples, filters = activations.shape
     size = max(1, filters * activations.element_size() // 8, _SMALL // samples)
-    for start in range(0, filters, size):
-        columns = activations[:, start : start + size]
-        block = torch.empty((columns.shape[1], samples), dtype=torch.float64)
-        values = block.copy_(columns.T).numpy()
-        few = max(1, _CHUNK // samples)
-        weights = [_standardise(values[i : i + few].T) for i in range(0, len(values), few)]
-        noise_weight = 1e-10 * np.concatenate(weights)
-        state = np.random.RandomState(random_state)
-        rows = max(1, _CHUNK // filters)
-        for row in range(0, samples, rows):
-            noise = state.standard_normal((min(rows, samples - row), filters))
-            values[:, row : row + rows] += (noise_weight * noise[:, start : start + size]).T
-        yield block
-        del block, values  # before the next one is allocated
+    few = max(1, _CACHED // samples)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for start in range(0, filters, size):
+            columns = activations[:, start : start + size]
+            block = torch.empty((columns.shape[1], samples), dtype=torch.float64)
+            list(threads.map(_copy_turned, *_tiles(block, columns)))
+            values = block.numpy()
+            parts = [values[i : i + few].T for i in range(0, len(values), few)]
+            weights = 1e-10 * np.concatenate(list(threads.map(_standardise, parts)))
+            del parts
+            _add_noise(values, weights, start, filters, random_state)
+            yield block
+            del block, values  # before the next one is allocated
+
+
+def _tiles(block: Tensor, columns: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Pieces of ``block`` and of ``columns``, which it is to hold turned, that fit in a cache."""
+    tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for wide, tall in zip(block.split(64), columns.split(64, 1), strict=True):
+        tiles[0].extend(wide.split(500, 1))
+        tiles[1].extend(tall.split(500))
+    return tiles
+
+
+def _copy_turned(block: Tensor, columns: Tensor) -> None:
+    block.copy_(columns.T)
 
 
 def _standardise(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     """Scale ``columns`` in place and return the noise each gets, in units of 1e-10.
 
-    ``columns`` is in Fortran order, on which the order of numpy's sums depends.
+    ``columns`` is in Fortran order, on which the order of numpy's sums depends. The deviation is
+    ``np.nanstd``'s, bit for bit, without the passes that look for NaN.
     """
-    scale = np.nanstd(columns, axis=0)
+    samples = len(columns)
+    deviations = columns - columns.sum(axis=0, keepdims=True) / samples
+    np.multiply(deviations, deviations, out=deviations)
+    scale = np.sqrt(deviations.sum(axis=0) / samples)
     scale[scale < 10 * np.finfo(np.float64).eps] = 1.0
     columns /= scale
-    noise: NDArray[np.float64] = np.maximum(1, np.abs(columns).mean(axis=0))
+    np.abs(columns, out=deviations)
+    noise: NDArray[np.float64] = np.maximum(1, deviations.mean(axis=0))
     return noise
+
+
+def _add_noise(
+    values: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    first: int,
+    filters: int,
+    random_state: int,
+) -> None:
+    """Add what ``RandomState(random_state).standard_normal((samples, filters))`` has in columns
+    ``first`` and following, times ``weights``, to ``values`` ``[n, samples]``."""
+    state = np.random.RandomState(random_state)
+    if _compiled_noise_is_numpys():
+        _, key, position, *_ = state.get_state(legacy=True)
+        backends.extension.add_legacy_normal(key, position, filters, first, weights, values)
+        return
+    count, samples = values.shape
+    rows = max(1, _CHUNK // filters)
+    for row in range(0, samples, rows):
+        noise = state.standard_normal((min(rows, samples - row), filters))
+        values[:, row : row + rows] += (weights * noise[:, first : first + count]).T
+
+
+@functools.cache
+def _compiled_noise_is_numpys() -> bool:
+    """Whether there is a compiled core that draws as this NumPy does: its compiler may have fused
+    multiplications and additions, or its logarithm be another."""
+    if backends.extension is None:
+        return False
+    state = np.random.RandomState(1)
+    _, key, position, *_ = state.get_state(legacy=True)
+    drawn = np.zeros((3, 2001))
+    backends.extension.add_legacy_normal(key, position, 3, 0, np.ones(3), drawn)
+    return np.array_equal(drawn.T, state.standard_normal((2001, 3)))
 
 
 def _prepare_with(activations: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

@@ -179,17 +179,20 @@ class PartTemplate:
             ValueError: maps without a position or too large, or a tensor of offsets too small for
                 them or not finite.
         """
-        _check_sides(height, width)
-        dtype, device = accumulate_dtype(like.dtype), like.device
-        symbolic = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+        device = like.device
+        symbolic = type(height) is not int or type(width) is not int
         subclass = type(like) not in (Tensor, torch.nn.Parameter)
         if torch.compiler.is_compiling() or symbolic or subclass:
+            _check_sides(height, width)
             # What is made belongs to the graph.
-            return self._make(height, width, dtype, device, traced=True)
+            return self._make(height, width, accumulate_dtype(like.dtype), device, traced=True)
         kept: dict[Any, Tensor] = self.__dict__.setdefault("_kept", {})
-        key = (height, width, dtype, device, self._version())
+        version = 0 if type(self.profile) is str else self._version()
+        key = (height, width, like.dtype, device, version)
         offsets = kept.get(key)
         if offsets is None:
+            _check_sides(height, width)
+            dtype = accumulate_dtype(like.dtype)
             with torch.inference_mode(False):  # a later call may save it for its backward pass
                 offsets = self._make(height, width, dtype, device, traced=False)
             # One made inside of a transform or a fake mode does not outlive it.
@@ -203,8 +206,9 @@ class PartTemplate:
 
     def _version(self) -> int:
         """Of a tensor of offsets, which may be changed in place."""
-        if isinstance(self.profile, Tensor) and not self.profile.is_inference():
-            return self.profile._version
+        profile = self.profile
+        if isinstance(profile, Tensor) and not profile.is_inference():
+            return profile._version
         return 0
 
     def _make(
@@ -309,7 +313,7 @@ def map_peaks(x: Tensor) -> Tensor:
         tensor([[1]])
     """
     check_maps(x)
-    peak: Tensor = torch.ops.picnn_fast.map_peaks.default(readable(x.detach()))
+    peak: Tensor = _map_peaks_operator(readable(x.detach()))
     return peak
 
 
@@ -367,16 +371,16 @@ def template_mask(
         >>> template_mask(x, PartTemplate("l1", beta=2.0), center="mass")[1].item()  # 10 / 6
         2
     """
-    check_maps(x)
-    height, width = x.shape[2:]
+    height, width = check_maps(x)
     offsets = check_template(template).offsets_for(height, width, x)
-    if check_scale(scale) == "tau":
+    if (type(scale) is not float or scale != 1.0) and check_scale(scale) == "tau":
         scale = template.tau_for(height, width)
-    checks.one_of("center", center, CENTERS)
+    if center != "argmax":
+        checks.one_of("center", center, CENTERS)
     if beta is not None:
         check_beta(beta, template, x)
     if center == "argmax" and beta is None:
-        masked, peak = torch.ops.picnn_fast.template_mask.default(readable(x), offsets, scale)
+        masked, peak = _template_mask_operator(readable(x), offsets, scale)
         return masked, peak
     peak = map_peaks(x) if center == "argmax" else reference.centre_of_mass(x.detach())
     tables = offsets[None] if beta is None else filter_tables(template, x, beta)
@@ -399,15 +403,19 @@ def filter_tables(template: PartTemplate, x: Tensor, beta: Tensor | None) -> Ten
     return reference.gradient_tables(slopes, 1 if template.norm == "l1" else 2, height, width)
 
 
-def check_maps(x: Tensor) -> None:
-    """Maps ``[B, N, h, w]`` of at least one position."""
+def check_maps(x: Tensor) -> tuple[int, int]:
+    """Maps ``[B, N, h, w]`` of at least one position; their sides."""
     checks.floating("x", x)
     if x.ndim != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want maps [B, N, h, w]")
-    _check_sides(*x.shape[2:])
+    _, _, height, width = x.shape
+    _check_sides(height, width)
+    return height, width
 
 
 def _check_sides(height: int, width: int) -> None:
+    if 1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE:
+        return
     for name, side in (("h", height), ("w", width)):
         if not 1 <= side <= MOST_SIDE:
             raise ValueError(f"x: got maps with {name} = {side}, want 1 to {MOST_SIDE}")
@@ -493,18 +501,17 @@ def _template_mask_gradient(
     ctx: Any, saved: tuple[Tensor, Tensor], grad_masked: Tensor, *_: None
 ) -> tuple[Tensor]:
     """The mask is a constant in the backward pass."""
-    backward = torch.ops.picnn_fast.template_mask_backward.default
-    return (backward(readable(grad_masked), *saved, ctx.scale),)
+    return (_BACKWARD(readable(grad_masked), *saved, ctx.scale),)
 
 
-define(
+_map_peaks_operator = define(
     "templates",
     "map_peaks(Tensor x) -> Tensor",
     reference=reference.map_peaks,
     fake=_fake_map_peaks,
     decomposition=_decomposed_map_peaks,
 )
-define(
+_template_mask_operator = define(
     "templates",
     "template_mask(Tensor x, Tensor offsets, float scale) -> (Tensor masked, Tensor peak)",
     reference=reference.template_mask,
@@ -523,3 +530,4 @@ define(
     setup_context=_setup_template_mask_backward,
     backward=_template_mask_gradient,
 )
+_BACKWARD = torch.ops.picnn_fast.template_mask_backward.default

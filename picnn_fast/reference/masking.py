@@ -107,11 +107,17 @@ def draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
     return (cumulative <= threshold[:, None]).sum(-1).clamp_max(classes - 1)
 
 
-def draw_filters(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
+def draw_filters(
+    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+) -> Tensor:
     """Independent Bernoulli draws: 1 where u < p, else 0 (PICNN eq. 7).
 
-    ``probabilities`` ``[B, N]`` is float32 or float64, and so is the mask.
+    ``probabilities`` ``[B, N]`` is float32 or float64, and so is the mask. With ``labels`` ``[B]``
+    int64 it is ``[K, N]``, and sample b's are those of row ``labels[b]``.
     """
+    if labels is not None:
+        _check_labels(labels, len(probabilities))
+        probabilities = probabilities[labels]
     index = torch.arange(probabilities.numel(), device=probabilities.device)
     bits = random_24_bits(index.view(probabilities.shape), seed, FILTER_STREAM, rank)
     kept = bits.float() * 2.0**-24 < probabilities
@@ -139,7 +145,12 @@ def mask_channels(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def bernoulli_mask(
-    features: Tensor, logits: Tensor, correspondence: Tensor, seed: Tensor, rank: int
+    features: Tensor,
+    logits: Tensor,
+    correspondence: Tensor,
+    seed: Tensor,
+    rank: int,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pseudo-label, Bernoulli mask and masked maps (PICNN eq. 4, 7, 10).
 
@@ -149,11 +160,15 @@ def bernoulli_mask(
         correspondence: ``[K, N]`` probabilities, float32 or float64.
         seed: int64, one element.
         rank: separates the draws of processes that share a seed.
+        validate: refuse what is no probability.
 
     Returns:
         masked, like ``features``; mask ``[B, N]`` (float32; float64 for float64 features) and
         pseudo_label ``[B]`` int64.
     """
+    if validate:
+        within = (correspondence >= 0) & (correspondence <= 1)
+        torch._assert_async(within.all(), "correspondence: want probabilities: finite, in [0, 1]")
     pseudo_label = draw_labels(logits, seed, rank)
     mask = draw_filters(correspondence[pseudo_label], seed, rank)
     mask = mask.to(accumulate_dtype(features.dtype))
@@ -197,7 +212,10 @@ def bernoulli_parameters_backward(
 
 
 def sums_by_label(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Rows ``[B, N]`` added up by label, ``[classes, N]``; the same bits every time."""
+    """Rows ``[B, N]`` added up by label, ``[classes, N]``; the same bits every time.
+
+    ``rows`` is float32 or float64, ``labels`` ``[B]`` int64, of classes that there are.
+    """
     return add_by_label(rows.new_zeros(classes, rows.shape[1]), labels, rows)
 
 
@@ -213,6 +231,22 @@ def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         # index_add_ would add there in whatever order threads come; this sorts the labels first.
         return sums.index_put_((labels,), rows, accumulate=True)
     return sums.index_add_(0, labels, rows)
+
+
+def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``mask_channels(features, gate[labels])`` (CSG, section 3.1), and ``gate[labels]``.
+
+    ``gate`` is ``[K, N]`` in the accumulate type, ``labels`` ``[B]`` int64; labels that are none of
+    the K classes are refused.
+    """
+    _check_labels(labels, len(gate))
+    rows = gate[labels]
+    return mask_channels(features, rows), rows
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    within = (labels >= 0) & (labels < classes)
+    torch._assert_async(within.all(), f"labels: want class indices in [0, {classes})")
 
 
 def masking_backward(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

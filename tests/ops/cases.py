@@ -113,16 +113,17 @@ def as_tuple(results: Any) -> tuple[Any, ...]:
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """Names of the operators of picnn_fast that ran."""
+    """Names of the operators of picnn_fast that ran, and did not refuse to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         if func.namespace == "picnn_fast":
             self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def on_device(device: torch.device, t: Tensor) -> Tensor:
@@ -249,12 +250,19 @@ def _draw_filters(
     shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Arguments:
     probabilities = torch.rand(shape, generator=generator).to(dtype)
-    return matrix(probabilities, layout), torch.tensor([-12345]), 1
+    # Rows of the samples' own, or those of their labels.
+    if dtype == torch.float32 or not shape[0]:
+        return matrix(probabilities, layout), torch.tensor([-12345]), 1
+    labels = torch.randint(0, shape[0], (shape[0] + 1,), generator=generator)
+    return matrix(probabilities, layout), torch.tensor([-12345]), 1, labels
 
 
-def _drawn_straight_through(probabilities: Tensor, seed: Tensor, rank: int) -> Tensor:
-    kept = masking_reference.draw_filters(probabilities.detach(), seed, rank)
-    return kept + probabilities - probabilities.detach()
+def _drawn_straight_through(
+    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+) -> Tensor:
+    kept = masking_reference.draw_filters(probabilities.detach(), seed, rank, labels)
+    rows = probabilities if labels is None else probabilities[labels]
+    return kept + rows - rows.detach()
 
 
 def _bernoulli_mask(
@@ -279,6 +287,21 @@ def _masking_backward(
 ) -> Arguments:
     grad = maps(shape, layout, dtype, generator, relu=False)
     return grad, *_mask_channels(shape, layout, dtype, generator)
+
+
+def _sums_by_label(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    rows = matrix(torch.randn(shape, generator=generator).to(dtype), layout)
+    return rows, torch.randint(0, CLASSES - 1, shape[:1], generator=generator), CLASSES
+
+
+def _class_gate(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    gate = _mask((CLASSES, *shape[1:]), dtype, generator)
+    labels = torch.randint(0, CLASSES - 1, shape[:1], generator=generator)
+    return maps(shape, layout, dtype, generator, relu=False), gate, labels
 
 
 def _parameters_backward(
@@ -326,6 +349,8 @@ _DRAWS: dict[str, Any] = _MASKING | {
     "dtypes": DTYPES[:2],
 }
 
+_DRAWN = {0: (0, 1), 3: (0,)}
+
 MASKING = (
     OperatorCase(
         name="draw_labels", make=_draw_labels, rounding=(None,), judged_wide=False, **_DRAWS
@@ -335,11 +360,11 @@ MASKING = (
         make=_draw_filters,
         rounding=(None,),
         leaves=(0,),
-        gradient_rounding=(0,),
+        gradient_rounding=(64,),
         plain=_drawn_straight_through,
         judged_wide=False,
         # A table's gradient lies as the mask does, whatever the table's layout.
-        **(_DRAWS | {"layouts": ("contiguous", "strided", "expanded")}),
+        **(_DRAWS | {"layouts": ("contiguous", "strided", "expanded"), "free": _DRAWN}),
     ),
     OperatorCase(
         name="bernoulli_mask",
@@ -372,8 +397,28 @@ MASKING = (
         **(_MASKING | {"maps": (0, 1), "free": {}}),
     ),
     OperatorCase(
+        name="class_gate",
+        make=_class_gate,
+        rounding=(None, None),
+        leaves=(0, 1),
+        gradient_rounding=(1, 64),
+        plain=lambda features, gate, labels: (
+            features * gate[labels][..., None, None],
+            gate[labels],
+        ),
+        **(_MASKING | {"free": {0: (2, 3), 1: (0,)}}),
+    ),
+    OperatorCase(
+        name="sums_by_label",
+        copied=("cpp",),
+        make=_sums_by_label,
+        rounding=(64,),
+        **(_DRAWS | {"free": {0: (1,)}}),
+    ),
+    OperatorCase(
         name="bernoulli_parameters_backward",
         copied=("cpp",),
+        least=1.0,
         make=_parameters_backward,
         rounding=(64, 64),
         **(

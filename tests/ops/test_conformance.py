@@ -19,7 +19,7 @@ from torch import Tensor
 
 from picnn_fast import backends
 from tests.cases import Row, case_id, few, in_turn
-from tests.conftest import BACKENDS, WITHOUT_GPU_KERNEL, Backend, other_instruction_sets
+from tests.conftest import BACKENDS, Backend, other_instruction_sets
 from tests.ops.cases import (
     CASES,
     MAP_LAYOUTS,
@@ -48,14 +48,13 @@ def over(
     rows: Callable[[OperatorCase, str], Iterable[Row]] = lambda case, backend: [()],
     backends: Callable[[str], bool] = lambda backend: backend in ALL,
 ) -> pytest.MarkDecorator:
-    """Each case on each backend that ``backends`` wants and that has a kernel, in its rows."""
+    """Each case on each backend that ``backends`` wants, in its rows."""
     params = []
     for case in cases:
         for entry in (*BACKENDS, *other_instruction_sets()):
             name, marks = (entry, ()) if isinstance(entry, str) else (entry.values[0], entry.marks)
             backend = str(name)
-            own = backend.startswith(("reference", "cpp")) or case.name not in WITHOUT_GPU_KERNEL
-            if own and backends(backend):
+            if backends(backend):
                 for row in rows(case, backend):
                     words = "-".join(map(case_id, (case, backend, *row)))
                     params.append(pytest.param(backend, case, *row, marks=marks, id=words))

@@ -15,6 +15,7 @@ from torch import Tensor
 from picnn_fast.functional import (
     bernoulli_mask,
     class_gate,
+    draw_labels,
     draw_mask,
     gumbel_mask,
     mask_channels,
@@ -209,7 +210,54 @@ torch.cuda.synchronize()
     assert "device-side assert" in done.stderr
 
 
+@pytest.mark.parametrize("value", [-1e-6, 1.0000002, nan, inf])
+def test_kernels_refuse_what_is_no_probability_where_the_host_does_not_look(
+    backend: Backend, value
+):
+    if backend.device.type == "cuda":
+        pytest.skip("a device-side assert ends the process's use of the GPU")
+    features, logits = good()["features"], good()["logits"]
+    seed = torch.zeros(1, dtype=torch.int64)
+    operator = torch.ops.picnn_fast.bernoulli_mask
+    operator(features, logits, table(0.5), seed, 0, True)
+    with pytest.raises(RuntimeError):
+        operator(features, logits, table(value), seed, 0, True)
+    operator(features, logits, table(value), seed, 0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_kernels_refuse_labels_of_no_class(backend: Backend, wrong):
+    if backend.device.type == "cuda":
+        pytest.skip("a device-side assert ends the process's use of the GPU")
+    features, gate = good()["features"], good()["gate"]
+    labels = torch.tensor([0, wrong])
+    with pytest.raises(RuntimeError):
+        torch.ops.picnn_fast.class_gate(features, gate, labels)
+    with pytest.raises(RuntimeError):
+        torch.ops.picnn_fast.draw_filters(gate, torch.zeros(1, dtype=torch.int64), 0, labels)
+
+
+def test_probabilities_that_a_caller_vouches_for_are_not_looked_at():
+    arguments = good()
+    features, logits, seed = (arguments[k] for k in ("features", "logits", "seed"))
+    for function in OF_MASKS:
+        function(features, logits, table(2.0), seed=seed, validate=False)
+    draw_mask(table(2.0), arguments["labels"], validate=False)
+
+
 # What is taken ------------------------------------------------------------------------------------
+
+
+def test_labels_drawn_alone_are_those_of_the_mask(backend: Backend):
+    logits = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    maps, probabilities = (torch.ones(size, device=backend.device) for size in ((40, 3), (6, 3)))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        want = bernoulli_mask(maps, logits.to(dtype), probabilities, seed=4, rank=1)[2]
+        assert torch.equal(draw_labels(logits.to(dtype), seed=4, rank=1), want)
+    with pytest.raises(ValueError, match=r"logits: got shape \(6,\), want \[samples, classes\]"):
+        draw_labels(logits[0])
+    with pytest.raises(TypeError, match="logits: got dtype"):
+        draw_labels(logits.long())
 
 
 @pytest.mark.parametrize(

@@ -392,22 +392,14 @@ class Names(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_gradients_of_tables_are_added_up_in_one_order_on_a_gpu():
     """Where index_add_ would add atomically; only names of operators are seen without a GPU."""
-    features, _, table = inputs(torch.device("cpu"))
-    labels = torch.tensor([3, 0, 3])
-    for mask in (lambda t: class_gate(features, t, labels), lambda t: draw_mask(t, labels)):
-        loss = mask(table).sum()
-        with Names() as eager:
-            loss.backward()
-        assert "embedding_dense_backward" in eager.names
-        assert not any("index_add" in name for name in eager.names)
     with FakeTensorMode():
-        rows = torch.rand(3, FILTERS, device="cuda")
+        features = torch.rand(3, FILTERS, 2, device="cuda")
         labels = torch.zeros(3, dtype=torch.int64, device="cuda")
         with Names() as eager:
-            sums = reference.sums_by_label(rows, labels, CLASSES)
-    assert sums.shape == (CLASSES, FILTERS)
-    assert "index_put_" in eager.names
-    assert not any("index_add" in name for name in eager.names)
+            sums = reference.sums_by_label(features[..., 0], labels, CLASSES)
+        assert sums.shape == (CLASSES, FILTERS)
+        assert "index_put_" in eager.names
+        assert not any("index_add" in name for name in eager.names)
 
 
 def test_all_sums_by_label_are_made_by_one_function():

@@ -26,7 +26,7 @@ from picnn_fast.functional import (
 from picnn_fast.reference import masking as reference
 from tests.cases import case_id, every_instruction_set, in_turn, kernel_cases, pairwise
 from tests.conftest import (
-    HAS_GPU,
+    BACKENDS,
     IN_CI,
     Backend,
     other_instruction_sets,
@@ -265,16 +265,8 @@ def test_backward_reads_gradients_of_any_layout(
 
 # Gradients of logits and correspondence -----------------------------------------------------------
 
-# Triton and CUDA have no kernel of their own (conftest.WITHOUT_GPU_KERNEL).
 parameters_backends = pytest.mark.parametrize(
-    "backend",
-    [
-        "reference",
-        "cpp",
-        *other_instruction_sets(),
-        *([pytest.param("reference-gpu", marks=pytest.mark.gpu)] if HAS_GPU else []),
-    ],
-    indirect=True,
+    "backend", [*BACKENDS, *other_instruction_sets()], indirect=True
 )
 # The compiled kernel leaves the product to the library where the table has more elements.
 LARGEST_TABLE = 1 << 16
@@ -525,7 +517,7 @@ def test_only_the_operators_make_tensors_of_the_size_of_the_maps(layout):
         gated = class_gate(x, correspondence, label, channel_dim=dim)
     with NewMaps(features.numel()) as backward:
         torch.autograd.grad(gated, (x, correspondence), grad)
-    assert forward.names == ["mask_channels"]
+    assert forward.names == ["class_gate"]
     assert backward.names == ["masking_backward"]
 
 

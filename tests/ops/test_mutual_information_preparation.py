@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.feature_selection import _mutual_info, mutual_info_classif
 
+from picnn_fast import backends
 from picnn_fast.ops import mutual_information as family
 
 
@@ -65,6 +66,7 @@ def test_preparation_holds_little_beside_a_block(monkeypatch):
     (whole,) = family.prepare(x, 1)
     monkeypatch.setattr(family, "_SMALL", 0)
     monkeypatch.setattr(family, "_CHUNK", 2**13)
+    monkeypatch.setattr(family, "_CACHED", 2**13)
     tracemalloc.start()
     try:
         blocks = list(family.prepare(x, 1))  # of torch's memory, which is not traced
@@ -73,3 +75,51 @@ def test_preparation_holds_little_beside_a_block(monkeypatch):
         tracemalloc.stop()
     assert torch.equal(torch.cat(blocks), whole)
     assert peak < 6 * 8 * 2**13 < x.numel() * 8 / 4
+
+
+def test_compiled_noise_is_numpys_bit_for_bit(cpp, threads):
+    """Any column first, any number of threads, and words left over from a draw before."""
+    for seed, samples, columns, first, count in (
+        (0, 1000, 7, 2, 5),
+        (2**32 - 1, 3, 1, 0, 1),
+        (1, 1, 1, 0, 1),
+        (2, 700, 513, 0, 513),
+        (3, 9001, 65, 10, 20),
+    ):
+        state = np.random.RandomState(seed)
+        state.randint(2**32, size=seed % 5, dtype=np.uint32)
+        _, key, position, *_ = state.get_state(legacy=True)
+        noise = state.standard_normal((samples, columns))[:, first : first + count].T
+        weights = np.random.RandomState(9).rand(count)
+        start = np.random.RandomState(8).rand(count, samples)
+        for number in (1, 2, 5):
+            threads(number)
+            values = start.copy()
+            backends.extension.add_legacy_normal(key, position, columns, first, weights, values)
+            assert np.array_equal(values, start + weights[:, None] * noise)
+
+
+def test_numpy_draws_where_the_compiled_core_does_not_as_it_does(monkeypatch):
+    x = activations(501, 6)
+    (expected,) = family.prepare(x, 3)
+    monkeypatch.setattr(family, "_compiled_noise_is_numpys", lambda: False)
+    (got,) = family.prepare(x, 3)
+    assert torch.equal(got, expected)
+
+
+def test_a_compiled_core_that_draws_otherwise_is_not_used(monkeypatch):
+    assert family._compiled_noise_is_numpys.__wrapped__() == (backends.extension is not None)
+
+    class Other:
+        @staticmethod
+        def add_legacy_normal(key, position, columns, first, weights, values):
+            values += 1
+
+    monkeypatch.setattr(backends, "extension", Other)
+    assert not family._compiled_noise_is_numpys.__wrapped__()
+
+
+def test_noise_of_another_shape_is_refused(cpp):
+    key = np.zeros(624, np.uint32)
+    with pytest.raises(ValueError, match="do not fit"):
+        backends.extension.add_legacy_normal(key, 624, 3, 2, np.ones(2), np.zeros((2, 4)))
