@@ -20,6 +20,7 @@ from benchmarks import (
     explainer,
     filter_loss,
     harness,
+    kernels,
     loading,
     masking,
     mutual_information,
@@ -42,6 +43,7 @@ BENCHMARKS = (
     mutual_information,
     bias,
     mutual_information_loss,
+    kernels,
 )
 README = harness.RESULTS.parent / "README.md"
 HEAD = """

@@ -57,6 +57,7 @@ struct Columns {
   template <typename Value>
   __device__ Value combine(Value value, void* scratch) const {
     auto* values = static_cast<Value*>(scratch);
+    // Every caller of today has a barrier behind its last use of the scratch; this asks for none.
     __syncthreads();
     values[threadIdx.x] = value;
     __syncthreads();
@@ -70,7 +71,7 @@ struct Columns {
 template <typename Value>
 __device__ Value combine_block(Value value, void* scratch) {
   auto* values = static_cast<Value*>(scratch);
-  __syncthreads();
+  __syncthreads();  // as in Columns::combine
   values[threadIdx.x] = value;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
