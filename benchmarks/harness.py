@@ -394,12 +394,14 @@ def command_line(
     report: Callable[[dict[str, Any]], str],
     arguments: list[str] | None,
     tables: tuple[str, ...] = (),
+    images: bool = False,
 ) -> None:
     """``python -m benchmarks.<family>``: ``run(device, smoke=…, measure=…)``, report, results file.
 
     ``measure(results, title)`` is ``Record.measure``. ``tables``: those that can be measured alone,
-    which ``run`` takes as ``tables=(name,)``, into a file of their own. Exits with status 1 if a
-    measurement failed.
+    which ``run`` takes as ``tables=(name,)``, into a file of their own. ``images``: whether there
+    is an option of a folder of images, which ``run`` takes as ``images=path``. Exits with status 1
+    if a measurement failed.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{family}", description=description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -408,14 +410,21 @@ def command_line(
     )
     if tables:
         parser.add_argument("--table", choices=tables, help="measure this one alone")
+    if images:
+        parser.add_argument("--images", type=Path, metavar="FOLDER", help="of train and test")
     add_results_option(parser)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     command = f"python -m benchmarks.{family} --device {options.device}"
-    name, which = family, {}
+    name = family
+    which: dict[str, Any] = {}
+    if images and options.images is not None:
+        command += " --images FOLDER"  # wherever it lies
+        which["images"] = options.images
     if tables and options.table is not None:
         command += f" --table {options.table}"
-        name, which = f"{family}-{options.table}", {"tables": (options.table,)}
+        name = f"{family}-{options.table}"
+        which["tables"] = (options.table,)
     record = Record(
         results_folder(options),
         f"{name}-{machine_name(device)}",

@@ -27,12 +27,14 @@ from benchmarks import (
     mutual_information_loss,
     overhead,
     parts,
+    scaling,
 )
 
 BENCHMARKS = (
     overhead,
     loading,
     calls,
+    scaling,
     masking,
     filter_loss,
     correlation,

@@ -77,7 +77,7 @@ def gather_rows(own: Tensor | None, to: int | None = None, group: Any = None) ->
         return None
     shape, dtype = kinds.pop()
     device = torch.device("cpu") if own is None else own.device
-    wire = torch.device("cpu") if distributed.get_backend(group) == "gloo" else device
+    wire = _wire(device, group)
     sizes = [0 if fact is None else fact[0] for fact in facts]
     joined = None
     if to is None or to == rank:
@@ -93,6 +93,16 @@ def gather_rows(own: Tensor | None, to: int | None = None, group: Any = None) ->
             _pass_on(place, source, to, rank, group)
         first += size
     return None if joined is None else joined.to(device)
+
+
+def _wire(device: torch.device, group: Any) -> torch.device:
+    """Where tensors are to lie to be sent: gloo knows the host's memory, NCCL that of GPUs."""
+    backend = distributed.get_backend(group)
+    if backend == "gloo":
+        return torch.device("cpu")
+    if backend == "nccl" and device.type != "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _pass_on(rows: Tensor, source: int, to: int | None, rank: int, group: Any) -> None:
@@ -118,7 +128,7 @@ def all_reduce(own: Tensor, operation: str = "SUM", group: Any = None) -> Tensor
     """
     if world(group)[1] == 1:
         return own
-    wire = torch.device("cpu") if distributed.get_backend(group) == "gloo" else own.device
+    wire = _wire(own.device, group)
     total = own.to(wire, copy=True)
     distributed.all_reduce(total, getattr(distributed.ReduceOp, operation), group=group)
     # Ranks may have added up in another order.
@@ -136,7 +146,7 @@ def take_first(tensors: Iterable[Tensor], group: Any = None) -> None:
     if world(group)[1] == 1:
         return
     for own in tensors:
-        wire = torch.device("cpu") if distributed.get_backend(group) == "gloo" else own.device
+        wire = _wire(own.device, group)
         values = own.detach().to(wire, copy=True).contiguous()
         if values.numel() > 0:
             _pass_on(values, 0, None, world(group)[0], group)
