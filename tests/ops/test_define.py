@@ -1,6 +1,7 @@
 """What ``define`` promises of every operator: transforms, tracing, derivatives that are refused."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from picnn_fast import PartTemplate
@@ -173,3 +175,52 @@ def test_compiled_autograd_takes_the_backward_pass():
     with compiled_autograd._enable(torch.compile(backend="eager")):
         loss.backward()
     torch.testing.assert_close(x.grad, want)
+
+
+# The short way of a public function to its operator -----------------------------------------------
+
+
+class Named(TorchFunctionMode):
+    """Names of the operators of picnn_fast that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if hasattr(func, "_schema"):
+            self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    """A subclass that sees every call."""
+
+    names: ClassVar[set[str]] = set()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if hasattr(func, "_schema"):
+            cls.names.add(func._schema.name)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_whoever_would_intercept_an_operator_sees_it(recorded):
+    maps, mask = torch.rand(2, 3, 4, 4), torch.rand(2, 3)
+    maps.requires_grad_(recorded)
+    with Named() as named:
+        got = F.mask_channels(maps, mask)
+    assert "picnn_fast::mask_channels" in named.names
+    assert got.requires_grad == recorded
+    Own.names.clear()
+    other = F.mask_channels(maps, mask.as_subclass(Own))
+    assert Own.names >= {"picnn_fast::mask_channels"}
+    assert torch.equal(other.as_subclass(Tensor), got)
+
+
+def test_forward_mode_is_refused_without_gradients_too():
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(torch.rand(2, 3), torch.rand(2, 3))
+        with pytest.raises(RuntimeError, match="got forward-mode differentiation"):
+            F.mask_channels(dual, torch.rand(2, 3))
