@@ -21,6 +21,7 @@ from picnn_fast.functional import (
     class_gate,
     draw_mask,
     filter_loss,
+    soft_histogram_mutual_information,
     template_mask,
 )
 
@@ -137,3 +138,12 @@ def test_the_pathways_of_validation_are_twenty_launches():
         assert seen.maps.ndim == 4
         names, _ = launched(lambda: (seen.logits, seen.masked_logits, seen.complement_logits))
     assert len(names) <= 20, names
+
+
+def test_soft_mutual_information_takes_few_launches_for_what_it_is():
+    """Forty or so each way, of the class and of the rest of the samples side by side."""
+    activations = torch.rand(50, FILTERS).requires_grad_()
+    given = torch.zeros(50, dtype=torch.int64)
+    names, m = launched(lambda: soft_histogram_mutual_information(activations, given, CLASSES))
+    assert len(names) <= 42, names
+    assert len(backward(m)) <= 40

@@ -1,5 +1,7 @@
 """Mutual information from counts against its formula."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +75,26 @@ def test_plug_in_of_a_filter_without_samples_is_nan_and_no_other(counts):
     counts[1] = 0
     label = plug_in(counts, "label")
     assert label.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("target", ["class", "label"])
+@pytest.mark.parametrize("bias_correction", [None, "miller_madow"])
+def test_a_gpu_is_told_the_same_formula(monkeypatch, target, bias_correction):
+    """By fewer operators, here of tensors that say they are on one."""
+
+    class Elsewhere(torch.Tensor):
+        device = types.SimpleNamespace(type="cuda")
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.rand(5, 7, 4, generator=generator, dtype=torch.float64).sub(0.3).relu()
+    counts[0, :, 1] = 0  # a class without samples
+    counts[1, :, 1:] = 0  # a class alone
+    counts[2, 3] = 0  # a bin without samples
+    results = []
+    for kind in (torch.Tensor, Elsewhere):
+        leaf = counts.clone().requires_grad_()
+        value = plug_in(leaf.as_subclass(kind), target, bias_correction)
+        (grad,) = torch.autograd.grad(value.exp().sum(), leaf)
+        results.append((value.detach().as_subclass(torch.Tensor), grad.as_subclass(torch.Tensor)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-13, atol=1e-13)
