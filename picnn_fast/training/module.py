@@ -28,7 +28,6 @@ from picnn_fast.training.sharding import ShardedStrategy, shard, whole
 with extra("train"):
     import lightning as L
     from lightning.pytorch.callbacks import Timer
-    from lightning.pytorch.strategies import ModelParallelStrategy
     from lightning.pytorch.trainer.states import TrainerFn
 
 # Numbers that keep the draws of training and validation apart.
@@ -110,7 +109,7 @@ class _TrainingImages:
 
     def _fewer(self, batches: int) -> int:
         """How many batches others have more, where layers are gathered by all ranks together."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if not isinstance(self.trainer.strategy, ShardedStrategy):
             return 0
         most = torch.tensor(batches, device=self.trainer.strategy.root_device)
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
@@ -204,8 +203,10 @@ class InterpretableModule(L.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Under FSDP2, Lightning's ModelParallelStrategy, the network is dealt out."""
-        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
+        """Where the strategy is that of ``--strategy fsdp``, the network is dealt out."""
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        if sharded and not isinstance(self.network, FSDPModule):
+            assert self.device_mesh is not None
             shard(self.network, self.device_mesh["data_parallel"])
 
     def forward(self, images: Tensor) -> Tensor:

@@ -116,8 +116,11 @@ def test_a_complete_run_holds_whole_files_that_are_read_as_any_other(trained):
 def test_srun_and_machines_by_hand_are_one_run_whose_first_process_has_its_figures(trained):
     first, second = (json.loads((trained / f"figures{rank}.json").read_text()) for rank in (0, 1))
     written = json.loads((trained / "complete" / "metrics.json").read_text())["icnn"]
-    assert first == [written, written]
-    assert second == [{}, {}]
+    assert first[:2] == [written, written]
+    assert second[:2] == [{}, {}]
+    # What the first process refuses, every process does.
+    assert first[2] == second[2]
+    assert "holds a complete run with other options: epochs 2, now 1" in first[2]["refused"]
 
 
 def test_shards_that_are_damaged_or_gone_are_told_in_a_line(trained, tmp_path):

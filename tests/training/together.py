@@ -33,6 +33,7 @@ from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training import module, run
 from picnn_fast.training.options import GROUPS, Options
 from picnn_fast.training.run import assemble, train
+from picnn_fast.training.run_folder import RunFolderError
 from tests.training.kill import METHODS, options_of, write_images
 
 RANKS, BATCH, EPOCHS = 2, 3, 2
@@ -227,9 +228,14 @@ def of_rank(rank: int, ports: Iterator[int], folder: Path) -> None:
     # The whole command, and once more where it is complete.
     best = options_for("icnn", folder, "complete", report_epoch="best_on_validation")
     as_rank(rank, next(ports), "srun")
-    figures = [train(best, progress=False)]
+    figures: list[Any] = [train(best, progress=False)]
     as_rank(rank, next(ports), "user")
     figures.append(train(dataclasses.replace(best, num_nodes=RANKS), progress=False))
+    as_rank(rank, next(ports), "srun")
+    try:
+        train(dataclasses.replace(best, epochs=1), progress=False)
+    except RunFolderError as error:
+        figures.append({"refused": str(error)})
     (folder / f"figures{rank}.json").write_text(json.dumps(figures))
 
 
