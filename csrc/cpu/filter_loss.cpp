@@ -1,13 +1,14 @@
 // CPU operators of the filter loss. picnn_fast/reference/filter_loss.py is the definition.
 //
-// A thread works on whole filters: the responses of all samples to all templates, their statistics
-// and the gradient by the same templates stay in its cache at usual sizes. Both products read the
-// templates' values by offset (template_panels.h), the maps where they are.
+// A thread works on whole filters, several at a time: the responses of all samples to all
+// templates, their statistics and the gradient by the same templates stay in its cache at usual
+// sizes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -17,7 +18,6 @@
 #include "capability.h"
 #include "filter_loss_kernels.h"
 #include "maps.h"
-#include "template_panels.h"
 #include "tensors.h"
 
 namespace picnn_fast {
@@ -26,18 +26,69 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Filters worked on together: where those are neighbours in memory, a cache line of them, unless
-// that is more than a cache holds or leaves threads without work.
-template <typename T>
-int64_t filters_together(const FilterLoss<T>& f) {
-  constexpr int64_t kLine = 64, kCache = 4 << 20, kSize = sizeof(Accumulate<T>);
-  if (f.maps_strides.position == 1) {
-    return 1;
+// Calls run(down, right, value) for each offset from a peak.
+template <typename A, typename Run>
+void for_each_offset(const A* table, const Offsets& offsets, const Run& run) {
+  for (int64_t down = 1 - offsets.height; down < offsets.height; ++down) {
+    for (int64_t right = 1 - offsets.width; right < offsets.width; ++right, ++table) {
+      run(down, right, *table);
+    }
   }
-  int64_t filters = kLine / kSize;
-  const int64_t threads = torch::stable::get_num_threads();
-  while (filters > 1 && (filters * f.shape.batch * f.shape.positions * kSize > kCache ||
-                         (f.shape.filters + filters - 1) / filters < 2 * threads)) {
+}
+
+// A stencil and what it points to.
+template <typename A>
+struct StencilOf {
+  std::vector<Tap<A>> taps;
+  std::vector<int64_t> begins;
+  Stencil<A> stencil{};
+
+  // What the value of the farthest offset leaves of the others: most templates are the same from
+  // some distance on. A table of many values is taken as it is, where that is less work.
+  StencilOf(const A* table, const Offsets& offsets) {
+    const int64_t height = offsets.height, width = offsets.width, positions = height * width;
+    const A rest = table[0];
+    int64_t margin = 0, work = 0;
+    stencil.height = height;
+    stencil.width = width;
+    stencil.table = table;
+    for_each_offset(table, offsets, [&](int64_t down, int64_t right, A value) {
+      margin = value != rest ? std::max(margin, std::abs(right)) : margin;
+      work += value != rest ? (height - std::abs(down)) * width : 0;
+    });
+    if (work >= positions * positions) {
+      return;
+    }
+    taps.reserve(static_cast<size_t>(offsets.count()));
+    for_each_offset(table, offsets, [&](int64_t down, int64_t right, A value) {
+      if (right == 1 - width) {
+        begins.push_back(static_cast<int64_t>(taps.size()));
+      }
+      if (value != rest) {
+        taps.push_back({static_cast<int32_t>(down * (width + margin) + right), value - rest});
+      }
+    });
+    begins.push_back(static_cast<int64_t>(taps.size()));
+    stencil.margin = margin;
+    stencil.rest = rest;
+    stencil.taps = taps.data();
+    stencil.begins = begins.data();
+  }
+  StencilOf(const StencilOf&) = delete;
+  StencilOf& operator=(const StencilOf&) = delete;
+};
+
+// Filters in a line: as many as it holds, for maps that lie side by side are then read in whole
+// lines; fewer where there would be little to share among threads, or very much to keep, as long
+// as there are samples to fill the line. By the shape alone: so results are the same on any number
+// of threads.
+template <typename T>
+int64_t filters_in_line(const MapsShape& shape) {
+  constexpr int64_t kNumbers = kLineNumbers<Accumulate<T>>, kBlocks = 8, kBytes = 16 << 20;
+  const int64_t of_filter = 2 * shape.batch * (shape.positions + 1) * (64 / kNumbers);
+  int64_t filters = kNumbers;
+  while (filters > 1 && shape.batch >= 2 * kNumbers / filters &&
+         (ceil_div(shape.filters, filters) < kBlocks || filters * of_filter > kBytes)) {
     filters /= 2;
   }
   return filters;
@@ -47,14 +98,14 @@ template <typename T>
 void run_blocks(const FilterLoss<T>& f) {
   using A = Accumulate<T>;
   const FilterLossKernel<T>& kernel = PICNN_FAST_KERNELS_IN_USE(filter_loss_kernels);
-  const int64_t blocks = (f.shape.filters + f.block - 1) / f.block;
+  const int64_t blocks = ceil_div(f.shape.filters, f.filters);
   // Every response takes a multiplication for each position.
-  const int64_t work = f.block * f.shape.batch * f.shape.positions * f.shape.positions / 16;
+  const int64_t work = f.filters * f.shape.batch * f.shape.positions * f.shape.positions / 16;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     constexpr size_t kLine = 64;
-    const auto size = static_cast<size_t>(filter_loss_scratch(f.shape, f.block));
-    std::unique_ptr<char[]> memory(new char[size * sizeof(A) + kLine]);
+    const auto size = static_cast<size_t>(filter_loss_scratch(f)) * kLine;
+    std::unique_ptr<char[]> memory(new char[size + kLine]);
     const size_t misplaced = reinterpret_cast<uintptr_t>(memory.get()) % kLine;
     kernel.run(f, begin, end, reinterpret_cast<A*>(memory.get() + (kLine - misplaced)));
   });
@@ -90,18 +141,18 @@ void run(const Tensor& x, const Tensor& offsets, double tau, bool with_grad,
   if (with_grad) {
     f.grad = static_cast<A*>(out.grad.mutable_data_ptr());
     f.grad_strides = strides_of_maps(out.grad, "grad");
+    f.stream = exceeds_cache(out.grad);
   }
-  f.layout = panel_layout(part.offsets);
+  const StencilOf<A> of_maps(part.values, part.offsets);
+  f.of_maps = of_maps.stencil;
   const std::vector<A> values(part.values, part.values + part.offsets.count());
-  const std::vector<A> about_the_middle(values.rbegin(), values.rend());
-  const std::vector<A> turned = panels(f.layout, about_the_middle);
-  std::vector<A> upright;
-  if (with_grad && values != about_the_middle) {
-    upright = panels(f.layout, values);
+  const std::vector<A> turned(values.rbegin(), values.rend());
+  std::optional<StencilOf<A>> of_weights;
+  if (with_grad && values != turned) {
+    of_weights.emplace(turned.data(), part.offsets);
   }
-  f.turned = turned.data();
-  f.upright = upright.empty() ? turned.data() : upright.data();
-  f.block = filters_together(f);
+  f.of_weights = of_weights ? of_weights->stencil : f.of_maps;
+  f.filters = filters_in_line<T>(f.shape);
   f.running = running;
   run_blocks(f);
 }

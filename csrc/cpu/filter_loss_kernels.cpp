@@ -12,6 +12,8 @@
 #endif
 
 #include "scalar.h"
+#include "streaming.h"
+#include "transpose.h"
 #include "vector.h"
 
 namespace PICNN_FAST_NAMESPACE {
@@ -20,16 +22,17 @@ namespace {
 using picnn_fast::Accumulate;
 using picnn_fast::FilterLoss;
 using picnn_fast::FilterLossKernel;
-using picnn_fast::PanelLayout;
 using picnn_fast::RunningEstimates;
+using picnn_fast::Stencil;
 using picnn_fast::Strides;
+using picnn_fast::Tap;
 
-// The product of rows with all templates
-// -----------------------------------------------------------
+template <typename A>
+constexpr int64_t kLine = picnn_fast::kLineNumbers<A>;
 
-// Sums of a tile, in vectors: as many as there are registers for.
-constexpr int kMostRows = kVectorBytes == 64 ? 8 : 4;
-constexpr int kMostVectors = kVectorBytes == 16 ? 2 : 3;
+// Vectors of a line.
+template <typename A>
+constexpr int kParts = 64 / kVectorBytes;
 
 // a * b + c, in one rounding where the processor does that.
 template <typename A>
@@ -51,234 +54,283 @@ PICNN_FAST_HD Vector<A> multiply_add(Vector<A> a, Vector<A> b, Vector<A> c) {
 #endif
 }
 
-// Of `rows` rows of P numbers each, sum_ij row[ij]·panels(ij; columns), added to start[row] where
-// it is given, times scale.
+// Stencils
+// -----------------------------------------------------------------------------------------------
+
+// Columns of the output worked on together: their sums are independent of one another, and enough
+// for the processor not to wait for one.
+constexpr int kMostColumns = 8;
+
+// Where lines go, one `stride` numbers after the other, and whether past the caches.
 template <typename A>
-struct Product {
-  PanelLayout layout;
-  const A* panels;
-  const A* rows;
-  int64_t row_stride;
-  const A* start;
-  A scale;
-  A* out;
-  int64_t out_stride;
+struct Output {
+  A* first;
+  int64_t stride;
+  bool stream;
 };
 
-// kRows rows times kVectors vectors of columns, of which `columns` numbers are kept.
-template <typename A, int kRows, int kVectors>
-void product_tile(const Product<A>& p, int64_t row, const A* first, A* out, int64_t columns) {
-  Vector<A> sums[kRows][kVectors];
+// A vector of each of kColumns lines of row i from column j on, with `rest` added, times `scale`.
+template <typename A, int kColumns>
+void stencil_tile(const Stencil<A>& s, const A* in, int64_t i, int64_t j, Vector<A> rest, A scale,
+                  const Output<A>& out) {
+  Vector<A> sums[kColumns] = {};
+  if (s.taps != nullptr) {
+    const A* here = in + (s.margin + i * (s.width + s.margin) + j) * kLine<A>;
+    const Tap<A>* end = s.taps + s.begins[2 * s.height - 1 - i];
+    for (const Tap<A>* tap = s.taps + s.begins[s.height - 1 - i]; tap != end; ++tap) {
+      const Vector<A> value = broadcast(tap->value);
+      const A* from = here + tap->line * kLine<A>;
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const Vector<A> start = broadcast(p.start == nullptr ? A{0} : p.start[row + r]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = start;
-    }
-  }
-  const A* x = p.rows + row * p.row_stride;
-  const int64_t row_stride = p.row_stride, step = p.layout.column;
-  for (int64_t i = 0; i < p.layout.height; ++i) {
-    const A* panel = first + i * p.layout.row;
-    for (int64_t j = 0; j < p.layout.width; ++j, panel += step, ++x) {
-      Vector<A> values[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        values[v] = load<A>(panel + v * kLanes<A>);
+      for (int k = 0; k < kColumns; ++k) {
+        sums[k] = multiply_add<A>(value, load<A>(from + k * kLine<A>), sums[k]);
       }
+    }
+  } else {
+    const int64_t columns = 2 * s.width - 1;
+    for (int64_t y = 0; y < s.height; ++y) {
+      const A* values = s.table + (y - i + s.height - 1) * columns + s.width - 1 - j;
+      for (int64_t x = 0; x < s.width; ++x, ++values, in += kLine<A>) {
+        const Vector<A> from = load<A>(in);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Vector<A> factor = broadcast(x[r * row_stride]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          sums[r][v] = multiply_add<A>(factor, values[v], sums[r][v]);
+        for (int k = 0; k < kColumns; ++k) {
+          sums[k] = multiply_add<A>(broadcast(values[-k]), from, sums[k]);
         }
       }
     }
   }
-  const Vector<A> scale = broadcast(p.scale);
+  const Vector<A> factor = broadcast(scale);
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const Vector<A> sum = sums[r][v] * scale;
-      A* to = out + r * p.out_stride + v * kLanes<A>;
-      const int64_t left = columns - v * kLanes<A>;
-      std::memcpy(to, &sum, left < kLanes<A> ? left * sizeof(A) : sizeof(sum));
-    }
+  for (int k = 0; k < kColumns; ++k) {
+    sums[k] = (sums[k] + rest) * factor;
+    A* to = out.first + k * out.stride;
+    out.stream ? stream_vector<A>(sums[k], to) : store<A>(sums[k], to);
   }
 }
 
-template <typename A, int kRows>
-void product_rows(const Product<A>& p, int64_t row) {
-  for (int64_t segment = 0; segment < p.layout.segments; ++segment) {
-    const A* first = p.panels + segment * p.layout.per_segment + p.layout.first;
-    A* out = p.out + row * p.out_stride + segment * p.layout.length;
-    // Tiles of nearly the same width, none so narrow that sums wait for one another.
-    const int64_t vectors = (p.layout.length + kLanes<A> - 1) / kLanes<A>;
-    const int64_t tiles = (vectors + kMostVectors - 1) / kMostVectors;
+template <typename A, int kColumns = kMostColumns>
+PICNN_FAST_HD void stencil_columns(const Stencil<A>& s, const A* in, int64_t i, int64_t j,
+                                   int64_t columns, Vector<A> rest, A scale, const Output<A>& out) {
+  if constexpr (kColumns > 1) {
+    if (columns < kColumns) {
+      return stencil_columns<A, kColumns - 1>(s, in, i, j, columns, rest, scale, out);
+    }
+  }
+  stencil_tile<A, kColumns>(s, in, i, j, rest, scale, out);
+}
+
+// Of all positions, with their margins where the stencil has any, and rest[a number of a line].
+template <typename A>
+void slide(const Stencil<A>& s, const A* in, const A* rest, A scale, const Output<A>& out) {
+  // Tiles of nearly the same width.
+  const int64_t tiles = picnn_fast::ceil_div(s.width, kMostColumns);
+  for (int64_t i = 0; i < s.height; ++i) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t begin = vectors * tile / tiles, end = vectors * (tile + 1) / tiles;
-      const int64_t at = begin * kLanes<A>;
-      const int64_t stop = end * kLanes<A>;
-      const int64_t columns = (stop < p.layout.length ? stop : p.layout.length) - at;
-      switch (end - begin) {
-        case 1:
-          product_tile<A, kRows, 1>(p, row, first + at, out + at, columns);
-          break;
-        case 2:
-          product_tile<A, kRows, 2>(p, row, first + at, out + at, columns);
-          break;
-        default:
-          product_tile<A, kRows, kMostVectors>(p, row, first + at, out + at, columns);
+      const int64_t j = s.width * tile / tiles, end = s.width * (tile + 1) / tiles;
+      for (int part = 0; part < kParts<A>; ++part) {
+        const int64_t at = part * kLanes<A>;
+        stencil_columns<A>(
+            s, in + at, i, j, end - j, load<A>(rest + at), scale,
+            {out.first + (i * s.width + j) * out.stride + at, out.stride, out.stream});
       }
     }
   }
 }
 
+// Lines of positions into `padded` with margins, and their sum.
 template <typename A>
-void product(const Product<A>& p, int64_t rows) {
-  int64_t row = 0;
-  for (; row + kMostRows <= rows; row += kMostRows) {
-    product_rows<A, kMostRows>(p, row);
-  }
-  if constexpr (kMostRows > 4) {
-    if (row + 4 <= rows) {
-      product_rows<A, 4>(p, row);
-      row += 4;
+void pad(const Stencil<A>& s, const A* in, A* padded, A* sum) {
+  for (int part = 0; part < kParts<A>; ++part) {
+    const A* from = in + part * kLanes<A>;
+    A* to = padded + s.margin * kLine<A> + part * kLanes<A>;
+    Vector<A> total = {};
+    for (int64_t i = 0; i < s.height; ++i, to += s.margin * kLine<A>) {
+      Vector<A> of_row = {};
+      for (int64_t j = 0; j < s.width; ++j, from += kLine<A>, to += kLine<A>) {
+        const Vector<A> x = load<A>(from);
+        of_row += x;
+        store<A>(x, to);
+      }
+      total += of_row;
     }
-  }
-  if (row + 2 <= rows) {
-    product_rows<A, 2>(p, row);
-    row += 2;
-  }
-  if (row < rows) {
-    product_rows<A, 1>(p, row);
+    store<A>(total, sum + part * kLanes<A>);
   }
 }
 
 // Elementwise functions of responses, and their statistics
-// -----------------------------------------
+// -----------------------------------------------------------------------------------------------
 
 // exp(x) within 1.3 ulp; 0 below e^-87, infinity above e^88. NaN stays.
-PICNN_FAST_HD float exponential(float x) {
-  constexpr float kLeast = -87.0f, kMost = 88.0f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves whole numbers
-  float y = x < kLeast ? kLeast : x;
-  y = y > kMost ? kMost : y;
-  const float shifted = y * 1.4426950408889634f + kRound;
-  const float n = shifted - kRound;
-  const float r = (y - n * 0.693359375f) - n * -2.1219444005469057e-4f;
-  float e = 1.0f / 5040;
-  e = e * r + 1.0f / 720;
-  e = e * r + 1.0f / 120;
-  e = e * r + 1.0f / 24;
-  e = e * r + 1.0f / 6;
-  e = e * r + 1.0f / 2;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
-  const uint32_t power = (bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kRound) + 127u) << 23;
-  e *= bit_cast<float>(power);
-  e = x < kLeast ? 0.0f : e;
-  return x > kMost ? std::numeric_limits<float>::infinity() : e;
+PICNN_FAST_HD Vector<float> exponential(Vector<float> x) {
+  using Bits = Vector<int32_t>;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const Vector<float> least = broadcast(-87.0f), most = broadcast(88.0f);
+  const Vector<float> round = broadcast(12582912.0f);  // 1.5 * 2^23 leaves whole numbers
+  Vector<float> y = x < least ? least : x;
+  y = y > most ? most : y;
+  const Vector<float> shifted = multiply_add<float>(y, broadcast(1.4426950408889634f), round);
+  const Vector<float> n = shifted - round;
+  Vector<float> r = multiply_add<float>(n, broadcast(-0.693359375f), y);
+  r = multiply_add<float>(n, broadcast(2.1219444005469057e-4f), r);
+  Vector<float> e = broadcast(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) {
+    e = multiply_add<float>(e, r, broadcast(c));
+  }
+  const Bits power = ((Bits)shifted - (Bits)round + 127) << 23;
+  e *= (Vector<float>)power;
+  e = x < least ? Vector<float>{} : e;
+  return x > most ? broadcast(kInfinity) : e;
 }
-PICNN_FAST_HD double exponential(double x) { return std::exp(x); }
-
-// The sum of a row.
-template <typename A>
-PICNN_FAST_HD A row_sum(const A* row, int64_t count) {
-  Vector<A> sums = {};
-  int64_t t = 0;
-  for (; t + kLanes<A> <= count; t += kLanes<A>) {
-    sums += load<A>(row + t);
+PICNN_FAST_HD Vector<double> exponential(Vector<double> x) {
+  for (int l = 0; l < kLanes<double>; ++l) {
+    x[l] = std::exp(x[l]);
   }
-  A sum = 0;
-  for (int l = 0; l < kLanes<A>; ++l) {
-    sum += sums[l];
-  }
-  for (; t < count; ++t) {
-    sum += row[t];
-  }
-  return sum;
+  return x;
 }
 
-// Of one filter. Rows of `padded` numbers, the first `templates` of which mean something.
+// Of the filters of a block: `steps` times a line for each of the P + 1 templates.
 template <typename A>
 struct Responses {
-  int64_t batch, templates, padded;
-  A* responses;  // [B, padded], becomes responses - maxima
-  A* weights;    // [B, padded], exp of that
-  A* maxima;     // over the batch
-  A* sums;       // of the weights over the batch
+  int64_t batch, templates, steps, filters;
+  A* responses;  // [steps, P + 1, line], becomes responses - maxima
+  A* weights;    // [steps, P + 1, line], exp of that
+  A* maxima;     // [P + 1, line], over the batch
+  A* sums;       // [P + 1, line], of the weights over the batch
+
+  int64_t numbers() const { return templates * kLine<A>; }
+  // Numbers of a line that are of a sample.
+  int64_t valid(int64_t step) const {
+    const int64_t left = batch * filters - step * kLine<A>;
+    return left < kLine<A> ? left : kLine<A>;
+  }
 };
+
+// Those of a block, `count` from `first` on of `all`; a line may have room for more.
+struct Filters {
+  int64_t first, count, all;
+};
+
+// Of each template what the samples of a line come to together, in place of each.
+template <typename A, typename Join>
+void join_samples(const Responses<A>& s, A* lines, const Join& join) {
+  if (s.filters == kLine<A>) {
+    return;
+  }
+  for (A* line = lines; line < lines + s.numbers(); line += kLine<A>) {
+    for (int64_t i = 0; i < s.filters; ++i) {
+      for (int64_t l = i + s.filters; l < kLine<A>; l += s.filters) {
+        line[i] = join(line[i], line[l]);
+      }
+    }
+    for (int64_t l = s.filters; l < kLine<A>; ++l) {
+      line[l] = line[l - s.filters];
+    }
+  }
+}
 
 template <typename A>
 void exponentials(const Responses<A>& s) {
-  A* __restrict__ maxima = s.maxima;
-  A* __restrict__ sums = s.sums;
-  std::memcpy(maxima, s.responses, s.padded * sizeof(A));
-  for (int64_t b = 1; b < s.batch; ++b) {
-    const A* __restrict__ row = s.responses + b * s.padded;
-    for (int64_t t = 0; t < s.padded; ++t) {
-      maxima[t] = row[t] > maxima[t] ? row[t] : maxima[t];
+  join_samples(s, s.maxima, [](A one, A other) { return one < other ? other : one; });
+  std::memset(s.sums, 0, s.numbers() * sizeof(A));
+  for (int64_t step = 0; step < s.steps; ++step) {
+    A* row = s.responses + step * s.numbers();
+    A* weights = s.weights + step * s.numbers();
+    for (int64_t t = 0; t < s.numbers(); t += kLanes<A>) {
+      const Vector<A> below = load<A>(row + t) - load<A>(s.maxima + t);
+      const Vector<A> e = exponential(below);
+      store<A>(below, row + t);
+      store<A>(e, weights + t);
+      store<A>(load<A>(s.sums + t) + e, s.sums + t);
     }
   }
-  std::memset(sums, 0, s.padded * sizeof(A));
-  for (int64_t b = 0; b < s.batch; ++b) {
-    A* __restrict__ row = s.responses + b * s.padded;
-    A* __restrict__ weights = s.weights + b * s.padded;
-    for (int64_t t = 0; t < s.padded; ++t) {
-      const A below = row[t] - maxima[t];
-      const A e = exponential(below);
-      row[t] = below;
-      weights[t] = e;
-      sums[t] += e;
+  join_samples(s, s.sums, [](A one, A other) { return one + other; });
+}
+
+// The sum of all lines, in partial sums that do not wait for one another.
+template <typename A>
+void sum_of_lines(const A* lines, int64_t count, A* sum) {
+  constexpr int kSums = 8;
+  for (int64_t l = 0; l < kLine<A>; l += kLanes<A>) {
+    Vector<A> sums[kSums] = {};
+    const A* line = lines + l;
+    int64_t left = count;
+    for (; left >= kSums; left -= kSums) {
+#pragma GCC unroll 8
+      for (int k = 0; k < kSums; ++k, line += kLine<A>) {
+        sums[k] += load<A>(line);
+      }
+    }
+    for (; left > 0; --left, line += kLine<A>) {
+      sums[left] += load<A>(line);
+    }
+    for (int half = kSums / 2; half > 0; half /= 2) {
+      for (int k = 0; k < half; ++k) {
+        sums[k] += sums[k + half];
+      }
+    }
+    store<A>(sums[0], sum + l);
+  }
+}
+
+// Weights of one step become p(x|T), responses log(p(x|T) / p(x)).
+template <typename A>
+void log_ratios(const Responses<A>& s, int64_t step, const A* inverses, const A* logs,
+                A* information) {
+  A* row = s.responses + step * s.numbers();
+  A* given = s.weights + step * s.numbers();
+  for (int64_t t = 0; t < s.numbers(); t += kLanes<A>) {
+    store<A>(load<A>(given + t) * load<A>(inverses + t), given + t);
+  }
+  alignas(64) A log_marginal[kLine<A>];
+  sum_of_lines(given, s.templates, log_marginal);
+  // Where that sum is as good as 0, so is all it is a factor of; but the logarithm stays finite.
+  constexpr A kLeast = std::numeric_limits<A>::min();
+  const A log_count = std::log(static_cast<A>(s.templates));
+  for (A& marginal : log_marginal) {
+    marginal = std::log(marginal < kLeast ? kLeast : marginal) - log_count;
+  }
+  for (int64_t t = 0; t < s.numbers(); t += kLine<A>) {
+    for (int64_t l = 0; l < kLine<A>; l += kLanes<A>) {
+      const Vector<A> log_ratio =
+          load<A>(row + t + l) - load<A>(logs + t + l) - load<A>(log_marginal + l);
+      store<A>(log_ratio, row + t + l);
+      const Vector<A> term = load<A>(given + t + l) * log_ratio;
+      store<A>(load<A>(information + t + l) + term, information + t + l);
     }
   }
 }
 
-// The loss of one filter. Weights become dLoss / ds times tau.
+// The losses of the filters of a block. Weights become dLoss / ds times tau.
 template <typename A>
-A batch_weights(const Responses<A>& s, A tau, bool with_grad, A* scratch) {
-  A* __restrict__ inverses = scratch;
-  A* __restrict__ logs = scratch + s.padded;
-  A* __restrict__ information = scratch + 2 * s.padded;
+void batch_weights(const Responses<A>& s, A tau, bool with_grad, A* scratch, A* loss) {
+  A* inverses = scratch;
+  A* logs = scratch + s.numbers();
+  A* information = scratch + 2 * s.numbers();
   exponentials(s);
-  std::memset(scratch, 0, 3 * s.padded * sizeof(A));
-  for (int64_t t = 0; t < s.templates; ++t) {
+  std::memset(information, 0, s.numbers() * sizeof(A));
+  for (int64_t t = 0; t < s.numbers(); ++t) {
     inverses[t] = 1 / s.sums[t];
     logs[t] = std::log(s.sums[t]);
   }
-  const A log_count = std::log(static_cast<A>(s.templates));
-  for (int64_t b = 0; b < s.batch; ++b) {
-    A* __restrict__ row = s.responses + b * s.padded;
-    A* __restrict__ given = s.weights + b * s.padded;
-    for (int64_t t = 0; t < s.padded; ++t) {
-      given[t] *= inverses[t];
-    }
-    // Where that sum is as good as 0, so is all it is a factor of; but the logarithm stays finite.
-    constexpr A kLeast = std::numeric_limits<A>::min();
-    const A marginal = row_sum(given, s.templates);
-    const A log_marginal = std::log(marginal < kLeast ? kLeast : marginal) - log_count;
-    for (int64_t t = 0; t < s.padded; ++t) {
-      const A log_ratio = row[t] - logs[t] - log_marginal;
-      row[t] = log_ratio;
-      information[t] += given[t] * log_ratio;
-    }
+  for (int64_t step = 0; step < s.steps; ++step) {
+    log_ratios(s, step, inverses, logs, information);
   }
+  join_samples(s, information, [](A one, A other) { return one + other; });
   const A prior = 1 / static_cast<A>(s.templates);
   if (with_grad) {
-    const A factor = -prior * tau;
-    for (int64_t b = 0; b < s.batch; ++b) {
-      const A* __restrict__ log_ratio = s.responses + b * s.padded;
-      A* __restrict__ weights = s.weights + b * s.padded;
-      for (int64_t t = 0; t < s.padded; ++t) {
-        weights[t] = factor * weights[t] * (log_ratio[t] - information[t]);
+    const Vector<A> factor = broadcast(-prior * tau);
+    for (int64_t step = 0; step < s.steps; ++step) {
+      const A* log_ratio = s.responses + step * s.numbers();
+      A* weights = s.weights + step * s.numbers();
+      for (int64_t t = 0; t < s.numbers(); t += kLanes<A>) {
+        const Vector<A> above = load<A>(log_ratio + t) - load<A>(information + t);
+        store<A>(factor * load<A>(weights + t) * above, weights + t);
       }
     }
   }
-  return -prior * row_sum(information, s.templates);
+  sum_of_lines(information, s.templates, loss);
+  for (int64_t l = 0; l < kLine<A>; ++l) {
+    loss[l] *= -prior;
+  }
 }
 
 // See moving_average of the reference.
@@ -294,31 +346,31 @@ struct MovingAverage {
     constexpr A infinity = std::numeric_limits<A>::infinity();
     const A one = old + log_kept, two = fresh + log_share;
     const A greater = one > two ? one : two;
-    const A mixed = greater + std::log1p(exponential(-std::abs(one - two)));
+    const A mixed = greater + std::log1p(std::exp(-std::abs(one - two)));
     return old == -infinity || log_kept == -infinity ? fresh : mixed;
   }
 };
 
-// The estimates of one filter with this batch taken in. What is left in `log_factors` and `factors`
-// is, for each template, the log of what its weights are to be multiplied by, and that.
+// The estimates of a filter, number `i` of its block, with this batch taken in. What is left in
+// `log_factors` is, for each template, the log of what its weights are to be multiplied by.
 template <typename A>
-A renew(const RunningEstimates<A>& estimates, const Responses<A>& s, int64_t filter,
-        A* __restrict__ log_factors, A* __restrict__ factors) {
+A renew(const RunningEstimates<A>& estimates, const Responses<A>& s, int64_t filter, int64_t i,
+        A* log_factors) {
   const A* log_mean = estimates.log_mean + filter * s.templates;
   A* new_log_mean = estimates.new_log_mean + filter * s.templates;
   const A log_batch = std::log(static_cast<A>(s.batch));
   const MovingAverage<A> average(estimates.momentum);
   A greatest = -std::numeric_limits<A>::infinity();
   for (int64_t t = 0; t < s.templates; ++t) {
-    const A in_batch = s.maxima[t] + std::log(s.sums[t]) - log_batch;
+    const int64_t at = t * kLine<A> + i;
+    const A in_batch = s.maxima[at] + std::log(s.sums[at]) - log_batch;
     new_log_mean[t] = average(log_mean[t], in_batch);
-    log_factors[t] = s.maxima[t] - new_log_mean[t];
-    factors[t] = exponential(log_factors[t]);
-    greatest = log_factors[t] > greatest ? log_factors[t] : greatest;
+    log_factors[at] = s.maxima[at] - new_log_mean[t];
+    greatest = log_factors[at] > greatest ? log_factors[at] : greatest;
   }
   A sum = 0;
-  for (int64_t t = 0; t < s.templates; ++t) {
-    sum += exponential(log_factors[t] - greatest) * s.sums[t];
+  for (int64_t at = i; at < s.numbers(); at += kLine<A>) {
+    sum += std::exp(log_factors[at] - greatest) * s.sums[at];
   }
   const A count = static_cast<A>(s.batch) * static_cast<A>(s.templates);
   const A log_ratio =
@@ -327,186 +379,422 @@ A renew(const RunningEstimates<A>& estimates, const Responses<A>& s, int64_t fil
   return log_ratio;
 }
 
-// The loss of one filter of `filters` by running estimates, which it renews. Weights become ds
-// times tau; where templates are assigned, only those of the assigned ones count.
+// The template that map `l` of a line is assigned to.
 template <typename A>
-A running_weights(const RunningEstimates<A>& estimates, const Responses<A>& s, A tau,
-                  int64_t filter, int64_t filters, A* scratch) {
-  A* __restrict__ log_factors = scratch;
-  A* __restrict__ factors = scratch + s.padded;
-  A* __restrict__ totals = scratch + 2 * s.padded;
-  exponentials(s);
-  std::memset(scratch, 0, 3 * s.padded * sizeof(A));
-  const A log_ratio = renew(estimates, s, filter, log_factors, factors);
+int64_t assigned_to(const RunningEstimates<A>& estimates, const Responses<A>& s,
+                    const Filters& block, int64_t step, int64_t l) {
+  const int64_t i = l % s.filters, b = (step * kLine<A> + l) / s.filters;
+  return estimates.assigned[b * block.all + block.first + (i < block.count ? i : 0)];
+}
+
+// Of the one template each map is assigned to: other weights are left as they are.
+template <typename A>
+void assigned_weights(const RunningEstimates<A>& estimates, const Responses<A>& s, A tau,
+                      const Filters& block, const A* log_factors, const A* factors,
+                      const A* log_ratio, A* loss) {
   const A share = 1 / (static_cast<A>(s.batch) * static_cast<A>(s.templates));
-  if (estimates.assigned != nullptr) {
-    A loss = 0;
-    for (int64_t b = 0; b < s.batch; ++b) {
-      const int64_t t = estimates.assigned[b * filters + filter];
-      const A* row = s.responses + b * s.padded;
-      A& weight = s.weights[b * s.padded + t];
-      const A term = weight * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
-      weight = -term * tau;
-      loss -= term;
-    }
-    return loss;
-  }
-  for (int64_t b = 0; b < s.batch; ++b) {
-    const A* __restrict__ row = s.responses + b * s.padded;
-    A* __restrict__ weights = s.weights + b * s.padded;
-    for (int64_t t = 0; t < s.padded; ++t) {
-      const A term = weights[t] * factors[t] * (row[t] + log_factors[t] - log_ratio) * share;
-      totals[t] -= term;
+  std::memset(loss, 0, kLine<A> * sizeof(A));
+  for (int64_t step = 0; step < s.steps; ++step) {
+    const A* row = s.responses + step * s.numbers();
+    A* weights = s.weights + step * s.numbers();
+    for (int64_t l = 0; l < s.valid(step); ++l) {
+      const int64_t t = assigned_to(estimates, s, block, step, l) * kLine<A> + l;
+      const A ratio = row[t] + log_factors[t] - log_ratio[l];
+      const A term = weights[t] * factors[t] * ratio * share;
+      loss[l % s.filters] -= term;
       weights[t] = -term * tau;
     }
   }
-  return row_sum(totals, s.templates);
 }
 
-// The values of template t times a weight.
+// The losses of the filters of a block by running estimates, which they renew. Weights become ds
+// times tau; where templates are assigned, only those of the assigned ones count.
 template <typename A>
-void weighted_template(const PanelLayout& layout, const A* upright, int64_t positions, int64_t t,
-                       A weight, A* __restrict__ out) {
-  if (t == positions) {
+void running_weights(const RunningEstimates<A>& estimates, const Responses<A>& s, A tau,
+                     const Filters& block, A* scratch, A* loss) {
+  A* log_factors = scratch;
+  A* factors = scratch + s.numbers();
+  A* totals = scratch + 2 * s.numbers();
+  exponentials(s);
+  std::memset(scratch, 0, 3 * s.numbers() * sizeof(A));
+  alignas(64) A log_ratio[kLine<A>] = {};
+  for (int64_t i = 0; i < block.count; ++i) {
+    log_ratio[i] = renew(estimates, s, block.first + i, i, log_factors);
+  }
+  const auto first_sample = [](A one, A) { return one; };
+  join_samples(s, log_factors, first_sample);
+  for (int64_t l = s.filters; l < kLine<A>; ++l) {
+    log_ratio[l] = log_ratio[l - s.filters];
+  }
+  for (int64_t t = 0; t < s.numbers(); t += kLanes<A>) {
+    store<A>(exponential(load<A>(log_factors + t)), factors + t);
+  }
+  if (estimates.assigned != nullptr) {
+    return assigned_weights(estimates, s, tau, block, log_factors, factors, log_ratio, loss);
+  }
+  const Vector<A> share = broadcast(1 / (static_cast<A>(s.batch) * static_cast<A>(s.templates)));
+  const Vector<A> minus_tau = broadcast(-tau);
+  for (int64_t step = 0; step < s.steps; ++step) {
+    const A* row = s.responses + step * s.numbers();
+    A* weights = s.weights + step * s.numbers();
+    for (int64_t t = 0; t < s.numbers(); t += kLanes<A>) {
+      const Vector<A> factor = load<A>(weights + t) * load<A>(factors + t);
+      const Vector<A> ratio =
+          load<A>(row + t) + load<A>(log_factors + t) - load<A>(log_ratio + t % kLine<A>);
+      const Vector<A> term = factor * ratio * share;
+      store<A>(load<A>(totals + t) - term, totals + t);
+      store<A>(minus_tau * term, weights + t);
+    }
+  }
+  join_samples(s, totals, [](A one, A other) { return one + other; });
+  sum_of_lines(totals, s.templates, loss);
+}
+
+// Maps and lines
+// -----------------------------------------------------------------------------------------------
+
+// Where the numbers of a line begin in memory: maps of some samples and filters. Numbers that are
+// no map's begin where the first does.
+template <typename A>
+struct Origins {
+  int64_t at[kLine<A>];
+  bool full;  // a map for every number
+};
+
+template <typename A>
+Origins<A> origins_of(const Responses<A>& s, const Filters& block, const Strides& strides,
+                      int64_t step) {
+  Origins<A> origins{};
+  const int64_t sample = step * (kLine<A> / s.filters);
+  origins.full = s.valid(step) == kLine<A> && block.count == s.filters;
+  for (int64_t l = 0; l < kLine<A>; ++l) {
+    const int64_t i = l % s.filters, b = sample + l / s.filters;
+    const bool valid = i < block.count && b < s.batch;
+    origins.at[l] =
+        (valid ? b : sample) * strides.batch + (block.first + (valid ? i : 0)) * strides.filter;
+  }
+  return origins;
+}
+
+// Asks for the maps of a line. (Inlined: compilers drop calls of functions that only ask.)
+template <typename T, typename A>
+PICNN_FAST_HD void prefetch_maps(const FilterLoss<T>& f, const Origins<A>& origins) {
+  constexpr int kSecondLevel = 2;
+  constexpr int64_t kNumbers = 64 / sizeof(T);
+  const int64_t positions = f.shape.positions, stride = f.maps_strides.position;
+  if (f.maps_strides.filter == 1) {
     for (int64_t p = 0; p < positions; ++p) {
-      out[p] = -weight;
+      __builtin_prefetch(f.maps + origins.at[0] + p * stride, /*rw=*/0, kSecondLevel);
+    }
+  } else if (stride == 1) {
+    for (int64_t l = 0; l < kLine<A>; ++l) {
+      for (int64_t p = 0; p < positions; p += kNumbers) {
+        __builtin_prefetch(f.maps + origins.at[l] + p, /*rw=*/0, kSecondLevel);
+      }
+    }
+  }
+}
+
+template <typename T, typename A>
+void widen_row(const T* from, int64_t count, A* to) {
+  int64_t p = 0;
+  for (; p + kLanes<A> <= count; p += kLanes<A>) {
+    store<A>(load<A>(from + p), to + p);
+  }
+  for (; p < count; ++p) {
+    to[p] = widen(from[p]);
+  }
+}
+
+// The maps of a line, position by position. `rows` has room for them.
+template <typename T, typename A>
+void load_lines(const FilterLoss<T>& f, const Origins<A>& origins, A* rows, A* lines) {
+  const int64_t positions = f.shape.positions, stride = f.maps_strides.position;
+  if (f.maps_strides.filter == 1 && origins.full && f.filters == kLine<A>) {
+    const T* from = f.maps + origins.at[0];
+    for (int64_t p = 0; p < positions; ++p, from += stride, lines += kLine<A>) {
+      for (int64_t l = 0; l < kLine<A>; l += kLanes<A>) {
+        store<A>(load<A>(from + l), lines + l);
+      }
     }
     return;
   }
-  for (int64_t segment = 0; segment < layout.segments; ++segment) {
-    const A* __restrict__ values = upright + layout.begin(t) + segment * layout.per_segment;
-    for (int64_t p = 0; p < layout.length; ++p) {
-      out[segment * layout.length + p] = weight * values[p];
+  if constexpr (std::is_same_v<T, A>) {
+    if (f.maps_strides.filter == 1 && origins.full && f.filters >= kRun<A>) {
+      for (int64_t p = 0; p < positions; ++p, lines += kLine<A>) {
+        for (int64_t l = 0; l < kLine<A>; l += kLanes<A>) {
+          store<A>(load_runs(f.maps + p * stride, origins.at + l), lines + l);
+        }
+      }
+      return;
     }
+  }
+  if (stride != 1 || positions < kRun<A>) {
+    for (int64_t p = 0; p < positions; ++p, lines += kLine<A>) {
+      for (int64_t l = 0; l < kLine<A>; ++l) {
+        lines[l] = widen(f.maps[origins.at[l] + p * stride]);
+      }
+    }
+    return;
+  }
+  const int64_t* at = origins.at;
+  const A* from;
+  int64_t begins[kLine<A>];
+  if constexpr (std::is_same_v<T, A>) {
+    from = f.maps;
+  } else {
+    for (int64_t l = 0; l < kLine<A>; ++l) {
+      begins[l] = l * positions;
+      widen_row(f.maps + at[l], positions, rows + begins[l]);
+    }
+    at = begins;
+    from = rows;
+  }
+  for (int64_t p = 0; p < positions; p += kRun<A>) {
+    p = p < positions - kRun<A> ? p : positions - kRun<A>;
+    for (int64_t l = 0; l < kLine<A>; l += kLanes<A>) {
+      Vector<A> runs[kRun<A>];
+#pragma GCC unroll 4
+      for (int k = 0; k < kRun<A>; ++k) {
+        runs[k] = load_runs(from + p, at + l + k);
+      }
+      transpose<A, kRun<A>>(runs);
+#pragma GCC unroll 4
+      for (int k = 0; k < kRun<A>; ++k) {
+        store<A>(runs[k], lines + (p + k) * kLine<A> + l);
+      }
+    }
+  }
+}
+
+// The inverse, for those numbers that are a map's.
+template <typename T, typename A>
+void store_lines(const FilterLoss<T>& f, const Responses<A>& s, const Filters& block, int64_t step,
+                 const A* lines, Sink<A>& sink) {
+  const Strides& strides = f.grad_strides;
+  const int64_t positions = f.shape.positions;
+  const Origins<A> origins = origins_of(s, block, strides, step);
+  A* first = f.grad + origins.at[0];
+  if (strides.filter == 1 && origins.full && f.filters >= kRun<A>) {
+    for (int64_t p = 0; p < positions; ++p, lines += kLine<A>) {
+      for (int64_t l = 0; l < kLine<A>; l += kLanes<A>) {
+        store_runs<A>(load<A>(lines + l), f.grad + p * strides.position, origins.at + l);
+      }
+    }
+    return;
+  }
+  if (!origins.full || strides.position != 1 || positions < kRun<A>) {
+    const int64_t valid = s.valid(step);
+    for (int64_t l = 0; l < valid; ++l) {
+      for (int64_t p = 0; p < positions && l % s.filters < block.count; ++p) {
+        f.grad[origins.at[l] + p * strides.position] = lines[p * kLine<A> + l];
+      }
+    }
+    return;
+  }
+  const bool dense = f.filters == kLine<A> && strides.filter == positions;
+  A* to = dense ? sink.open(first, kLine<A> * positions) : first;
+  for (int64_t p = 0; p < positions; p += kRun<A>) {
+    p = p < positions - kRun<A> ? p : positions - kRun<A>;
+    for (int64_t l = 0; l < kLine<A>; l += kLanes<A>) {
+      Vector<A> runs[kRun<A>];
+#pragma GCC unroll 4
+      for (int k = 0; k < kRun<A>; ++k) {
+        runs[k] = load<A>(lines + (p + k) * kLine<A> + l);
+      }
+      transpose<A, kRun<A>>(runs);
+#pragma GCC unroll 4
+      for (int k = 0; k < kRun<A>; ++k) {
+        store_runs<A>(runs[k], to + p - origins.at[0], origins.at + l + k);
+      }
+    }
+  }
+  if (dense) {
+    sink.close();
   }
 }
 
 // Blocks of filters
-// --------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------
 
-// Between maps in memory and dense rows [filters, batch, positions]: `copy(position of the maps,
-// index into the rows)` for each number, so that either side is gone through in short runs.
-template <typename Copy>
-PICNN_FAST_HD void for_each_position(const Strides& strides, int64_t filters, int64_t batch,
-                                     int64_t positions, const Copy& copy) {
-  constexpr int64_t kRun = 16;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t begin = 0; begin < positions; begin += kRun) {
-      const int64_t end = begin + kRun < positions ? begin + kRun : positions;
-      for (int64_t i = 0; i < filters; ++i) {
-        for (int64_t p = begin; p < end; ++p) {
-          copy(b * strides.batch + i * strides.filter + p * strides.position,
-               (i * batch + b) * positions + p);
-        }
+// What a thread works in.
+template <typename A>
+struct Scratch {
+  Responses<A> s;
+  A* of_templates;  // [3, P + 1, line]
+  A* lines;         // [P, line]
+  A* rows;          // [line, P]
+  A* padded;        // a map with its margins
+};
+
+template <typename T, typename A>
+Scratch<A> scratch_of(const FilterLoss<T>& f, A* memory) {
+  Scratch<A> scratch{};
+  const auto take = [&](int64_t lines) {
+    A* begin = memory;
+    memory += lines * kLine<A>;
+    return begin;
+  };
+  Responses<A>& s = scratch.s;
+  s.batch = f.shape.batch;
+  s.templates = f.shape.positions + 1;
+  s.steps = f.steps();
+  s.filters = f.filters;
+  s.responses = take(s.steps * s.templates);
+  s.weights = take(s.steps * s.templates);
+  s.maxima = take(s.templates);
+  s.sums = take(s.templates);
+  scratch.of_templates = take(3 * s.templates);
+  scratch.lines = take(f.shape.positions);
+  scratch.rows = take(f.shape.positions);
+  scratch.padded = memory;
+  return scratch;
+}
+
+// Lines of positions, or of weights: sum_q stencil(q - p)·in[q] + rest·sum_q in[q] - without.
+template <typename A>
+void apply(const Stencil<A>& stencil, const A* in, const A* without, A scale, A* padded, A* sum,
+           const Output<A>& out) {
+  pad(stencil, in, padded, sum);
+  alignas(64) A rest[kLine<A>];
+  for (int64_t l = 0; l < kLine<A>; ++l) {
+    const A of_all = stencil.taps == nullptr ? A{0} : stencil.rest * sum[l];
+    rest[l] = of_all - (without == nullptr ? A{0} : without[l]);
+  }
+  slide(stencil, padded, rest, scale, out);
+}
+
+// Responses of those maps of a line whose sum is not finite, by all values of the template:
+// differences are lost in it.
+template <typename A>
+void respond_directly(const Stencil<A>& given, A tau, const A* sum, const Scratch<A>& scratch,
+                      A* row) {
+  bool finite = true;
+  for (int64_t l = 0; l < kLine<A>; ++l) {
+    finite &= std::isfinite(sum[l]);
+  }
+  if (finite || given.taps == nullptr) {
+    return;
+  }
+  Stencil<A> stencil = given;
+  stencil.taps = nullptr;
+  alignas(64) constexpr A kNone[kLine<A>] = {};
+  slide<A>(stencil, scratch.lines, kNone, tau, {scratch.rows, kLine<A>, /*stream=*/false});
+  for (int64_t at = 0; at < stencil.height * stencil.width * kLine<A>; ++at) {
+    const A of_map = sum[at % kLine<A>];
+    row[at] = std::isfinite(of_map) ? row[at] : scratch.rows[at];
+  }
+}
+
+// The responses of a block's maps to all templates, and their maxima in each number of a line.
+template <typename T, typename A>
+void respond(const FilterLoss<T>& f, const Filters& block, const Scratch<A>& scratch) {
+  const Responses<A>& s = scratch.s;
+  std::memset(scratch.padded, 0, f.of_maps.lines() * kLine<A> * sizeof(A));
+  for (int64_t step = 0; step < s.steps; ++step) {
+    const Origins<A> origins = origins_of(s, block, f.maps_strides, step);
+    const int64_t next = step + 1 < s.steps ? step + 1 : step;
+    prefetch_maps(f, origins_of(s, block, f.maps_strides, next));
+    load_lines(f, origins, scratch.rows, scratch.lines);
+    A* row = s.responses + step * s.numbers();
+    A* last = row + s.numbers() - kLine<A>;
+    apply<A>(f.of_maps, scratch.lines, nullptr, f.tau, scratch.padded, last,
+             {row, kLine<A>, /*stream=*/false});
+    respond_directly(f.of_maps, f.tau, last, scratch, row);
+    for (int64_t l = 0; l < kLine<A>; ++l) {
+      last[l] *= -f.tau;
+    }
+    // Of no sample: less than any other response, and finite, so that it weighs nothing.
+    constexpr A kNothing = -std::numeric_limits<A>::max() / 4;
+    const int64_t valid = s.valid(step);
+    for (A* line = row; valid < kLine<A> && line <= last; line += kLine<A>) {
+      for (int64_t l = valid; l < kLine<A>; ++l) {
+        line[l] = kNothing;
+      }
+    }
+    for (int64_t t = 0; t < s.numbers(); t += kLanes<A>) {
+      const Vector<A> here = load<A>(row + t);
+      const Vector<A> most = step == 0 ? here : load<A>(s.maxima + t);
+      store<A>(here > most ? here : most, s.maxima + t);
+    }
+  }
+}
+
+// The gradient of a line where a map has but the one template that it is assigned to.
+template <typename T, typename A>
+void assigned_gradient(const FilterLoss<T>& f, const Responses<A>& s, const Filters& block,
+                       int64_t step, A* lines) {
+  const Stencil<A>& stencil = f.of_maps;
+  const int64_t height = stencil.height, width = stencil.width;
+  const A* weights = s.weights + step * s.numbers();
+  for (int64_t l = 0; l < s.valid(step); ++l) {
+    const int64_t t = assigned_to(*f.running, s, block, step, l);
+    const A weight = weights[t * kLine<A> + l];
+    if (t == f.shape.positions) {
+      for (int64_t p = 0; p < t; ++p) {
+        lines[p * kLine<A> + l] = -weight;
+      }
+      continue;
+    }
+    const A* values =
+        stencil.table + (height - 1 - t / width) * (2 * width - 1) + width - 1 - t % width;
+    A* to = lines + l;
+    for (int64_t i = 0; i < height; ++i, values += 2 * width - 1) {
+      for (int64_t j = 0; j < width; ++j, to += kLine<A>) {
+        *to = weight * values[j];
       }
     }
   }
 }
 
-// Rows of one filter, a sample each.
-template <typename A>
-struct Rows {
-  A* first;
-  int64_t stride;
-};
-
-// The responses of one filter's maps to all templates.
+// The gradient of a block from its weights.
 template <typename T, typename A>
-void respond(const FilterLoss<T>& f, const Rows<const A>& maps, const Responses<A>& s) {
-  const int64_t positions = f.shape.positions;
-  Product<A> p{};
-  p.layout = f.layout;
-  p.panels = f.turned;
-  p.rows = maps.first;
-  p.row_stride = maps.stride;
-  p.scale = f.tau;
-  p.out = s.responses;
-  p.out_stride = s.padded;
-  product(p, s.batch);
-  for (int64_t b = 0; b < s.batch; ++b) {
-    A* row = s.responses + b * s.padded;
-    row[positions] = -f.tau * row_sum(maps.first + b * maps.stride, positions);
-    std::memset(row + positions + 1, 0, (s.padded - positions - 1) * sizeof(A));
-  }
-}
-
-// The gradient of one filter from its weights. `negative` holds as many numbers as there are
-// samples.
-template <typename T, typename A>
-void differentiate(const FilterLoss<T>& f, const Responses<A>& s, int64_t filter, A* negative,
-                   const Rows<A>& grad) {
-  const int64_t positions = f.shape.positions;
-  if (f.running != nullptr && f.running->assigned != nullptr) {
-    for (int64_t b = 0; b < s.batch; ++b) {
-      const int64_t t = f.running->assigned[b * f.shape.filters + filter];
-      weighted_template(f.layout, f.upright, positions, t, s.weights[b * s.padded + t],
-                        grad.first + b * grad.stride);
+void differentiate(const FilterLoss<T>& f, const Filters& block, const Scratch<A>& scratch,
+                   Sink<A>& sink) {
+  const Responses<A>& s = scratch.s;
+  const Stencil<A>& stencil = f.of_weights;
+  alignas(64) A sum[kLine<A>];
+  std::memset(scratch.padded, 0, stencil.lines() * kLine<A> * sizeof(A));
+  for (int64_t step = 0; step < s.steps; ++step) {
+    const Origins<A> origins = origins_of(s, block, f.grad_strides, step);
+    const A* weights = s.weights + step * s.numbers();
+    const A* of_negative = weights + s.numbers() - kLine<A>;
+    if (f.running != nullptr && f.running->assigned != nullptr) {
+      assigned_gradient(f, s, block, step, scratch.lines);
+    } else if (origins.full && f.grad_strides.filter == 1 && f.filters == kLine<A>) {
+      A* to = f.grad + origins.at[0];
+      const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0;
+      const bool stream = f.stream && aligned && f.grad_strides.position % kLine<A> == 0;
+      apply<A>(stencil, weights, of_negative, 1, scratch.padded, sum,
+               {to, f.grad_strides.position, stream});
+      continue;
+    } else {
+      apply<A>(stencil, weights, of_negative, 1, scratch.padded, sum,
+               {scratch.lines, kLine<A>, /*stream=*/false});
     }
-    return;
+    store_lines(f, s, block, step, scratch.lines, sink);
   }
-  for (int64_t b = 0; b < s.batch; ++b) {
-    negative[b] = -s.weights[b * s.padded + positions];
-  }
-  Product<A> p{};
-  p.layout = f.layout;
-  p.panels = f.upright;
-  p.rows = s.weights;
-  p.row_stride = s.padded;
-  p.start = negative;
-  p.scale = 1;
-  p.out = grad.first;
-  p.out_stride = grad.stride;
-  product(p, s.batch);
 }
 
 template <typename T>
-void run(const FilterLoss<T>& f, int64_t begin, int64_t end, Accumulate<T>* scratch) {
+void run(const FilterLoss<T>& f, int64_t begin, int64_t end, Accumulate<T>* memory) {
   using A = Accumulate<T>;
-  const auto [batch, filters, positions] = f.shape;
-  Responses<A> s{};
-  s.batch = batch;
-  s.templates = positions + 1;
-  s.padded = picnn_fast::padded_templates(positions);
-  s.responses = scratch;
-  s.weights = s.responses + batch * s.padded;
-  s.maxima = s.weights + batch * s.padded;
-  s.sums = s.maxima + s.padded;
-  A* of_templates = s.sums + s.padded;
-  A* negative = of_templates + 3 * s.padded;
-  A* dense = negative + batch;
-  const bool in_place = std::is_same_v<T, A> && f.maps_strides.position == 1;
-  const bool grad_in_place = f.grad != nullptr && f.grad_strides.position == 1;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * f.block;
-    const int64_t count = first + f.block < filters ? f.block : filters - first;
-    const T* maps = f.maps + first * f.maps_strides.filter;
-    A* grad = f.grad + first * f.grad_strides.filter;
-    if (!in_place) {
-      for_each_position(f.maps_strides, count, batch, positions, [&](int64_t from, int64_t to) {
-        dense[to] = static_cast<A>(widen(maps[from]));
-      });
+  const Scratch<A> scratch = scratch_of(f, memory);
+  const Responses<A>& s = scratch.s;
+  Sink<A> sink(f.stream);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index * f.filters, left = f.shape.filters - first;
+    const Filters block{first, left < f.filters ? left : f.filters, f.shape.filters};
+    respond(f, block, scratch);
+    alignas(64) A loss[kLine<A>];
+    if (f.running != nullptr) {
+      running_weights(*f.running, s, f.tau, block, scratch.of_templates, loss);
+    } else {
+      batch_weights(s, f.tau, f.grad != nullptr, scratch.of_templates, loss);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const Rows<A> dense_rows{dense + i * batch * positions, positions};
-      Rows<const A> rows{dense_rows.first, dense_rows.stride};
-      if constexpr (std::is_same_v<T, A>) {
-        if (in_place) {
-          rows = {maps + i * f.maps_strides.filter, f.maps_strides.batch};
-        }
-      }
-      respond(f, rows, s);
-      f.loss[first + i] =
-          f.running != nullptr
-              ? running_weights(*f.running, s, f.tau, first + i, filters, of_templates)
-              : batch_weights(s, f.tau, f.grad != nullptr, of_templates);
-      if (f.grad != nullptr) {
-        const Rows<A> in_grad{grad + i * f.grad_strides.filter, f.grad_strides.batch};
-        differentiate(f, s, first + i, negative, grad_in_place ? in_grad : dense_rows);
-      }
-    }
-    if (f.grad != nullptr && !grad_in_place) {
-      for_each_position(f.grad_strides, count, batch, positions,
-                        [&](int64_t to, int64_t from) { grad[to] = dense[from]; });
+    std::memcpy(f.loss + first, loss, block.count * sizeof(A));
+    if (f.grad != nullptr) {
+      differentiate(f, block, scratch, sink);
     }
   }
 }

@@ -8,6 +8,7 @@
 #endif
 
 #include "../common/macros.h"
+#include "vector.h"
 
 namespace PICNN_FAST_NAMESPACE {
 
@@ -39,6 +40,33 @@ inline void stream_copy(unsigned char* to, const unsigned char* from, int64_t by
   }
 #endif
   std::memcpy(to, from, bytes);
+}
+
+// A vector's numbers, as T, past the caches; at an address that is aligned to their size.
+template <typename A, typename T>
+PICNN_FAST_HD void stream_vector(const Vector<A>& vector, T* to) {
+#ifdef __x86_64__
+  constexpr int kBytes = kLanes<A> * sizeof(T);
+  alignas(64) T numbers[kLanes<A>];
+  store<A>(vector, numbers);
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to),
+                               *reinterpret_cast<const __m512i*>(numbers));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kBytes == 32) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                               *reinterpret_cast<const __m256i*>(numbers));
+  }
+#endif
+  if constexpr (kBytes == 16) {
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                            *reinterpret_cast<const __m128i*>(numbers));
+  }
+#endif
+  store<A>(vector, to);
 }
 
 // Where a kernel writes a stretch of its output: in place, or into a buffer in the first-level

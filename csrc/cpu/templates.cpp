@@ -10,7 +10,6 @@
 #include "../common/read_template.h"
 #include "capability.h"
 #include "maps.h"
-#include "template_panels.h"
 #include "templates_kernels.h"
 #include "tensors.h"
 
@@ -24,15 +23,18 @@ const TemplatesKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(templates_k
 
 // Filters of a unit. Those side by side whose peaks are found and that are then masked are gone
 // through twice, and the next ones are fetched meanwhile: both are to fit the second level of
-// cache.
+// cache, and do so best well below its size. Rows that are no whole lines are better written
+// whole than by parts.
 template <typename T>
 int64_t most_filters(const MapPeaks<T>& s, bool twice) {
-  constexpr int64_t kHalfCache = 400 << 10, kLeast = 64;
+  constexpr int64_t kLeast = 64, kLine = 64;
   if (!s.side_by_side || !twice) {
     return s.side_by_side ? kFiltersAtOnce : s.shape.filters;
   }
-  const int64_t bytes = static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(1, s.shape.positions);
-  return std::clamp(kHalfCache / bytes / kLeast * kLeast, kLeast, kFiltersAtOnce);
+  const int64_t size = static_cast<int64_t>(sizeof(T));
+  const int64_t part = s.shape.filters * size % kLine == 0 ? 200 << 10 : 400 << 10;
+  const int64_t bytes = size * std::max<int64_t>(1, s.shape.positions);
+  return std::clamp(part / bytes / kLeast * kLeast, kLeast, kFiltersAtOnce);
 }
 
 // Without what depends on whether filters are side by side.
@@ -65,6 +67,58 @@ Tensor map_peaks(const Tensor& x) {
   return peak;
 }
 
+// Short rows by themselves leave vectors half empty where a map is gone along: worth larger panels,
+// up to a few megabytes. Along filters that lie side by side, the smallest are best.
+PanelLayout panel_layout(const Offsets& offsets, bool side_by_side) {
+  constexpr int64_t kNarrow = 32, kMostIfNarrow = 1 << 20, kMost = 1 << 16;
+  constexpr int64_t kPadding = 64;  // vectors may be read beyond the end of a segment
+  const int64_t height = offsets.height, width = offsets.width;
+  const int64_t rows = offsets.rows(), columns = offsets.columns();
+  PanelLayout layout{};
+  layout.height = height;
+  layout.width = width;
+  layout.width_inverse = 1.0 / static_cast<double>(width);
+  const int64_t most = side_by_side ? 0 : width < kNarrow ? kMostIfNarrow : kMost;
+  if (width * rows * width <= most) {
+    // For each j the rows of offsets, all of them, cut to their columns -j to width - 1 - j. So the
+    // rows of a map follow one another, and short ones too fill vectors.
+    layout.segments = 1;
+    layout.length = height * width;
+    layout.first = (height - 1) * width;
+    layout.row = -width;
+    layout.column = rows * width;
+    layout.size = width * rows * width + kPadding;
+  } else {
+    layout.segments = height;
+    layout.length = width;
+    layout.per_segment = columns;
+    layout.first = (height - 1) * columns + width - 1;
+    layout.row = -columns;
+    layout.column = -1;
+    layout.size = rows * columns + kPadding;
+  }
+  return layout;
+}
+
+// `values`, one an offset, laid out so.
+template <typename A>
+std::vector<A> panels(const PanelLayout& layout, const std::vector<A>& values) {
+  std::vector<A> panels(static_cast<size_t>(layout.size));
+  if (layout.per_segment != 0) {
+    std::copy(values.begin(), values.end(), panels.begin());
+    return panels;
+  }
+  const int64_t rows = 2 * layout.height - 1, columns = 2 * layout.width - 1;
+  auto out = panels.begin();
+  for (int64_t j = 0; j < layout.width; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t first = i * columns + layout.width - 1 - j;
+      out = std::copy_n(values.begin() + first, layout.width, out);
+    }
+  }
+  return panels;
+}
+
 template <typename T>
 void run(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
          const Tensor& offsets, double scale, const Tensor& out) {
@@ -86,7 +140,7 @@ void run(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
   for (A& mask : masks) {
     mask = mask_value(mask, static_cast<A>(scale));
   }
-  s.layout = panel_layout(part.offsets);
+  s.layout = panel_layout(part.offsets, s.in.side_by_side);
   masks = panels(s.layout, masks);
   s.masks = masks.data();
   const TemplatesKernel<T>& k = kernels();

@@ -142,96 +142,103 @@ void find_peaks(const T* maps, int64_t stride, int64_t positions, int64_t count,
   }
 }
 
-// Asks for a row of numbers that is read soon.
+// Rows of filters side by side: where they are read, read next and written.
 template <typename T>
-PICNN_FAST_HD void prefetch(const T* row, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  constexpr int kSecondLevel = 1;
-  for (int64_t i = 0; i < count; i += kLine) {
-    __builtin_prefetch(row + i, /*rw=*/0, kSecondLevel);
+struct Rows {
+  const T* maps;
+  const T* ahead;  // fetched meanwhile
+  int64_t stride;
+  T* out;
+  int64_t out_stride;
+  bool stream;  // whole aligned vectors, past the caches
+};
+
+// Of the first `count` of kRun positions in a row, kVectors vectors of filters times the masks of
+// peaks whose masks begin at `begins`.
+template <typename T, typename A, int kVectors>
+PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Rows<T>& rows,
+                                int64_t count, int64_t at) {
+  Vector<A> runs[kVectors][kRun<A>];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kRun<A>; ++k) {
+      runs[v][k] = load_runs(masks, begins + at + v * kLanes<A> + k);
+    }
+    transpose<A, kRun<A>>(runs[v]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < kRun<A>; ++k) {
+    if (k < count) {
+      constexpr int kSecondLevel = 2;
+      __builtin_prefetch(rows.ahead + k * rows.stride + at, /*rw=*/0, kSecondLevel);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t from = at + v * kLanes<A>;
+        const Vector<A> x = load<A>(rows.maps + k * rows.stride + from) * runs[v][k];
+        T* to = rows.out + k * rows.out_stride + from;
+        rows.stream ? stream_vector<A>(x, to) : store<A>(x, to);
+      }
+    }
   }
 }
 
-// Positions whose masks are looked up at a time: they fill the smallest vectors.
-template <typename A>
-constexpr int kRun = 16 / sizeof(A);
-
-// Runs that begin at at[0], at[kRun], at[2 * kRun] and so on, as many as a vector holds.
-template <typename A>
-PICNN_FAST_HD Vector<A> load_runs(const A* from, const int64_t* at) {
-#if defined(__AVX512F__)
-  const auto run = [&](int i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at[i * kRun<A>]));
-  };
-  __m512i runs = _mm512_castsi128_si512(run(0));
-  runs = _mm512_inserti32x4(runs, run(1), 1);
-  runs = _mm512_inserti32x4(runs, run(2), 2);
-  return (Vector<A>)_mm512_inserti32x4(runs, run(3), 3);
-#elif defined(__AVX2__)
-  const auto run = [&](int i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at[i * kRun<A>]));
-  };
-  return (Vector<A>)_mm256_inserti128_si256(_mm256_castsi128_si256(run(0)), run(1), 1);
-#else
-  return load<A>(from + at[0]);
-#endif
-}
-
-// The masks of kRun positions in a row for filters with peaks whose masks begin at `begins`, whole
-// vectors of them: position by position, `stride` apart.
-template <typename A>
-void mask_rows(const A* masks, const int64_t* begins, int64_t count, A* rows, int64_t stride) {
-  for (int64_t i = 0; i < count; i += kLanes<A>) {
-    Vector<A> runs[kRun<A>];
-#pragma GCC unroll 4
-    for (int k = 0; k < kRun<A>; ++k) {
-      runs[k] = load_runs(masks, begins + i + k);
-    }
-    transpose<A, kRun<A>>(runs);
-#pragma GCC unroll 4
-    for (int k = 0; k < kRun<A>; ++k) {
-      store<A>(runs[k], rows + k * stride + i);
+// Of all `filters`.
+template <typename T, typename A>
+void mask_rows(const A* masks, const int64_t* begins, const Rows<T>& rows, int64_t count,
+               int64_t filters) {
+  // As many numbers as vectors of A hold at most: whole lines, of the widest vectors.
+  constexpr int kVectors = sizeof(A) / sizeof(T);
+  constexpr int64_t kNumbers = kVectors * kLanes<A>;
+  int64_t i = 0;
+  for (; i + kNumbers <= filters; i += kNumbers) {
+    mask_vectors<T, A, kVectors>(masks, begins, rows, count, i);
+  }
+  for (; i + kLanes<A> <= filters; i += kLanes<A>) {
+    mask_vectors<T, A, 1>(masks, begins, rows, count, i);
+  }
+  if (i < filters && filters >= kLanes<A>) {
+    mask_vectors<T, A, 1>(masks, begins, rows, count, filters - kLanes<A>);
+    return;
+  }
+  for (; i < filters; ++i) {
+    for (int64_t k = 0; k < count; ++k) {
+      rows.out[k * rows.out_stride + i] =
+          masked<T, A>(rows.maps[k * rows.stride + i], masks[begins[i] + k]);
     }
   }
 }
 
 // `next`, if not null, are the maps that follow. They are fetched while these are written: finding
-// peaks would wait for memory otherwise.
+// peaks would wait for memory otherwise. Where peaks are given, rows further on are.
 template <typename T>
 void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T* out,
-                       int64_t* peak, int64_t count, Sink<T>& sink) {
+                       int64_t* peak, int64_t filters, Sink<T>& sink) {
   using A = Accumulate<T>;
+  constexpr int64_t kRowsAhead = 16, kLine = 64 / sizeof(T);
   const int64_t stride = s.in.maps_strides.position, out_stride = s.out_strides.position;
   if (s.find_peak) {
-    find_peaks<T, A>(maps, stride, s.in.shape.positions, count, peak);
+    find_peaks<T, A>(maps, stride, s.in.shape.positions, filters, peak);
   }
   const PanelLayout& layout = s.layout;
   int64_t begins[kFiltersAtOnce];
-  const int64_t padded = picnn_fast::round_up(count, kLanes<A>);
-  for (int64_t i = 0; i < padded; ++i) {
-    begins[i] = layout.begin(peak[i < count ? i : count - 1]);
+  for (int64_t i = 0; i < filters; ++i) {
+    begins[i] = layout.begin(peak[i]);
   }
-  // A vector more, or the rows would fall into the same few sets of the first-level cache.
-  alignas(64) A masks[kRun<A> * (kFiltersAtOnce + kLanes<A>)];
-  const int64_t row = padded + kLanes<A>;
-  const int64_t most = Sink<T>::kPreferred / count;
-  const int64_t step = out_stride == count && most > 1 ? most : 1;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLine == 0;
+  const bool lines = s.stream && aligned && filters % kLine == 0;
+  const bool dense = !lines && out_stride == filters;
+  const T* ahead = s.find_peak ? (next != nullptr ? next : maps) : maps + kRowsAhead * stride;
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
     const A* panel = s.masks + segment * layout.per_segment;
     for (int64_t first = 0; first < layout.length; first += kRun<A>) {
-      mask_rows<A>(panel + first, begins, padded, masks, row);
-      const int64_t left = layout.length - first, rows = left < kRun<A> ? left : kRun<A>;
-      for (int64_t r = 0; r < rows; r += step) {
-        const int64_t p = segment * layout.length + first + r;
-        const int64_t here = step < rows - r ? step : rows - r;
-        T* stretch = sink.open(out + p * out_stride, here * count);
-        for (int64_t q = 0; q < here; ++q) {
-          if (next != nullptr) {
-            prefetch(next + (p + q) * stride, count);
-          }
-          mask_dense<T, A>(maps + (p + q) * stride, masks + (r + q) * row, stretch + q * count,
-                           count);
-        }
+      const int64_t left = layout.length - first, count = left < kRun<A> ? left : kRun<A>;
+      const int64_t p = segment * layout.length + first;
+      T* to = out + p * out_stride;
+      T* stretch = dense ? sink.open(to, count * filters) : to;
+      const Rows<T> rows{maps + p * stride, ahead + p * stride, stride, stretch, out_stride, lines};
+      mask_rows<T, A>(panel + first, begins, rows, count, filters);
+      if (dense) {
         sink.close();
       }
     }

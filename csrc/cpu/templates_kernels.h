@@ -10,12 +10,11 @@
 // T is how maps are stored; masks and sums are of Accumulate<T>.
 namespace picnn_fast {
 
-// All templates of a map's size, laid out so that whoever goes along the positions of a map, or
-// along the peaks of templates, reads on in memory, yet far smaller than templates times positions.
+// All templates of a map's size, laid out so that whoever goes along the positions of a map reads
+// on in memory, yet far smaller than templates times positions.
 //
-// Entry (i, j; a, b) is the value at offset (a - i, b - j) or, turned, (i - a, j - b): with (i, j)
-// a peak, the template at position (a, b); turned, with (i, j) a position, its value in the
-// template of peak (a, b). It is at
+// Entry (i, j; a, b) is the value at offset (a - i, b - j): with (i, j) a peak, the template at
+// position (a, b). It is at
 //   values[segment * per_segment + first + i * row + j * column + (a, b) in the segment]
 // where the h·w pairs (a, b) in row-major order are cut into segments of `length`.
 struct PanelLayout {

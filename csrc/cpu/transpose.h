@@ -1,8 +1,13 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "vector.h"
 
@@ -39,6 +44,40 @@ PICNN_FAST_HD void transpose(Vector<A> (&rows)[kGroup]) {
     for (int i = 0; i < kGroup; ++i) {
       rows[i] = next[i];
     }
+  }
+}
+
+// Numbers in a row that fill the smallest vectors.
+template <typename A>
+constexpr int kRun = 16 / sizeof(A);
+
+// Runs that begin at at[0], at[kRun], at[2 * kRun] and so on, as many as a vector holds. Those of
+// kRun such vectors, each of the next `at`, are transposed by transpose<A, kRun<A>>.
+template <typename A>
+PICNN_FAST_HD Vector<A> load_runs(const A* from, const int64_t* at) {
+#if defined(__AVX512F__)
+  const auto run = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at[i * kRun<A>]));
+  };
+  __m512i runs = _mm512_castsi128_si512(run(0));
+  runs = _mm512_inserti32x4(runs, run(1), 1);
+  runs = _mm512_inserti32x4(runs, run(2), 2);
+  return (Vector<A>)_mm512_inserti32x4(runs, run(3), 3);
+#elif defined(__AVX2__)
+  const auto run = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at[i * kRun<A>]));
+  };
+  return (Vector<A>)_mm256_inserti128_si256(_mm256_castsi128_si256(run(0)), run(1), 1);
+#else
+  return load<A>(from + at[0]);
+#endif
+}
+
+// The inverse.
+template <typename A>
+PICNN_FAST_HD void store_runs(const Vector<A>& runs, A* to, const int64_t* at) {
+  for (int i = 0; i < kLanes<A> / kRun<A>; ++i) {
+    std::memcpy(to + at[i * kRun<A>], reinterpret_cast<const A*>(&runs) + i * kRun<A>, 16);
   }
 }
 
