@@ -99,14 +99,21 @@ def test_many_samples_equal_the_reference(
     check(kernels, SHAPES[shape], dtype, layout)
 
 
-@pytest.mark.parametrize("layout", ["filters", "samples", "strided"])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        *itertools.product(["tables_in_shared_memory"], ("filters", "samples", "strided")),
+        ("tables_too_large", "filters"),
+    ],
+)
 def test_the_order_of_threads_and_blocks_does_not_matter(
     kernels: dict[str, Callable[..., Any]],
+    shape: str,
     layout: str,
     schedule: Callable[[], None],
 ) -> None:
     schedule()
-    check(kernels, SHAPES["tables_in_shared_memory"], torch.float32, layout)
+    check(kernels, SHAPES[shape], torch.float32, layout)
 
 
 def test_soft_counts_have_the_same_bits_in_every_order(
