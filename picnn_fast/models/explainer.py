@@ -505,7 +505,9 @@ class Explainer(InterpretableNetwork):
             wanted, got = (
                 _norms(x.flatten(0, 1)).view(x.shape[:2]).mean(0) for x in (upper[layer], own)
             )
-            weights.append(torch.where(got > 0, wanted / got, 0.0))
+            # Of a filter that is off the gradient is 0, or what rounding makes of that.
+            least = torch.finfo(got.dtype).eps * self.template.tau_for(*maps.shape[2:])
+            weights.append(torch.where(got > least, wanted / got, 0.0))
         return torch.stack(weights) * GRADIENT_SHARE / self.epoch
 
     def begin_epoch(

@@ -484,7 +484,9 @@ def _tiles(block: Tensor, columns: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _copy_turned(block: Tensor, columns: Tensor) -> None:
-    block.copy_(columns.T)
+    # A thread is not in the mode of the one that starts it, in which the block was made.
+    with torch.inference_mode():
+        block.copy_(columns.T)
 
 
 def _standardise(columns: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -204,7 +204,8 @@ class InterpretableModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Where the strategy is that of ``--strategy fsdp``, the network is dealt out."""
-        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        # Loaded from a checkpoint it has no trainer yet.
+        sharded = self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy)
         if sharded and not isinstance(self.network, FSDPModule):
             assert self.device_mesh is not None
             shard(self.network, self.device_mesh["data_parallel"])

@@ -1,6 +1,6 @@
 """Compiles Triton kernels for a GPU that need not be there; prints a line of JSON for each.
 
-    python -m tests.triton_kernels.compile_for_gpu [--capability 90] [FAMILY ...]
+    python -m tests.triton_kernels.compile_for_gpu [--capability 90] [--one_shape] [FAMILY ...]
 
 What is compiled is what would be launched: every operator runs on tensors without data ("meta"), in
 each type of its case in ``tests/ops/cases.py`` and float32 in several layouts, and in place of its
@@ -32,7 +32,7 @@ from tests.ops.cases import CASES, OperatorCase
 SHAPES = {
     "filter_loss": [(64, 8, 14, 14)],
     "templates": [(2, 64, 14, 14), (2, 64, 56, 56)],
-    "correlation": [(9, 300, 7, 7), (2, 40, 70, 70)],
+    "correlation": [(2, 40, 70, 70), (9, 300, 7, 7)],
     "histogram": [(4096, 64, 16, 10), (1000, 8, 64, 200)],
 }
 LAYOUTS = ("contiguous", "channels_last", "transposed")
@@ -63,15 +63,15 @@ def without_data(value: Any, far: bool) -> Any:
     return torch.empty_strided(value.shape, strides, dtype=value.dtype, device="meta")
 
 
-def calls(case: OperatorCase) -> Iterator[tuple[Any, ...]]:
+def calls(case: OperatorCase, shapes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     """Arguments of each call of the case's operator."""
-    for shape in SHAPES.get(case.family, [case.many]):
+    for shape in shapes:
         for dtype in case.dtypes:
             layouts = [name for name in LAYOUTS if name in case.layouts]
             for layout in layouts if dtype == case.dtypes[0] else layouts[:1]:
                 arguments = case.arguments(shape, layout, dtype)
                 yield tuple(without_data(value, False) for value in arguments)
-    arguments = case.arguments(SHAPES.get(case.family, [case.many])[0])
+    arguments = case.arguments(shapes[0])
     yield tuple(without_data(v, i in case.maps) for i, v in enumerate(arguments))
 
 
@@ -81,11 +81,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK):(\d+)", text))
-    # What a thread has on its stack is not spilled where nothing is ever stored there.
-    spilled = int(found["STACK"]) if re.search(r"\bSTL\b", text) else 0
+
+        def dumped(what: str) -> str:
+            command = [str(tool), f"--dump-{what}", file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        found = dict(re.findall(r"(REG|STACK):(\d+)", dumped("resource-usage")))
+        spilled = int(found["STACK"])
+        # What a thread has on its stack is not spilled where nothing is ever stored there.
+        if spilled and not re.search(r"\bSTL\b", dumped("sass")):
+            spilled = 0
     return {"registers": int(found["REG"]), "spilled": spilled}
 
 
@@ -118,7 +123,7 @@ def compiled_instead(run: Callable[..., Any], family: str) -> Callable[..., Any]
     return compile_only
 
 
-def main(families: Sequence[str], capability: int) -> None:
+def main(families: Sequence[str], capability: int, most_shapes: int | None) -> None:
     driver.set_active(Device(capability))
     run = triton.JITFunction.run
     for case in CASES:
@@ -129,7 +134,7 @@ def main(families: Sequence[str], capability: int) -> None:
         if operator is None:  # PyTorch's own operators serve it
             continue
         triton.JITFunction.run = compiled_instead(run, case.family)
-        for arguments in calls(case):
+        for arguments in calls(case, SHAPES.get(case.family, [case.many])[:most_shapes]):
             operator(*arguments)
 
 
@@ -137,6 +142,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY")
     parser.add_argument("--capability", type=int, default=90, help="80 is an A100, 90 an H100")
+    parser.add_argument("--one_shape", action="store_true", help="maps of one size a family")
     options = parser.parse_args()
-    main(options.families, options.capability)
+    main(options.families, options.capability, 1 if options.one_shape else None)
     sys.exit(0)

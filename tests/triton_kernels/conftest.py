@@ -18,7 +18,10 @@ Compiled = dict[str, list[dict[str, Any]]]
 def compiled() -> Compiled:
     """Family to its kernels as compiled for a Hopper, in the records of compile_for_gpu.py."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.triton_kernels.compile_for_gpu"],
+        [
+            *(sys.executable, "-W", "ignore", "-m", "tests.triton_kernels.compile_for_gpu"),
+            "--one_shape",  # benchmarks.kernels compiles for all, in minutes
+        ],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,

@@ -19,6 +19,7 @@ SPILLS = {
     ("CUDA", "count_neighbors"): "sm_80 alone; a search waits for memory, so many warps come first",
     ("CUDA", "mask_channels_last"): "32 values a thread of maps of 65 positions or more",
     ("CUDA", "resident_filter"): "64 sums a thread; on sm_90 none in the loop of products",
+    ("CUDA", "scale_channels_last"): "a draw of labels that are checked, beside 8 maps a thread",
     ("Triton", "backward_kernel"): "float64",
     ("Triton", "columns_kernel"): "float64",
     ("Triton", "filters_kernel"): "two scalars, of tables that are not dense",
