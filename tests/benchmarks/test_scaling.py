@@ -29,10 +29,7 @@ def test_a_network_is_counted_as_its_layers_have_it() -> None:
 
 def test_the_committed_counts_are_those_of_the_networks() -> None:
     for backbone, inserted, method in (("vgg16", True, "icnn"), ("vit_b_16", False, "csg")):
-        counted = scaling.counted(backbone, inserted, method)
-        # What kernels read and keep may change; what a network is may not.
-        names = ("backbone", "method", "filters", "parameters", "buffers", "own")
-        assert any(all(entry.get(n) == counted[n] for n in names) for entry in COST)
+        assert scaling.counted(backbone, inserted, method) in COST
 
 
 def test_a_ring_sends_twice_the_bytes_less_one_share() -> None:
