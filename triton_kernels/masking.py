@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from picnn_fast.reference import masking as reference
 from picnn_fast.triton_kernels.conversions import narrow, widen
 
 CLASS_BLOCK = 1024
@@ -336,7 +337,7 @@ def draw_filters(
     """Bernoulli masks; see ``reference.masking.draw_filters``."""
     batch = len(probabilities)
     if labels is not None:
-        _check_labels(labels, batch)
+        reference.check_labels(labels, batch)
         batch, labels = len(labels), labels.contiguous()
     mask = probabilities.new_empty((batch, probabilities.shape[1]))
     if mask.numel() > 0:
@@ -358,8 +359,7 @@ def bernoulli_mask(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pseudo-label, Bernoulli mask and masked maps; see ``reference.masking.bernoulli_mask``."""
     if validate:
-        within = (correspondence >= 0) & (correspondence <= 1)
-        torch._assert_async(within.all(), "correspondence: want probabilities: finite, in [0, 1]")
+        reference.check_probabilities(correspondence)
     masked = torch.empty_like(features)
     features, flat = _flat(features), _flat(masked)
     B, N, S = features.shape
@@ -384,16 +384,11 @@ def mask_channels(features: Tensor, mask: Tensor) -> Tensor:
 
 def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Maps scaled by their labels' rows; see ``reference.masking.class_gate``."""
-    _check_labels(labels, len(gate))
+    reference.check_labels(labels, len(gate))
     rows = gate.new_empty(features.shape[:2])
     if features.numel() == 0:
         return torch.empty_like(features), rows.copy_(gate[labels])
     return _scaled(features, gate, labels.contiguous(), rows), rows
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    within = (labels >= 0) & (labels < classes)
-    torch._assert_async(within.all(), f"labels: want class indices in [0, {classes})")
 
 
 def _scaled(

@@ -82,19 +82,15 @@ struct Walk {
 };
 
 // A key that orders as values do, with NaN above all else and one zero; above 0.
-__device__ uint32_t order_key(float x) {
-  const float value = x + 0.0f;
-  uint32_t bits;
+template <typename A>
+__device__ auto order_key(A x) {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  constexpr Bits kSign = Bits{1} << (8 * sizeof(A) - 1);
+  const A value = x + A{0};
+  Bits bits;
   memcpy(&bits, &value, sizeof(bits));
-  const uint32_t flip = bits >> 31 != 0 ? ~uint32_t{0} : uint32_t{1} << 31;
-  return x != x ? ~uint32_t{0} : bits ^ flip;
-}
-__device__ uint64_t order_key(double x) {
-  const double value = x + 0.0;
-  uint64_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  const uint64_t flip = bits >> 63 != 0 ? ~uint64_t{0} : uint64_t{1} << 63;
-  return x != x ? ~uint64_t{0} : bits ^ flip;
+  const Bits flip = (bits & kSign) != 0 ? ~Bits{0} : kSign;
+  return x != x ? ~Bits{0} : bits ^ flip;
 }
 
 // The greatest value so far; of equals, the first position counts.

@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     from picnn_fast.training.launch import launch
 
     started = launch(None)
-    started.decide(lambda: None)  # which connects processes that were started together
+    started.connect()
     try:
         if started.first:
             return _run(arguments, started)

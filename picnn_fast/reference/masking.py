@@ -116,7 +116,7 @@ def draw_filters(
     int64 it is ``[K, N]``, and sample b's are those of row ``labels[b]``.
     """
     if labels is not None:
-        _check_labels(labels, len(probabilities))
+        check_labels(labels, len(probabilities))
         probabilities = probabilities[labels]
     index = torch.arange(probabilities.numel(), device=probabilities.device)
     bits = random_24_bits(index.view(probabilities.shape), seed, FILTER_STREAM, rank)
@@ -167,8 +167,7 @@ def bernoulli_mask(
         pseudo_label ``[B]`` int64.
     """
     if validate:
-        within = (correspondence >= 0) & (correspondence <= 1)
-        torch._assert_async(within.all(), "correspondence: want probabilities: finite, in [0, 1]")
+        check_probabilities(correspondence)
     pseudo_label = draw_labels(logits, seed, rank)
     mask = draw_filters(correspondence[pseudo_label], seed, rank)
     mask = mask.to(accumulate_dtype(features.dtype))
@@ -239,12 +238,19 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> tuple[Tensor, 
     ``gate`` is ``[K, N]`` in the accumulate type, ``labels`` ``[B]`` int64; labels that are none of
     the K classes are refused.
     """
-    _check_labels(labels, len(gate))
+    check_labels(labels, len(gate))
     rows = gate[labels]
     return mask_channels(features, rows), rows
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
+def check_probabilities(correspondence: Tensor) -> None:
+    """Refuse others than finite numbers in [0, 1], on a GPU without waiting for it."""
+    within = (correspondence >= 0) & (correspondence <= 1)
+    torch._assert_async(within.all(), "correspondence: want probabilities: finite, in [0, 1]")
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse others than class indices, likewise."""
     within = (labels >= 0) & (labels < classes)
     torch._assert_async(within.all(), f"labels: want class indices in [0, {classes})")
 

@@ -120,10 +120,9 @@ def compare(
         >>> figures = compare(options, methods_on("digits", ["std", "csg"]))  # doctest: +SKIP
     """
     started = launch_of(options)
-    if started.devices * started.nodes > 1:
+    if started.processes > 1:
         raise ConfigError(
-            f"devices: got {started.devices * started.nodes}, want 1: networks are trained one"
-            " after the other"
+            f"devices: got {started.processes}, want 1: networks are trained one after the other"
         )
     runs = _runs(options, methods, seeds)
     folder = compare_folder(options, methods, seeds)

@@ -65,6 +65,11 @@ class Launch:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def processes(self) -> int:
+        """On all machines."""
+        return self.devices * self.nodes
+
     def decide(self, compute: Callable[[], T]) -> T:
         """What the first process computes, or the error it raises, in every process.
 
@@ -83,15 +88,20 @@ class Launch:
             raise outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
 
+    def connect(self) -> None:
+        """Make the group of processes that were started together; with others there is none."""
+        if not self.outside or distributed.is_initialized():
+            return
+        os.environ[ADDRESS] = self.environment.main_address
+        os.environ[PORT] = str(self.environment.main_port)
+        os.environ["RANK"] = str(self.environment.global_rank())
+        os.environ["WORLD_SIZE"] = str(self.environment.world_size())
+        # Lightning takes the group it finds, so it has to serve training as well.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=self.timeout)
+
     def _told_by_group(self, outcome: list[Any]) -> list[Any]:
-        if not distributed.is_initialized():
-            os.environ[ADDRESS] = self.environment.main_address
-            os.environ[PORT] = str(self.environment.main_port)
-            os.environ["RANK"] = str(self.environment.global_rank())
-            os.environ["WORLD_SIZE"] = str(self.environment.world_size())
-            # Lightning takes the group it finds, so it has to serve training as well.
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            distributed.init_process_group(backend, timeout=self.timeout)
+        self.connect()
         distributed.broadcast_object_list(outcome, src=0)
         return outcome
 
@@ -152,7 +162,7 @@ def telling_of_lost(started: Launch, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
-        if started.devices * started.nodes == 1 or not _is_of_lost(error):
+        if started.processes == 1 or not _is_of_lost(error):
             raise
         # Without where in gloo's sources, and its advice.
         said = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". ")[0]

@@ -255,11 +255,12 @@ def assemble(
 
 def _strategy(options: Options, started: Launch) -> Strategy | str:
     """How processes train one network together."""
-    if options.strategy == "auto" and started.devices * started.nodes == 1:
+    if options.strategy == "auto" and started.processes == 1:
         return "auto"
     if options.strategy == "fsdp":
-        processes = started.devices * started.nodes
-        return ShardedStrategy(processes, started.timeout, channels_last=options.channels_last)
+        return ShardedStrategy(
+            started.processes, started.timeout, channels_last=options.channels_last
+        )
     return DDPStrategy(timeout=started.timeout)
 
 

@@ -33,6 +33,11 @@ def on_gpu(case: OperatorCase, device: str = "cuda") -> Arguments:
     )
 
 
+def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+
+
 def run(case: OperatorCase, arguments: Arguments) -> tuple[Tensor, ...]:
     """Results, then copies of what is written to."""
     written = case.written()
@@ -85,8 +90,7 @@ def test_an_operator_never_waits_for_the_device_and_a_graph_replays_it(
     for result in got:
         result.fill_(0)
     graph.replay()
-    for one, two in zip(got, expected, strict=True):
-        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+    assert_same(got, expected)
 
 
 @pytest.mark.gpu
@@ -105,8 +109,7 @@ def test_results_on_a_stream_of_its_own_are_those_of_the_usual_one(
         late = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
         got = run(case, late)
     stream.synchronize()
-    for one, two in zip(got, expected, strict=True):
-        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+    assert_same(got, expected)
 
 
 @pytest.mark.gpu
