@@ -165,7 +165,8 @@ def telling_of_lost(started: Launch, folder: RunFolder) -> Iterator[None]:
         if started.processes == 1 or not _is_of_lost(error):
             raise
         # Without where in gloo's sources, and its advice.
-        said = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        said = re.sub(r"\[[^\[\]]*\.cc:\d+\] ", "", first).split(". ")[0]
         kept = any(folder.work.glob("*.ckpt"))
         how = "goes on from the last checkpoint, on any machines" if kept else "starts anew"
         raise LostProcessError(

@@ -11,7 +11,7 @@ import torch
 
 from picnn_fast.evaluation import default_figures, evaluate
 from picnn_fast.training.checkpoint import load_checkpoint
-from picnn_fast.training.launch import Launch, launch
+from picnn_fast.training.launch import Launch, LostProcessError, launch, telling_of_lost
 from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run import build_data, read_history, train
 from picnn_fast.training.run_folder import RunFolder, RunFolderError
@@ -177,6 +177,26 @@ def test_variables_of_launchers_that_are_wrong_are_told_in_one_line(variables, m
     with pytest.raises(ConfigError, match=f"^{message}") as caught:
         found(**variables)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[/a/gloo/transport/tcp/pair.cc:5] Reset. Please look"), "Reset"),
+        (RuntimeError("Joined: [/a/gloo/transport/tcp/pair.cc:5] Reset\nmore"), "Joined: Reset"),
+        (ConnectionResetError(), "ConnectionResetError"),
+    ],
+)
+def test_a_lost_process_is_told_without_where_in_gloo_it_was_seen(
+    monkeypatch, tmp_path, error, said
+):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(LostProcessError, match=rf"\(--timeout\): {said}; the same command starts"),
+        telling_of_lost(launch(None), RunFolder(tmp_path / "run", "train", {})),
+    ):
+        raise error
 
 
 def test_machines_without_a_launcher_are_told_apart_by_hand(monkeypatch):
