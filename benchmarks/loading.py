@@ -231,8 +231,6 @@ their share of the cores from the step, also from one that waits for nothing: im
 
 <results: loading-*.json>
 
-The machine did other work at the same time: rates are low, and what took turns may be compared.
-
 Photographs with twice the pixels that are needed or more are decoded at a half of their size, or
 less. What does not fit a quarter of the memory that is free is decoded each epoch.
 """
