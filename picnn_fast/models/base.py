@@ -87,6 +87,8 @@ class InterpretableNetwork(nn.Module, abc.ABC):
         ownership_meaning: what the matrix of ``ownership`` is, for the reader of a report.
         network_from: the option that names a run, whose trained network the method is put on in
             place of a backbone; None for methods that are put on a backbone.
+        compiles_alone: whether ``forward`` may be compiled without the loss; not where the loss
+            takes gradients within it.
         recipe: what ``make_interpretable`` made it of; None where it was put together by hand.
         card: of ``from_pretrained``; None for a network that was not loaded so.
 
@@ -103,6 +105,7 @@ class InterpretableNetwork(nn.Module, abc.ABC):
     draws_masks: ClassVar[bool] = True
     ownership_meaning: ClassVar[str] = "how much of each filter belongs to each class"
     network_from: ClassVar[str | None] = None
+    compiles_alone: ClassVar[bool] = True
     recipe: Mapping[str, Any] | None = None
     card: Mapping[str, Any] | None = None
 

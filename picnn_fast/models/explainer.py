@@ -258,6 +258,7 @@ class Explainer(InterpretableNetwork):
 
     filters_per_class: ClassVar[float | None] = None
     network_from: ClassVar[str | None] = "performer"
+    compiles_alone: ClassVar[bool] = False  # lambda
     epoch: Tensor
     filter_weights: Tensor
 

@@ -138,6 +138,10 @@ class InterpretableModule(L.LightningModule):
             optimisers take turns, each counts its own.
         schedule_factor: what a fall of "step" leaves of each rate, in (0, 1].
         warmup_epochs: over the first of them all rates rise linearly, epoch by epoch.
+        accumulate_grad_batches: batches whose gradients a step takes the mean of, where optimisers
+            take turns; where there is one it is the trainer's matter.
+        compile: the forward pass of training and validation is by ``torch.compile``, once the
+            strategy has made of the network what it wants.
         mutual_information_weight: of ``MutualInformationLoss`` on the pooled filter maps of each
             batch (of each rank), logged as the term ``train/mutual_information``; 0 leaves it out.
         seed: of the masks drawn in training and in validation.
@@ -166,6 +170,8 @@ class InterpretableModule(L.LightningModule):
         schedule_steps: Sequence[int] = (60, 90, 120),
         schedule_factor: float = 0.1,
         warmup_epochs: int = 0,
+        accumulate_grad_batches: int = 1,
+        compile: bool = False,
         mutual_information_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -181,6 +187,10 @@ class InterpretableModule(L.LightningModule):
         check_steps(schedule_steps, schedule_factor)
         self.schedule_steps, self.schedule_factor = tuple(schedule_steps), schedule_factor
         self.warmup_epochs = checks.integer("warmup_epochs", warmup_epochs, 0)
+        self.accumulate_grad_batches = checks.integer(
+            "accumulate_grad_batches", accumulate_grad_batches, 1
+        )
+        self.compiled = compile
         self.mutual_information_weight = checks.non_negative(
             "mutual_information_weight", mutual_information_weight
         )
@@ -204,11 +214,14 @@ class InterpretableModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Where the strategy is that of ``--strategy fsdp``, the network is dealt out."""
-        # Loaded from a checkpoint it has no trainer yet.
-        sharded = self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy)
+        if self._trainer is None:  # loaded from a checkpoint it has none yet
+            return
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
         if sharded and not isinstance(self.network, FSDPModule):
             assert self.device_mesh is not None
             shard(self.network, self.device_mesh["data_parallel"])
+        if self.compiled and self.network._compiled_call_impl is None:
+            self.network.compile()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, K]`` of the discrimination pathway."""
@@ -399,15 +412,21 @@ class InterpretableModule(L.LightningModule):
             self._check_finite(loss)
         self._log_means({"loss": loss.detach(), **terms}, len(labels))
         if not self.automatic_optimization:
-            optimizers: Any = self.optimizers()
-            optimizer = optimizers[self._turn()]
+            self._step_in_turn(loss, batch_idx)
+        return loss
+
+    def _step_in_turn(self, loss: Tensor, batch_idx: int) -> None:
+        """Add a batch's gradients up, and step the optimiser whose epoch it is, once due."""
+        optimizers: Any = self.optimizers()
+        batches = self.accumulate_grad_batches
+        if batch_idx % batches == 0:
             # Not the module's: under FSDP2 its parameters are others between the two passes.
             for one in optimizers:
                 one.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
+        self.manual_backward(loss / batches)
+        if (batch_idx + 1) % batches == 0 or self.trainer.is_last_batch:
+            optimizers[self._turn()].step()
             self.network.after_step()
-        return loss
 
     def _log_means(self, terms: Mapping[str, Tensor], images: int) -> None:
         """Means over the epoch, and over ranks; their sums so far, for a checkpoint."""

@@ -152,6 +152,7 @@ class Options:
         epochs: passes over the training images.
         batch_size: images a step, on each device; a single image left over in an epoch is not
             trained on.
+        accumulate_grad_batches: such batches a step, whose gradients are averaged.
         schedule: learning rates over the run, changed by the epoch: cosine to schedule_floor times
             the rate; step, down to schedule_factor of it after each of schedule_steps; or constant.
         schedule_floor: share of the learning rate that the cosine ends at.
@@ -177,6 +178,8 @@ class Options:
             and optimiser out to them; auto: ddp where there are several.
         channels_last: keep weights and maps with their channels innermost, which convolutions run
             faster on; results differ in rounding.
+        compile: train the network as torch.compile makes it, which takes a while at the start;
+            results differ in rounding.
 
     Raises:
         ConfigError: an option that there is not, of the wrong type, or out of range.
@@ -200,6 +203,7 @@ class Options:
     mutual_information_weight: float = 0.0
     epochs: int = 30
     batch_size: int = 64
+    accumulate_grad_batches: int = 1
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     schedule_floor: float = 0.0
     schedule_steps: Sequence[int] = (60, 90, 120)
@@ -215,6 +219,7 @@ class Options:
     timeout: float = 600.0
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     channels_last: bool = True
+    compile: bool = False
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -293,6 +298,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mutual_information_weight": (0.0, sys.float_info.max),
     "epochs": (1, math.inf),
     "batch_size": (1, math.inf),
+    "accumulate_grad_batches": (1, math.inf),
     "schedule_floor": (0.0, 1.0),
     "warmup_epochs": (0, math.inf),
     "checkpoint_every": (1, math.inf),

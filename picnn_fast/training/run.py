@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from picnn_fast._extras import extra, install_command
 from picnn_fast._terminal import counted
@@ -176,6 +177,11 @@ def assemble(
     network = build_network(
         options, data.num_classes, data.in_channels, source, weights=not goes_on
     )
+    if options.compile and not network.compiles_alone:
+        raise ConfigError(
+            f"compile: got true with method {options.method['name']}, whose loss takes gradients"
+            " within the network, want false"
+        )
     if options.strategy == "fsdp":
         check_sharding(options, network)
     cost = _try_image(options, network, data)
@@ -189,6 +195,8 @@ def assemble(
         schedule_steps=options.schedule_steps,
         schedule_factor=options.schedule_factor,
         warmup_epochs=options.warmup_epochs,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        compile=options.compile,
         mutual_information_weight=options.mutual_information_weight,
         seed=options.seed,
     )
@@ -237,6 +245,10 @@ def assemble(
                 devices=started.devices,
                 num_nodes=started.nodes,
                 strategy=_strategy(options, started),
+                # Where optimisers take turns the module does it: Lightning refuses.
+                accumulate_grad_batches=options.accumulate_grad_batches
+                if module.automatic_optimization
+                else 1,
                 logger=_loggers(folder),
                 callbacks=callbacks,
                 plugins=[WholeCheckpoints(data.class_names), started.environment],
@@ -375,7 +387,7 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
     """
     trainer = run.trainer
     checkpoint = Path(trainer.default_root_dir) / CHECKPOINT
-    with _quiet(), reading_images():
+    with _quiet(), reading_images(), _compiling(run.options):
         trainer.fit(run.module, run.data, ckpt_path=checkpoint if checkpoint.exists() else None)
         run = _settled(run, checkpoint)
         try:
@@ -391,6 +403,24 @@ def fit(run: Run, *, progress: bool = True) -> Figures:
                 if said is not None:
                     warnings.warn(said, stacklevel=2)
         return figures
+
+
+@contextmanager
+def _compiling(options: Options) -> Iterator[None]:
+    """What the compiler cannot do, told in a line.
+
+    Raises:
+        ConfigError: in place of what torch raises.
+    """
+    try:
+        yield
+    except TorchDynamoException as error:
+        if not options.compile:
+            raise
+        raise ConfigError(
+            "compile: torch.compile failed, want false, or a machine where it works:"
+            f" {one_line(error)[:300]}"
+        ) from error
 
 
 def _evaluate(run: Run, best: Path, *, progress: bool) -> Figures:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from picnn_fast.training.launch import Launch, LostProcessError, launch, telling
 from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run import build_data, read_history, train
 from picnn_fast.training.run_folder import RunFolder, RunFolderError
-from tests.training.together import OF_LAUNCHERS
+from tests.training.together import OF_LAUNCHERS, free_ports
 
 FLAGS = {"num_filters": 8, "epochs": 2, "batch_size": 256, "accelerator": "cpu"}
 
@@ -31,7 +30,7 @@ def _clean(monkeypatch):
 
 def _torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port", str(_free_port()), "-m", "picnn_fast", *arguments]
+    command += ["--master-port", str(free_ports(1)[0]), "-m", "picnn_fast", *arguments]
     return subprocess.run(
         command,
         capture_output=True,
@@ -40,12 +39,6 @@ def _torchrun(*arguments):
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def test_torchrun_trains_one_run_whose_figures_are_those_of_its_checkpoint(tmp_path):

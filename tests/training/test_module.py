@@ -429,6 +429,36 @@ def test_a_run_resumed_within_a_period_ends_with_the_same_weights(tmp_path, epoc
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("method", ["std", "csg"])
+def test_batches_that_make_a_step_together_are_as_one_large_batch(method):
+    torch.manual_seed(1)
+    images = TensorDataset(torch.rand(16, 1, 4, 4).double(), torch.arange(16) % 3)
+
+    def trained(batch, parts):
+        network = _csg() if method == "csg" else _network("std")
+        options = {} if method == "std" else {"accumulate_grad_batches": parts}
+        sgd = partial(torch.optim.SGD, momentum=0.9)
+        module = InterpretableModule(network.double(), lr=0.1, optimizer=sgd, **options)
+        given = {"accumulate_grad_batches": parts} if method == "std" else {}
+        trainer = _trainer(max_epochs=4, precision="64-true", **given)
+        trainer.fit(module, DataLoader(images, batch_size=batch))
+        return module.network.state_dict(), trainer.global_step
+
+    whole, steps = trained(8, 1)
+    parts, as_many = trained(4, 2)
+    assert steps == as_many == 8
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_batches_left_over_at_the_end_of_an_epoch_are_a_step():
+    module = InterpretableModule(_csg(), accumulate_grad_batches=2)
+    trainer = _trainer(max_epochs=1)
+    trainer.fit(module, _loader())  # three batches
+    assert trainer.global_step == 2
+    with pytest.raises(ValueError, match=r"^accumulate_grad_batches: got 0"):
+        InterpretableModule(_csg(), accumulate_grad_batches=0)
+
+
 def test_epochs_that_take_turns_want_a_number_of_epochs():
     with pytest.raises(ValueError, match="epochs that take turns, want max_epochs"):
         _trainer(max_steps=2).fit(InterpretableModule(_csg()), _loader())

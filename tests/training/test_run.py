@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import errno
+import functools
 import io
 import json
 import math
@@ -679,6 +680,7 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
         ({"data": "digits", "backbone": "vgg-m"}, "backbone: vgg-m cannot take images of 8 x 8"),
         ({"optimizer": {"weight_decay": -1.0}}, "^optimizer: Invalid weight_decay value: -1.0"),
         ({"method": {"interpretation_weight": -1.0}}, r"^method\.interpretation_weight: got -1\.0"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches: got 0, want an integer >= 1"),
         ({"category": "grey"}, "^category: got 'grey', want one of 'bright', 'dark'"),
         ({"insert_conv": False, "num_filters": 5}, "num_filters: got 5 with insert_conv=False"),
         ({"backbone": "resnet18", "batch_size": 1}, "batch_size: got 1, want at least 2: Expected"),
@@ -687,6 +689,45 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
 def test_options_that_do_not_go_together_are_refused(config, options, message):
     with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(config, **options), progress=False)
+
+
+def test_a_network_is_trained_as_the_compiler_makes_it(config, tmp_path, monkeypatch):
+    made = []
+
+    def compiler(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    states = []
+    for compiled in (True, False):
+        options = dataclasses.replace(config, compile=compiled, epochs=1)
+        run = assemble(options, tmp_path, progress=False)
+        run.trainer.fit(run.module, run.data)
+        states.append(run.network.state_dict())
+        assert made
+    torch.testing.assert_close(*states)
+
+
+def test_what_the_compiler_cannot_do_is_told_in_a_line(config, monkeypatch):
+    def compiler(graph, inputs):
+        raise RuntimeError("no compiler of C++")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    with pytest.raises(ConfigError, match=r"^compile: .* no compiler of C\+\+"):
+        train(dataclasses.replace(config, compile=True), progress=False)
+
+
+@pytest.mark.parametrize(("method", "by_trainer"), [("std", 3), ("csg", 1)])
+def test_batches_of_a_step_are_counted_by_the_trainer_or_where_optimisers_take_turns_here(
+    config, method, by_trainer
+):
+    options = dataclasses.replace(config, method=method, accumulate_grad_batches=3)
+    run = assemble(options, Path(config.output))
+    assert run.trainer.accumulate_grad_batches == by_trainer
+    assert run.module.accumulate_grad_batches == 3
 
 
 def test_a_run_that_cannot_start_writes_nothing(config, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run_folder import RunFolderError
 from picnn_fast.training.sharding import check_sharding
 from tests.training.kill import differences
-from tests.training.together import LINEAR
+from tests.training.together import IN_PARTS, LINEAR
 
 pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(),
@@ -64,6 +64,12 @@ def test_two_processes_come_to_the_weights_of_one_with_their_batches(trained, me
     assert_close(state(last), expected, 1e-5)
     if method in LINEAR:  # one process needs no dealing out: its batch is theirs together
         assert_close(state(last), state(trained / f"{method}-alone" / "last.ckpt"), 1e-5)
+
+
+@pytest.mark.parametrize(("method", "strategy"), IN_PARTS)
+def test_processes_that_make_a_step_of_many_batches_come_to_the_same(trained, method, strategy):
+    parts = trained / f"{method}-{strategy}-in-parts" / "last.ckpt"
+    assert_close(state(parts), state(trained / f"{method}-alone" / "last.ckpt"), 1e-5)
 
 
 def test_bfloat16_is_near_and_other(trained):

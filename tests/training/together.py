@@ -11,8 +11,10 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -38,6 +40,7 @@ from tests.training.kill import METHODS, options_of, write_images
 
 RANKS, BATCH, EPOCHS = 2, 3, 2
 LINEAR = ("std", "csg")  # whose loss of a batch is the mean of its images'
+IN_PARTS = [(method, strategy) for method in LINEAR for strategy in ("ddp", "fsdp")]
 CUT = "picnn"
 WHERE: dict[str, Any] = {"insert_conv": False, "num_filters": None}  # of a performer
 
@@ -210,6 +213,11 @@ def of_rank(rank: int, ports: Iterator[int], folder: Path) -> None:
     for method in (*METHODS, "explainer"):
         as_rank(rank, next(ports))
         fit(options_for(method, folder, method), folder / method)
+    for method, strategy in IN_PARTS:
+        as_rank(rank, next(ports))
+        output = f"{method}-{strategy}-in-parts"
+        parts = {"batch_size": 1, "accumulate_grad_batches": BATCH, "strategy": strategy}
+        fit(options_for(method, folder, output, **parts), folder / output)
     adam: dict[str, Any] = {"optimizer": "adamw", "checkpoint_every": 1}
     coarse = {"precision": "bf16-mixed", "checkpoint_every": None}
     for output, given in (("whole", {}), ("half", coarse)):
@@ -283,13 +291,28 @@ def fork(main: Callable[[], object], log: Path) -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Below those that the system gives out itself, to whoever asks before they are used."""
+    ports: list[int] = []
+    for port in random.Random(os.getpid()).sample(range(10_000, 32_768), k=20 * count):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"found {len(ports)} free ports, want {count}")
+
+
+def all_end_well(processes: list[int]) -> bool:
+    """Whether they do; when one fails, the others, which may wait for it, are killed."""
+    left = set(processes)
+    while left:
+        process, status = os.wait()
+        left.discard(process)
+        if status != 0:
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+            return False
+    return True
 
 
 def main(folder: Path) -> int:
@@ -302,15 +325,15 @@ def main(folder: Path) -> int:
     performer = fork(
         lambda: fit(performer_options(folder), folder / "performer"), folder / "performer.log"
     )
-    failed = [os.waitpid(performer, 0)[1]]
-    ports = free_ports(20)
+    if not all_end_well([performer]):
+        return 1
+    ports = free_ports(24)
     processes = [
         fork(lambda rank=rank: of_rank(rank, iter(ports), folder), folder / f"rank{rank}.log")
         for rank in range(RANKS)
     ]
     processes.append(fork(lambda: of_one(folder), folder / "one.log"))
-    failed += [os.waitpid(process, 0)[1] for process in processes]
-    return int(any(failed))
+    return int(not all_end_well(processes))
 
 
 if __name__ == "__main__":
