@@ -8,14 +8,13 @@ in a fixed order.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
 from picnn_fast.triton_kernels.conversions import widen
 from picnn_fast.triton_kernels.templates import middle, number, place, tile
@@ -81,12 +80,25 @@ def _shrinking(most, more):
 
 
 @triton.jit
+def _moving_average(old, new, log_kept, log_taken):
+    """Of what these are logarithms of; ``new`` where there is no old, -inf."""
+    kept, taken = old + number(log_kept, new.dtype), new + number(log_taken, new.dtype)
+    shift = _shift(tl.maximum(kept, taken))
+    mixed = shift + tl.log(tl.exp(kept - shift) + tl.exp(taken - shift))
+    return tl.where(old == -float("inf"), new, mixed)
+
+
+@triton.jit
 def columns_kernel(
-    maps, offsets, columns,
-    B, h, w, x_b, x_n, x_s, tau: tl.float64,
+    maps, offsets, columns, log_mean,
+    B, h, w, x_b, x_n, x_s, m_n, m_t,
+    tau: tl.float64, log_batch: tl.float64, log_kept: tl.float64, log_taken: tl.float64,
     SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """log of the sum of exp(s) over the samples: [N, P + 1]."""
+    """log of the sum of exp(s) over the samples, less log_batch: [N, P + 1].
+
+    Where a log_mean is kept, the moving average of both takes its place.
+    """
     dtype = columns.dtype.element_ty
     count = h * w + 1
     blocks = tl.cdiv(count, TEMPLATES)
@@ -102,7 +114,11 @@ def columns_kernel(
         total = total * tl.exp(_shrinking(most, more))
         total += tl.sum(tl.exp(s - _shift(more)[None, :]), 0)
         most = more
-    tl.store(columns + n * count + t, _shift(most) + tl.log(total), mask=t < count)
+    value = _shift(most) + tl.log(total) - number(log_batch, dtype)
+    if log_mean is not None:
+        old = tl.load(log_mean + n * m_n + t * m_t, mask=t < count, other=0.0)
+        value = _moving_average(old, value, log_kept, log_taken)
+    tl.store(columns + n * count + t, value, mask=t < count)
 
 
 @triton.jit
@@ -155,12 +171,63 @@ def rows_kernel(
 
 
 @triton.jit
+def losses_kernel(
+    row_sums, gains, relative, log_ratio, loss, terms, ratios,
+    B, r_n, scale: tl.float64,
+    log_all: tl.float64, log_count: tl.float64, log_kept: tl.float64, log_taken: tl.float64,
+    SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """The losses [N], by what rows_kernel found; a filter a program.
+
+    With estimates, their ratios are renewed first: the log of the sum of exp(row_sums), less
+    log_all, or where a log_ratio is kept the moving average of both. terms are of the losses, where
+    a template is assigned to each map.
+    """
+    dtype = loss.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64)
+    if ratios is not None:
+        most = tl.full((SAMPLES,), -float("inf"), dtype)
+        total = tl.zeros((SAMPLES,), dtype)
+        for first in range(0, B, SAMPLES):
+            b = first + tl.arange(0, SAMPLES).to(tl.int64)
+            row = tl.load(row_sums + n * B + b, mask=b < B, other=-float("inf"))
+            more = tl.maximum(most, row)
+            total = total * tl.exp(_shrinking(most, more)) + tl.exp(row - _shift(more))
+            most = more
+        top = tl.max(most, 0)
+        total = tl.sum(total * tl.exp(_shrinking(most, top)), 0)
+        ratio = _shift(top) + tl.log(total) - number(log_all, dtype)
+        if log_ratio is not None:
+            ratio = _moving_average(tl.load(log_ratio + n * r_n), ratio, log_kept, log_taken)
+        tl.store(ratios + n, ratio)
+    sums = tl.zeros((SAMPLES,), dtype)
+    for first in range(0, B, SAMPLES):
+        b = first + tl.arange(0, SAMPLES).to(tl.int64)
+        if relative is not None:
+            row = tl.load(relative + n * B + b, mask=b < B, other=0.0)
+            gain = row - ratio
+        else:
+            row = tl.load(row_sums + n * B + b, mask=b < B, other=0.0)
+            gain = tl.load(gains + n * B + b, mask=b < B, other=0.0)
+            if ratios is not None:
+                gain += row - number(log_count, dtype) - ratio
+        term = -number(scale, dtype) * tl.exp(row) * gain
+        if terms is not None:
+            tl.store(terms + n * B + b, term, mask=b < B)
+        sums += tl.where(b < B, term, 0.0)
+    tl.store(loss + n, tl.sum(sums, 0))
+
+
+@triton.jit
 def information_kernel(
-    maps, offsets, columns, marginals, information,
-    B, h, w, x_b, x_n, x_s, tau: tl.float64,
+    maps, offsets, columns, row_sums, information,
+    B, h, w, x_b, x_n, x_s, tau: tl.float64, log_count: tl.float64,
     SAMPLES: tl.constexpr, TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Sum of exp(r)·(r - marginal), r = s - columns, over the samples: [N, P + 1]."""
+    """Sum of exp(r)·(r - marginal), r = s - columns, over the samples: [N, P + 1].
+
+    The marginal is the row's sum less log_count.
+    """
     dtype = columns.dtype.element_ty
     count = h * w + 1
     blocks = tl.cdiv(count, TEMPLATES)
@@ -171,7 +238,7 @@ def information_kernel(
     for first in range(0, B, SAMPLES):
         b = first + tl.arange(0, SAMPLES).to(tl.int64)
         s = _responses(maps + n * x_n, offsets, b, t, B, h, w, x_b, x_s, tau, dtype, DEPTH)
-        marginal = tl.load(marginals + n * B + b, mask=b < B, other=0.0)
+        marginal = tl.load(row_sums + n * B + b, mask=b < B, other=0.0) - number(log_count, dtype)
         inside = (t < count)[None, :] & (b < B)[:, None]
         r = tl.where(inside, s - column[None, :], 0.0)
         total += tl.sum(tl.where(inside, tl.exp(r) * (r - marginal[:, None]), 0.0), 0)
@@ -180,13 +247,16 @@ def information_kernel(
 
 @triton.jit
 def gradient_kernel(
-    maps, offsets, columns, marginals, information, grad_maps,
+    maps, offsets, columns, rows, information, grad_maps,
     B, h, w, x_b, x_n, x_s, g_b, g_n, g_s, m_n, m_b,
-    tau: tl.float64, factor: tl.float64,
+    tau: tl.float64, factor: tl.float64, log_count: tl.float64,
     SAMPLES: tl.constexpr, GRAD_TEMPLATES: tl.constexpr, DEPTH: tl.constexpr,
     GRAD_POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """factor · sum over T of exp(r)·(r - marginal - information)·T, r = s - columns."""
+    """factor · sum over T of exp(r)·(r - marginal - information)·T, r = s - columns.
+
+    The marginal is that of ``rows``, [N, B] by any strides, less log_count.
+    """
     dtype = columns.dtype.element_ty
     S = h * w
     count = S + 1
@@ -196,7 +266,8 @@ def gradient_kernel(
     block = tl.program_id(0) % blocks
     b = (block // position_blocks).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     k = (block % position_blocks) * GRAD_POSITIONS + tl.arange(0, GRAD_POSITIONS)
-    marginal = tl.load(marginals + n * m_n + b * m_b, mask=b < B, other=0.0)
+    marginal = tl.load(rows + n * m_n + b * m_b, mask=b < B, other=0.0)
+    marginal -= number(log_count, dtype)
     total = tl.zeros((SAMPLES, GRAD_POSITIONS), dtype)
     for first in range(0, count, GRAD_TEMPLATES):
         t = first + tl.arange(0, GRAD_TEMPLATES)
@@ -263,15 +334,40 @@ def _arguments(x: Tensor, offsets: Tensor, tau: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _columns(arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
+class _Renewal(NamedTuple):
+    """How estimates take in a batch; the kernels' shares of what is kept and of what is new."""
+
+    log_mean: Tensor | None
+    log_ratio: Tensor | None
+    shares: dict[str, float]
+
+    @classmethod
+    def by(cls, log_mean: Tensor, log_ratio: Tensor, momentum: float) -> "_Renewal":
+        if momentum == 1:  # nothing is kept
+            return cls(None, None, _ALL_NEW)
+        shares = {"log_kept": math.log1p(-momentum), "log_taken": math.log(momentum)}
+        return cls(log_mean, log_ratio, shares)
+
+
+_ALL_NEW = {"log_kept": 0.0, "log_taken": 0.0}
+
+
+def _columns(
+    arguments: dict[str, Any], dtype: torch.dtype, renewal: _Renewal | None = None
+) -> Tensor:
     """See ``columns_kernel``."""
     maps = arguments["maps"]
-    _, N, S = maps.shape
+    B, N, S = maps.shape
     columns = maps.new_empty((N, S + 1), dtype=dtype)
     if N > 0:
         templates = _side(S + 1, TEMPLATES, maps.dtype)
         grid = (N * triton.cdiv(S + 1, templates),)
-        columns_kernel[grid](columns=columns, TEMPLATES=templates, **arguments)
+        log_mean, _, shares = renewal or _Renewal(None, None, _ALL_NEW)
+        m_n, m_t = (0, 0) if log_mean is None else log_mean.stride()
+        columns_kernel[grid](
+            columns=columns, log_mean=log_mean, m_n=m_n, m_t=m_t,
+            log_batch=math.log(B) if renewal else 0.0, **shares, TEMPLATES=templates, **arguments,
+        )  # fmt: skip
     return columns
 
 
@@ -293,15 +389,35 @@ def _rows(
     return rows, gains, relative
 
 
-def _information(arguments: dict[str, Any], columns: Tensor, marginals: Tensor) -> Tensor:
+def _losses(
+    rows: Tensor, gains: Tensor, relative: Tensor | None, count: int, renewal: _Renewal | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses, and of estimates the terms and the new ratios; see ``losses_kernel``."""
+    N, B = rows.shape
+    loss = rows.new_empty(N)
+    ratios = None if renewal is None else rows.new_empty(N)
+    terms = None if relative is None else rows.new_empty((N, B))
+    if N > 0:
+        _, log_ratio, shares = renewal or _Renewal(None, None, _ALL_NEW)
+        samples = max(min(triton.next_power_of_2(B), 1024), 16)
+        losses_kernel[(N,)](
+            rows, gains, relative, log_ratio, loss, terms, ratios,
+            B, 0 if log_ratio is None else log_ratio.stride(0),
+            scale=1 / (count if renewal is None else B * count),
+            log_all=math.log(B * count), log_count=math.log(count), **shares, SAMPLES=samples,
+        )  # fmt: skip
+    return loss, rows if terms is None else terms, loss if ratios is None else ratios
+
+
+def _information(arguments: dict[str, Any], columns: Tensor, rows: Tensor) -> Tensor:
     """See ``information_kernel``."""
     information = torch.empty_like(columns)
     N, count = columns.shape
     if N > 0:
         templates = _side(count, TEMPLATES, columns.dtype)
         information_kernel[(N * triton.cdiv(count, templates),)](
-            columns=columns, marginals=marginals, information=information, TEMPLATES=templates,
-            **arguments,
+            columns=columns, row_sums=rows, information=information, log_count=math.log(count),
+            TEMPLATES=templates, **arguments,
         )  # fmt: skip
     return information
 
@@ -310,22 +426,23 @@ def _gradient(
     x: Tensor,
     arguments: dict[str, Any],
     columns: Tensor,
-    marginals: Tensor,
+    rows: Tensor,
     information: Tensor | None,
     factor: float,
 ) -> Tensor:
-    """See ``gradient_kernel``."""
+    """See ``gradient_kernel``; ``rows`` are marginals already where there is no information."""
     grad = torch.empty_like(x, dtype=columns.dtype)
     B, N, S = arguments["maps"].shape
     if x.numel() > 0:
         g_b, g_n, g_s = grad.view(B, N, S).stride()
-        m_n, m_b = marginals.stride()
+        m_n, m_b = rows.stride()
         templates = _side(S + 1, GRAD_TEMPLATES, x.dtype)
         positions = _side(S, GRAD_POSITIONS, x.dtype)
         grid = (N * triton.cdiv(B, arguments["SAMPLES"]) * triton.cdiv(S, positions),)
         gradient_kernel[grid](
-            columns=columns, marginals=marginals, information=information, grad_maps=grad,
+            columns=columns, rows=rows, information=information, grad_maps=grad,
             g_b=g_b, g_n=g_n, g_s=g_s, m_n=m_n, m_b=m_b, factor=factor,
+            log_count=0.0 if information is None else math.log(S + 1),
             GRAD_TEMPLATES=templates, GRAD_POSITIONS=positions, **arguments,
         )  # fmt: skip
     return grad
@@ -356,12 +473,11 @@ def filter_loss(x: Tensor, offsets: Tensor, tau: float, with_grad: bool) -> tupl
     arguments = _arguments(x, offsets, tau)
     columns = _columns(arguments, dtype)
     rows, gains, _ = _rows(arguments, columns)
-    loss = -(rows.exp() * gains).sum(1) / count
+    loss, _, _ = _losses(rows, gains, None, count, None)
     if not with_grad:
         return loss, columns.new_empty(0)
-    marginals = rows - math.log(count)
-    information = _information(arguments, columns, marginals)
-    return loss, _gradient(x, arguments, columns, marginals, information, -1 / count)
+    information = _information(arguments, columns, rows)
+    return loss, _gradient(x, arguments, columns, rows, information, -1 / count)
 
 
 def filter_loss_running(
@@ -383,19 +499,15 @@ def filter_loss_running(
         return x.new_zeros(N, dtype=dtype), grad, old[0], old[1]
     count = height * width + 1
     arguments = _arguments(x, offsets, tau)
-    in_batch = _columns(arguments, dtype) - math.log(B)
-    log_mean = reference.moving_average(log_mean, in_batch, momentum).contiguous()
+    renewal = _Renewal.by(log_mean, log_ratio, momentum)
+    log_mean = _columns(arguments, dtype, renewal)
     rows, gains, relative = _rows(arguments, log_mean, assigned)
-    in_batch = rows.logsumexp(1) - math.log(B * count)
-    log_ratio = reference.moving_average(log_ratio, in_batch, momentum).contiguous()
-    scale = 1 / (B * count)
-    if assigned is not None and relative is not None:
-        terms = -scale * relative.exp() * (relative - log_ratio[:, None])
-        grad = _assigned(x, arguments, assigned, terms) if with_grad else log_mean.new_empty(0)
-        return terms.sum(1), grad, log_mean, log_ratio
-    marginals = log_ratio[:, None].expand(N, B)
-    loss = -scale * (rows.exp() * (gains + (rows - math.log(count) - marginals))).sum(1)
+    loss, terms, log_ratio = _losses(rows, gains, relative, count, renewal)
     if not with_grad:
-        return loss, log_mean.new_empty(0), log_mean, log_ratio
-    grad = _gradient(x, arguments, log_mean, marginals, None, -scale)
+        grad = log_mean.new_empty(0)
+    elif assigned is not None:
+        grad = _assigned(x, arguments, assigned, terms)
+    else:
+        marginals = log_ratio[:, None].expand(N, B)
+        grad = _gradient(x, arguments, log_mean, marginals, None, -1 / (B * count))
     return loss, grad, log_mean, log_ratio

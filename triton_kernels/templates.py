@@ -66,9 +66,10 @@ def _peaks(x, maps, x_s, s, channels, S, dtype: tl.constexpr, POSITIONS: tl.cons
 
 @triton.jit
 def peaks_kernel(
-    maps, peak, N, S, x_b, x_n, x_s, p_b, p_n, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr
+    maps, peak, labels, categories, N, S, x_b, x_n, x_s, p_b, p_n, l_b, c_n,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Peaks of a block of channels."""
+    """Peaks of a block of channels; S of a channel whose category is another than the image's."""
     WIDE: tl.constexpr = tl.float64 if maps.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(N, CHANNELS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -78,6 +79,9 @@ def peaks_kernel(
     s = tl.arange(0, POSITIONS)[None, :]
     x = tl.load(maps + s.to(tl.int64) * x_s, mask=channels & (s < S), other=0.0)
     at = _peaks(x, maps, x_s, s, channels, S, WIDE, POSITIONS)
+    if labels is not None:
+        own = tl.load(labels + b * l_b) == tl.load(categories + n * c_n, mask=n < N, other=0)
+        at = tl.where(own, at, S)
     tl.store(peak + b * p_b + n * p_n, at.to(tl.int64), mask=n < N)
 
 
@@ -167,14 +171,21 @@ def _empty_peaks(x: Tensor) -> Tensor:
     return new(x.shape[:2], dtype=torch.int64)
 
 
-def map_peaks(x: Tensor) -> Tensor:
+def map_peaks(
+    x: Tensor, labels: Tensor | None = None, filter_category: Tensor | None = None
+) -> Tensor:
     """The first maximum of each map; see ``reference.templates.map_peaks``."""
     peak = _empty_peaks(x)
     if x.numel() > 0:
         B, N, height, width = x.shape
         maps = x.view(B, N, height * width)
         grid, options = _launch(maps)
-        peaks_kernel[grid](maps, peak, N, height * width, *maps.stride(), *peak.stride(), **options)
+        given = [t for t in (labels, filter_category) if t is not None]
+        peaks_kernel[grid](
+            maps, peak, labels, filter_category,
+            N, height * width, *maps.stride(), *peak.stride(),
+            *(t.stride(0) for t in given or (peak, peak)), **options,
+        )  # fmt: skip
     return peak
 
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -54,8 +55,37 @@ void set_units(MapPeaks<T>& s, bool side_by_side, bool twice) {
   s.units = units_of(s.shape, torch::stable::get_num_threads(), most_filters(s, twice));
 }
 
-Tensor map_peaks(const Tensor& x) {
-  offsets_of_maps(x, "x");
+const int64_t* categories_of(const Tensor& t, const char* name, int64_t count) {
+  check_shape(t, name, {count});
+  check_type(t, name, ScalarType::Long, "int64");
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
+// h · w takes the place of the peaks [B, N] of images of another category than the filter's.
+void keep_own(const Tensor& peak, const Tensor& labels, const Tensor& filter_category,
+              int64_t none) {
+  const int64_t batch = peak.size(0), filters = peak.size(1);
+  const int64_t* label = categories_of(labels, "labels", batch);
+  const int64_t* category = categories_of(filter_category, "filter_category", filters);
+  const int64_t label_stride = labels.stride(0), category_stride = filter_category.stride(0);
+  int64_t* peaks = static_cast<int64_t*>(peak.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, filters));
+  torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t own = label[b * label_stride];
+      for (int64_t n = 0; n < filters; ++n) {
+        int64_t& at = peaks[b * filters + n];
+        at = category[n * category_stride] == own ? at : none;
+      }
+    }
+  });
+}
+
+Tensor map_peaks(const Tensor& x, const std::optional<Tensor>& labels,
+                 const std::optional<Tensor>& filter_category) {
+  STD_TORCH_CHECK(labels.has_value() == filter_category.has_value(),
+                  "labels, filter_category: want both or neither");
+  const Offsets offsets = offsets_of_maps(x, "x");
   const Tensor peak = allocate({x.size(0), x.size(1)}, ScalarType::Long);
   with_types(x, "x", [&](auto stored, auto) {
     using T = decltype(stored);
@@ -64,6 +94,9 @@ Tensor map_peaks(const Tensor& x) {
     const TemplatesKernel<T>& k = kernels();
     parallel_units(s.shape, s.units, [&](int64_t begin, int64_t end) { k.peaks(s, begin, end); });
   });
+  if (labels.has_value()) {
+    keep_own(peak, *labels, *filter_category, offsets.positions());
+  }
   return peak;
 }
 

@@ -14,6 +14,7 @@
 
 #include <climits>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
@@ -48,12 +49,23 @@ struct Mask {
   Template<A> part;  // no values where only peaks are found
   A scale;
   int64_t B, N;
+  const int64_t *labels, *categories;  // of images and channels, or null; of peaks alone
+  int64_t label_batch, category_channel;
 
   __device__ int positions() const { return part.offsets.positions(); }
   __device__ int peak_given(int64_t b, int64_t n) const {
     const int64_t position = peak[b * peak_batch + n * peak_channel];
     PICNN_FAST_DEVICE_ASSERT(0 <= position && position < positions());
     return static_cast<int>(position);
+  }
+  template <Work kWork>
+  __device__ void store_peak(int64_t b, int64_t n, int found) const {
+    if constexpr (!kMasks<kWork>) {
+      // Behind the last position where the image is of another category than the channel.
+      if (labels != nullptr && labels[b * label_batch] != categories[n * category_channel])
+        found = positions();
+    }
+    peak[b * peak_batch + n * peak_channel] = found;
   }
   // `value`: of the template, in units of tau.
   __device__ T masked(T x, A value) const {
@@ -177,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems>)
     }
     if (positions == 0) return;
     found = peak.position;
-    if (lane == 0) p.peak[b * p.peak_batch + n * p.peak_channel] = found;
+    if (lane == 0) p.template store_peak<kWork>(b, n, found);
     if (kMasks<kWork> && !kWhole && positions > kStep) load(0);
   } else {
     if (positions == 0) return;
@@ -251,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems>)
     }
     __syncthreads();
     found = peaks[lane].position;
-    if (n < p.N && first == 0) p.peak[b * p.peak_batch + n * p.peak_channel] = found;
+    if (n < p.N && first == 0) p.template store_peak<kWork>(b, n, found);
     if (kMasks<kWork> && positions > step) load(0);
   } else if (n < p.N) {
     found = p.peak_given(b, n);
@@ -339,11 +351,27 @@ Tensor empty_peaks(const Tensor& x) {
   return torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
 }
 
-Tensor map_peaks(const Tensor& x) {
+const int64_t* categories_of(const Tensor& t, const char* name, const Tensor& x, int64_t count) {
+  check_device(t, name, x, "x");
+  check_shape(t, name, {count});
+  check_type(t, name, ScalarType::Long, "int64");
+  return static_cast<const int64_t*>(t.data_ptr());
+}
+
+Tensor map_peaks(const Tensor& x, const std::optional<Tensor>& labels,
+                 const std::optional<Tensor>& filter_category) {
+  STD_TORCH_CHECK(labels.has_value() == filter_category.has_value(),
+                  "labels, filter_category: want both or neither");
   const Tensor peak = empty_peaks(x);
   with_type(x, "x", [&](auto value) {
     auto p = on_maps<decltype(value)>(x, peak);
     p.part.offsets = offsets_of_maps(x, "x");
+    if (labels.has_value()) {
+      p.labels = categories_of(*labels, "labels", x, x.size(0));
+      p.label_batch = labels->stride(0);
+      p.categories = categories_of(*filter_category, "filter_category", x, x.size(1));
+      p.category_channel = filter_category->stride(0);
+    }
     if (x.numel() > 0) launch_mask<Work::kPeaks>(x, p);
   });
   return peak;

@@ -12,6 +12,7 @@ from picnn_fast.ops.define import define, may_be_differentiated
 from picnn_fast.ops.layout import readable
 from picnn_fast.ops.templates import (
     PartTemplate,
+    assigned_templates,
     check_beta,
     check_maps,
     check_template,
@@ -203,9 +204,7 @@ def target_filter_loss(
         missing = "labels" if labels is None else "filter_category"
         raise ValueError(f"{missing}: got None, want both labels and filter_category, or neither")
     _check_categories(x, labels, filter_category)
-    mine = labels[:, None] == filter_category
-    assigned = torch.where(mine, map_peaks(x), x.shape[2] * x.shape[3])
-    return _by_estimates(operands, assigned, state, renew)
+    return _by_estimates(operands, assigned_templates(x, labels, filter_category), state, renew)
 
 
 def _operands(x: Tensor, template: PartTemplate) -> tuple[Tensor, Tensor, float, bool]:

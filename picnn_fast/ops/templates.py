@@ -317,6 +317,17 @@ def map_peaks(x: Tensor) -> Tensor:
     return peak
 
 
+def assigned_templates(x: Tensor, labels: Tensor, filter_category: Tensor) -> Tensor:
+    """``map_peaks`` where the image is of the filter's category, h · w where it is not.
+
+    Args:
+        labels, filter_category: ``[B]`` and ``[N]`` integers.
+    """
+    categories = (t.to(torch.int64) for t in (labels, filter_category))
+    assigned: Tensor = _map_peaks_operator(readable(x.detach()), *categories)
+    return assigned
+
+
 def template_mask(
     x: Tensor,
     template: PartTemplate,
@@ -457,7 +468,9 @@ def check_beta(beta: Tensor, template: PartTemplate, x: Tensor) -> None:
         )
 
 
-def _fake_map_peaks(x: Tensor) -> Tensor:
+def _fake_map_peaks(
+    x: Tensor, labels: Tensor | None = None, filter_category: Tensor | None = None
+) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
@@ -471,8 +484,13 @@ def _fake_template_mask_backward(
     return torch.empty_like(grad_masked)
 
 
-def _decomposed_map_peaks(x: Tensor) -> Tensor:
-    return x.flatten(2).argmax(-1)
+def _decomposed_map_peaks(
+    x: Tensor, labels: Tensor | None = None, filter_category: Tensor | None = None
+) -> Tensor:
+    peak = x.flatten(2).argmax(-1)
+    if labels is None or filter_category is None:
+        return peak
+    return torch.where(labels[:, None] == filter_category, peak, x.shape[2] * x.shape[3])
 
 
 def _decomposed_template_mask(x: Tensor, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -506,7 +524,7 @@ def _template_mask_gradient(
 
 _map_peaks_operator = define(
     "templates",
-    "map_peaks(Tensor x) -> Tensor",
+    "map_peaks(Tensor x, Tensor? labels=None, Tensor? filter_category=None) -> Tensor",
     reference=reference.map_peaks,
     fake=_fake_map_peaks,
     decomposition=_decomposed_map_peaks,

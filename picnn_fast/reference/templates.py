@@ -58,14 +58,23 @@ def template_matrix(offsets: Tensor, height: int, width: int) -> Tensor:
     return windows.flip(0, 1).reshape(height * width, height * width)
 
 
-def map_peaks(x: Tensor) -> Tensor:
+def map_peaks(
+    x: Tensor, labels: Tensor | None = None, filter_category: Tensor | None = None
+) -> Tensor:
     """The first maximum of each map in row-major order, NaN above all else.
 
+    Args:
+        labels, filter_category: both or neither: ``[B]`` and ``[N]`` int64, the categories of
+            images and filters.
+
     Returns:
-        ``[B, N]`` int64, row · w + column.
+        ``[B, N]`` int64, row · w + column; h · w where the image is not of the filter's category.
     """
     # For an empty batch torch's argmax has nothing to say about, but the shape is known.
-    return x.flatten(2).argmax(-1) if x.numel() else x.new_zeros(x.shape[:2], dtype=torch.int64)
+    peak = x.flatten(2).argmax(-1) if x.numel() else x.new_zeros(x.shape[:2], dtype=torch.int64)
+    if labels is None or filter_category is None:
+        return peak
+    return torch.where(labels[:, None] == filter_category, peak, x.shape[2] * x.shape[3])
 
 
 def template_mask(x: Tensor, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:

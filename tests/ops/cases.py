@@ -578,13 +578,17 @@ def _running_surrogate(*arguments: Any) -> Tensor:
 def _map_peaks(
     shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Arguments:
-    return _template_mask(shape, layout, dtype, generator)[:1]
+    x = _template_mask(shape, layout, dtype, generator)[0]
+    if dtype in (torch.float32, torch.bfloat16):
+        return x, None, None
+    labels, categories = (torch.randint(0, 2, (n,), generator=generator) for n in shape[:2])
+    return x, labels, categories
 
 
 TEMPLATES = (
     OperatorCase(
         name="map_peaks",
-        free={0: (0, 1, 2, 3)},
+        free={0: (2, 3)},
         make=_map_peaks,
         rounding=(None,),
         **_TEMPLATES,

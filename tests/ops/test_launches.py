@@ -122,6 +122,16 @@ def test_a_filter_loss_by_estimates_renews_both_at_once():
     assert backward(loss) == ["mul"]
 
 
+def test_a_filter_loss_by_assigned_templates_looks_for_peaks_and_categories_at_once():
+    x, state = maps(), FilterLossState.empty(FILTERS, SIDE, SIDE)
+    template, categories = PartTemplate("l1"), torch.zeros(FILTERS, dtype=torch.int64)
+    filter_loss(x, template)
+    options = {"state": state, "labels": labels(), "filter_category": categories}
+    names, loss = launched(lambda: filter_loss(x, template, estimator="target", **options))
+    assert names == ["map_peaks", "filter_loss_running", "_foreach_copy_"]
+    assert backward(loss) == ["mul"]
+
+
 def test_masks_that_are_given_labels_are_a_seed_and_a_draw():
     given, probabilities = labels(), table()
     names, _ = launched(lambda: draw_mask(probabilities, given, validate=False))
