@@ -6,6 +6,8 @@
 //   own   each point beside the values of its class, listed in order;
 //   rest  each point as one of the rest of every class, correcting the sums of the classes that
 //         hold neighbours of it.
+// Most points are told apart from their neighbours by distance and by class: they take no branch
+// that depends on the data. The others are counted one by one.
 // So the time hardly depends on the number of classes, and the sums not at all on that of threads.
 #include "../common/mutual_information.h"
 
@@ -86,15 +88,44 @@ std::unique_ptr<T[]> uninitialised(int64_t size) {
 // A sum of m for the classes that a point's neighbours belong to, and where in the window they are.
 struct ClassState {
   double rest = 0;          // correction of the sum of psi(m) over the rest
-  uint32_t in_window = 0;   // places of the class in the window
+  double without = 0;       // to be added where one neighbour is of the class, and none beside them
+  uint32_t in_window = 0;   // places of the class in the window, 0 between points
   uint32_t last_place = 0;  // the last of them
 };
 
-// Of the points of a class, psi(m) summed, without singletons for the joint estimate; and how far.
+// Of the points of a class, psi(m) summed, without singletons for the joint estimate.
 struct OwnSums {
   double sum = 0, joint_sum = 0;
-  uint32_t rank = 0, begin = 0;  // the next point in its class, and where the last window began
 };
+
+// Without a branch, whatever the compiler thinks of the odds.
+int64_t choose(bool first, int64_t a, int64_t b) {
+  return b ^ ((a ^ b) & -static_cast<int64_t>(first));
+}
+
+// From one place outwards to the last that is within a radius of a centre.
+struct Search {
+  const double* from;
+  int64_t direction;  // 1 or -1
+  int64_t most;       // places that may be within
+  double centre, radius;
+  int64_t within;  // places that are
+};
+
+// Some at once, so that none waits for the memory of another.
+void run_searches(Search* searches, int64_t count) {
+  int64_t most = 0, step = 1;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, searches[i].most);
+  while (2 * step <= most) step *= 2;
+  for (; step > 0; step /= 2) {
+    for (int64_t i = 0; i < count; ++i) {
+      Search& s = searches[i];
+      const int64_t to = std::min(s.within + step, s.most);
+      const bool within = std::abs(s.from[s.direction * to] - s.centre) <= s.radius;
+      s.within += (to - s.within) & -static_cast<int64_t>(within);
+    }
+  }
+}
 
 class FilterEstimate {
  public:
@@ -105,6 +136,7 @@ class FilterEstimate {
         values_(uninitialised<double>(p_.samples)),
         own_values_(uninitialised<double>(p_.samples)),
         own_places_(uninitialised<uint32_t>(p_.samples)),
+        distinct_until_(uninitialised<uint32_t>(p_.samples)),
         run_begin_(uninitialised<uint32_t>(p_.samples)),
         run_end_(uninitialised<uint32_t>(p_.samples)),
         singletons_before_(uninitialised<uint32_t>(p_.singletons ? p_.samples + 1 : 0)),
@@ -134,6 +166,8 @@ class FilterEstimate {
   }
 
  private:
+  static constexpr int64_t kNearest = 4;
+
   // Sorts values, carrying labels, by 11 bits at a time from the lowest.
   void sort(const double* row) {
     constexpr int kBits = 11, kPasses = 6, kBuckets = 1 << kBits;
@@ -183,9 +217,13 @@ class FilterEstimate {
       run_begin_[i] = run;
     }
     run = static_cast<uint32_t>(samples);
+    uint32_t distinct = run;
+    std::fill(next_.begin(), next_.end(), samples);
     for (int64_t i = samples; i-- > 0;) {
       if (i + 1 < samples && labels_[i + 1] != labels_[i]) run = static_cast<uint32_t>(i + 1);
       run_end_[i] = run;
+      distinct = std::min(distinct, static_cast<uint32_t>(std::exchange(next_[labels_[i]], i)));
+      distinct_until_[i] = distinct;
     }
     if (p_.singletons) {
       singletons_before_[0] = 0;
@@ -196,37 +234,19 @@ class FilterEstimate {
     sorted_ = {values_.get(), labels_, run_begin_.get(), run_end_.get(), samples};
   }
 
-  // m of each point against its own class, summed as psi in own_; returns the joint estimate. In
-  // the order of the values, so that searches in them stay in the cache whatever the class.
+  // m of each point against its own class, summed as psi in own_; returns the joint estimate.
   double sum_own() {
-    std::fill(own_.begin(), own_.end(), OwnSums{});
-    for (int64_t i = 0; i < p_.samples; ++i) {
-      const int32_t c = labels_[i];
-      const int64_t n = p_.sizes[c];
-      if (n < 2) continue;
-      OwnSums& own = own_[c];
-      const double* values = &own_values_[p_.offsets[c]];
-      const uint32_t* places = &own_places_[p_.offsets[c]];
-      const int64_t j = own.rank++, k = std::min(p_.neighbors, n - 1);
-      Range range;
-      if (brute_force(n, p_.neighbors)) {
-        range = within(i, radius_below(brute_distance(values, n, j, k)));
-      } else {
-        own.begin = static_cast<uint32_t>(window_begin(values, n, j, k, own.begin));
-        range = within_window(values, places, n, j, k, own.begin);
-      }
-      const int64_t m = range.end - range.begin;
-      own.sum += p_.psi(m);
-      if (p_.singletons) {
-        own.joint_sum +=
-            p_.psi(m - (singletons_before_[range.end] - singletons_before_[range.begin]));
-      }
-    }
     double total = 0;
     int64_t kept = 0;
     for (int64_t c = 0; c < p_.classes; ++c) {
       const int64_t n = p_.sizes[c];
+      own_[c] = OwnSums{};
       if (n < 2) continue;
+      if (brute_force(n, p_.neighbors)) {
+        sum_own_by_force(c);
+      } else {
+        sum_own_by_order(c);
+      }
       const double joint_sum = p_.singletons ? own_[c].joint_sum : own_[c].sum;
       // A rest of one sample is left out of the row of c, and is a singleton in the joint one too.
       if (p_.samples - n == 1) own_[c].sum = joint_sum;
@@ -235,6 +255,67 @@ class FilterEstimate {
       kept += n;
     }
     return floored(total, kept);
+  }
+
+  void add_own(OwnSums& own, const Range& range) const {
+    const int64_t m = range.end - range.begin;
+    own.sum += p_.psi(m);
+    if (p_.singletons) {
+      own.joint_sum +=
+          p_.psi(m - (singletons_before_[range.end] - singletons_before_[range.begin]));
+    }
+  }
+
+  void sum_own_by_force(int64_t c) {
+    const int64_t n = p_.sizes[c], k = std::min(p_.neighbors, n - 1);
+    const double* values = &own_values_[p_.offsets[c]];
+    const uint32_t* places = &own_places_[p_.offsets[c]];
+    for (int64_t j = 0; j < n; ++j) {
+      add_own(own_[c], within(places[j], radius_below(brute_distance(values, n, j, k))));
+    }
+  }
+
+  // The samples nearer than the k-th neighbour in the class: from beside that neighbour to, on the
+  // other side, beyond the window's end, before the next sample of the class.
+  void sum_own_by_order(int64_t c) {
+    constexpr int64_t kTogether = 32;
+    const int64_t n = p_.sizes[c], k = p_.neighbors;
+    const double *values = &own_values_[p_.offsets[c]], *x = values_.get();
+    const uint32_t* places = &own_places_[p_.offsets[c]];
+    Search searches[kTogether];
+    int64_t windows[kTogether], besides[kTogether];
+    bool simple[kTogether];
+    OwnSums own;
+    for (int64_t first = 0, begin = 0; first < n; first += kTogether) {
+      const int64_t count = std::min(kTogether, n - first);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t j = first + t;
+        begin = windows[t] = next_window(values, n, j, k, begin);
+        const int64_t end = begin + k;
+        const double centre = values[j];
+        const double below = centre - values[begin], above = values[end] - centre;
+        const bool upwards = below > above;  // the k-th neighbour is the lower end
+        const double radius = radius_below(std::max(below, above));
+        const int64_t low = places[begin], high = places[end];
+        const int64_t before = begin > 0 ? static_cast<int64_t>(places[begin - 1]) : -1;
+        const int64_t behind = end + 1 < n ? static_cast<int64_t>(places[end + 1]) : p_.samples;
+        const int64_t from = choose(upwards, high, low);
+        const int64_t most = choose(upwards, behind - high, low - before) - 1;
+        const int64_t beside = besides[t] = choose(upwards, low + 1, high - 1);
+        // Neither duplicates nor both ends at the same distance, nor others just as far.
+        simple[t] = (below != above) & (radius > 0) & (std::abs(x[beside] - centre) <= radius);
+        searches[t] = {x + from, choose(upwards, 1, -1), most, centre, radius, 0};
+      }
+      run_searches(searches, count);
+      for (int64_t t = 0; t < count; ++t) {
+        const Search& s = searches[t];
+        const int64_t near = besides[t], far = (s.from - x) + s.direction * s.within;
+        Range range{std::min(near, far), std::max(near, far) + 1};
+        if (!simple[t]) range = within_window(values, places, n, first + t, k, windows[t]);
+        add_own(own, range);
+      }
+    }
+    own_[c] = own;
   }
 
   // base_ and the corrections to it: the sums of psi(m) over the rest of each class, for the
@@ -246,60 +327,107 @@ class FilterEstimate {
     base_ = 0;
     if (brute_force(samples, k)) return;
     const double psi_whole_window = p_.psi(k + 1), psi_window = p_.psi(k);
-    const auto enter = [&](int64_t place) {
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      states_[c].without = (p_.sizes[c] == 1 ? psi_window : psi_whole_window) - psi_window;
+    }
+    duplicates_ = {0, 0};
+    double base = 0;
+    for (int64_t i = 0, begin = 0; i < samples; ++i) {
+      begin = next_window(x, samples, i, k, begin);
+      const int64_t end = begin + k + 1;
+      const double below = x[i] - x[begin], above = x[end - 1] - x[i];
+      const double distance = std::max(below, above);
+      const double left = begin > 0 ? x[i] - x[begin - 1] : HUGE_VAL;
+      const double right = end < samples ? x[end] - x[i] : HUGE_VAL;
+      // One neighbour is the farthest, and nearer than all outside. Where no class is there twice,
+      // the nearest outside takes the place of any neighbour whose class is left out.
+      const bool separate = (below != above) & (x[i] - x[begin + 1] < distance) &
+                            (x[end - 2] - x[i] < distance) & (left > distance) & (right > distance);
+      const int64_t first = std::max<int64_t>(begin - 1, 0), last = std::min(end, samples - 1);
+      if (separate & (distinct_until_[first] > last)) {
+        base += psi_window;
+        ClassState& own = states_[labels_[i]];
+        const double without = std::exchange(own.without, -psi_window);
+        for (int64_t place = begin; place < end; ++place) {
+          ClassState& state = states_[labels_[place]];
+          state.rest += state.without;
+        }
+        own.without = without;
+      } else {
+        base += sum_rest_of_point(i, begin, distance, std::min(left, right) > distance);
+      }
+    }
+    base_ = base;
+  }
+
+  // The classes of the samples nearest to place i outside its window, in order, as far as they are
+  // farther than `distance` and each farther than the one before; returns how many.
+  int64_t nearest_outside(int64_t i, int64_t begin, double distance, int32_t* classes) const {
+    const double* x = values_.get();
+    int64_t left = begin - 1, right = begin + p_.neighbors + 1, count = 0;
+    for (; count < kNearest; ++count) {
+      const double below = left >= 0 ? x[i] - x[left] : HUGE_VAL;
+      const double above = right < p_.samples ? x[right] - x[i] : HUGE_VAL;
+      const double next = std::min(below, above);
+      if (next == distance || next == HUGE_VAL) break;
+      const bool downwards = below <= above;
+      classes[count] = labels_[choose(downwards, left, right)];
+      left -= downwards;
+      right += !downwards;
+      distance = next;
+    }
+    return count;
+  }
+
+  // Corrects the sums for place i and returns its psi(m). `separate`: whether all places outside
+  // the window that begins at `begin` are farther than the `distance` of its farthest.
+  double sum_rest_of_point(int64_t i, int64_t begin, double distance, bool separate) {
+    const int64_t k = p_.neighbors, end = begin + k + 1;
+    const double* x = values_.get();
+    int64_t m;
+    if (distance > 0) {
+      int64_t first = begin, last = end - 1;
+      while (x[i] - x[first] >= distance) ++first;
+      while (x[last] - x[i] >= distance) --last;
+      m = last - first + 1;
+    } else {
+      if (i >= duplicates_.end) duplicates_ = within(i, 0);
+      m = duplicates_.end - duplicates_.begin;
+    }
+    const double psi = p_.psi(m);
+    const int32_t y = labels_[i];
+    states_[y].rest -= psi;
+    // Enough duplicates that their radius stays 0 without a singleton among them.
+    const bool settled = distance == 0 && m > k + 1;
+    if (settled && p_.sizes[y] == 1) {
+      states_[y].rest += static_cast<double>(m - 1) * (p_.psi(m - 1) - psi);
+    }
+    for (int64_t place = begin; place < end; ++place) {
       ClassState& state = states_[labels_[place]];
       ++state.in_window;
       state.last_place = static_cast<uint32_t>(place);
-    };
-    for (int64_t place = 0; place <= k; ++place) enter(place);
-    Range duplicates{0, 0};
-    for (int64_t i = 0, begin = 0; i < samples; ++i) {
-      const int64_t to = window_begin(x, samples, i, k, begin);
-      for (; begin < to; ++begin) {
-        --states_[labels_[begin]].in_window;
-        enter(begin + k + 1);
-      }
-      const int64_t end = begin + k + 1;
-      const double distance = window_distance(x, i, k, begin);
-      int64_t m;
-      if (distance > 0) {
-        int64_t first = begin, last = end - 1;
-        while (x[i] - x[first] >= distance) ++first;
-        while (x[last] - x[i] >= distance) --last;
-        m = last - first + 1;
-      } else {
-        if (i >= duplicates.end) duplicates = within(i, 0);
-        m = duplicates.end - duplicates.begin;
-      }
-      const double psi = p_.psi(m);
-      base_ += psi;
-      const int32_t y = labels_[i];
-      states_[y].rest -= psi;
-      // Enough duplicates that their radius stays 0 without a singleton among them.
-      const bool settled = distance == 0 && m > k + 1;
-      if (settled && p_.sizes[y] == 1) {
-        states_[y].rest += static_cast<double>(m - 1) * (p_.psi(m - 1) - psi);
-      }
-      // Mostly one neighbour leaves, and the nearest sample outside the window takes its place.
-      const double below = begin > 0 ? x[i] - x[begin - 1] : HUGE_VAL;
-      const double above = end < samples ? x[end] - x[i] : HUGE_VAL;
-      const bool separate = std::min(below, above) > distance;
-      const int32_t left = begin > 0 ? labels_[begin - 1] : -1;
-      const int32_t right = end < samples ? labels_[end] : -1;
-      for (int64_t place = begin; place < end; ++place) {
-        const int32_t c = labels_[place];
-        if (c == y) continue;
-        ClassState& state = states_[c];
-        const bool singleton = p_.singletons && p_.sizes[c] == 1;
-        if (separate && state.in_window == 1 && c != left && c != right) {
-          state.rest += (singleton ? psi_window : psi_whole_window) - psi;
-        } else if (state.last_place == place && !(singleton && settled)) {
-          const Range range = within_without_class(sorted_, i, k, begin, c, state.in_window);
-          const bool counted = singleton && range.begin <= place && place < range.end;
-          state.rest += p_.psi(range.end - range.begin - counted) - psi;
-        }
+    }
+    // Those of one class leave, and as many of the nearest outside take their places.
+    int32_t nearest[kNearest];
+    const int64_t told_apart = separate ? nearest_outside(i, begin, distance, nearest) : 0;
+    for (int64_t place = begin; place < end; ++place) {
+      const int32_t c = labels_[place];
+      ClassState& state = states_[c];
+      if (state.last_place != place) continue;  // of several, the last
+      const int64_t missing = std::exchange(state.in_window, 0);
+      if (c == y) continue;
+      const bool singleton = p_.singletons && p_.sizes[c] == 1;
+      int64_t taken = 0, left = missing;
+      while (left > 0 && taken < told_apart) left -= nearest[taken++] != c;
+      if (left == 0) {
+        state.rest += p_.psi(k + taken - singleton) - psi;
+      } else if (!(singleton && settled)) {
+        const Range range = within_without_class(sorted_, i, k, begin, c, missing);
+        const bool counted = singleton && range.begin <= place && place < range.end;
+        state.rest += p_.psi(range.end - range.begin - counted) - psi;
       }
     }
+    return psi;
   }
 
   // The sum of psi(m) over a rest of at most 2k + 1 samples.
@@ -354,6 +482,16 @@ class FilterEstimate {
     return rounded_root(squares_[static_cast<size_t>(k)]);
   }
 
+  // As window_begin, the next after the one at `from`; without a branch where k is small.
+  static int64_t next_window(const double* v, int64_t n, int64_t j, int64_t k, int64_t from) {
+    constexpr int64_t kFew = 8;
+    if (k > kFew) return window_begin(v, n, j, k, from);
+    const int64_t first = std::max<int64_t>(0, j - k), last = std::min(j, n - k - 1);
+    int64_t begin = first;
+    for (int64_t b = first; b < last; ++b) begin += v[j] - v[b] > v[b + k + 1] - v[j];
+    return begin;
+  }
+
   // The samples within a radius of place i.
   Range within(int64_t i, double radius) const {
     const double* x = values_.get();
@@ -406,12 +544,15 @@ class FilterEstimate {
   std::unique_ptr<double[]> values_;
   std::unique_ptr<double[]> own_values_;    // grouped by class
   std::unique_ptr<uint32_t[]> own_places_;  // of own_values_ in values_
+  // The first place whose class is one of the places' from here on before it.
+  std::unique_ptr<uint32_t[]> distinct_until_;
   std::unique_ptr<uint32_t[]> run_begin_, run_end_;
   std::unique_ptr<uint32_t[]> singletons_before_;
   SortedFilter sorted_{};
   std::vector<int64_t> next_;
   std::vector<OwnSums> own_;        // [K]
   std::vector<ClassState> states_;  // [K]
+  Range duplicates_{0, 0};          // of the last point that had some
   double base_ = 0;  // sum of psi(m) over all points, none of whose neighbours is left out
   std::vector<double> squares_;
   std::vector<double> few_values_;
