@@ -259,6 +259,19 @@ class HistogramState:
         )
 
 
+def least_bytes(shape: HistogramShape, activations: Tensor, labels: Tensor) -> float:
+    """What an update cannot do without, over the size of the activations: these are read once, and
+    once each line of the counts is read and written that a sample falls into."""
+    device = activations.device
+    state = HistogramState(shape, device)
+    state.update(activations.to(shape.dtype), labels)
+    line = 32 if device.type == "cuda" else 64
+    used = state.counts.flatten().nonzero().flatten() * state.counts.element_size() // line
+    return 1 + 2 * line * len(used.unique_consecutive()) / (
+        activations.numel() * shape.dtype.itemsize
+    )
+
+
 def bench_histogram(shape: HistogramShape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Streaming counts beside reading the activations once at copy bandwidth."""
     one = shape.samples * shape.filters * shape.dtype.itemsize
@@ -301,6 +314,7 @@ def bench_histogram(shape: HistogramShape, device: torch.device, effort: Effort)
         "shape": str(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "over_reading_once": over,
+        "least_bytes_over_activations": least_bytes(shape, *drawn[0]),
         "speedup": {"plain": harness.ratio(times, "plain", "steady")},
         **harness.triton_ratios(times),
         **harness.wall_times(candidates, ("steady", "fresh"), effort, device, backends),
@@ -450,6 +464,11 @@ def report(results: dict[str, Any]) -> str:
             for entry in results["memory"]
         ]
         parts.append(harness.table(["peak memory", "of the activations"], rows))
+    bytes_of = [
+        name
+        for name in ("least_bytes_over_activations",)
+        if all(name in entry for entry in results["histogram"])
+    ]
     rows = [
         [
             entry["shape"],
@@ -458,6 +477,7 @@ def report(results: dict[str, Any]) -> str:
             f"{entry['over_reading_once']['steady']:.2f}x",
             f"{entry['over_reading_once']['fresh']:.2f}x",
             f"{entry['over_reading_once']['sum']:.2f}x",
+            *(f"{entry[name]:.2f}x" for name in bytes_of),
             f"{entry['speedup']['plain']:.1f}x",
         ]
         for entry in results["histogram"]
@@ -469,6 +489,7 @@ def report(results: dict[str, Any]) -> str:
         "steady of reading once",
         "fresh of reading once",
         "sum of reading once",
+        *("least bytes" for _ in bytes_of),
         "steady over plain",
     ]
     parts.append(harness.table(header, rows))
@@ -502,13 +523,14 @@ Activations `[samples, filters]` imitate pooled ReLU maps with class structure.
 - *peak memory*: of a process, above what it held before; the activations count as 1.
 - *steady*: further samples within the known range; *fresh*: into new counts, made with the call;
   *of reading once*: over half the time of a copy, that is, reading the activations once at copy
-  bandwidth; *sum*: what PyTorch's own sum takes, which only reads. Processors with VPOPCNTDQ and
-  GFNI count many samples a class by bit planes and population counts (K = 10 here), all else is an
-  increment of a counter a sample. At K = 1000 the 65 MB of counts leave the caches. Where samples
-  are several to a cell ([200000, 128]), eight classes at a time are counted in a small table; else
-  each sample fetches its line of the counts: at [10000, 128] 31 MB of lines are read and written,
-  six times the activations. At [10000, 128], K = 10, about a third of the time goes to the call,
-  the labels and adding to 0.7 MB of counts;
+  bandwidth; *sum*: what PyTorch's own sum takes, which only reads; *least bytes*: of the same unit,
+  what moves at least: the activations, and twice every line of the counts that a sample falls into.
+  Processors with VPOPCNTDQ and GFNI count samples by bit planes and population counts, a class at a
+  time, from 128 samples a class on, or 8 where the classes are more than 64; all else is an
+  increment of a counter a sample. At K = 1000 the 65 MB of counts leave the caches, and are added
+  to from small tables of 32 classes, or 8, so that each line is touched once. At [10000, 128] that
+  alone takes longer than six readings of the activations: see *least bytes*. At [10000, 128],
+  K = 10, about a third of the time goes to the call, the labels and adding to 0.7 MB of counts;
   *plain*: `torch.bincount` with a range known beforehand.
 - *einsum*, *scatter*: soft counts as a product with one-hot labels, and by `index_add`.
 """

@@ -85,10 +85,11 @@ Grid grid_of(const FilterRange& range, int64_t bins) {
 }
 
 enum class Method {
-  kBitPlanes,  // count_sliced
-  kTables,     // count_short or count_long
-  kByClass,    // range, then count_by_class
-  kDirect      // range, then count_into
+  kBitPlanes,      // count_sliced
+  kTables,         // count_short or count_long
+  kPlanesByClass,  // range, then count_sliced_by_class
+  kByClass,        // range, then count_by_class
+  kDirect          // range, then count_into
 };
 
 // How the samples of a call are cut and counted.
@@ -113,8 +114,8 @@ Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bo
     plan.cells *= 2;
   }
   // Where there are samples enough of every class to fill the vectors.
-  const bool sliced = bit_planes && plan.cells <= kMostSlicedCells && filters >= kSlicedBlock / 2 &&
-                      classes <= kMostSlicedClasses && samples >= 128 * classes;
+  bit_planes = bit_planes && plan.cells <= kMostSlicedCells && filters >= kSlicedBlock / 2;
+  const bool sliced = bit_planes && classes <= kMostSlicedClasses && samples >= 128 * classes;
   static_assert(8 * kMostSlicedClasses * kMostSlicedCells <= kShortRows, "16 bits hold a run");
   plan.block = sliced ? kSlicedBlock : kFilterBlock;
   plan.blocks = ceil_div(filters, plan.block);
@@ -135,10 +136,14 @@ Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bo
   plan.runs = ceil_div(samples, plan.rows);
   // A table of some classes stays in the fastest cache; adding it up pays where it takes in several
   // samples for each of its cells.
-  const bool by_class = neighbours && bins <= 128 && samples < int64_t{1} << 31 &&
-                        samples * kClassesAtOnce >= 4 * bins * classes;
+  const bool in_order = neighbours && samples < int64_t{1} << 31;
+  const bool by_class = in_order && bins <= 128 && samples * kClassesAtOnce >= 4 * bins * classes;
+  // Planes hold 64 samples of a class, and are made as fast of few.
+  const bool planes_by_class =
+      in_order && bit_planes && classes > kMostSlicedClasses && samples >= 8 * classes;
   plan.method = sliced                         ? Method::kBitPlanes
                 : 4 * table_cells <= plan.rows ? Method::kTables
+                : planes_by_class              ? Method::kPlanesByClass
                 : by_class                     ? Method::kByClass
                                                : Method::kDirect;
   return plan;
@@ -273,8 +278,9 @@ class Update {
     h_.rows = plan.rows;
     h_.ranges = ranges_.data();
     h_.cells = plan.cells;
-    h_.layout =
-        plan.method == Method::kBitPlanes ? sliced_layout(plan.cells) : plain_layout(plan.cells);
+    h_.layout = plan.method == Method::kBitPlanes || plan.method == Method::kPlanesByClass
+                    ? sliced_layout(plan.cells)
+                    : plain_layout(plan.cells);
   }
 
   // The ranges after the call; none, and no count is another, where a sample is not finite.
@@ -285,18 +291,18 @@ class Update {
       case Method::kTables:
         return plan_.rows <= kShortRows ? count_in_tables(kernels_.count_short, counts)
                                         : count_in_tables(kernels_.count_long, counts);
-      case Method::kByClass: {
-        const RowsByClass rows(h_.samples.labels, h_.samples.count, h_.classes);
-        return count_in_place(
-            [&](int64_t begin, int64_t end) {
-              kernels_.count_by_class(h_, rows.order.data(), rows.ends.data(), counts, begin, end);
-            },
+      case Method::kPlanesByClass:
+        return count_in_order(
+            kernels_.count_sliced_by_class,
+            ceil_div(h_.samples.filters, kSlicedBlock) * ceil_div(h_.classes, kSlicedClassesAtOnce),
             counts);
-      }
+      case Method::kByClass:
+        return count_in_order(kernels_.count_by_class, plan_.blocks, counts);
       case Method::kDirect:
         break;
     }
     return count_in_place(
+        plan_.blocks,
         [&](int64_t begin, int64_t end) { kernels_.count_into(h_, counts, begin, end); }, counts);
   }
 
@@ -331,15 +337,26 @@ class Update {
     });
   }
 
-  // `count` is of blocks [begin, end).
+  std::vector<FilterRange> count_in_order(decltype(HistogramKernels<T>::count_by_class) kernel,
+                                          int64_t units, int64_t* counts) {
+    const RowsByClass rows(h_.samples.labels, h_.samples.count, h_.classes);
+    return count_in_place(
+        units,
+        [&](int64_t begin, int64_t end) {
+          kernel(h_, rows.order.data(), rows.ends.data(), counts, begin, end);
+        },
+        counts);
+  }
+
+  // `count` is of [begin, end) of `units`, into which it cuts the counts.
   template <typename Count>
-  std::vector<FilterRange> count_in_place(const Count& count, int64_t* counts) {
+  std::vector<FilterRange> count_in_place(int64_t units, const Count& count, int64_t* counts) {
     parallel(plan_.units(), plan_.rows * plan_.block,
              [&](int64_t begin, int64_t end) { kernels_.range(h_, begin, end); });
     std::vector<FilterRange> after = add(counts, [](int64_t*, int64_t, const FilterRange&) {});
     if (!after.empty()) {
       h_.ranges = after.data();
-      parallel(plan_.blocks, h_.samples.count * kFilterBlock, count);
+      parallel(units, h_.samples.count * h_.samples.filters / units, count);
     }
     return after;
   }

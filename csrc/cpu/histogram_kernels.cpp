@@ -5,6 +5,7 @@
 #include "histogram_by_class.h"
 #include "histogram_hard.h"
 #include "histogram_sliced.h"
+#include "histogram_sliced_by_class.h"
 #include "histogram_soft.h"
 
 namespace PICNN_FAST_NAMESPACE {
@@ -17,6 +18,7 @@ constexpr picnn_fast::HistogramKernels<T> kernels_of() {
   kernels.count_long = count<T, uint32_t>;
 #if defined(__AVX512F__)
   kernels.count_sliced = count_sliced<T>;
+  kernels.count_sliced_by_class = count_sliced_by_class<T>;
 #endif
   kernels.range = range<T>;
   kernels.count_into = count_into<T>;

@@ -43,7 +43,8 @@ constexpr int64_t kSlicedAtOnce = 8;  // blocks
 constexpr int64_t kMostSlicedCells = 64;
 constexpr int64_t kMostSlicedClasses = 64;  // with more, few samples of a class are near each other
 
-constexpr int64_t kClassesAtOnce = 8;  // of count_by_class: a cache line of counts
+constexpr int64_t kClassesAtOnce = 8;         // of count_by_class: a cache line of counts
+constexpr int64_t kSlicedClassesAtOnce = 32;  // of count_sliced_by_class
 
 // The tables of a block count at class * per_class + place[filter] + cell * per_cell. Those of
 // count_sliced keep eight filters side by side, in the order its vectors have them: of the 64 cells
@@ -108,6 +109,10 @@ struct HistogramKernels {
   // of class k before ends[k], some classes at a time.
   void (*count_by_class)(const Histogram<T>&, const int32_t* order, const int64_t* ends,
                          int64_t* counts, int64_t begin, int64_t end);
+  // The same by bit planes, under the conditions of count_sliced. A unit is one block of
+  // kSlicedBlock filters of kSlicedClassesAtOnce classes: unit = classes * blocks + block.
+  void (*count_sliced_by_class)(const Histogram<T>&, const int32_t* order, const int64_t* ends,
+                                int64_t* counts, int64_t begin, int64_t end);
   // Units [begin, end).
   void (*soft)(const SoftHistogram<T>&, int64_t begin, int64_t end);
   void (*soft_backward)(const SoftHistogramBackward<T>&, int64_t begin, int64_t end);

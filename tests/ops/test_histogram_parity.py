@@ -468,8 +468,11 @@ def test_special_numbers_count_the_same_through_tables(cpp: Backend, dtype, bins
         assert torch.equal(got[0][0], expected[n])
 
 
-@pytest.mark.parametrize("samples", [65_535, 65_536, 131_071])
-def test_one_bin_holds_every_sample_where_runs_end(cpp: Backend, samples):
+@pytest.mark.parametrize(
+    ("samples", "bins", "classes"),
+    [(65_535, 4, 2), (65_536, 4, 2), (131_071, 4, 2), (131_071, 64, 700)],
+)
+def test_one_bin_holds_every_sample_where_runs_end(cpp: Backend, samples, bins, classes):
     x, labels = torch.ones(samples, 40), torch.zeros(samples, dtype=torch.int64)
-    counts, _, _ = updated(fresh(40, 4, 2), x, labels)
+    counts, _, _ = updated(fresh(40, bins, classes), x, labels)
     assert (counts.amax((1, 2)) == samples).all()
