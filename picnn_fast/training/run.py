@@ -419,7 +419,7 @@ def _compiling(options: Options) -> Iterator[None]:
             raise
         raise ConfigError(
             "compile: torch.compile failed, want false, or a machine where it works:"
-            f" {one_line(error)[:300]}"
+            f" {one_line(error).split(' Set TORCH')[0][:300]}"
         ) from error
 
 
