@@ -88,7 +88,8 @@ __device__ void multiply(const Product<A>& p, bool plain, A (&sum)[2][kTiles][4]
         float high[2][4], low[2][4];
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          const Split x = split(p.matrix[p.row[e / 2] + k + e % 2 * 4]);
+          const float value = p.matrix[p.row[e / 2] + k + e % 2 * 4];
+          const Split x = kShort ? Split{value, 0} : split(value);
           high[e / 4][e / 2 % 2 + e % 2 * 2] = x.high;
           low[e / 4][e / 2 % 2 + e % 2 * 2] = x.low;
         }
