@@ -63,7 +63,8 @@ INSTALL := -m pip install --quiet --no-deps --no-build-isolation -e .
 gpu-parity gpu-bench gpu-bench-more:
 	started=$$(date +%s); rm -f picnn_fast/_C*.so; \
 	PICNN_FAST_CUDA=1 timeout 240 $(PYTHON) setup.py build_ext --inplace && \
-		PICNN_FAST_CUDA=1 $(PYTHON) $(INSTALL) || CXX=none $(PYTHON) $(INSTALL); \
+		PICNN_FAST_CUDA=1 $(PYTHON) $(INSTALL) || { echo "$@: no compiled core: it does not" \
+		"build, or not in 240 s; Triton and the reference run" >&2; CXX=none $(PYTHON) $(INSTALL); }; \
 	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) --started $$started
 
 clean: ## remove what was built, the environment included

@@ -86,12 +86,17 @@ def run_step(step: Step, results: Path, seconds: float, environment: dict[str, s
             start_new_session=True,
         )
 
+        last = ""
+
         def copy() -> None:
+            nonlocal last
             assert process.stdout is not None
             for line in process.stdout:
                 log.write(line)
                 log.flush()
-                print(line.decode(errors="replace"), end="", flush=True)
+                text = line.decode(errors="replace")
+                last = text.strip() or last
+                print(text, end="", flush=True)
 
         reader = threading.Thread(target=copy)
         reader.start()
@@ -106,7 +111,8 @@ def run_step(step: Step, results: Path, seconds: float, environment: dict[str, s
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             reader.join()
-    return outcome
+    # Python's and pytest's last line says what it was.
+    return f"{outcome}: {last[:200]}" if last and outcome.startswith("failed") else outcome
 
 
 def run_steps(

@@ -36,7 +36,7 @@ def test_a_step_that_fails_costs_no_other(
     passed, lines = run(steps, tmp_path, 60)
     assert not passed
     bad, absent_line, good = lines
-    assert bad.startswith("bad: failed, exit 1; ")
+    assert bad.startswith("bad: failed, exit 1: ValueError: no luck; ")
     assert absent_line.startswith("absent: failed, FileNotFoundError")
     assert good.startswith("good: passed; ")
     assert "no luck" in (tmp_path / "bad.txt").read_text()
