@@ -3,7 +3,8 @@
 // The mask layer reads a map once: its values wait in registers while the peak is looked for. Maps
 // are [B, N, positions]; the kernels differ in what lies side by side in memory:
 //   mask_maps           positions, or nothing: 8 lanes for each map, a warp or a block for larger
-//   ones. mask_channels_last  channels: a thread for each channel and several of its positions.
+//   ones; several positions at a time, where maps are aligned.
+//   mask_channels_last  channels: a thread for each channel and several of its positions.
 // Maps too large for the registers of their threads are read a second time. The backward pass is
 // the same without the search, and peaks alone without the mask. Threads side by side along a map
 // read values of the template side by side; those of a channel each read them anywhere: from shared
@@ -91,6 +92,10 @@ struct Walk {
     column += step_column;
     if (column >= width) column -= width, number += width - 1;
   }
+  // That of the position `ahead`, at most a row further.
+  __device__ int number_ahead(int ahead) const {
+    return number + ahead + (ahead > 0 && column + ahead >= width ? width - 1 : 0);
+  }
 };
 
 // A key that orders as values do, with NaN above all else and one zero; above 0.
@@ -145,39 +150,43 @@ constexpr int kBlocksOf = kItems * sizeof(Accumulate<T>) <= 32    ? 4
                           : kItems * sizeof(Accumulate<T>) <= 128 ? 2
                                                                   : 1;
 
-// A map for each kLanes threads: a part of a warp, a warp, or a block.
-template <typename T, Work kWork, int kLanes, int kItems>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems>)
+// A map for each kLanes threads: a part of a warp, a warp, or a block. They read and write W
+// positions at a time, which then lie side by side, in rows no shorter.
+template <typename T, Work kWork, int kLanes, int kItems, int W>
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems * W>)
     mask_maps(Mask<T> p, int lanes_rows) {
   using A = Accumulate<T>;
+  using Items = Vector<T, W>;
   static_assert(kLanes <= 32 || kLanes == kThreads);
   constexpr int kStep = kLanes * kItems;
-  constexpr bool kWhole = kLanes < kThreads;  // maps have at most kStep positions
+  constexpr bool kWhole = kLanes < kThreads;  // maps have at most kStep times W positions
   const int lane = threadIdx.x % kLanes;
   const int64_t map = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
   const int64_t b = map / p.N, n = map % p.N;
   // Lanes without a map take part in the search of their warp.
-  const int positions = b < p.B ? p.positions() : 0;
+  const int count = b < p.B ? p.positions() / W : 0;
   const T* x = p.in.data + b * p.in.batch + n * p.in.channel;
-  T value[kItems];
+  Items value[kItems];
   const auto load = [&](int base) {
-    const T* from = x + (base + lane) * p.in.position;
+    const T* from = x + (base + lane) * W * p.in.position;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (base + i * kLanes + lane < positions) value[i] = *from;
-      from += kLanes * p.in.position;
+      if (base + i * kLanes + lane < count) value[i] = *reinterpret_cast<const Items*>(from);
+      from += kLanes * W * p.in.position;
     }
   };
   load(0);
   int found = 0;
   if constexpr (kFinds<kWork>) {
     auto peak = Peak<A>::none();
-    for (int base = 0; base < (kWhole ? 1 : positions); base += kStep) {
+    for (int base = 0; base < (kWhole ? 1 : count); base += kStep) {
       if (base > 0) load(base);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const int at = base + i * kLanes + lane;
-        if (at < positions) peak.include_next(static_cast<A>(value[i]), at);
+        if (at >= count) continue;
+#pragma unroll
+        for (int e = 0; e < W; ++e) peak.include_next(static_cast<A>(value[i].lane[e]), at * W + e);
       }
     }
     peak.template include_lanes<(kLanes < 32 ? kLanes : 32)>();
@@ -187,26 +196,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems>)
       __syncthreads();
       for (int w = 0; w < kWarps; ++w) peak.include(warp_peak[w]);
     }
-    if (positions == 0) return;
+    if (count == 0) return;
     found = peak.position;
     if (lane == 0) p.template store_peak<kWork>(b, n, found);
-    if (kMasks<kWork> && !kWhole && positions > kStep) load(0);
+    if (kMasks<kWork> && !kWhole && count > kStep) load(0);
   } else {
-    if (positions == 0) return;
+    if (count == 0) return;
     found = p.peak_given(b, n);
   }
   if constexpr (kMasks<kWork>) {
     const Offsets& offsets = p.part.offsets;
     const A* from_peak = p.part.values + offsets.middle() - offsets.number(found);
     T* y = p.out.data + b * p.out.batch + n * p.out.channel;
-    Walk walk(offsets, lane, kLanes, lanes_rows);
-    for (int base = 0; base < (kWhole ? 1 : positions); base += kStep) {
+    Walk walk(offsets, lane * W, kLanes * W, lanes_rows);
+    for (int base = 0; base < (kWhole ? 1 : count); base += kStep) {
       if (base > 0) load(base);
-      T* to = y + (base + lane) * p.out.position;
+      T* to = y + (base + lane) * W * p.out.position;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        if (base + i * kLanes + lane < positions) *to = p.masked(value[i], from_peak[walk.number]);
-        to += kLanes * p.out.position;
+        if (base + i * kLanes + lane < count) {
+#pragma unroll
+          for (int e = 0; e < W; ++e)
+            value[i].lane[e] = p.masked(value[i].lane[e], from_peak[walk.number_ahead(e)]);
+          *reinterpret_cast<Items*>(to) = value[i];
+        }
+        to += kLanes * W * p.out.position;
         walk.advance();
       }
     }
@@ -286,6 +300,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kItems>)
 
 // ---- Launching --------------------------------------------------------------------------------
 
+// Whether all maps consist of whole, aligned vectors of W positions.
+template <int W, typename T>
+bool consists_of_vectors(const Maps<T>& maps) {
+  return maps.position == 1 && maps.batch % W == 0 && maps.channel % W == 0 &&
+         reinterpret_cast<uintptr_t>(maps.data) % sizeof(Vector<T, W>) == 0;
+}
+template <Work kWork, int W, typename T>
+bool in_vectors(const Mask<T>& p) {
+  const Offsets& offsets = p.part.offsets;
+  return offsets.positions() % W == 0 && offsets.width >= W && consists_of_vectors<W>(p.in) &&
+         (!kMasks<kWork> || consists_of_vectors<W>(p.out));
+}
+
+template <Work kWork, int W, typename T>
+void launch_maps(const Tensor& x, const Mask<T>& p) {
+  const int64_t positions = p.part.offsets.positions();
+  const auto with_lanes = [&](auto* kernel, int lanes) {
+    launch(x, kernel, ceil_div(p.B * p.N, kThreads / lanes), kThreads, 0, p,
+           lanes * W / p.part.offsets.width);
+  };
+  if (positions <= 8 * 8 * W)
+    with_lanes(mask_maps<T, kWork, 8, 8, W>, 8);
+  else if (positions <= 8 * 32 * W)
+    with_lanes(mask_maps<T, kWork, 32, 8, W>, 32);
+  else
+    with_lanes(mask_maps<T, kWork, kThreads, 16 / W, W>, kThreads);
+}
+
 template <Work kWork, typename T>
 void launch_mask(const Tensor& x, const Mask<T>& p) {
   const int64_t positions = p.part.offsets.positions();
@@ -306,16 +348,11 @@ void launch_mask(const Tensor& x, const Mask<T>& p) {
              copy);
     return;
   }
-  const auto with_lanes = [&](auto* kernel, int lanes) {
-    launch(x, kernel, ceil_div(p.B * p.N, kThreads / lanes), kThreads, 0, p,
-           lanes / p.part.offsets.width);
-  };
-  if (positions <= 8 * 8)
-    with_lanes(mask_maps<T, kWork, 8, 8>, 8);
-  else if (positions <= 8 * 32)
-    with_lanes(mask_maps<T, kWork, 32, 8>, 32);
+  constexpr int W = sizeof(T) == 8 ? 2 : 4;
+  if (positions > 8 * 8 && in_vectors<kWork, W>(p))
+    launch_maps<kWork, W>(x, p);
   else
-    with_lanes(mask_maps<T, kWork, kThreads, 16>, kThreads);
+    launch_maps<kWork, 1>(x, p);
 }
 
 // The maps and their peaks, and no template yet.

@@ -26,6 +26,7 @@ TEMPLATES = {
 SHAPES = {
     "maps_share_a_warp": (3, 13, 7, 5),
     "warp": (2, 9, 13, 11),
+    "vectors_share_a_warp": (3, 5, 14, 14),
     "block": (1, 2, 33, 40),
     "block_reads_twice": (1, 2, 67, 64),
     "wide_tile": (1, 37, 3, 5),
@@ -46,6 +47,9 @@ def maps(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> T
         memory = torch.zeros(*shape[:3], 2 * shape[3], dtype=dtype)
         memory[..., 1::2] = x
         return memory[..., 1::2]
+    if layout == "not_aligned":
+        memory = torch.zeros(x.numel() + 1, dtype=dtype)[1:].view(shape)
+        return memory.copy_(x)
     return x
 
 
@@ -58,6 +62,8 @@ def maps(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> T
         *itertools.product(
             ["warp", "wide_tile"], ("contiguous", "channels_last"), DTYPES[1:], ["gradient_l2"]
         ),
+        *itertools.product(["vectors_share_a_warp"], ["contiguous"], DTYPES[1:], ["gradient_l2"]),
+        ("vectors_share_a_warp", "not_aligned", torch.float32, "gradient"),
         *itertools.product(["warp", "block"], ["contiguous"], [torch.float32], list(TEMPLATES)[2:]),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
