@@ -6,7 +6,8 @@
 //
 // Hard counts read the activations once, in tiles whose tables a second kernel brings to the grid
 // of all samples. That is exact, because a grid follows from its range alone and a wider one only
-// merges bins. Where a filter's table does not fit in shared memory, there are two passes.
+// merges bins. Where a filter's table does not fit in shared memory, ranges are found first, and
+// samples, if they are many, sorted by their labels, so that a block counts some of the classes.
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -19,6 +20,7 @@
 #include "histogram_direct.cuh"
 #include "histogram_merge.cuh"
 #include "histogram_soft.cuh"
+#include "histogram_sorted.cuh"
 #include "histogram_tiles.cuh"
 #include "launch.h"
 
@@ -100,6 +102,51 @@ int64_t filters_that_fit(int64_t bins, int64_t classes, int64_t entry_bytes,
   return most / (TableShape(bins, classes).per_filter * entry_bytes);
 }
 
+// Blocks of a few filters and classes, whose tables fit in shared memory; without lanes, none fit.
+template <int FV>
+Division divide(const Tensor& activations, int64_t bins, int64_t classes, int64_t entry_bytes) {
+  constexpr int64_t kLeastClasses = 4;  // 32 bytes of counters side by side
+  const int64_t N = activations.size(1);
+  const auto fitting = [&](int64_t filters, int64_t most) {
+    // Rows of counters of a filter are rounded up, by at most 32.
+    return (most / entry_bytes / filters - 32) / ((bins + 1) | 1);
+  };
+  const int64_t all = most_shared_bytes(activations);
+  const int64_t most = fitting(FV, kSharedBytes) > 0 ? kSharedBytes : all;
+  int64_t lanes = std::max<int64_t>(64 / activations.element_size() / FV, 1);
+  while (lanes > 1 && (lanes / 2 * FV >= N || fitting(lanes * FV, most) < kLeastClasses))
+    lanes /= 2;
+  const int64_t fit = std::min(fitting(lanes * FV, most), classes);
+  if (fit < 1) return {};
+  return {ceil_div(N, lanes * FV), ceil_div(classes, fit), static_cast<int>(lanes),
+          static_cast<int>(fit)};
+}
+
+// Whether so many samples are worth clearing and reading the tables of all classes.
+bool worth_sorting(int64_t samples, int64_t bins, int64_t classes) {
+  return samples <= kMaxRows && bins <= kMaxRows && samples * 8 / bins >= classes;
+}
+
+// The samples' order, and what holds it.
+struct SortedSamples {
+  Tensor ends, ranked;
+
+  SortedSamples(const Tensor& of_labels, const Labels& labels)
+      : ends(torch::stable::new_zeros(of_labels, {labels.classes}, ScalarType::Int)),
+        ranked(torch::stable::new_empty(of_labels, {of_labels.size(0), 2}, ScalarType::Int)) {
+    const int64_t M = of_labels.size(0), blocks = ceil_div(M, kThreads);
+    auto* end = static_cast<int32_t*>(ends.data_ptr());
+    launch(ends, count_labels, blocks, kThreads, 0, labels, M, end);
+    launch(ends, find_begins, 1, kThreads, 0, end, labels.classes);
+    launch(ends, rank_samples, blocks, kThreads, 0, labels, M, end,
+           static_cast<Ranked*>(ranked.data_ptr()));
+  }
+  Sorted view() const {
+    return {static_cast<const Ranked*>(ranked.data_ptr()),
+            static_cast<const int32_t*>(ends.data_ptr())};
+  }
+};
+
 // One call of histogram_update on activations of type T.
 template <typename T>
 struct Update {
@@ -107,6 +154,7 @@ struct Update {
   const Tensor& minimum;
   const Tensor& counts;
   const Tensor& activations;
+  const Tensor& of_labels;
   const Labels& labels;
 
   void run() const {
@@ -157,8 +205,29 @@ struct Update {
     launch(activations, find_range<T>, tiling.blocks(), kThreads, 0, input<T>(activations), tiling,
            state, partial);
     launch(activations, merge, state.N, kThreads, 0, state, partial, tiling.splits);
+    bool done = false;
+    if (worth_sorting(activations.size(0), state.bins, state.classes)) {
+      if (common_layout<T>(activations) == Layout::kFilters)
+        done = count_by_class<kVectorBytes / sizeof(T)>();
+      else
+        done = count_by_class<1>();
+    }
+    if (done) return;
     launch(activations, count_directly<T>, tiling.blocks(), kThreads, 0, input<T>(activations),
            labels, tiling, state);
+  }
+
+  // False where the tables of a class do not fit in shared memory.
+  template <int FV>
+  bool count_by_class() const {
+    const Division division = divide<FV>(activations, state.bins, state.classes, sizeof(uint32_t));
+    if (division.lanes == 0) return false;
+    const TableShape shape(state.bins, division.classes);
+    const SortedSamples sorted(of_labels, labels);
+    const size_t shared = size_t{sizeof(uint32_t)} * division.lanes * FV * shape.per_filter;
+    launch(activations, count_sorted<T, FV>, division.blocks(), kThreads, shared,
+           input<T>(activations), sorted.view(), division, state, shape);
+    return true;
   }
 };
 
@@ -208,7 +277,7 @@ Tensor histogram_update(const Tensor& counts, const Tensor& minimum, const Tenso
   const Labels label_of = make_labels(labels, counts.size(2));
   with_type(activations, "activations", [&](auto value) {
     if (activations.numel() > 0)
-      Update<decltype(value)>{state, minimum, counts, activations, label_of}.run();
+      Update<decltype(value)>{state, minimum, counts, activations, labels, label_of}.run();
   });
   return column;
 }
@@ -244,30 +313,31 @@ void with_tables(const Tensor& activations, int64_t bins, int64_t classes, int64
   run(tiling, shape, staged, shared);
 }
 
-Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Tensor& low,
-                      const Tensor& width, int64_t bins, int64_t num_classes) {
-  check_soft(activations, labels, low, width, bins);
-  STD_TORCH_CHECK(0 <= num_classes && num_classes <= std::numeric_limits<int32_t>::max(),
-                  "num_classes: got ", num_classes, ", want 0 to 2**31 - 1");
-  const int64_t M = activations.size(0), N = activations.size(1);
-  Tensor counts = torch::stable::new_empty(low, {N, bins, num_classes});
-  const Tensor sums = torch::stable::new_zeros(labels, {N, bins, num_classes}, ScalarType::Long);
-  // The finest unit, of those the weights can tell apart, of which M cannot reach kPoison.
-  int fraction_bits = accumulate_type(activations) == ScalarType::Double ? 52 : 24;
-  while (fraction_bits > 0 && (M >> (62 - fraction_bits)) != 0) --fraction_bits;
-  auto* sum = static_cast<Wide*>(sums.data_ptr());
-  with_type(activations, "activations", [&](auto value) {
-    using T = decltype(value);
-    using C = Accumulate<T>;
+// One call of soft_histogram on activations of type T.
+template <typename T>
+struct SoftUpdate {
+  using C = Accumulate<T>;
+  const Tensor& activations;
+  const Tensor& of_labels;
+  const Labels labels;
+  const SoftGrid<C> grid;
+  const int fraction_bits;
+  const Tensor& counts;  // [N, bins, K]
+
+  void run() const {
+    if (activations.numel() > 0 && in_order()) return;
+    const Tensor sums = torch::stable::new_zeros(
+        of_labels, {counts.size(0), counts.size(1), counts.size(2)}, ScalarType::Long);
+    auto* sum = static_cast<Wide*>(sums.data_ptr());
     if (activations.numel() > 0) {
       with_vectors<T>(common_layout<T>(activations), [&](auto fv, auto rv) {
         constexpr int FV = fv, RV = rv;
         with_tables<FV, RV>(
-            activations, bins, num_classes, sizeof(Wide),
+            activations, grid.bins, labels.classes, sizeof(Wide),
             [&](const Tiling& tiling, const TableShape& shape, bool staged, size_t shared) {
               launch(activations, add_weights<T, FV, RV>, tiling.blocks(), kThreads, shared,
-                     input<T>(activations), make_labels(labels, num_classes), tiling,
-                     soft_grid<C>(low, width, bins), shape, staged, fraction_bits, sum);
+                     input<T>(activations), labels, tiling, grid, shape, staged, fraction_bits,
+                     sum);
             });
       });
     }
@@ -275,6 +345,49 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
     launch(activations, convert_sums<C>, std::min<int64_t>(ceil_div(total, kThreads), 8 * kBlocks),
            kThreads, 0, static_cast<const Wide*>(sum), static_cast<C*>(counts.data_ptr()), total,
            fraction_bits);
+  }
+
+  // By class, where tables of all classes do not fit in shared memory; else false.
+  bool in_order() const {
+    if (!worth_sorting(activations.size(0), grid.bins, labels.classes)) return false;
+    const bool along = common_layout<T>(activations) == Layout::kFilters;
+    return along ? add_by_class<kVectorBytes / sizeof(T)>() : add_by_class<1>();
+  }
+
+  template <int FV>
+  bool add_by_class() const {
+    if (filters_that_fit(grid.bins, labels.classes, sizeof(Wide)) >= FV) return false;
+    const Division division = divide<FV>(activations, grid.bins, labels.classes, sizeof(Wide));
+    if (division.lanes == 0) return false;
+    const TableShape shape(grid.bins, division.classes);
+    const SortedSamples sorted(of_labels, labels);
+    const size_t shared = sizeof(Wide) * division.lanes * FV * shape.per_filter;
+    launch(activations, add_weights_sorted<T, FV>, division.blocks(), kThreads, shared,
+           input<T>(activations), sorted.view(), division, grid, shape, labels.classes,
+           fraction_bits, static_cast<C*>(counts.data_ptr()));
+    return true;
+  }
+};
+
+Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Tensor& low,
+                      const Tensor& width, int64_t bins, int64_t num_classes) {
+  check_soft(activations, labels, low, width, bins);
+  STD_TORCH_CHECK(0 <= num_classes && num_classes <= std::numeric_limits<int32_t>::max(),
+                  "num_classes: got ", num_classes, ", want 0 to 2**31 - 1");
+  const int64_t M = activations.size(0), N = activations.size(1);
+  const Tensor counts = torch::stable::new_empty(low, {N, bins, num_classes});
+  // The finest unit, of those the weights can tell apart, of which M cannot reach kPoison.
+  int fraction_bits = accumulate_type(activations) == ScalarType::Double ? 52 : 24;
+  while (fraction_bits > 0 && (M >> (62 - fraction_bits)) != 0) --fraction_bits;
+  with_type(activations, "activations", [&](auto value) {
+    using T = decltype(value);
+    SoftUpdate<T>{activations,
+                  labels,
+                  make_labels(labels, num_classes),
+                  soft_grid<Accumulate<T>>(low, width, bins),
+                  fraction_bits,
+                  counts}
+        .run();
   });
   return counts;
 }

@@ -30,6 +30,7 @@ struct SoftFilter {
     width = g.width[n * g.width_stride];
     last = static_cast<C>(g.bins - 1);
   }
+  __device__ SoftBin<C> bin(C x) const { return soft_bin(soft_position(x, low, width), last); }
 };
 
 // 64-bit counters in shared memory as two halves: there is no 64-bit addition in hardware.
@@ -45,6 +46,36 @@ struct Halves {
   __device__ void poison(int at) const { atomicOr(&high[at], 0x80000000u); }
   __device__ Wide get(int at) const { return Wide{high[at]} << 32 | low[at]; }
 };
+
+// Weights in units of 2^-fraction_bits.
+template <typename C>
+struct SoftUnit {
+  C unit;
+  Wide one;
+
+  __device__ explicit SoftUnit(int fraction_bits)
+      : unit(power_of_two<C>(fraction_bits)), one(Wide{1} << fraction_bits) {}
+  // That of the upper of two bins, 0 for NaN.
+  __device__ Wide upper(const SoftBin<C>& bin) const {
+    return bin.upper != bin.upper ? 0 : static_cast<Wide>(llrint(bin.upper * unit));
+  }
+  // Adds to the two bins of a sample; `at`: bin 0 of its class.
+  __device__ void add(const Halves& table, int at, const SoftBin<C>& bin) const {
+    const Wide above = upper(bin);
+    if (above != one) table.add(at + bin.below, one - above);
+    if (above != 0) table.add(at + bin.below + 1, above);
+    if (bin.upper != bin.upper) {
+      table.poison(at + bin.below);
+      table.poison(at + bin.below + 1);
+    }
+  }
+};
+
+// `inverse`: 2^-fraction_bits.
+template <typename C>
+__device__ C soft_count(Wide sum, double inverse) {
+  return static_cast<C>((sum & kPoison) != 0 ? NAN : static_cast<double>(sum) * inverse);
+}
 
 // sums [N, bins, K] in units of 2^-fraction_bits. `staged`: by way of shared memory.
 template <typename T, int FV, int RV>
@@ -65,8 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < FV; ++i)
     filter[i].load(grid, min(place.first_filter + place.filter + i, samples.N - 1));
-  const C unit = power_of_two<C>(fraction_bits);
-  const Wide one = Wide{1} << fraction_bits;
+  const SoftUnit<C> unit(fraction_bits);
   for (int64_t base = place.begin; base < place.end; base += place.step()) {
     alignas(kVectorBytes) T value[Place::kPieces][FV * RV];
     place.load(samples, base, value);
@@ -78,26 +108,16 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int label = labels(base + place.row_of(u) + j);
 #pragma unroll
         for (int i = 0; i < FV; ++i) {
-          const C t =
-              soft_position(static_cast<C>(value[u][j * FV + i]), filter[i].low, filter[i].width);
-          const SoftBin<C> bin = soft_bin(t, filter[i].last);
-          const bool nan = bin.upper != bin.upper;
-          const Wide upper = nan ? 0 : static_cast<Wide>(llrint(bin.upper * unit));
+          const SoftBin<C> bin = filter[i].bin(static_cast<C>(value[u][j * FV + i]));
           if (staged) {
-            const int at =
-                (place.filter + i) * shape.per_filter + label * shape.per_class + bin.below;
-            if (upper != one) table.add(at, one - upper);
-            if (upper != 0) table.add(at + 1, upper);
-            if (nan) {
-              table.poison(at);
-              table.poison(at + 1);
-            }
+            unit.add(table, (place.filter + i) * shape.per_filter + label * shape.per_class, bin);
           } else {
+            const Wide upper = unit.upper(bin);
             const int64_t n = place.first_filter + place.filter + i;
             Wide* at = sums + (n * grid.bins + bin.below) * labels.classes + label;
-            if (upper != one) atomicAdd(at, one - upper);
+            if (upper != unit.one) atomicAdd(at, unit.one - upper);
             if (upper != 0) atomicAdd(at + labels.classes, upper);
-            if (nan) {
+            if (bin.upper != bin.upper) {
               atomicOr(at, kPoison);
               atomicOr(at + labels.classes, kPoison);
             }
@@ -127,8 +147,7 @@ __global__ void __launch_bounds__(kThreads)
   const double unit = power_of_two<double>(-fraction_bits);
   const int64_t apart = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < total; i += apart)
-    counts[i] =
-        static_cast<C>((sums[i] & kPoison) != 0 ? NAN : static_cast<double>(sums[i]) * unit);
+    counts[i] = soft_count<C>(sums[i], unit);
 }
 
 template <typename C>

@@ -22,6 +22,7 @@ SHAPES = {
     "ragged": (531, 5, 4, 2),
     "tables_of_all_shared_memory": (270, 8, 40, 300),
     "tables_too_large": (90, 4, 70, 900),
+    "sorted": (1950, 8, 8, 1900),
 }
 
 
@@ -104,6 +105,7 @@ def test_many_samples_equal_the_reference(
     [
         *itertools.product(["tables_in_shared_memory"], ("filters", "samples", "strided")),
         ("tables_too_large", "filters"),
+        ("sorted", "filters"),
     ],
 )
 def test_the_order_of_threads_and_blocks_does_not_matter(
