@@ -18,9 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from picnn_fast import PartTemplate
-from picnn_fast.functional import mask_channels, template_mask
+from picnn_fast.functional import filter_loss, mask_channels, template_mask
+from picnn_fast.ops.histogram import update
 from tests.conftest import Backend
 from tests.ops.cases import CASES, Arguments, OperatorCase, as_tuple, on_device
+from tests.reference.test_histogram import fresh
 
 ROOT = Path(__file__).parents[2]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -148,6 +150,68 @@ def test_maps_of_more_elements_than_32_bits_count_are_masked_to_the_last(backend
     assert peak[0, 0].item() == 0
     alone, _ = template_mask(maps[1:, -1:].clone(), PartTemplate())
     assert torch.equal(masked[1:, -1:], alone)
+
+
+@pytest.mark.gpu
+@on_kernels
+def test_filters_of_more_elements_than_32_bits_count_have_their_losses(backend: Backend) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB of memory")
+    maps = torch.zeros(70_000, 640, 7, 7, dtype=torch.bfloat16, device="cuda")
+    assert maps.numel() > 2**31
+    maps[:, -1] = torch.randn(70_000, 7, 7, device="cuda").relu_().bfloat16()
+    maps.requires_grad_()
+    alone = maps.detach()[:, -1:].clone().requires_grad_()
+    losses = filter_loss(maps, PartTemplate()), filter_loss(alone, PartTemplate())
+    for loss in losses:
+        loss.sum().backward()
+    torch.testing.assert_close(losses[0][-1:], losses[1])
+    assert maps.grad is not None
+    assert alone.grad is not None
+    assert alone.grad.any()
+    torch.testing.assert_close(maps.grad[:, -1:], alone.grad)
+
+
+@pytest.mark.gpu
+@on_kernels
+def test_more_activations_than_32_bits_count_are_all_counted(backend: Backend) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GB of memory")
+    activations = torch.zeros(2**20, 2**11 + 1, dtype=torch.bfloat16, device="cuda")
+    activations[-1, -1] = 1
+    labels = torch.arange(2**20, device="cuda") % 3
+    state = fresh(2**11 + 1, 4, 3)
+    counts, minimum, maximum = (t.to("cuda") for t in state)
+    update(counts, minimum, maximum, activations, labels)
+    assert counts[:-1].sum().item() == 2**31
+    assert counts[-1].sum().item() == 2**20
+    assert counts[-1, 1:].sum().item() == 1
+    assert (minimum == 0).all()
+    assert maximum[-1].item() == 1
+
+
+@pytest.mark.gpu
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_counts_of_many_classes_are_those_of_the_cpu(backend: Backend, dtype: torch.dtype) -> None:
+    """Tables that no block holds: samples are sorted by their labels."""
+    samples, filters, bins, classes = 9000, 24, 64, 1000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, filters, generator=generator).relu_().to(dtype)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    low, width = torch.zeros(filters), torch.full((filters,), 4 / bins)
+    runs = []
+    for device in ("cpu", "cuda"):
+        state = tuple(t.to(device) for t in fresh(filters, bins, classes))
+        given = x.to(device), labels.to(device)
+        update(*state, *given)
+        soft = torch.ops.picnn_fast.soft_histogram(
+            *given, low.to(device), width.to(device), bins, classes
+        )
+        runs.append([t.cpu() for t in (*state, soft)])
+    for one, two in zip(*runs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+    assert torch.equal(runs[0][0], runs[1][0])
 
 
 DETERMINISTIC = """
