@@ -14,7 +14,7 @@
 namespace picnn_fast {
 namespace {
 
-struct Ranked {
+struct alignas(8) Ranked {  // read at once
   int32_t sample, label;
 };
 
