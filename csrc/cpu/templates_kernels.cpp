@@ -156,7 +156,7 @@ struct Rows {
 // Of the first `count` of kRun positions in a row, kVectors vectors of filters times the masks of
 // peaks whose masks begin at `begins`.
 template <typename T, typename A, int kVectors>
-PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Rows<T>& rows,
+PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Rows<T> rows,
                                 int64_t count, int64_t at) {
   Vector<A> runs[kVectors][kRun<A>];
 #pragma GCC unroll 2
@@ -170,8 +170,7 @@ PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Row
 #pragma GCC unroll 4
   for (int k = 0; k < kRun<A>; ++k) {
     if (k < count) {
-      constexpr int kSecondLevel = 2;
-      __builtin_prefetch(rows.ahead + k * rows.stride + at, /*rw=*/0, kSecondLevel);
+      __builtin_prefetch(rows.ahead + k * rows.stride + at);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         const int64_t from = at + v * kLanes<A>;
@@ -185,7 +184,7 @@ PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Row
 
 // Of all `filters`.
 template <typename T, typename A>
-void mask_rows(const A* masks, const int64_t* begins, const Rows<T>& rows, int64_t count,
+void mask_rows(const A* masks, const int64_t* begins, const Rows<T> rows, int64_t count,
                int64_t filters) {
   // As many numbers as vectors of A hold at most: whole lines, of the widest vectors.
   constexpr int kVectors = sizeof(A) / sizeof(T);
@@ -215,8 +214,9 @@ template <typename T>
 void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T* out,
                        int64_t* peak, int64_t filters, Sink<T>& sink) {
   using A = Accumulate<T>;
-  constexpr int64_t kRowsAhead = 16, kLine = 64 / sizeof(T);
+  constexpr int64_t kAhead = 2 * Sink<T>::kPreferred, kLine = 64 / sizeof(T);
   const int64_t stride = s.in.maps_strides.position, out_stride = s.out_strides.position;
+  const int64_t rows_ahead = kAhead / filters > kRun<A> ? kAhead / filters : kRun<A>;
   if (s.find_peak) {
     find_peaks<T, A>(maps, stride, s.in.shape.positions, filters, peak);
   }
@@ -228,7 +228,7 @@ void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLine == 0;
   const bool lines = s.stream && aligned && filters % kLine == 0;
   const bool dense = !lines && out_stride == filters;
-  const T* ahead = s.find_peak ? (next != nullptr ? next : maps) : maps + kRowsAhead * stride;
+  const T* ahead = s.find_peak ? (next != nullptr ? next : maps) : maps + rows_ahead * stride;
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
     const A* panel = s.masks + segment * layout.per_segment;
     for (int64_t first = 0; first < layout.length; first += kRun<A>) {
@@ -302,12 +302,90 @@ void mask_dense_maps(const TemplateMask<T>& s, const T* maps, T* out, int64_t* p
   }
 }
 
+// The first `held` lanes of `masks`, and those of `more` from its first one on.
+template <typename A>
+PICNN_FAST_HD Vector<A> join(const Vector<A>& masks, const Vector<A>& more, int64_t held) {
+  using Index = IndexOf<A>;
+  Index numbers[kLanes<A>];
+  for (int l = 0; l < kLanes<A>; ++l) {
+    numbers[l] = l;
+  }
+  const Vector<Index> lanes = load<Index>(numbers);
+  const auto kept = static_cast<Index>(held);
+  return shuffle<A>(masks, more, lanes + ((lanes >= kept) & (kLanes<A> - kept)));
+}
+
+// The same of maps that follow one another: whole aligned vectors, in which one map may end and the
+// next begin. Peaks are found some maps ahead, and what they are found in is fetched still earlier:
+// a loop that waits for memory would hold up what is written.
+template <typename T, bool kStream>
+void mask_adjoining(const TemplateMask<T>& s, const T* x, T* out, int64_t* peak, int64_t count) {
+  using A = Accumulate<T>;
+  constexpr int64_t kNumbers = kLanes<A>, kPreferred = Sink<T>::kPreferred;
+  const PanelLayout& layout = s.layout;
+  const int64_t positions = s.in.shape.positions;
+  const int64_t some = kPreferred > positions ? kPreferred / positions : 1;
+  const int64_t ahead = s.find_peak ? some : 0, reach = ahead * positions + 2 * kPreferred;
+  const auto find = [&](int64_t i) {
+    if (s.find_peak && i < count) {
+      peak[i] = find_peak_dense<T, A>(x + i * positions, positions);
+    }
+  };
+  for (int64_t i = 0; i < ahead; ++i) {
+    find(i);
+  }
+  const auto over = reinterpret_cast<uintptr_t>(out) % (kNumbers * sizeof(T)) / sizeof(T);
+  // Numbers of the vector at hand that are not written here, or belong to the next one.
+  int64_t skipped = static_cast<int64_t>(over), held = skipped, at = 0;
+  Vector<A> masks = {};
+  const auto write = [&](const Vector<A>& by, int64_t from) {
+    __builtin_prefetch(x + from + reach);
+    const Vector<A> product = load<A>(x + from) * by;
+    kStream ? stream_vector<A>(product, out + from) : store<A>(product, out + from);
+  };
+  const auto write_part = [&](int64_t from, int64_t begin, int64_t end) {
+    A by[kNumbers];
+    store<A>(masks, by);
+    for (int64_t i = begin; i < end; ++i) {
+      out[from + i] = masked<T, A>(x[from + i], by[i]);
+    }
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    find(i + ahead);
+    const A* mask = s.masks + layout.begin(peak[i]);
+    for (int64_t segment = 0; segment < layout.segments; ++segment, mask += layout.per_segment) {
+      int64_t p = 0;
+      if (held != 0) {
+        masks = join<A>(masks, load<A>(mask), held);
+        p = kNumbers - held;
+        if (p > layout.length) {
+          held += layout.length;
+          at += layout.length;
+          continue;
+        }
+        skipped == 0 ? write(masks, at - held) : write_part(at - held, skipped, kNumbers);
+        skipped = held = 0;
+      }
+      for (; p + kNumbers <= layout.length; p += kNumbers) {
+        write(load<A>(mask + p), at + p);
+      }
+      if (p < layout.length) {
+        masks = load<A>(mask + p);
+        held = layout.length - p;
+      }
+      at += layout.length;
+    }
+  }
+  write_part(at - held, skipped, held);
+}
+
 template <typename T>
 void mask(const TemplateMask<T>& s, int64_t begin, int64_t end) {
   const MapPeaks<T>& in = s.in;
   const int64_t positions = in.shape.positions;
   const Strides from = in.maps_strides, to = s.out_strides;
   const bool dense = from.position == 1 && to.position == 1 && to.filter == positions;
+  const bool adjoining = from.filter == positions && positions >= kLanes<Accumulate<T>>;
   Sink<T> sink(s.stream);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(in, unit);
@@ -318,6 +396,9 @@ void mask(const TemplateMask<T>& s, int64_t begin, int64_t end) {
       const bool more = s.find_peak && unit + 1 < end;
       const T* next = more ? maps_of(in, block_of(in, unit + 1)) : nullptr;
       mask_side_by_side(s, maps, next, out, peak, block.count, sink);
+    } else if (dense && adjoining) {
+      s.stream ? mask_adjoining<T, true>(s, maps, out, peak, block.count)
+               : mask_adjoining<T, false>(s, maps, out, peak, block.count);
     } else if (dense) {
       mask_dense_maps(s, maps, out, peak, block.count, sink);
     } else {

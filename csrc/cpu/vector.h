@@ -4,6 +4,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "scalar.h"
 
 // Vectors as wide as the processor's own: compilers lower wider ones badly.
@@ -36,6 +40,30 @@ PICNN_FAST_HD Vector<A> broadcast(A value) {
 using Wide __attribute__((vector_size(kVectorBytes))) = uint32_t;
 using Narrow __attribute__((vector_size(kVectorBytes / 2))) = uint16_t;
 
+// Conversions that compilers make several instructions of.
+PICNN_FAST_HD Wide widen_bits(const Narrow& bits) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Wide);
+#endif
+}
+
+// Of numbers below 2^16.
+PICNN_FAST_HD Narrow narrow_bits(const Wide& bits) {
+#if defined(__AVX512F__)
+  return (Narrow)_mm512_cvtepi32_epi16((__m512i)bits);
+#elif defined(__AVX2__)
+  constexpr int kEvenQuarters = 0b1000;
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+  return (Narrow)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, kEvenQuarters));
+#else
+  return __builtin_convertvector(bits, Narrow);
+#endif
+}
+
 template <typename A, typename T>
 PICNN_FAST_HD Vector<A> load(const T* from) {
   Vector<A> vector;
@@ -44,7 +72,7 @@ PICNN_FAST_HD Vector<A> load(const T* from) {
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     Narrow bits;
     std::memcpy(&bits, from, sizeof(bits));
-    const Wide wide = __builtin_convertvector(bits, Wide) << 16;
+    const Wide wide = widen_bits(bits) << 16;
     std::memcpy(&vector, &wide, sizeof(vector));
   } else {
     A array[kLanes<A>];  // loops over the elements of a vector type do not vectorise
@@ -64,8 +92,8 @@ PICNN_FAST_HD void store(const Vector<A>& vector, T* to) {
     Wide bits;  // as narrow() has it
     std::memcpy(&bits, &vector, sizeof(bits));
     const Wide rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const Wide nan = (Wide)((bits & 0x7FFFFFFFu) > 0x7F800000u);
-    const Narrow half = __builtin_convertvector((nan & 0x7FC0u) | (~nan & rounded), Narrow);
+    const Wide nan = (Wide)(vector != vector);
+    const Narrow half = narrow_bits((nan & 0x7FC0u) | (~nan & rounded));
     std::memcpy(to, &half, sizeof(half));
   } else {
     A array[kLanes<A>];
