@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from picnn_fast.ops import mutual_information as family
 from picnn_fast.ops.mutual_information import plug_in
 
 
@@ -98,3 +99,24 @@ def test_a_gpu_is_told_the_same_formula(monkeypatch, target, bias_correction):
         results.append((value.detach().as_subclass(torch.Tensor), grad.as_subclass(torch.Tensor)))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-13, atol=1e-13)
+
+
+def test_entropies_of_whole_counts_are_the_same_formula(counts):
+    torch.testing.assert_close(family._by_entropies(counts), plug_in(counts), rtol=0, atol=1e-15)
+
+
+def test_shares_are_the_same_formula_but_for_a_slope_in_the_number_of_samples():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.rand(5, 7, 4, generator=generator, dtype=torch.float64).sub(0.3).relu()
+    counts[0, :, 1] = 0  # a class without samples
+    counts[1, :, 1:] = 0  # a class alone
+    counts[2, 3] = 0  # a bin without samples
+    samples = counts.sum((1, 2), keepdim=True)
+    results = []
+    for estimate in (plug_in, lambda c: family._by_shares(c / samples)):
+        leaf = counts.clone().requires_grad_()
+        value = estimate(leaf)
+        (grad,) = torch.autograd.grad(value.exp().sum(), leaf)
+        results.append((value.detach(), grad - grad.mean((1, 2), keepdim=True)))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
