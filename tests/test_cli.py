@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from picnn_fast._version import __version__
 from picnn_fast.data import DATA
 from picnn_fast.evaluation import FIGURES, TOPICS, default_figures
 from picnn_fast.training.options import Options
+from tests.processes import as_module, ended, finished, start
 
 
 def _main(capsys, *arguments):
@@ -490,8 +490,8 @@ def test_completion_offers_the_options_of_the_method_typed(tmp_path):
             "COMP_TYPE": "9",  # a tab
         }
         (tmp_path / "out").touch()
-        command = [sys.executable, "-m", "picnn_fast"]
-        subprocess.run(command, env=environment, check=True, timeout=120)
+        done = finished(as_module, ["picnn_fast"], environment=environment)
+        assert done.returncode == 0, done.stderr
         return (tmp_path / "out").read_text()
 
     assert "--method.filter_loss_weight" in offered("picnn-fast train --method icnn --method.f")
@@ -1022,22 +1022,17 @@ def test_an_image_that_a_network_makes_no_number_of_is_told_in_a_line(
 
 def test_sigterm_ends_with_its_status_and_says_how_to_go_on(tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "picnn_fast", "train", "--output", str(output)]
+    command = ["picnn_fast", "train", "--output", str(output)]
     command += ["--epochs", "1000", "--num-filters", "10", "--accelerator", "cpu"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = start(as_module, (command,), tmp_path, "train")
     checkpoint = tmp_path / ".run.partial" / "last.ckpt"
-    try:
-        deadline = time.monotonic() + 300
-        while not checkpoint.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-        process.wait()
-    assert (process.returncode, "interrupted; the same command goes on" in err) == (143, True)
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    done = ended(process, tmp_path, "train")
+    err = done.stderr
+    assert (done.returncode, "interrupted; the same command goes on" in err) == (143, True)
     assert "Traceback" not in err
     assert checkpoint.exists()
     assert not output.exists()

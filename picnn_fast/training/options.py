@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -78,6 +78,21 @@ class Group:
         }
 
 
+class _Backbones(Mapping[str, Any]):
+    """``BACKBONES``, and the name that leaves the choice to the size of the images."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name != BY_IMAGE_SIZE and name not in BACKBONES:
+            raise KeyError(name)
+        return cut
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((BY_IMAGE_SIZE, *BACKBONES))
+
+    def __len__(self) -> int:
+        return 1 + len(BACKBONES)
+
+
 # The backbone of a run that names none, by the side of its images: a network made for small ones
 # keeps large maps, on which a step takes many times as long.
 BY_IMAGE_SIZE = "auto"
@@ -99,7 +114,7 @@ GROUPS: dict[str, Group] = {
         ),
     ),
     "backbone": Group(
-        dict.fromkeys([BY_IMAGE_SIZE, *BACKBONES], cut),
+        _Backbones(),
         frozenset({"backbone", "image_channels"}),
         f"; {BY_IMAGE_SIZE}: {_SMALL} for images of up to {_LARGEST_SMALL_IMAGE} pixels, else"
         f" {_LARGE}; {TIMM}NAME: any network of timm's",
@@ -224,7 +239,7 @@ class Options:
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         names, content = _with_names(given)
-        parser = build_parser(names)
+        parser = _kept_parser(names, tuple(GROUPS))
         try:
             parsed = parser.parse_object(content).as_dict()
         except ArgumentError as error:
@@ -280,7 +295,7 @@ class Options:
     def arguments(self, group: str) -> dict[str, Any]:
         """Keyword arguments for what ``group`` ("method", "data" …) names."""
         names = {group: getattr(self, group)["name"]}
-        parser = build_parser(names, groups=[group], common=False)
+        parser = _kept_parser(names, (group,))
         built = parser.instantiate(parser.parse_object({group: getattr(self, group)}))
         values = built[group].as_dict()
         del values["name"]
@@ -387,6 +402,24 @@ def build_parser(
         if action.option_strings and action.option_strings[0][2:] in groups:
             action.help = argparse.SUPPRESS
     return parser
+
+
+def _kept_parser(names: Mapping[str, str], groups: tuple[str, ...]) -> ArgumentParser:
+    """The parser of these groups, with the options outside them where they are all; made once.
+
+    It is for objects alone, and stays as it is made.
+    """
+    rows = tuple((GROUPS[key].row(names[key]), tuple(GROUPS[key].rows)) for key in groups)
+    return _parser_of(groups, tuple(names[key] for key in groups), rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _parser_of(
+    groups: tuple[str, ...], names: tuple[str, ...], rows: tuple[tuple[Any, ...], ...]
+) -> ArgumentParser:
+    # Rows are what the names stand for now: another of the same name has a parser of its own.
+    chosen = dict(zip(groups, names, strict=True))
+    return build_parser(chosen, groups=groups, common=groups == tuple(GROUPS))
 
 
 def parse(

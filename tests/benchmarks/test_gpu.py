@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 from benchmarks import gpu, harness
+from tests import processes
+from tests.benchmarks import on_a_gpu
 from tests.conftest import FailureJournal
+from tests.processes import as_module, finished
 
 ROOT = Path(gpu.__file__).parent.parent
 
@@ -90,7 +94,19 @@ def test_every_part_has_a_time_limit_of_its_own(
     assert all(outcome.startswith("passed; ") for outcome in outcomes.values())
 
 
-def test_parity_runs_in_parallel_and_reports_names_as_they_come(tmp_path: Path) -> None:
+def forked(step: gpu.Step, results: Path, *_: object) -> str:
+    """What the step's command does, its Python and PyTorch not started anew."""
+    module = step.command.index("-m") + 1
+    done = finished(as_module, step.command[module:])
+    (results / f"{step.name}.txt").write_text(done.stdout + done.stderr)
+    return f"failed, exit {done.returncode}" if done.returncode else "passed"
+
+
+def test_parity_runs_in_parallel_and_reports_names_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(gpu, "run_step", forked)
     assert gpu.main(["parity", "--smoke", "--results", str(tmp_path)]) == 0
     text = (tmp_path / "parity.txt").read_text()
     assert "[gw1]" in text
@@ -127,6 +143,7 @@ def test_the_benchmarks_go_through_all_their_steps_on_the_cpu(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu, "run_step", in_this_process)
+    monkeypatch.setattr(multiprocessing, "get_context", {"spawn": processes.context}.get)
     assert gpu.main([part, "--smoke", "--results", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     titles = {
@@ -220,20 +237,12 @@ def test_smoke_writes_nothing_unless_a_folder_is_named(
 def test_gpu_tests_are_found_wherever_they_live_without_captum(tmp_path: Path) -> None:
     # What uses Captum, and the folders of kernels: importing all tests takes most of a minute.
     places = ["tests/explain", "tests/ops", "tests/triton_kernels"]
-    code = (
-        "import sys, pytest, torch; sys.modules['captum'] = None;"
-        "torch.cuda.is_available = lambda: True;"
-        f"sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *{places},"
-        " '-p', 'no:cacheprovider', '-o', 'addopts=--strict-markers']))"
-    )
+    options = ["-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = finished(
+        on_a_gpu.run_pytest,
+        ["--collect-only", "-q", "-m", "gpu", *places, *options],
+        environment=environment,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     found = {line.rsplit("::", 1)[0] for line in done.stdout.splitlines() if "::" in line}

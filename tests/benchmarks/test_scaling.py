@@ -1,14 +1,17 @@
 """What several processes change: what is counted, what a page says of it, and that it runs."""
 
+import functools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.io import write_jpeg
 
 from benchmarks import harness, scaling
+from tests.processes import as_module, as_torchrun, finished
 
 ROOT = harness.RESULTS.parent.parent
 COST = json.loads((harness.RESULTS / "scaling-cost-amd-epyc-2-cores.json").read_text())["cost"]
@@ -45,7 +48,21 @@ def test_the_page_tells_what_is_counted() -> None:
     assert told <= shown, told - shown
 
 
-def test_every_table_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def forked(command: list[str], *, env: dict[str, str], **given: object) -> object:
+    """What ``subprocess.run`` would run, without starting Python and PyTorch anew."""
+    flag, module, *arguments = command[1:]
+    assert flag == "-m"
+    if module == "torch.distributed.run":
+        return finished(as_torchrun, arguments, environment=env)
+    return finished(as_module, [module, *arguments], environment=env)
+
+
+def test_every_table_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=forked))
+    start = functools.partial(scaling.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(scaling.multiprocessing, "spawn", start)
     images = tmp_path / "images"
     for split, count in (("train", 8), ("test", 4)):
         for name in ("cat", "dog"):

@@ -26,6 +26,7 @@ from PIL import Image
 from picnn_fast.training.checkpoint import read_checkpoint
 from picnn_fast.training.options import Options
 from picnn_fast.training.run import METRICS, train
+from picnn_fast.training.run_folder import RunFolder
 
 # What makes a schedule of each method turn within a few epochs.
 METHODS: dict[str, dict[str, Any]] = {
@@ -100,6 +101,13 @@ def _same(one: dict[str, Any], two: dict[str, Any], key: str) -> bool:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return torch.equal(first, second)
     return bool(first == second)
+
+
+def hold(folder: str) -> None:
+    """Begin to write a run folder, and never end."""
+    with RunFolder(folder, "train", {"seed": 0}).writing() as work:
+        (work / "half.txt").write_text("half")
+        time.sleep(600)
 
 
 def _start(options: Options) -> int:

@@ -23,6 +23,7 @@ import torch
 
 from picnn_fast import cli
 from picnn_fast.training.checkpoint import read_checkpoint
+from tests.processes import as_torchrun
 from tests.training.kill import options_of, write_images
 from tests.training.together import as_rank, fork
 
@@ -101,6 +102,12 @@ def arguments(folder: Path, epochs: int, timeout: int = TIMEOUT, **given: object
         **given,
     }
     return ["train", *(f"--{name}={value}" for name, value in told.items())]
+
+
+def torchrun_on(name: str, arguments: list[str]) -> None:
+    """``torchrun`` on that machine."""
+    move_to(name)
+    as_torchrun(arguments)
 
 
 def on_machine(place: int, name: str, folder: Path, how: str) -> int:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from picnn_fast.training.launch import Launch, LostProcessError, launch, telling
 from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run import build_data, read_history, train
 from picnn_fast.training.run_folder import RunFolder, RunFolderError
+from tests.processes import as_module, as_torchrun, finished
 from tests.training.together import OF_LAUNCHERS, free_ports
 
 FLAGS = {"num_filters": 8, "epochs": 2, "batch_size": 256, "accelerator": "cpu"}
@@ -29,16 +28,8 @@ def _clean(monkeypatch):
 
 
 def _torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port", str(free_ports(1)[0]), "-m", "picnn_fast", *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    torchrun = ["--nproc-per-node=2", "--master-port", str(free_ports(1)[0]), "-m", "picnn_fast"]
+    return finished(as_torchrun, [*torchrun, *arguments])
 
 
 def test_torchrun_trains_one_run_whose_figures_are_those_of_its_checkpoint(tmp_path):
@@ -244,9 +235,9 @@ def test_variables_left_over_leave_a_single_process_the_first(monkeypatch, tmp_p
 
 def test_processes_that_lightning_starts_itself_are_one_run(tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "picnn_fast", "train", "--devices=2", "--output", str(output)]
+    command = ["picnn_fast", "train", "--devices=2", "--output", str(output)]
     command += [f"--{name}={value}" for name, value in FLAGS.items()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = finished(as_module, command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (output / "metrics.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

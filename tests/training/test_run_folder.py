@@ -4,8 +4,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 
@@ -19,6 +17,8 @@ from picnn_fast.training.run_folder import (
     write_atomically,
     write_json,
 )
+from tests.processes import start
+from tests.training.kill import hold
 
 
 def _folder(tmp_path, **config):
@@ -187,19 +187,14 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 def test_killed_process_lets_go_of_the_folder(tmp_path):
     folder = _folder(tmp_path)
-    code = (
-        "import sys, time; from picnn_fast.training.run_folder import RunFolder\n"
-        "with RunFolder(sys.argv[1], 'train', {'seed': 0}).writing() as work:\n"
-        "    (work / 'half.txt').write_text('half'); time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder.path)])
+    process = start(hold, (str(folder.path),), tmp_path, "hold")
     try:
         deadline = time.monotonic() + 300
         while not (folder.work / "half.txt").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert not folder.path.exists()
     with folder.writing() as work:
         assert (work / "half.txt").exists()

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from picnn_fast.training.checkpoint import find_checkpoints, load_checkpoint, re
 from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run_folder import RunFolderError
 from picnn_fast.training.sharding import check_sharding
+from tests.processes import as_module, finished
 from tests.training.kill import differences
 from tests.training.together import IN_PARTS, LINEAR
 
@@ -29,14 +27,7 @@ pytestmark = pytest.mark.skipif(
 def trained(tmp_path_factory):
     """All trainings by one command: the folder of theirs."""
     folder = tmp_path_factory.mktemp("together")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.together", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-    )
+    done = finished(as_module, ["tests.training.together", str(folder)])
     logs = "".join(f"{log.name}: {log.read_text()[-2000:]}" for log in folder.glob("*.log"))
     assert done.returncode == 0, done.stderr[-2000:] + logs
     return folder

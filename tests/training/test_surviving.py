@@ -1,8 +1,6 @@
 """Runs that are interrupted within an epoch go on as if nothing had happened."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +12,7 @@ from picnn_fast.training.checkpoint import WholeCheckpoints, load_checkpoint, re
 from picnn_fast.training.module import DivergenceError, InterpretableModule
 from picnn_fast.training.run import assemble, build_data, read_history, train
 from picnn_fast.training.run_folder import RunFolderError
+from tests.processes import as_module, finished
 from tests.training.kill import differences, options_of, write_images
 
 
@@ -68,14 +67,8 @@ def test_a_run_that_goes_on_within_an_epoch_ends_like_one_left_alone(
 
 def test_a_run_that_is_killed_goes_on_to_the_same_weights_and_figures():
     # Of each method once; by hand twenty times each.
-    command = [sys.executable, "-m", "tests.training.kill", "--kills", "1"]
-    done = subprocess.run(
-        [*command, "--method", "picnn", "csg", "icnn"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    command = ["tests.training.kill", "--kills", "1", "--method", "picnn", "csg", "icnn"]
+    done = finished(as_module, command)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("1/1 runs killed once end like one left alone") == 3
 

@@ -33,7 +33,7 @@ from picnn_fast.backbones.registry import BACKBONES, Row
 from picnn_fast.data.loading import derive_seed
 from picnn_fast.models.base import InterpretableNetwork
 from picnn_fast.training import module, run
-from picnn_fast.training.options import GROUPS, Options
+from picnn_fast.training.options import Options
 from picnn_fast.training.run import assemble, train
 from picnn_fast.training.run_folder import RunFolderError
 from tests.training.kill import METHODS, options_of, write_images
@@ -319,8 +319,6 @@ def main(folder: Path) -> int:
     torch.set_num_threads(1)
     run.TensorBoardLogger = mock.Mock(side_effect=ModuleNotFoundError)  # type: ignore[misc]
     BACKBONES["plain"] = Row(plain, "features")
-    rows: Any = GROUPS["backbone"].rows
-    rows["plain"] = rows["auto"]
     write_images(folder / "images", side=32)
     performer = fork(
         lambda: fit(performer_options(folder), folder / "performer"), folder / "performer.log"
