@@ -332,9 +332,15 @@ def draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
 
 
 def draw_filters(
-    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+    probabilities: Tensor,
+    seed: Tensor,
+    rank: int,
+    labels: Tensor | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """Bernoulli masks; see ``reference.masking.draw_filters``."""
+    if validate:
+        reference.check_probabilities(probabilities, "probabilities")
     batch = len(probabilities)
     if labels is not None:
         reference.check_labels(labels, batch)

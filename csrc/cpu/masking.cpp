@@ -129,7 +129,7 @@ Tensor draw_labels(const Tensor& logits, const Tensor& seed, int64_t rank) {
 }
 
 Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t rank,
-                    const std::optional<Tensor>& labels) {
+                    const std::optional<Tensor>& labels, bool validate) {
   STD_TORCH_CHECK(probabilities.dim() == 2, "probabilities: want two axes, the second of filters");
   const int64_t filters = probabilities.size(1);
   int64_t batch = probabilities.size(0);
@@ -144,6 +144,9 @@ Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t ran
   Tensor mask = allocate({batch, filters}, probabilities.scalar_type());
   with_real(probabilities, "probabilities", [&](auto probability) {
     using P = decltype(probability);
+    if (validate) {
+      check_probabilities<P>(probabilities, "probabilities");
+    }
     const DrawFilters<P, P> drawn = filter_draws<P, P>(probabilities, rows, key, rank, mask);
     const FilterKernels<P, P>& k = kernels();
     const int64_t grain =

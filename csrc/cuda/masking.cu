@@ -181,7 +181,7 @@ Tensor draw_labels(const Tensor& logits, const Tensor& seed, int64_t rank) {
 }
 
 Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t rank,
-                    const std::optional<Tensor>& labels) {
+                    const std::optional<Tensor>& labels, bool validate) {
   STD_TORCH_CHECK(probabilities.dim() == 2, "probabilities: want two axes, the second of filters");
   check_seed(seed, probabilities, "probabilities");
   int64_t B = probabilities.size(0);
@@ -197,8 +197,8 @@ Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t ran
     using P = decltype(value);
     launch(probabilities, filter_elements<P>, ceil_div(B * N, kThreads), kThreads, 0,
            mask_rows<P>(probabilities, labels.has_value() ? &*labels : nullptr), N, B * N,
-           static_cast<const int64_t*>(seed.data_ptr()), static_cast<uint32_t>(rank),
-           static_cast<P*>(mask.data_ptr()));
+           validate ? probabilities.size(0) : 0, static_cast<const int64_t*>(seed.data_ptr()),
+           static_cast<uint32_t>(rank), static_cast<P*>(mask.data_ptr()));
   };
   is_double(probabilities, "probabilities") ? draw(double{}) : draw(float{});
   return mask;

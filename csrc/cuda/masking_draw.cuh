@@ -94,13 +94,18 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) labels[b] = label;
 }
 
-// mask [B, N] contiguous, of count = B * N elements.
+// mask [B, N] contiguous, of count = B * N elements. The threads share the first `checked` rows of
+// the table out, and refuse what is no probability there.
 template <typename P>
 __global__ void __launch_bounds__(kThreads)
-    filter_elements(MaskRows<P> probabilities, int64_t N, int64_t count, const int64_t* seed,
-                    uint32_t rank, P* mask) {
+    filter_elements(MaskRows<P> probabilities, int64_t N, int64_t count, int64_t checked,
+                    const int64_t* seed, uint32_t rank, P* mask) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= count) return;
+  for (int64_t i = at; i < checked * N; i += count) {
+    const P p = probabilities.mask[i / N * probabilities.row + i % N * probabilities.column];
+    PICNN_FAST_DEVICE_ASSERT(p >= 0 && p <= 1);
+  }
   const uint32_t bits = random_24_bits(at, static_cast<uint64_t>(*seed), Stream::kFilter, rank);
   mask[at] = keeps_filter(bits, probabilities(at / N)[at % N * probabilities.column]);
 }

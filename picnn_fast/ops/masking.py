@@ -177,13 +177,13 @@ def draw_mask(
     checks.labels("labels", labels, labels.numel(), correspondence.shape[0], by_kernel=True)
     checks.same_device("labels", labels, "correspondence", correspondence)
     rank, seed = checks.rank(rank), checks.seed(seed, correspondence.device)
-    if validate:
-        checks.probabilities("correspondence", correspondence)
     table = checks.accumulable(correspondence)
     try:
-        mask: Tensor = _draw_filters_operator(table, seed, rank, _as(labels, torch.int64))
+        mask: Tensor = _draw_filters_operator(table, seed, rank, _as(labels, torch.int64), validate)
     except RuntimeError:
         checks.labels("labels", labels, labels.numel(), correspondence.shape[0])
+        if validate:
+            checks.probabilities("correspondence", correspondence)
         raise
     return _as(mask, correspondence.dtype)
 
@@ -451,7 +451,11 @@ _draw_labels_operator = define(
 
 
 def _fake_draw_filters(
-    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+    probabilities: Tensor,
+    seed: Tensor,
+    rank: int,
+    labels: Tensor | None = None,
+    validate: bool = False,
 ) -> Tensor:
     batch = probabilities.shape[:1] if labels is None else labels.shape
     return probabilities.new_empty((*batch, probabilities.shape[1]))
@@ -494,7 +498,8 @@ define(
 
 _draw_filters_operator = define(
     "masking",
-    "draw_filters(Tensor probabilities, Tensor seed, SymInt rank, Tensor? labels=None) -> Tensor",
+    "draw_filters(Tensor probabilities, Tensor seed, SymInt rank, Tensor? labels=None,"
+    " bool validate=False) -> Tensor",
     reference=reference.draw_filters,
     fake=_fake_draw_filters,
     setup_context=_setup_draw_filters,

@@ -108,13 +108,20 @@ def draw_labels(logits: Tensor, seed: Tensor, rank: int) -> Tensor:
 
 
 def draw_filters(
-    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+    probabilities: Tensor,
+    seed: Tensor,
+    rank: int,
+    labels: Tensor | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """Independent Bernoulli draws: 1 where u < p, else 0 (PICNN eq. 7).
 
     ``probabilities`` ``[B, N]`` is float32 or float64, and so is the mask. With ``labels`` ``[B]``
-    int64 it is ``[K, N]``, and sample b's are those of row ``labels[b]``.
+    int64 it is ``[K, N]``, and sample b's are those of row ``labels[b]``. ``validate``: refuse what
+    is no probability.
     """
+    if validate:
+        check_probabilities(probabilities, "probabilities")
     if labels is not None:
         check_labels(labels, len(probabilities))
         probabilities = probabilities[labels]
@@ -243,10 +250,10 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor) -> tuple[Tensor, 
     return mask_channels(features, rows), rows
 
 
-def check_probabilities(correspondence: Tensor) -> None:
+def check_probabilities(value: Tensor, name: str = "correspondence") -> None:
     """Refuse others than finite numbers in [0, 1], on a GPU without waiting for it."""
-    within = (correspondence >= 0) & (correspondence <= 1)
-    torch._assert_async(within.all(), "correspondence: want probabilities: finite, in [0, 1]")
+    within = (value >= 0) & (value <= 1)
+    torch._assert_async(within.all(), f"{name}: want probabilities: finite, in [0, 1]")
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -254,11 +254,15 @@ def _draw_filters(
     if dtype == torch.float32 or not shape[0]:
         return matrix(probabilities, layout), torch.tensor([-12345]), 1
     labels = torch.randint(0, shape[0], (shape[0] + 1,), generator=generator)
-    return matrix(probabilities, layout), torch.tensor([-12345]), 1, labels
+    return matrix(probabilities, layout), torch.tensor([-12345]), 1, labels, True
 
 
 def _drawn_straight_through(
-    probabilities: Tensor, seed: Tensor, rank: int, labels: Tensor | None = None
+    probabilities: Tensor,
+    seed: Tensor,
+    rank: int,
+    labels: Tensor | None = None,
+    validate: bool = False,
 ) -> Tensor:
     kept = masking_reference.draw_filters(probabilities.detach(), seed, rank, labels)
     rows = probabilities if labels is None else probabilities[labels]

@@ -136,7 +136,7 @@ def test_a_filter_loss_by_assigned_templates_looks_for_peaks_and_categories_at_o
 
 def test_masks_that_are_given_labels_are_a_seed_and_a_draw():
     given, probabilities = labels(), table()
-    names, _ = launched(lambda: draw_mask(probabilities, given, validate=False))
+    names, _ = launched(lambda: draw_mask(probabilities, given))
     assert names == ["randint", "draw_filters"]
 
 
