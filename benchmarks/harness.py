@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -132,6 +133,7 @@ def interleaved(
     warmup: int | None = None,
     backends: dict[str, str] | None = None,
     wall: bool = False,
+    shuffled: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` for each candidate, taken in turn; shows its progress.
 
@@ -139,15 +141,21 @@ def interleaved(
     On a GPU those of the device, or with ``wall`` those of the host until the device is done.
     ``backends`` forces one for the candidates it names; switching is not timed. A candidate that
     fails is given up, all its times are NaN, and the record names it; the others go on.
+    ``shuffled``: each round in another order, the same in every run, so that no candidate always
+    finds in the caches the code that one like it has left there.
     """
     keep_freed_memory()
+    order, generator = list(candidates), random.Random(0)
     warmup = min(3, rounds - 1) if warmup is None else warmup
     events = device.type == "cuda" and not wall
     host = dict.fromkeys(candidates, LONGEST_SLEEP_SECONDS)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     failed: dict[str, str] = {}
     for index in range(warmup + rounds):
-        for name, call in candidates.items():
+        if shuffled:
+            generator.shuffle(order)
+        for name in order:
+            call = candidates[name]
             if name in failed:
                 continue
             backend = (backends or {}).get(name)

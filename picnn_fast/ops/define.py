@@ -21,7 +21,8 @@ _function_mode = torch._C._is_torch_function_mode_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _grad_enabled = torch.is_grad_enabled
-_compiling = torch.compiler.is_compiling
+# Of Dynamo alone: other ways to trace have a mode or a tensor of their own.
+_compiling = torch.compiler.is_dynamo_compiling
 # What nothing but autograd looks at on the way to an operator; any other class may intercept it.
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
 # Whether a transform of torch.func calls an operator for the next one further out.
@@ -89,6 +90,8 @@ def define(
 def _direct(overload: torch._ops.OpOverload, apply: Callable[..., Any]) -> Callable[..., Any]:
     """``overload``, by ``apply`` or its kernels at once where no one else is to see the call."""
 
+    kernel = overload._op
+
     def call(*arguments: Any) -> Any:
         if (
             _compiling()
@@ -106,7 +109,7 @@ def _direct(overload: torch._ops.OpOverload, apply: Callable[..., Any]) -> Calla
         if forward_ad._current_level >= 0:
             return overload(*arguments)
         with _below_autograd():
-            return overload(*arguments)
+            return kernel(*arguments)
 
     return call
 
@@ -119,11 +122,12 @@ def _recorded(
     """The operator where gradients are recorded: outside of transforms, and anywhere."""
     name = operator._schema.name.partition("::")[2]
     nothing = (None,) * len(operator._schema.arguments)
+    kernel = operator._op  # without a Python call more
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         with _below_autograd():
-            output = operator(*arguments)
-        ctx.set_materialize_grads(False)
+            output = kernel(*arguments)
+        ctx.materialize_grads = False
         if setup_context is not None:
             setup_context(ctx, arguments, output)
         return output

@@ -19,6 +19,9 @@ MOST_SIDE = 2**15
 # Sizes, types and devices that a template keeps its values for.
 MOST_KEPT = 16
 CENTERS = ("argmax", "mass")
+# Looked up once: a call on small tensors is made of little else.
+_compiling = torch.compiler.is_dynamo_compiling
+_ORDINARY = frozenset({Tensor, torch.nn.Parameter})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a profile may be a tensor
@@ -181,16 +184,16 @@ class PartTemplate:
         """
         device = like.device
         symbolic = type(height) is not int or type(width) is not int
-        subclass = type(like) not in (Tensor, torch.nn.Parameter)
-        if torch.compiler.is_compiling() or symbolic or subclass:
+        if _compiling() or symbolic or type(like) not in _ORDINARY:
             _check_sides(height, width)
             # What is made belongs to the graph.
             return self._make(height, width, accumulate_dtype(like.dtype), device, traced=True)
-        kept: dict[Any, Tensor] = self.__dict__.setdefault("_kept", {})
+        kept: dict[Any, Tensor] | None = self.__dict__.get("_kept")
         version = 0 if type(self.profile) is str else self._version()
         key = (height, width, like.dtype, device, version)
-        offsets = kept.get(key)
+        offsets = None if kept is None else kept.get(key)
         if offsets is None:
+            kept = self.__dict__.setdefault("_kept", {})
             _check_sides(height, width)
             dtype = accumulate_dtype(like.dtype)
             with torch.inference_mode(False):  # a later call may save it for its backward pass
@@ -383,7 +386,9 @@ def template_mask(
         2
     """
     height, width = check_maps(x)
-    offsets = check_template(template).offsets_for(height, width, x)
+    if not isinstance(template, PartTemplate):
+        check_template(template)
+    offsets = template.offsets_for(height, width, x)
     if (type(scale) is not float or scale != 1.0) and check_scale(scale) == "tau":
         scale = template.tau_for(height, width)
     if center != "argmax":
@@ -420,13 +425,12 @@ def check_maps(x: Tensor) -> tuple[int, int]:
     if x.ndim != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want maps [B, N, h, w]")
     _, _, height, width = x.shape
-    _check_sides(height, width)
+    if not (1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE):
+        _check_sides(height, width)
     return height, width
 
 
 def _check_sides(height: int, width: int) -> None:
-    if 1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE:
-        return
     for name, side in (("h", height), ("w", width)):
         if not 1 <= side <= MOST_SIDE:
             raise ValueError(f"x: got maps with {name} = {side}, want 1 to {MOST_SIDE}")

@@ -64,8 +64,9 @@ def test_every_operator_is_called_beside_a_plain_expression_of_the_same_shape(
     assert torch.get_num_threads() == threads
     (path,) = tmp_path.iterdir()
     rows = json.loads(path.read_text())["calls"]
-    assert all(row["over_plain"] > 0 for row in rows[: len(ours)])
-    assert [row["name"] for row in rows] == [*ours, calls.EMPTY, calls.DOUBLE]
+    assert all(row["over_plain"] > 0 for row in rows[: len(ours) + 1])
+    assert [row["name"] for row in rows] == [*ours, *tiny.floors()]
+    assert torch.equal(tiny.floors()[calls.KERNELS](), ours["template_mask"]())
     assert "| `class_gate` " in capsys.readouterr().out
 
 
@@ -79,6 +80,16 @@ def test_candidates_are_timed_in_turn() -> None:
     )
     assert "".join(order) == "ab" * 4
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_shuffled_candidates_have_one_turn_a_round_in_orders_that_differ() -> None:
+    order: list[str] = []
+    candidates = {name: lambda name=name: order.append(name) for name in "abc"}
+    device = torch.device("cpu")
+    harness.interleaved(candidates, rounds=6, device=device, warmup=0, shuffled=True)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 18, 3)]
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    assert len(set(rounds)) > 1
 
 
 def test_ratios_are_medians_over_rounds() -> None:
