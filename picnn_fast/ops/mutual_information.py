@@ -316,13 +316,20 @@ def soft_histogram_mutual_information(
     bins = _checked_bins(bins, bias_correction)
     labels, num_classes = _checked(activations, labels, num_classes, target)
     dtype = torch.promote_types(activations.dtype, torch.float32)
-    least, most = (end.to(dtype) for end in activations.detach().aminmax(dim=0))
+    least, most = (end.to(dtype) for end in _ends(activations.detach()))
     counts = torch.ops.picnn_fast.soft_histogram.default(
         activations, labels, least, _centre_distance(least, most, bins), bins, num_classes
     )
     if activations.device.type != "cpu" and target == "class" and bias_correction is None:
         return _by_shares(counts / len(activations))
     return plug_in(counts, target, bias_correction)
+
+
+def _ends(activations: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each filter: at once, which takes a CPU ten times as long."""
+    if activations.device.type == "cpu":
+        return activations.amin(0), activations.amax(0)
+    return torch.aminmax(activations, dim=0)
 
 
 def _centre_distance(least: Tensor, most: Tensor, bins: int) -> Tensor:
@@ -417,7 +424,7 @@ def plug_in(
         # Rounding of the sums leaves a little where the other classes have nothing.
         slack = counts.shape[2] * torch.finfo(counts.dtype).eps
         rest = per_bin - counts
-        rest = rest.masked_fill(rest <= per_bin * slack, 0)
+        rest = torch.where(rest > per_bin * slack, rest, 0)
         if in_turn:
             information = information + _information(rest, per_bin, total - per_class, total)
         else:
