@@ -2,7 +2,9 @@
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from picnn_fast import PartTemplate
 from picnn_fast.reference import filter_loss as reference
 from tests.conftest import HAS_GPU
+from tests.ops.test_launches import launched
 from tests.triton_kernels.conftest import Compiled, types
 
 pytest.importorskip("triton")
@@ -153,6 +156,33 @@ def test_responses_are_never_stored(estimator: Estimator) -> None:
     with LargestNew() as made:
         estimator(reference, x, 0.1)
     assert made.most > x.numel()
+
+
+@pytest.mark.parametrize(("estimator", "count"), [(batch, 5), (running, 4), (target, 4)])
+def test_a_loss_and_its_gradient_are_a_few_kernels_and_nothing_of_pytorchs(
+    estimator: Estimator, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[str] = []
+    for name in vars(kernels).copy():
+        if name.endswith("_kernel"):
+            launch = lambda *_, name=name, **__: run.append(name)  # noqa: E731
+            monkeypatch.setattr(kernels, name, defaultdict(lambda launch=launch: launch))
+    others: list[str] = []
+
+    def counted(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            names, results = launched(lambda: operator(*arguments))
+            others.extend(names)
+            return results
+
+        return call
+
+    names = ("filter_loss", "filter_loss_running")
+    operators = SimpleNamespace(**{name: counted(getattr(kernels, name)) for name in names})
+    with torch.device("meta"):
+        estimator(operators, torch.rand(4, 3, 5, 5), 0.1)
+    assert len(run) == count
+    assert others == []
 
 
 @pytest.mark.gpu(else_cpu=True)
