@@ -1,6 +1,7 @@
 """What every test may use: one ``backend`` fixture, GPU tests that find their machine."""
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -234,6 +235,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """What is there now stays: garbage is looked for in what tests make."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some bindings complain at the end of what is still there
+
+
 class FailureJournal:
     """Appends name and traceback of each test to a file as it fails: a run that is killed keeps
     them."""
@@ -258,6 +269,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # looking for garbage in all that is imported takes a quarter of importing it
     path = config.getoption("--failures")
     # The controller of several processes gets the reports of all, those that crash included.
     if path is not None and not hasattr(config, "workerinput"):
