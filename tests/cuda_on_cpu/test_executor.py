@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from picnn_fast.reference.masking import masking_backward
+from picnn_fast.reference.masking import (
+    bernoulli_parameters_backward,
+    masking_backward,
+    sums_by_label,
+)
 from tests.conftest import Unavailable, fibre_kernels
 from tests.cuda_on_cpu import build
 
@@ -265,6 +269,32 @@ def test_masking_kernels_do_not_depend_on_the_order(
         _, mask, _, gated, *gradients = wanted
         for one, two in zip(gradients, masking_backward(gated, maps, mask), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_masking_parameters_do_not_depend_on_the_order(
+    schedule: Callable[[], None],
+) -> None:
+    try:
+        kernels = fibre_kernels()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    # Labels in two portions, and filters and classes for more than a warp.
+    labels = torch.randint(0, 2, (260,), generator=generator)
+    rows = torch.randn(260, 40, generator=generator)
+    grad, logits = (torch.randn(3, n, generator=generator) for n in (33, 40))
+    given = grad, logits, torch.rand(40, 33, generator=generator), torch.tensor([39, 0, 7])
+
+    def run_all() -> list[torch.Tensor]:
+        sums = kernels["sums_by_label"](rows, labels, 2)
+        return [sums, *kernels["bernoulli_parameters_backward"](*given)]
+
+    expected = run_all()
+    schedule()
+    assert all(map(torch.equal, run_all(), expected))
+    wanted = sums_by_label(rows, labels, 2), *bernoulli_parameters_backward(*given)
+    for one, two in zip(expected, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_loaded_lies_where_nobody_else_writes(
