@@ -68,7 +68,8 @@ struct WarpThreads {
 };
 
 // Moves one filter's counts, in place, from the grid `from` to `to`, which contains it. at(j, k) is
-// the counter of bin j and class k. All threads of the group call it.
+// the counter of bin j and class k. All threads of the group call it, and wait before they read
+// what others moved.
 template <typename Group, typename At>
 __device__ void regrid(const Grid& from, const Grid& to, int64_t bins, int classes, const At& at) {
   using Count = std::remove_reference_t<decltype(at(0, 0))>;
@@ -97,8 +98,8 @@ __device__ void regrid(const Grid& from, const Grid& to, int64_t bins, int class
     const int k = static_cast<int>(i % classes);
     const Count moved = i < total && j >= up ? at(j - up, k) : Count{0};
     Group::wait();
+    // Nothing written here is read again: the next step reads further in front.
     if (i < total) at(j, k) = moved;
-    Group::wait();
   }
 }
 

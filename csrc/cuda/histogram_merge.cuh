@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(kThreads) merge(State state, Partial partial, 
     const auto at = [&](int64_t j, int k) -> int64_t& { return counts[j * state.classes + k]; };
     if (!same(before, grid)) regrid<BlockThreads>(before, grid, state.bins, state.classes, at);
   }
+  // The old range has been read. No outcome depends on it: where nothing was moved, which has
+  // barriers of its own, old and new range, or half of each, have the same grid.
   __syncthreads();
   if (threadIdx.x == 0) {
     state.minimum[n] = low;

@@ -93,9 +93,8 @@ __device__ void logits_gradient(const Parameters<A>& p, int64_t b) {
       for (int64_t n = threadIdx.x % 32; n < p.N; n += 32)
         sum += row[n * p.mask_column] * column[n * p.table_column];
       sum = sum_warp(sum);
-      if (threadIdx.x % 32 == 0) grad[k] = sum;
+      if (threadIdx.x % 32 == 0) grad[k] = sum;  // read behind the barriers of combine_warps
     }
-    __syncthreads();
   }
   const auto largest = [](A one, A two) { return two > one || two != two ? two : one; };
   const auto add = [](A one, A two) { return one + two; };

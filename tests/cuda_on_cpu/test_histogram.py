@@ -65,13 +65,16 @@ def check(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     low = torch.linspace(-2, -1, N).to(wide)
     width = (torch.linspace(2, 4, 2 * N).to(wide) / bins)[::2]
-    counts = kernels["soft_histogram"](x, labels, low, width, bins, classes)
-    torch.testing.assert_close(
-        counts,
-        reference.soft_histogram(x, labels, low, width, bins, classes),
-        rtol=0,
-        atol=M * torch.finfo(wide).eps,
-    )
+    for value in (0.5, torch.nan):
+        x[3, 1] = value
+        torch.testing.assert_close(
+            kernels["soft_histogram"](x, labels, low, width, bins, classes),
+            reference.soft_histogram(x, labels, low, width, bins, classes),
+            rtol=0,
+            atol=M * torch.finfo(wide).eps,
+            equal_nan=True,
+        )
+    x[3, 1] = 0.5
     slopes = torch.randn(N, classes, bins, generator=generator).to(wide).mT
     grad = kernels["soft_histogram_backward"](slopes, x, labels, low, width)
     wanted = reference.soft_histogram_backward(slopes, x, labels, low, width)
