@@ -48,6 +48,7 @@ struct BlockGrids {
       };
       if (windows[f].open() && !same(grids[f], wider))
         regrid<WarpThreads>(grids[f], wider, state.bins, shape.classes, at);
+      // No lane may find half of what lane 0 writes; fibres have no such lanes.
       __syncwarp();
       if (threadIdx.x % 32 == 0) {
         grids[f] = wider;
