@@ -57,13 +57,15 @@ def kernel_cases(
     interpreted: Sequence[Row],
     *,
     fibres: Sequence[Row] | None = None,
+    sets: Sequence[Row] | None = None,
 ) -> pytest.MarkDecorator:
     """The test's backends and cases: ``full`` where the code is compiled; ``interpreted`` on
     PyTorch's own operators, in Triton's interpreter, which is slow, and, unless it is empty, on
     the same code compiled for other instruction sets and on CUDA's bodies run as fibres, which
-    take ``fibres`` where it is given."""
+    take ``sets`` and ``fibres`` where they are given."""
     chosen = {"reference": interpreted, "reference-gpu": interpreted, "triton": interpreted}
-    chosen |= dict.fromkeys(other_instruction_sets(), interpreted or full)
+    of_sets = (interpreted or full) if sets is None else sets
+    chosen |= dict.fromkeys(other_instruction_sets(), of_sets)
     chosen["cuda-fibres"] = (interpreted or full) if fibres is None else fibres
     params = []
     for entry in (*BACKENDS, *other_instruction_sets()):

@@ -21,6 +21,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from picnn_fast import backends  # noqa: E402
+from tests.triton_kernels.interpreter import quicken  # noqa: E402
 
 IN_CI = os.environ.get("CI") == "true"
 # Benchmarks that a test runs write where the test says.
@@ -101,6 +102,8 @@ def _serve_registered(name: str) -> Iterator[None]:
         reason = "picnn_fast.triton_kernels is not installed"
     if reason is not None:
         raise Unavailable(reason)
+    if name == "triton":
+        quicken()
     with backends.use_backend(name):
         yield
 

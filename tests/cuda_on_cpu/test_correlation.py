@@ -64,6 +64,10 @@ def test_loss_and_gradient_equal_the_reference(
     assert_equals_the_reference(kernels, arguments(name, layout, counted=counted))
 
 
+# What the usual order gives, for all others.
+IN_ORDER: dict[tuple[str, str], Tensor] = {}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_order_of_threads_and_blocks_does_not_change_a_bit(
@@ -73,9 +77,10 @@ def test_the_order_of_threads_and_blocks_does_not_change_a_bit(
     schedule: Callable[[], None],
 ) -> None:
     given = arguments(name, layout)
-    expected = assert_equals_the_reference(kernels, given)
+    if (name, layout) not in IN_ORDER:
+        IN_ORDER[name, layout] = assert_equals_the_reference(kernels, given)
     schedule()
-    assert torch.equal(assert_equals_the_reference(kernels, given), expected)
+    assert torch.equal(assert_equals_the_reference(kernels, given), IN_ORDER[name, layout])
 
 
 @pytest.mark.parametrize("group", [-1, 4, 2**40])

@@ -201,6 +201,10 @@ def test_infinite_weights_make_an_infinite_gradient(
     torch.testing.assert_close(got, expected)
 
 
+# What the usual order gives, for all others.
+IN_ORDER: dict[tuple[str, str], list[Tensor]] = {}
+
+
 @pytest.mark.parametrize("shape", ["one_strip", "four_columns_to_a_warp"])
 def test_results_have_the_same_bits_in_every_order(
     kernels: dict[str, Callable[..., Any]],
@@ -209,7 +213,9 @@ def test_results_have_the_same_bits_in_every_order(
     schedule: Callable[[], None],
 ) -> None:
     x = maps(SHAPES[shape], 30.0, torch.float32)
-    expected = all_forms(kernels, x, TEMPLATES["gradient"], 0.01)
+    if (form, shape) not in IN_ORDER:
+        IN_ORDER[form, shape] = all_forms(kernels, x, TEMPLATES["gradient"], 0.01)
+    expected = IN_ORDER[form, shape]
     schedule()
     got = all_forms(kernels, x, TEMPLATES["gradient"], 0.01)
     assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))

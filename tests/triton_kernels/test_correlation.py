@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from picnn_fast.reference import correlation as reference
+from tests.cases import pairwise
 from tests.conftest import HAS_GPU
 from tests.triton_kernels.conftest import Compiled, types
 
@@ -26,20 +27,25 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype(
         assert types(records, name, argument) == {"float32", "float64"}, name
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("counted", [None, [True, False, True]], ids=str)
-@pytest.mark.parametrize(("longest", "tile"), [(8, 4096), (4096, 32), (16, 16)])
+@pytest.mark.parametrize(
+    ("sizes", "counted", "layout"),
+    pairwise(
+        [(8, 4096), (4096, 32), (16, 16)],
+        [None, (True, False, True)],
+        [torch.contiguous_format, torch.channels_last],
+    ),
+    ids=str,
+)
 @pytest.mark.gpu(else_cpu=True)
 def test_tiles_do_not_matter(
-    longest: int,
-    tile: int,
-    counted: list[bool] | None,
+    sizes: tuple[int, int],
+    counted: tuple[bool, ...] | None,
     layout: torch.memory_format,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Maps longer than a tile, which are read twice, and groups of several blocks of filters."""
-    monkeypatch.setattr(kernels, "LONGEST", longest)
-    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(kernels, "LONGEST", sizes[0])
+    monkeypatch.setattr(kernels, "TILE", sizes[1])
     monkeypatch.setattr(kernels, "BLOCK", 16)
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(3, 11, 5, 7, generator=generator, dtype=torch.float64).relu().to(DEVICE)

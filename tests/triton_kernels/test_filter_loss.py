@@ -97,8 +97,10 @@ def test_statistics_carry_from_tile_to_tile(estimator: Estimator, small_tiles: N
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@ESTIMATORS
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+# Other pairs, in one tile: tests/ops/test_filter_loss_parity.py.
+@pytest.mark.parametrize(
+    ("estimator", "value"), [(batch, math.inf), (running, -math.inf), (target, math.nan)]
+)
 @pytest.mark.gpu(else_cpu=True)
 def test_what_is_not_finite_ends_where_the_reference_has_it(
     estimator: Estimator, value: float, small_tiles: None

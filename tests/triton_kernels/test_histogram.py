@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picnn_fast.reference import histogram as reference
+from tests.cases import pairwise
 from tests.conftest import HAS_GPU
 from tests.reference.test_histogram import fresh
 from tests.triton_kernels.conftest import Compiled, types
@@ -26,9 +27,9 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype(
         assert of_maps == {"float32", "float64", "bfloat16", "float16"}, name
 
 
-@pytest.mark.parametrize("programs", [1, 6])
-@pytest.mark.parametrize("slots", [0, 64, 4096])
-@pytest.mark.parametrize("order", ["c_order", "f_order"])
+@pytest.mark.parametrize(
+    ("programs", "slots", "order"), pairwise([1, 6], [0, 64, 4096], ["c_order", "f_order"])
+)
 @pytest.mark.gpu(else_cpu=True)
 def test_tiles_and_tables_do_not_matter(
     programs: int, slots: int, order: str, monkeypatch: pytest.MonkeyPatch
