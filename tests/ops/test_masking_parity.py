@@ -323,6 +323,7 @@ def assert_unchanged(backend: Backend, got: Tensor, expected: Tensor) -> None:
 
 
 NOT_FINITE = ["odd", "less_than_a_vector", "above_the_switch"]
+NOT_FINITE_VALUES = (math.nan, math.inf, -math.inf)
 
 
 @parameters_backends
@@ -353,8 +354,10 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row_and_column(backend: Back
     others = torch.arange(len(label)) != row
     # The first, the middle, one that two overlapping vectors hold, the last.
     columns = {0, filters // 2, max(filters - 3, 0), filters - 1}
-    spoiled = in_turn if backend.slow else pairwise
-    for value, column in spoiled((math.nan, math.inf, -math.inf), sorted(columns)):
+    places = (in_turn if backend.slow else pairwise)(NOT_FINITE_VALUES, sorted(columns))
+    if backend.slow and filters > 200:
+        places = places[1:2]
+    for value, column in places:
         spoilt = grad_mask.clone()
         spoilt[row, column] = value
         grads = parameters_backward(backend, (spoilt, logits, table, label))
