@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../common/masking.h"
+#include "masking_rows.h"
 #include "philox_simd.h"
 #include "scalar.h"
 #include "streaming.h"
@@ -166,16 +167,22 @@ PICNN_FAST_HD void prefetch_rows(const T* x, int64_t stride, int64_t positions, 
   }
 }
 
+// Whether so many rows are dropped that it pays to look which, rather than to read them all.
+template <typename A>
+PICNN_FAST_HD bool mostly_dropped(const A* mask, int64_t begin, int64_t end) {
+  int64_t dropped = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    dropped += mask[i] == A{0} ? 1 : 0;
+  }
+  return 4 * dropped > end - begin;
+}
+
 // Rows [begin, end) of one sample, densely into `out`. Where many are dropped, as by a Bernoulli
 // mask, clear them all at once, and do not even read them.
 template <typename T, typename A, bool kBinary>
 PICNN_FAST_HD void scale_rows(const T* x, int64_t stride, T* __restrict__ out, int64_t positions,
                               const A* mask, int64_t begin, int64_t end) {
-  int64_t dropped = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    dropped += mask[i] == A{0} ? 1 : 0;
-  }
-  const bool clear = 4 * dropped > end - begin;
+  const bool clear = mostly_dropped(mask, begin, end);
   if (clear) {
     std::memset(static_cast<void*>(out), 0, (end - begin) * positions * sizeof(T));
   }
@@ -251,6 +258,40 @@ PICNN_FAST_HD void scale_strided(const ScaleMaps<T>& s, const Unit& u) {
   }
 }
 
+// Past the caches in whole vectors, where a unit's maps allow it.
+template <typename T, bool kBinary>
+PICNN_FAST_HD bool stream_scaled(const ScaleMaps<T>& s, const Unit& u) {
+  if constexpr (kBinary || std::is_same_v<T, Accumulate<T>>) {
+    using Kind = std::conditional_t<kBinary, KeepNumbers<T>, ScaleNumbers<T>>;
+    const Strides from = s.maps_strides, to = s.out_strides;
+    const int64_t positions = s.shape.positions, filters = u.end - u.begin;
+    const T* x = s.maps + u.batch * from.batch + u.begin * from.filter;
+    T* out = s.out + u.batch * to.batch + u.begin * to.filter;
+    const Accumulate<T>* mask = s.mask + u.batch * s.shape.filters + u.begin;
+    if (from.filter == 1 && to.filter == 1 && fills_lines(out, to.position, filters)) {
+      for (int64_t i = 0; i < filters; i += kFiltersInLines) {
+        const int64_t count = kFiltersInLines < filters - i ? kFiltersInLines : filters - i;
+        write_lines<T, Kind>(x + i, from.position, out + i, to.position, positions, mask + i,
+                             count);
+      }
+      return true;
+    }
+    if (from.position == 1 && to.position == 1 && from.filter == positions &&
+        to.filter == positions && positions > 0) {
+      if constexpr (kBinary) {
+        write_kept<T>(x, out, positions, mask, filters);
+        return true;
+      } else if (positions >= kLanes<T> && !mostly_dropped(mask, 0, filters)) {
+        const int64_t ahead = 2 * rows_at_once<T>(positions);
+        write_scaled<T>(x, out, positions, mask, filters,
+                        [&](int64_t i) { prefetch_row(x + (i + ahead) * positions, positions); });
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 template <typename T, bool kBinary>
 void scale(const ScaleMaps<T>& s, int64_t begin, int64_t end) {
   const Strides from = s.maps_strides, to = s.out_strides;
@@ -259,6 +300,9 @@ void scale(const ScaleMaps<T>& s, int64_t begin, int64_t end) {
   Sink<T> sink(s.stream);
   for (int64_t index = begin; index < end; ++index) {
     const Unit u = unit(s.units, index, s.shape.filters);
+    if (s.stream && stream_scaled<T, kBinary>(s, u)) {
+      continue;
+    }
     if (channels_last) {
       scale_channels_last<T, kBinary>(s, u, sink);
     } else if (contiguous) {
@@ -410,6 +454,39 @@ PICNN_FAST_HD void backward_strided(const MaskingBackward<T>& s, const Unit& u) 
 }
 
 template <typename T>
+PICNN_FAST_HD bool stream_gradients(const MaskingBackward<T>& s, const Unit& u) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    const Strides from = s.maps_strides, grad_from = s.grad_strides, to = s.grad_maps_strides;
+    const int64_t positions = s.shape.positions, filters = u.end - u.begin;
+    const T* x = s.maps + u.batch * from.batch + u.begin * from.filter;
+    const T* grad = s.grad + u.batch * grad_from.batch + u.begin * grad_from.filter;
+    T* out = s.grad_maps + u.batch * to.batch + u.begin * to.filter;
+    const T* mask = s.mask + u.batch * s.shape.filters + u.begin;
+    T* sums = s.grad_mask + u.batch * s.shape.filters + u.begin;
+    if (from.filter == 1 && grad_from.filter == 1 && to.filter == 1 &&
+        fills_lines(out, to.position, filters)) {
+      for (int64_t i = 0; i < filters; i += kFiltersInLines) {
+        const int64_t count = kFiltersInLines < filters - i ? kFiltersInLines : filters - i;
+        backward_lines<T>(x + i, from.position, grad + i, grad_from.position, out + i, to.position,
+                          positions, mask + i, sums + i, count);
+      }
+      return true;
+    }
+    if (from.position == 1 && grad_from.position == 1 && to.position == 1 &&
+        grad_from.filter == positions && to.filter == positions && positions >= kLanes<T>) {
+      const int64_t ahead = 2 * rows_at_once<T>(positions);
+      write_scaled<T>(grad, out, positions, mask, filters, [&](int64_t i) {
+        prefetch_row(x + (i + ahead) * from.filter, positions);
+        prefetch_row(grad + (i + ahead) * positions, positions);
+        sums[i] = dot<T, T>(x + i * from.filter, grad + i * positions, positions);
+      });
+      return true;
+    }
+  }
+  return false;
+}
+
+template <typename T>
 void backward(const MaskingBackward<T>& s, int64_t begin, int64_t end) {
   const Strides from = s.maps_strides, grad_from = s.grad_strides, to = s.grad_maps_strides;
   const bool channels_last = from.filter == 1 && grad_from.filter == 1 && to.filter == 1;
@@ -418,6 +495,9 @@ void backward(const MaskingBackward<T>& s, int64_t begin, int64_t end) {
   Sink<T> sink(s.stream);
   for (int64_t index = begin; index < end; ++index) {
     const Unit u = unit(s.units, index, s.shape.filters);
+    if (s.stream && stream_gradients<T>(s, u)) {
+      continue;
+    }
     if (channels_last) {
       backward_channels_last(s, u, sink);
     } else if (contiguous) {

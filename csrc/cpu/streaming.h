@@ -47,14 +47,13 @@ template <typename A, typename T>
 PICNN_FAST_HD void stream_vector(const Vector<A>& vector, T* to) {
 #ifdef __x86_64__
   constexpr int kBytes = kLanes<A> * sizeof(T);
-  alignas(64) T numbers[kLanes<A>];
-  store<A>(vector, numbers);
 #if defined(__AVX512F__)
-  if constexpr (kBytes == 64) {
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to),
-                               *reinterpret_cast<const __m512i*>(numbers));
+  if constexpr (kBytes == 64) {  // as they are: T is A
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)vector);
   }
 #endif
+  alignas(32) T numbers[kLanes<A>];
+  store<A>(vector, numbers);
 #if defined(__AVX2__)
   if constexpr (kBytes == 32) {
     return _mm256_stream_si256(reinterpret_cast<__m256i*>(to),

@@ -441,7 +441,9 @@ def test_kept_maps_keep_the_sign_of_zero_and_subnormal_numbers(backend: Backend)
 def large_case(layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Maps of more than 8 MiB, and float64 answers where the gradient equals the maps."""
     generator = torch.Generator().manual_seed(7)
-    shape = Shape(9, 131, (124 // dtype.itemsize, 61), 1)
+    # Side by side, filters that fill lines of memory and such that do not.
+    lines = layout == "channels_last" and dtype in (torch.float32, torch.bfloat16)
+    shape = Shape(9, 128 if lines else 131, (124 // dtype.itemsize, 61), 1)
     if layout == "misaligned":  # storage that starts at no multiple of a vector
         numel = shape.batch * shape.filters * math.prod(shape.spatial)
         stored = torch.randn(numel + 1, generator=generator).to(dtype)
@@ -451,7 +453,7 @@ def large_case(layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     assert features.nbytes > 8 * 2**20
     mask = torch.rand(shape.batch, shape.filters, generator=generator, dtype=torch.float64)
     mask = mask.to(reference.accumulate_dtype(dtype))
-    mask[:, ::3], mask[:, 1::3] = 0, 1
+    mask[:, ::5], mask[:, 1::5] = 0, 1
     wide = features.double()
     return features, mask, wide * mask.double()[..., None, None], wide.square().sum((2, 3))
 
