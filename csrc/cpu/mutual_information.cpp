@@ -167,40 +167,81 @@ class FilterEstimate {
 
  private:
   static constexpr int64_t kNearest = 4;
+  static constexpr int kDigit = 11;
 
-  // Sorts values, carrying labels, by 11 bits at a time from the lowest.
+  // Sorts values, carrying labels; equal ones stay in order. By the upper 33 bits that tell them
+  // apart, after which hardly one is out of place; else by all.
   void sort(const double* row) {
-    constexpr int kBits = 11, kPasses = 6, kBuckets = 1 << kBits;
     const int64_t samples = p_.samples;
-    auto digit = [](uint64_t key, int pass) {
-      return static_cast<size_t>(key >> (pass * kBits)) & (kBuckets - 1);
-    };
-    for (auto& counts : counts_) counts.fill(0);
+    uint64_t least = ~uint64_t{0}, most = 0;
     for (int64_t i = 0; i < samples; ++i) {
-      const uint64_t key = sortable(row[i]);
-      keys_[0][i] = key;
-      for (int pass = 0; pass < kPasses; ++pass) ++counts_[pass][digit(key, pass)];
+      const uint64_t key = keys_[0][i] = sortable(row[i]);
+      least = std::min(least, key);
+      most = std::max(most, key);
     }
-    const int32_t* from_carried = p_.labels.data();
-    int from = 0;
-    for (int pass = 0; pass < kPasses; ++pass) {
-      auto& counts = counts_[pass];
-      if (samples > 0 && counts[digit(keys_[from][0], pass)] == samples) continue;  // all alike
+    for (int64_t i = 0; i < samples; ++i) keys_[0][i] -= least;
+    int bits = 0;
+    while (bits < 64 && samples > 0 && (most - least) >> bits != 0) ++bits;
+    sorted_keys_ = 0;
+    labels_ = p_.labels.data();
+    const int lowest = std::max(0, bits - 3 * kDigit);
+    sort_by_digits(lowest, bits);
+    if (lowest > 0 && !put_in_place()) sort_by_digits(0, bits);
+    const uint64_t* keys = keys_[sorted_keys_].get();
+    for (int64_t i = 0; i < samples; ++i) values_[i] = from_sortable(keys[i] + least);
+  }
+
+  // By the bits from `lowest` up to `bits`, a digit at a time.
+  void sort_by_digits(int lowest, int bits) {
+    constexpr uint64_t kLast = (1 << kDigit) - 1;
+    const int64_t samples = p_.samples;
+    const int passes = (bits - lowest + kDigit - 1) / kDigit;
+    for (int pass = 0; pass < passes; ++pass) counts_[static_cast<size_t>(pass)].fill(0);
+    for (int64_t i = 0; i < samples; ++i) {
+      uint64_t key = keys_[sorted_keys_][i] >> lowest;
+      for (int pass = 0; pass < passes; ++pass, key >>= kDigit) {
+        ++counts_[static_cast<size_t>(pass)][key & kLast];
+      }
+    }
+    for (int pass = 0; pass < passes; ++pass) {
+      auto& counts = counts_[static_cast<size_t>(pass)];
+      const int shift = lowest + pass * kDigit;
+      const uint64_t* keys = keys_[sorted_keys_].get();
+      if (counts[keys[0] >> shift & kLast] == samples) continue;  // all alike
       uint32_t before = 0;
       for (uint32_t& count : counts) before += std::exchange(count, before);
-      const uint64_t* keys = keys_[from].get();
-      uint64_t* to_keys = keys_[1 - from].get();
-      int32_t* to_carried = carried_[1 - from].get();
+      sorted_keys_ = 1 - sorted_keys_;
+      uint64_t* to_keys = keys_[sorted_keys_].get();
+      int32_t* to_labels = carried_[sorted_keys_].get();
       for (int64_t i = 0; i < samples; ++i) {
-        const uint32_t to = counts[digit(keys[i], pass)]++;
+        const uint32_t to = counts[keys[i] >> shift & kLast]++;
         to_keys[to] = keys[i];
-        to_carried[to] = from_carried[i];
+        to_labels[to] = labels_[i];
       }
-      from = 1 - from;
-      from_carried = to_carried;
+      labels_ = to_labels;
     }
-    labels_ = from_carried;
-    for (int64_t i = 0; i < samples; ++i) values_[i] = from_sortable(keys_[from][i]);
+  }
+
+  // By insertion. False, with some yet out of place, where that takes too many steps.
+  bool put_in_place() {
+    uint64_t* keys = keys_[sorted_keys_].get();
+    int32_t* labels = carried_[sorted_keys_].get();
+    int64_t steps = 4 * p_.samples;
+    for (int64_t i = 1; i < p_.samples; ++i) {
+      const uint64_t key = keys[i];
+      if (key >= keys[i - 1]) continue;
+      const int32_t label = labels[i];
+      int64_t to = i;
+      for (; to > 0 && keys[to - 1] > key; --to) {
+        keys[to] = keys[to - 1];
+        labels[to] = labels[to - 1];
+      }
+      keys[to] = key;
+      labels[to] = label;
+      steps -= i - to;
+      if (steps < 0) return false;
+    }
+    return true;
   }
 
   // The sorted samples as the device-independent routines want them, and grouped by class.
@@ -341,10 +382,11 @@ class FilterEstimate {
       const double right = end < samples ? x[end] - x[i] : HUGE_VAL;
       // One neighbour is the farthest, and nearer than all outside. Where no class is there twice,
       // the nearest outside takes the place of any neighbour whose class is left out.
-      const bool separate = (below != above) & (x[i] - x[begin + 1] < distance) &
-                            (x[end - 2] - x[i] < distance) & (left > distance) & (right > distance);
+      const bool one_farthest =
+          (below != above) & (x[i] - x[begin + 1] < distance) & (x[end - 2] - x[i] < distance);
+      const bool separate = (left > distance) & (right > distance);
       const int64_t first = std::max<int64_t>(begin - 1, 0), last = std::min(end, samples - 1);
-      if (separate & (distinct_until_[first] > last)) {
+      if (one_farthest & separate & (distinct_until_[first] > last)) {
         base += psi_window;
         ClassState& own = states_[labels_[i]];
         const double without = std::exchange(own.without, -psi_window);
@@ -354,7 +396,7 @@ class FilterEstimate {
         }
         own.without = without;
       } else {
-        base += sum_rest_of_point(i, begin, distance, std::min(left, right) > distance);
+        base += sum_rest_of_point(i, begin, distance, one_farthest, separate);
       }
     }
     base_ = base;
@@ -379,20 +421,22 @@ class FilterEstimate {
     return count;
   }
 
-  // Corrects the sums for place i and returns its psi(m). `separate`: whether all places outside
-  // the window that begins at `begin` are farther than the `distance` of its farthest.
-  double sum_rest_of_point(int64_t i, int64_t begin, double distance, bool separate) {
+  // Corrects the sums for place i and returns its psi(m). `one_farthest`: whether one place alone
+  // of the window that begins at `begin` is at `distance`, the others nearer; `separate`: whether
+  // all places outside are farther.
+  double sum_rest_of_point(int64_t i, int64_t begin, double distance, bool one_farthest,
+                           bool separate) {
     const int64_t k = p_.neighbors, end = begin + k + 1;
     const double* x = values_.get();
-    int64_t m;
-    if (distance > 0) {
+    int64_t m = k;
+    if (distance == 0) {
+      if (i >= duplicates_.end) duplicates_ = within(i, 0);
+      m = duplicates_.end - duplicates_.begin;
+    } else if (!one_farthest) {
       int64_t first = begin, last = end - 1;
       while (x[i] - x[first] >= distance) ++first;
       while (x[last] - x[i] >= distance) --last;
       m = last - first + 1;
-    } else {
-      if (i >= duplicates_.end) duplicates_ = within(i, 0);
-      m = duplicates_.end - duplicates_.begin;
     }
     const double psi = p_.psi(m);
     const int32_t y = labels_[i];
@@ -537,9 +581,10 @@ class FilterEstimate {
   }
 
   const Problem& p_;
-  std::array<std::array<uint32_t, 2048>, 6> counts_;
+  std::array<std::array<uint32_t, 1 << kDigit>, 6> counts_;  // of each digit
   std::unique_ptr<uint64_t[]> keys_[2];
   std::unique_ptr<int32_t[]> carried_[2];
+  int sorted_keys_ = 0;              // which of the two
   const int32_t* labels_ = nullptr;  // sorted by value, as all that follow
   std::unique_ptr<double[]> values_;
   std::unique_ptr<double[]> own_values_;    // grouped by class
