@@ -5,7 +5,9 @@
 Mask layer, forward and backward: "fused", the public function; "reference", the same on the
 reference backend; "plain", argmax, the bank of all templates indexed by it, a product, under
 autograd, eager and compiled by torch.compile. Limit: each pass reads the maps and writes as much,
-at the bandwidth of ``clone()`` on maps of the same size in the same run.
+at the bandwidth of ``clone()`` on maps of the same size in the same run. Beside it what no mask
+layer undercuts: "clones", ``clone()`` in its place, of the maps and of the gradient; "call", the
+mask layer on a single map, among the other candidates, which leave nothing of it in the caches.
 
 Filter loss over the batch, forward and backward: "fused"; "products", its two matrix products
 alone, into memory that is there already; "reference", the same function on the reference backend;
@@ -111,6 +113,7 @@ def bench_mask(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
     def plain(maps: Tensor) -> Tensor:
         return maps * bank[maps.detach().flatten(2).argmax(-1)]
 
+    single = Case((1, 1, *shape[2:]), device, sets=1)
     torch._dynamo.reset()
     compiled = torch.compile(plain, backend=effort.compiler)
     candidates, backends = harness.beside_triton(
@@ -120,6 +123,8 @@ def bench_mask(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
             "reference": lambda: case.mask(masked),
             "plain": lambda: case.mask(plain),
             "plain, compiled": lambda: case.mask(compiled),
+            "clones": lambda: case.mask(Tensor.clone),
+            "call": lambda: single.mask(masked),
             "clone": lambda: case.maps().clone(),
         },
         ("fused", "forward"),
@@ -141,6 +146,7 @@ def bench_mask(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
             for name in ("reference", "plain", "plain, compiled")
         },
         "share_of_limit": {"forward": share("forward", 1), "fused": share("fused", 2)},
+        "clones_of_limit": share("clones", 2),
         **harness.triton_ratios(times),
         **harness.wall_times(candidates, ("fused", "forward"), effort, device, backends),
     }
@@ -301,6 +307,7 @@ def report(results: dict[str, Any]) -> str:
             *speedups(entry),
             f"{entry['share_of_limit']['fused']:.0%}",
             f"{entry['share_of_limit']['forward']:.0%}",
+            *harness.floors(entry),
         ]
         for entry in results["masks"]
     ]
@@ -310,6 +317,7 @@ def report(results: dict[str, Any]) -> str:
         *(f"over {name}" for entry in results["masks"][:1] for name in entry["speedup"]),
         "of the limit",
         "forward alone",
+        *harness.floor_names(results["masks"]),
     ]
     parts = [harness.table(header, rows), *harness.triton_tables("template_mask", results["masks"])]
     rows = [
@@ -351,6 +359,9 @@ SECTION = """
 - *of the limit*: one read and one write of the maps, and again for the gradient, over the bandwidth
   of `clone()` at the same size; *plain*: argmax, a table of masks and a product, as one would write
   them.
+- *clones*: `clone()` in place of the operator, of the maps and of the gradient, as a share of their
+  own limit; *a call*: the operator, forward and backward, on next to nothing, between the other
+  candidates, which leave nothing of it in the caches. What a call takes, no kernel makes up for.
 - *two products*: responses and gradient as library matrix products alone; *of these*: what all of
   the exact loss and its gradient takes, as a share of them; *autograd*: the definition by matrix
   products left to autograd; *direct*: by broadcasting maps and templates; *running*, *target*: the

@@ -490,6 +490,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def floors(entry: dict[str, Any]) -> list[str]:
+    """What no operator undercuts: clones in its place, of their own limit, and an empty call."""
+    if "clones_of_limit" not in entry:
+        return []  # of an older version
+    call = entry["milliseconds"]["call"]["median"]
+    return [f"{entry['clones_of_limit']:.0%}", f"{call:.2f} ms"]
+
+
+def floor_names(entries: list[dict[str, Any]]) -> list[str]:
+    """The heads of these columns, where there are any."""
+    return ["clones", "a call"] if any(map(floors, entries)) else []
+
+
 def step_table(step: dict[str, Any] | None) -> list[str]:
     """What ``training_step`` measured, a Markdown table; none where it failed."""
     if step is None:

@@ -8,7 +8,9 @@ torch.compile; "plain", what one would write with PyTorch's own random numbers, 
 
 Limit: the fewest bytes that must move, over the bandwidth of ``clone()`` on maps of the same size
 in the same run. Forward: write the masked maps, read those that are kept. Backward: read the maps
-and the gradient, write the gradient of the maps.
+and the gradient, write the gradient of the maps. Beside it what no operator undercuts: "clones",
+``clone()`` in its place, of the maps and of the gradient; "call", the operator on one map a
+position large, among the other candidates, which leave nothing of it in the caches.
 """
 
 import itertools
@@ -81,6 +83,10 @@ def fused(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
     return functional.bernoulli_mask(maps, logits, correspondence)[0]
 
 
+def cloned(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
+    return maps.clone()
+
+
 def plain(maps: Tensor, logits: Tensor, correspondence: Tensor) -> Tensor:
     """What one would write in PyTorch, with its own random numbers."""
     y1 = logits.softmax(-1)
@@ -108,7 +114,7 @@ def describe(shape: Shape) -> str:
 
 def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """The fused operator beside eager and compiled PyTorch, and its share of the copy limit."""
-    case = Case(shape, device)
+    case, single = Case(shape, device), Case((1, 1, 1, 1, *shape[4:]), device)
     autograd = definition(case.seed)
     torch._dynamo.reset()
     compiled = torch.compile(autograd, backend=effort.compiler)
@@ -121,6 +127,8 @@ def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[s
             "autograd, compiled": lambda: case.step(compiled),
             "plain": lambda: case.step(plain),
             "plain, compiled": lambda: case.step(plain_compiled),
+            "clones": lambda: case.step(cloned),
+            "call": lambda: single.step(fused),
             "clone": lambda: case.maps().clone(),
         },
         ("fused",),
@@ -145,11 +153,15 @@ def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[s
 
 def bench_gate(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """The class gate beside eager and compiled PyTorch, with gates that are all open a little."""
-    case = Case(shape, device)
+    case, single = Case(shape, device), Case((1, 1, 1, 1, *shape[4:]), device)
     labels = torch.arange(shape[0], device=device) % shape[4]
+    label = labels[:1].clone()
 
     def gated(maps: Tensor, logits: Tensor, table: Tensor) -> Tensor:
         return functional.class_gate(maps, table, labels)
+
+    def single_gated(maps: Tensor, logits: Tensor, table: Tensor) -> Tensor:
+        return functional.class_gate(maps, table, label)
 
     def multiplied(maps: Tensor, logits: Tensor, table: Tensor) -> Tensor:
         return maps * table[labels][:, :, None, None].to(maps.dtype)
@@ -162,6 +174,8 @@ def bench_gate(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
             "reference": lambda: case.step(gated),
             "plain": lambda: case.step(multiplied),
             "plain, compiled": lambda: case.step(compiled),
+            "clones": lambda: case.step(cloned),
+            "call": lambda: single.step(single_gated),
             "clone": lambda: case.maps().clone(),
         },
         ("fused",),
@@ -192,10 +206,12 @@ def against_the_limit(
         "speedup": {
             name: harness.ratio(times, name, "fused")
             for name in times
-            if name not in ("fused", "clone") and not name.endswith(harness.TRITON)
+            if name not in ("fused", "clones", "call", "clone")
+            and not name.endswith(harness.TRITON)
         },
         **harness.triton_ratios(times),
         "share_of_limit": statistics.median(shares),
+        "clones_of_limit": 2 * harness.ratio(times, "clone", "clones"),
     }
 
 
@@ -315,6 +331,7 @@ def report(results: dict[str, Any]) -> str:
                 f"{entry['milliseconds']['fused']['median']:.2f} ms",
                 *(f"{entry['speedup'][name]:.2f}x" for name in names),
                 f"{entry['share_of_limit']:.0%}",
+                *harness.floors(entry),
             ]
             for entry in results[part]
         ]
@@ -323,6 +340,7 @@ def report(results: dict[str, Any]) -> str:
             "fused",
             *(f"over {name}" for name in names),
             "of the limit",
+            *harness.floor_names(results[part]),
         ]
         parts.append(harness.table(header, rows))
         parts += harness.triton_tables(title, results[part])
@@ -362,6 +380,9 @@ All candidates take turns in one run; times are medians, ratios the median of th
   definition left to autograd, the same draws; *plain*: what one would write with PyTorch's own
   random numbers; *compiled*: by `torch.compile`.
 - *of the limit*: the fewest bytes that must move, over the bandwidth of `clone()` at the same size.
+- *clones*: `clone()` in place of the operator, of the maps and of the gradient, as a share of their
+  own limit; *a call*: the operator, forward and backward, on next to nothing, between the other
+  candidates, which leave nothing of it in the caches. What a call takes, no kernel makes up for.
 - *late masking*: a mask per channel commutes with pooling, so where the head starts with pooling
   PICNN masks the pooled maps instead. Beside it the parts it cannot do without, each alone:
   autograd's own cost of a function of three inputs, the draws, the checks of values with the draw

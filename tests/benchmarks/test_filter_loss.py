@@ -56,6 +56,7 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
     }
     mask = filter_loss.bench_mask(SHAPE, device, harness.Effort(3))
     assert mask["share_of_limit"] == {"forward": 0.125, "fused": 0.5}
+    assert mask["clones_of_limit"] == 0.25
     results = {
         "masks": [mask],
         "losses": [loss],
@@ -63,7 +64,7 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
         "step": harness.training_step("icnn", "small-cnn", 8, 2, 32, device, 3),
     }
     report = filter_loss.report(results)
-    assert "| 50%          | 12%           |" in report
+    assert "| 50%          | 12%           | 25%    | 4000.00 ms |" in report
     assert "2000.00 ms | 1000.00 ms   | 2.00     |" in report
     assert "| a shape                   | 2.0x  | 9.0x   |" in report
     time = "4000.0 ms (4000.0 to 4000.0)"  # and its quartiles
