@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -124,6 +125,17 @@ def _start(options: Options) -> int:
     return process
 
 
+def _saved(checkpoint: Path, process: int) -> None:
+    """Wait for the first checkpoint of a training, or for its end."""
+    while not checkpoint.exists() and alive(process):
+        time.sleep(0.002)
+
+
+def alive(process: int) -> bool:
+    """Whether a child has not ended; its status stays to be asked for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def _finish(process: int) -> None:
     _, status = os.waitpid(process, 0)
     if status != 0:
@@ -137,22 +149,31 @@ def kill_and_compare(method: str, kills: int, folder: Path, workers: int = 0, se
     options = options_of(method, images, folder / "whole")
     options = dataclasses.replace(options, data={**options.data, "num_workers": workers})
     start = time.monotonic()
-    _finish(_start(options))
-    lasts = time.monotonic() - start
-    draw = random.Random(seed)
+    process = _start(options)
+    _saved(folder / ".whole.partial" / "last.ckpt", process)
+    saved = time.monotonic()
+    _finish(process)
+    lasts, goes_on = time.monotonic() - start, time.monotonic() - saved
+    draw = random.Random(f"{method} {seed}")
     equal = done = 0
     while done < kills:
         killed = folder / f"killed-{done}"
         run = dataclasses.replace(options, output=str(killed))
+        work = killed.with_name(f".{killed.name}.partial")
+        start = time.monotonic()
         process = _start(run)
-        after = draw.uniform(0, lasts)
-        time.sleep(after)
+        if done % 5 < 4:  # most have something to go on from
+            _saved(work / "last.ckpt", process)
+            time.sleep(draw.uniform(0, goes_on))
+        else:
+            time.sleep(draw.uniform(0, lasts))
+        after = time.monotonic() - start
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if not os.WIFSIGNALED(status):
-            lasts = after  # it was done before
+            goes_on, lasts = 0.9 * goes_on, 0.9 * lasts  # it was done before
+            shutil.rmtree(killed)
             continue
-        work = killed.with_name(f".{killed.name}.partial")
         had = "no checkpoint"
         with contextlib.suppress(FileNotFoundError):
             had = f"step {torch.load(work / 'last.ckpt', weights_only=True)['global_step']}"

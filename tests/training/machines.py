@@ -24,7 +24,7 @@ import torch
 from picnn_fast import cli
 from picnn_fast.training.checkpoint import read_checkpoint
 from tests.processes import as_torchrun
-from tests.training.kill import options_of, write_images
+from tests.training.kill import alive, options_of, write_images
 from tests.training.together import as_rank, fork
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
@@ -155,11 +155,6 @@ def exit_with(status: int) -> None:
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(status)
-
-
-def alive(process: int) -> bool:
-    """Whether a child has not ended; its status stays to be asked for."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def saved_epoch(folder: Path, *, whole: bool = True) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from picnn_fast.backbones import BACKBONES
+from picnn_fast.data import DATA
 from picnn_fast.models import METHODS, make_interpretable
 from picnn_fast.training.checkpoint import build_network
 from picnn_fast.training.options import GROUPS, ConfigError, Options, build_parser, parse
@@ -585,3 +587,22 @@ def test_a_folder_is_noted_by_its_whole_path_and_a_url_as_it_is(tmp_path, monkey
         # Where they are kept, and how they are read, makes no other data.
         other = Options(data={**data, "index": None, "keep": "kept", "cache": 0.5})
         assert other.data_identity() == options.data_identity()
+
+
+def test_rows_that_change_under_their_names_are_read_as_they_are_now(monkeypatch):
+    def digits(batch_size=64, *, seed=0, shade: int = 3):
+        """Digits of another kind.
+
+        Args:
+            shade: of the ink.
+        """
+
+    assert "shade" not in Options(data="digits").data
+    with monkeypatch.context() as patch:
+        patch.setitem(DATA, "digits", digits)
+        assert Options(data="digits").data == {"name": "digits", "shade": 3}
+    assert "shade" not in Options(data="digits").data
+    with pytest.raises(ConfigError, match="backbone: got 'mine'"):
+        Options(backbone="mine")
+    monkeypatch.setitem(BACKBONES, "mine", BACKBONES["small-cnn"])
+    assert Options(backbone="mine").backbone["name"] == "mine"
