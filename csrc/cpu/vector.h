@@ -92,8 +92,7 @@ PICNN_FAST_HD void store(const Vector<A>& vector, T* to) {
     Wide bits;  // as narrow() has it
     std::memcpy(&bits, &vector, sizeof(bits));
     const Wide rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const Wide nan = (Wide)(vector != vector);
-    const Narrow half = narrow_bits((nan & 0x7FC0u) | (~nan & rounded));
+    const Narrow half = narrow_bits(vector != vector ? Wide{} + 0x7FC0u : rounded);
     std::memcpy(to, &half, sizeof(half));
   } else {
     A array[kLanes<A>];
