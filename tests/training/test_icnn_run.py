@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from picnn_fast.backbones import BACKBONES, Row, cut
+from picnn_fast.backbones import BACKBONES, Row
 from picnn_fast.evaluation import default_figures, evaluate
 from picnn_fast.models import ICNN
 from picnn_fast.training import checkpoint
 from picnn_fast.training.checkpoint import load_checkpoint
 from picnn_fast.training.module import InterpretableModule
-from picnn_fast.training.options import GROUPS, ConfigError, Options
+from picnn_fast.training.options import ConfigError, Options
 from picnn_fast.training.run import assemble, build_data, read_history, train
 
 
@@ -206,7 +206,6 @@ def test_a_run_whose_receptive_fields_nothing_can_tell_starts_and_its_figures_sa
         return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
 
     monkeypatch.setitem(BACKBONES, "odd", Row(network, layer="0"))
-    monkeypatch.setitem(GROUPS["backbone"].rows, "odd", cut)
     run = assemble(
         dataclasses.replace(config, method="std", backbone="odd"),
         Path(config.output),
