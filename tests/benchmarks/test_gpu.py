@@ -143,7 +143,13 @@ def test_the_benchmarks_go_through_all_their_steps_on_the_cpu(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu, "run_step", in_this_process)
-    monkeypatch.setattr(multiprocessing, "get_context", {"spawn": processes.context}.get)
+    contexts = {"spawn": processes.context}
+    get_context = multiprocessing.get_context
+    monkeypatch.setattr(
+        multiprocessing,
+        "get_context",
+        lambda method=None: contexts.get(method) or get_context(method),
+    )
     assert gpu.main([part, "--smoke", "--results", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     titles = {
