@@ -464,8 +464,7 @@ are the same by one process and by two: a test holds that.
 
 Steps of several processes on gloo, of one thread and as many images each (weak scaling), by turns;
 the target layer, 512 maps that one convolution makes of images of 14 pixels, is nearly all there
-is. Four processes share two cores, so that a step of theirs takes twice as long at best; and the
-machine did other work at the same time.
+is. Four processes share two cores, so that a step of theirs takes twice as long at best.
 
 <results: scaling-steps-*.json>
 
