@@ -249,10 +249,11 @@ checks, autograd and dispatch, and next to no arithmetic. *plain*: the same func
 write it in PyTorch; candidates take turns, each round in another order, times and ratios are of the
 best quartiles. What runs under `torch.compile` or in a CUDA graph pays none of it.
 
-An empty Function takes most of what a plain expression of two or three calls does: the core keeps to
-PyTorch's stable ABI, which has no autograd, so gradients are Python, where `torch.func` and double
-backward find them. *{KERNELS}*: its two kernels in such a Function and nothing else, no check and
-no template looked up; beside it is what these add. It alone is above 1.2 times its plain expression.
+An empty Function takes most of what a plain expression of two or three calls does: the core keeps
+to PyTorch's stable ABI, which has no autograd, so gradients are Python, where `torch.func` and
+double backward find them. *{KERNELS}*: its two kernels in such a Function and nothing else, no
+check and no template looked up; beside it is what these add. `template_mask` alone takes more than
+1.2 times its plain expression.
 
 <results: calls-*.json>
 """
