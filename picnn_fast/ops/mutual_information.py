@@ -341,10 +341,9 @@ def _centre_distance(least: Tensor, most: Tensor, bins: int) -> Tensor:
     """
     span = most - least
     distance = span / (bins - 1)
-    # The next number towards 0 has the bits below: one launch of a GPU's where ``nextafter`` and
-    # ``where`` take three.
-    bits = distance.view(torch.int64 if distance.dtype == torch.float64 else torch.int32)
-    distance = bits.add(span / distance < bins - 1, alpha=-1).view(distance.dtype)
+    # Towards 0 where it is too long, else towards itself, which leaves it.
+    towards = distance.masked_fill(span / distance < bins - 1, 0)
+    distance = torch.nextafter(distance, towards)
     return distance.masked_fill(distance == 0, torch.inf)
 
 

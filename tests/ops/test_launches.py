@@ -157,7 +157,7 @@ def test_soft_mutual_information_takes_few_launches_for_what_it_is():
     activations = torch.rand(50, FILTERS).requires_grad_()
     given = torch.zeros(50, dtype=torch.int64)
     names, m = launched(lambda: soft_histogram_mutual_information(activations, given, CLASSES))
-    assert len(names) <= 29, names
+    assert len(names) <= 30, names
     assert len(backward(m)) <= 23
 
 
