@@ -1,7 +1,8 @@
 """Which combinations of values a test runs on which backend: few, and every pair of values."""
 
+import contextlib
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +19,16 @@ every_instruction_set = pytest.mark.parametrize(
 
 def case_id(value: object) -> str:
     return str(value).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def noted(*values: object) -> Iterator[None]:
+    """What fails inside says of which ``values``: for a test that asks several in one case."""
+    try:
+        yield
+    except BaseException as failure:
+        failure.add_note(f"of {'-'.join(map(case_id, values))}")
+        raise
 
 
 def pairwise(*axes: Iterable[Hashable]) -> list[Row]:

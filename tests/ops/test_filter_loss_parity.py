@@ -15,7 +15,7 @@ from picnn_fast.functional import filter_loss
 from picnn_fast.ops.filter_loss import FilterLossState
 from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
-from tests.cases import few, in_turn, kernel_cases, pairwise
+from tests.cases import few, in_turn, kernel_cases, noted, pairwise
 from tests.conftest import Backend
 from tests.ops.cases import DTYPES, dense, epsilon, on_device, steps
 from tests.ops.test_templates_parity import LAYOUTS, SHAPES, TEMPLATES, first_peaks, maps
@@ -194,19 +194,20 @@ def test_large_activations_stay_finite(backend: Backend, estimator, dtype, scale
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_large_activations_that_differ_little(backend: Backend, estimator):
+def test_large_activations_that_differ_little(backend: Backend):
     """Responses of hundreds whose differences, not they themselves, make the loss."""
-    assert_parity(backend, 1e4 + 30 * maps((5, 3, 7, 7)), TEMPLATES["l2"], estimator)
+    for estimator in ESTIMATORS:
+        with noted(estimator):
+            assert_parity(backend, 1e4 + 30 * maps((5, 3, 7, 7)), TEMPLATES["l2"], estimator)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_maps_of_zeros_tell_nothing(backend: Backend, estimator):
-    x = torch.zeros(3, 2, 5, 5)
-    loss, grad = assert_parity(backend, x, TEMPLATES["l1"], estimator)
-    if estimator == "batch":
-        assert not loss.abs().gt(1e-6).any()
-        assert not grad.abs().gt(1e-6).any()
+def test_maps_of_zeros_tell_nothing(backend: Backend):
+    for estimator in ESTIMATORS:
+        with noted(estimator):
+            loss, grad = assert_parity(backend, torch.zeros(3, 2, 5, 5), TEMPLATES["l1"], estimator)
+            if estimator == "batch":
+                assert not loss.abs().gt(1e-6).any()
+                assert not grad.abs().gt(1e-6).any()
 
 
 @kernel_cases(
@@ -282,32 +283,32 @@ def test_a_value_that_is_not_finite_spoils_its_filter_alone(
     assert torch.equal(grad[:, others], clean_grad[:, others])
 
 
-@pytest.mark.parametrize("momentum", [1e-3, 0.5, 1.0])
-def test_running_estimates_renew_themselves_batch_by_batch(backend: Backend, momentum):
+def test_running_estimates_renew_themselves_batch_by_batch(backend: Backend):
     template = TEMPLATES["l2"]
-    state = FilterLossState.empty(2, 4, 3, momentum=momentum, device=backend.device)
-    want = FilterLossState.empty(2, 4, 3, dtype=torch.float64)
     offsets = template.offsets_for(4, 3, torch.empty(0, dtype=torch.float64))
-    for seed in range(3):
-        x = maps((3, 2, 4, 3), seed=seed) * 20
-        loss = filter_loss(x.to(backend.device), template, estimator="running", state=state)
-        expected, _, want.log_mean, want.log_ratio = reference.filter_loss_running(
-            x.double(),
-            want.log_mean,
-            want.log_ratio,
-            momentum,
-            None,
-            offsets,
-            template.tau_for(4, 3),
-            False,
-        )
-        torch.testing.assert_close(loss.cpu().double(), expected, rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(
-            state.log_mean.cpu().double(), want.log_mean, rtol=2e-5, atol=2e-5
-        )
-        torch.testing.assert_close(
-            state.log_ratio.cpu().double(), want.log_ratio, rtol=2e-5, atol=2e-5
-        )
+    for momentum in (1e-3, 0.5, 1.0):
+        state = FilterLossState.empty(2, 4, 3, momentum=momentum, device=backend.device)
+        want = FilterLossState.empty(2, 4, 3, dtype=torch.float64)
+        for seed in range(3):
+            x = maps((3, 2, 4, 3), seed=seed) * 20
+            expected, _, want.log_mean, want.log_ratio = reference.filter_loss_running(
+                x.double(),
+                want.log_mean,
+                want.log_ratio,
+                momentum,
+                None,
+                offsets,
+                template.tau_for(4, 3),
+                False,
+            )
+            with noted("momentum", momentum, "batch", seed):
+                loss = filter_loss(x.to(backend.device), template, estimator="running", state=state)
+                for got, exact in (
+                    (loss, expected),
+                    (state.log_mean, want.log_mean),
+                    (state.log_ratio, want.log_ratio),
+                ):
+                    torch.testing.assert_close(got.cpu().double(), exact, rtol=2e-5, atol=2e-5)
 
 
 def test_an_empty_batch_leaves_the_state(backend: Backend):
@@ -324,23 +325,24 @@ def test_an_empty_batch_leaves_the_state(backend: Backend):
     assert torch.equal(state.log_ratio, before[1])
 
 
-@pytest.mark.parametrize("wrong", [-1, 10, 2**40])
-def test_an_assignment_out_of_range_is_refused(cpp: Backend, wrong):
-    assigned = torch.zeros(2, 3, dtype=torch.int64)
-    assigned[1, 1] = wrong
+def test_an_assignment_out_of_range_is_refused(cpp: Backend):
     offsets = TEMPLATES["l1"].offsets_for(3, 3, torch.empty(0))
     state = FilterLossState.empty(3, 3, 3)
-    with pytest.raises(RuntimeError, match=r"assigned: got .*, want \[0, 10\)"):
-        torch.ops.picnn_fast.filter_loss_running(
-            torch.ones(2, 3, 3, 3),
-            state.log_mean,
-            state.log_ratio,
-            0.1,
-            assigned,
-            offsets,
-            0.1,
-            True,
-        )
+    for wrong in (-1, 10, 2**40):
+        assigned = torch.zeros(2, 3, dtype=torch.int64)
+        assigned[1, 1] = wrong
+        message = rf"assigned: got {wrong}, want \[0, 10\)"
+        with noted(wrong), pytest.raises(RuntimeError, match=message):
+            torch.ops.picnn_fast.filter_loss_running(
+                torch.ones(2, 3, 3, 3),
+                state.log_mean,
+                state.log_ratio,
+                0.1,
+                assigned,
+                offsets,
+                0.1,
+                True,
+            )
 
 
 # what to change of the operator's log_mean, log_ratio, momentum; the message

@@ -24,7 +24,7 @@ from picnn_fast.functional import (
     mask_channels,
 )
 from picnn_fast.reference import masking as reference
-from tests.cases import case_id, every_instruction_set, in_turn, kernel_cases, pairwise
+from tests.cases import case_id, every_instruction_set, in_turn, kernel_cases, noted, pairwise
 from tests.conftest import (
     BACKENDS,
     IN_CI,
@@ -157,8 +157,7 @@ def test_every_label_interval_is_hit_where_the_reference_hits_it(backend: Backen
 
 
 @every_instruction_set
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-def test_rows_without_a_distribution_fall_to_the_last_class(backend: Backend, dtype):
+def test_rows_without_a_distribution_fall_to_the_last_class(backend: Backend):
     inf, nan = math.inf, math.nan
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(9, 4, generator=generator)
@@ -172,22 +171,24 @@ def test_rows_without_a_distribution_fall_to_the_last_class(backend: Backend, dt
     def run(values: Tensor) -> tuple[Tensor, Tensor]:
         _, mask, label = bernoulli_mask(
             torch.ones(9, 6, device=backend.device),
-            values.to(dtype).to(backend.device),
+            values.to(backend.device),
             on_device(backend.device, correspondence),
             seed=5,
         )
         return mask.cpu(), label.cpu()
 
-    mask, label = run(logits)
-    assert label[list(bad)].tolist() == [3] * len(bad)
-    assert label[8] == 1
-    clean_mask, clean_label = run(clean)
-    others = [0, 3, 6]
-    assert torch.equal(label[others], clean_label[others])
-    assert torch.equal(mask[others], clean_mask[others])
-    expected_mask, expected_label = draws(logits.to(dtype), correspondence, 5)
-    assert torch.equal(label, expected_label)
-    assert torch.equal(mask, expected_mask.float())
+    for dtype in DTYPES:
+        with noted(dtype):
+            mask, label = run(logits.to(dtype))
+            assert label[list(bad)].tolist() == [3] * len(bad)
+            assert label[8] == 1
+            clean_mask, clean_label = run(clean.to(dtype))
+            others = [0, 3, 6]
+            assert torch.equal(label[others], clean_label[others])
+            assert torch.equal(mask[others], clean_mask[others])
+            expected_mask, expected_label = draws(logits.to(dtype), correspondence, 5)
+            assert torch.equal(label, expected_label)
+            assert torch.equal(mask, expected_mask.float())
 
 
 def test_ranks_and_seeds_draw_apart(backend: Backend):
@@ -370,19 +371,19 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row_and_column(backend: Back
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
 @pytest.mark.parametrize("name", ["odd", "no_filters", "above_the_switch"])
-@pytest.mark.parametrize("wrong", [-1, "classes", 2**62, -(2**63)])
-def test_a_pseudo_label_out_of_range_is_refused(backend: Backend, name, wrong):
+def test_a_pseudo_label_out_of_range_is_refused(backend: Backend, name):
     if backend.name == "reference" and name == "no_filters":
         pytest.skip("the reference has nothing to add there, so it looks up no row")
-    arguments = parameters_case(*PARAMETERS[name])
-    classes, label = arguments[1].shape[1], arguments[3].clone()
-    label[-1] = classes if wrong == "classes" else wrong
-    message = {
-        "reference": f"index {label[-1]} is out of bounds .* size {classes}",
-        "cpp": rf"pseudo_label: got {label[-1]}, want \[0, {classes}\)",
-    }[backend.name]
-    with pytest.raises((IndexError, RuntimeError), match=message):
-        parameters_backward(backend, (*arguments[:3], label))
+    *arguments, label = parameters_case(*PARAMETERS[name])
+    classes = arguments[1].shape[1]
+    for wrong in (-1, classes, 2**62, -(2**63)):
+        label[-1] = wrong
+        message = {
+            "reference": f"index {wrong} is out of bounds .* size {classes}",
+            "cpp": rf"pseudo_label: got {wrong}, want \[0, {classes}\)",
+        }[backend.name]
+        with noted(wrong), pytest.raises((IndexError, RuntimeError), match=message):
+            parameters_backward(backend, (*arguments, label))
 
 
 # Values that are not finite -----------------------------------------------------------------------
@@ -638,37 +639,40 @@ def test_compiled_philox_gives_the_published_known_answers(counter, key, answer)
     assert tuple(compiled_core().philox4x32_10(counter, key)) == answer
 
 
-@pytest.mark.parametrize("index", [0, 2**32 - 1, 2**32, 2**32 + 7, 2**40 + 3])
-@pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**64 - 1])
-def test_compiled_draws_use_both_words_of_index_and_seed(index, seed):
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    for stream, rank in ((0, 0), (1, 0), (0, 5), (1, 2**32 - 1)):
-        expected = reference.random_24_bits(
-            torch.tensor(index), torch.tensor(signed), stream, rank
-        ).item()
-        got = compiled_core().random_24_bits(index=index, seed=seed, stream=stream, rank=rank)
-        assert got == expected
+def test_compiled_draws_use_both_words_of_index_and_seed():
+    keys = itertools.product((0, 2**32 + 1, 2**64 - 1), ((0, 0), (1, 0), (0, 5), (1, 2**32 - 1)))
+    index = [0, 2**32 - 1, 2**32, 2**32 + 7, 2**40 + 3]
+    for seed, (stream, rank) in keys:
+        signed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
+        expected = reference.random_24_bits(torch.tensor(index), signed, stream, rank)
+        got = [
+            compiled_core().random_24_bits(index=i, seed=seed, stream=stream, rank=rank)
+            for i in index
+        ]
+        assert got == expected.tolist(), (seed, stream, rank)
 
 
-@pytest.mark.parametrize("spatial", [(), (6,), (2, 3), (1, 6), (2, 1, 3)])
-def test_operators_take_any_number_of_spatial_axes(backend: Backend, spatial):
+def test_operators_take_any_number_of_spatial_axes(backend: Backend):
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(3, 5, *spatial, generator=generator).to(backend.device)
     logits = torch.randn(3, 4, generator=generator).to(backend.device)
     table = torch.rand(4, 5, generator=generator).to(backend.device)
     seed = torch.tensor([7], device=backend.device)
     labels = torch.tensor([3, 0, 3], device=backend.device)
-    flat = features.reshape(3, 5, math.prod(spatial))
     ops = torch.ops.picnn_fast
-    masked, mask, _ = ops.bernoulli_mask(features, logits, table, seed, 0)
-    gated = ops.mask_channels(features, table[labels])
-    grads = ops.masking_backward(features.cos(), features, mask)
-    assert masked.shape == gated.shape == grads[0].shape == features.shape
-    assert torch.equal(masked.view_as(flat), ops.bernoulli_mask(flat, logits, table, seed, 0)[0])
-    assert torch.equal(gated.view_as(flat), ops.mask_channels(flat, table[labels]))
-    expected = ops.masking_backward(flat.cos(), flat, mask)
-    assert torch.equal(grads[0].view_as(flat), expected[0])
-    assert torch.equal(grads[1], expected[1])
+    for spatial in ((), (6,), (2, 3), (1, 6), (2, 1, 3)):
+        features = torch.randn(3, 5, *spatial, generator=generator).to(backend.device)
+        flat = features.reshape(3, 5, math.prod(spatial))
+        with noted(spatial):
+            masked, mask, _ = ops.bernoulli_mask(features, logits, table, seed, 0)
+            gated = ops.mask_channels(features, table[labels])
+            grads = ops.masking_backward(features.cos(), features, mask)
+            assert masked.shape == gated.shape == grads[0].shape == features.shape
+            expected = ops.bernoulli_mask(flat, logits, table, seed, 0)[0]
+            assert torch.equal(masked.view_as(flat), expected)
+            assert torch.equal(gated.view_as(flat), ops.mask_channels(flat, table[labels]))
+            expected = ops.masking_backward(flat.cos(), flat, mask)
+            assert torch.equal(grads[0].view_as(flat), expected[0])
+            assert torch.equal(grads[1], expected[1])
 
 
 def test_kernels_refuse_spatial_axes_that_are_not_one_in_memory(backend: Backend):

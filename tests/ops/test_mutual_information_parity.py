@@ -22,6 +22,7 @@ from torch import Tensor
 
 from picnn_fast.ops.mutual_information import prepare
 from picnn_fast.reference import mutual_information as reference
+from tests.cases import noted
 from tests.conftest import Backend
 
 TOLERANCE = 1e-9
@@ -104,7 +105,8 @@ def row_strided() -> Tensor:
 
 # Values [N, M], labels [M], K, k.
 Case = tuple[Tensor, Tensor, int, int]
-CASES: dict[str, Callable[[], Case]] = {
+Cases = dict[str, Callable[[], Case]]
+SIZES: Cases = {
     "random": lambda: (normal(3, 60), random_labels(60, 4), 4, 3),
     "informative": lambda: (normal(2, 60) + random_labels(60, 3), random_labels(60, 3), 3, 3),
     "one_neighbour": lambda: (normal(2, 30), random_labels(30, 3), 3, 1),
@@ -122,10 +124,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "rest_of_eight": lambda: (normal(2, 31), class_sizes(23, 4, 4), 3, 3),
     "rest_of_two": lambda: (normal(2, 31), class_sizes(29, 1, 1), 3, 3),
     "all_rests_brute_force": lambda: (normal(2, 7), class_sizes(1, 2, 4), 4, 3),
+}
+FEW_SAMPLES: Cases = {
     "three_samples": lambda: (normal(3, 3), torch.tensor([0, 1, 1]), 2, 3),
     "two_of_one_label": lambda: (normal(3, 2), torch.tensor([1, 1]), 2, 3),
     "two_labels": lambda: (normal(3, 2), torch.tensor([0, 1]), 2, 3),
     "one_sample": lambda: (normal(3, 1), torch.tensor([0]), 2, 3),
+    "no_samples": lambda: (normal(2, 0), random_labels(0, 3), 3, 3),
+}
+TIES: Cases = {
     "sorted_by_class": lambda: (*sorted_by_class(), 4, 3),
     "relu_zeros": lambda: (normal(3, 60).relu(), random_labels(60, 4), 4, 3),
     "zeros_sorted_by_class": lambda: (normal(1, 44).mul(0), sorted_by_class()[1], 4, 3),
@@ -147,8 +154,10 @@ CASES: dict[str, Callable[[], Case]] = {
         20,
         3,
     ),
-    # Two neighbours on a grid are equally far: psi(k) > psi(m), so that the floor at 0 hides no
-    # mistake in rows that are 0 otherwise.
+}
+# Two neighbours on a grid are equally far: psi(k) > psi(m), so that the floor at 0 hides no mistake
+# in rows that are 0 otherwise.
+GRIDS: Cases = {
     "grid_all_but_one": lambda: (grid(40), class_sizes(39, 1), 2, 2),
     "grid_with_single_samples": lambda: (grid(41), class_sizes(1, 20, 1, 18, 1), 5, 2),
     "grid_of_six": lambda: (grid(6), class_sizes(1, 2, 3), 3, 2),
@@ -158,42 +167,48 @@ CASES: dict[str, Callable[[], Case]] = {
         7,
         2,
     ),
+}
+MEMORY: Cases = {
     "row_strided": lambda: (row_strided(), random_labels(40, 3), 3, 3),
     "no_filters": lambda: (normal(0, 20), random_labels(20, 3), 3, 3),
     "no_filters_strided": lambda: (normal(20, 3).T[:0], random_labels(20, 3), 3, 3),
-    "no_samples": lambda: (normal(2, 0), random_labels(0, 3), 3, 3),
 }
+KINDS = {"sizes": SIZES, "few_samples": FEW_SAMPLES, "ties": TIES, "grids": GRIDS, "memory": MEMORY}
 
 
 @functools.cache
-def judged_case(name: str) -> tuple[Case, tuple[np.ndarray, np.ndarray]]:
-    case = CASES[name]()
+def judged_case(kind: str, name: str) -> tuple[Case, tuple[np.ndarray, np.ndarray]]:
+    case = KINDS[kind][name]()
     return case, sklearn_estimate(*case)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_backend_agrees_with_scikit_learn(backend: Backend, name):
-    (values, labels, classes, n_neighbors), expected = judged_case(name)
-    on_device = values
-    if backend.device.type != "cpu":
-        # A copy to the device would make the rows dense.
-        on_device = values.new_zeros(len(values), values.shape[1] + 3, device=backend.device)
-        on_device = on_device[:, : values.shape[1]].copy_(values)
-    got = estimate(on_device, labels.to(backend.device), classes, n_neighbors)
-    assert all(t.device.type == backend.device.type for t in got)
-    assert got[0].shape == (classes, len(values))
-    assert_agrees(got, expected)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backend_agrees_with_scikit_learn(backend: Backend, kind):
+    for name in KINDS[kind]:
+        (values, labels, classes, n_neighbors), expected = judged_case(kind, name)
+        on_device = values
+        if backend.device.type != "cpu":
+            # A copy to the device would make the rows dense.
+            on_device = values.new_zeros(len(values), values.shape[1] + 3, device=backend.device)
+            on_device = on_device[:, : values.shape[1]].copy_(values)
+        with noted(name):
+            got = estimate(on_device, labels.to(backend.device), classes, n_neighbors)
+            assert all(t.device.type == backend.device.type for t in got)
+            assert got[0].shape == (classes, len(values))
+            assert_agrees(got, expected)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_value_that_is_not_finite_spoils_its_own_filter_only(backend: Backend, value):
-    values, labels = normal(3, 30), random_labels(30, 3)
-    expected = sklearn_estimate(values[[0, 2]], labels, 3, 3)
-    values[1, 17] = value
-    per_class, joint = estimate(values.to(backend.device), labels.to(backend.device), 3, 3)
-    assert per_class[:, 1].isnan().all()
-    assert joint[1].isnan()
-    assert_agrees((per_class[:, [0, 2]], joint[[0, 2]]), expected)
+def test_a_value_that_is_not_finite_spoils_its_own_filter_only(backend: Backend):
+    clean, labels = normal(3, 30), random_labels(30, 3)
+    expected = sklearn_estimate(clean[[0, 2]], labels, 3, 3)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        values = clean.clone()
+        values[1, 17] = value
+        with noted(value):
+            per_class, joint = estimate(values.to(backend.device), labels.to(backend.device), 3, 3)
+            assert per_class[:, 1].isnan().all()
+            assert joint[1].isnan()
+            assert_agrees((per_class[:, [0, 2]], joint[[0, 2]]), expected)
 
 
 # Arbitrary inputs ---------------------------------------------------------------------------------

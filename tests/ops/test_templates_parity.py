@@ -14,7 +14,7 @@ from picnn_fast import PartTemplate
 from picnn_fast.functional import template_mask
 from picnn_fast.reference import templates as reference
 from picnn_fast.reference.masking import accumulate_dtype
-from tests.cases import in_turn, kernel_cases, pairwise
+from tests.cases import in_turn, kernel_cases, noted, pairwise
 from tests.conftest import Backend
 from tests.ops.cases import (
     DTYPES,
@@ -200,15 +200,15 @@ def test_backward_reads_gradients_of_any_layout(backend: Backend, features_layou
     assert_masked(grad, grad_masked, peak, TEMPLATES["l2 wide"], 1.0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0, 0.001, "tau"])
-def test_the_scale_is_that_of_the_peak(backend: Backend, scale):
+def test_the_scale_is_that_of_the_peak(backend: Backend):
     x = maps((2, 3, 7, 5))
-    masked, peak = template_mask(x.to(backend.device), PartTemplate("l1"), scale=scale)
-    factor = 0.5 / 49 if scale == "tau" else scale
     peaks = x.flatten(2).amax(-1)
-    at_peak = masked.cpu().flatten(2).gather(-1, peak.cpu()[..., None])[..., 0]
-    torch.testing.assert_close(at_peak, peaks * factor, rtol=1e-6, atol=0)
-    assert_masked(masked, x, peak, PartTemplate("l1"), factor)
+    for scale, factor in ((1.0, 1.0), (3.0, 3.0), (0.001, 0.001), ("tau", 0.5 / 49)):
+        with noted(scale):
+            masked, peak = template_mask(x.to(backend.device), PartTemplate("l1"), scale=scale)
+            at_peak = masked.cpu().flatten(2).gather(-1, peak.cpu()[..., None])[..., 0]
+            torch.testing.assert_close(at_peak, peaks * factor, rtol=1e-6, atol=0)
+            assert_masked(masked, x, peak, PartTemplate("l1"), factor)
 
 
 LARGE = [(1, 2, 64, 64), (1, 3, 40, 33), (2, 2, 1, 300), (1, 2, 300, 1)]
@@ -248,13 +248,13 @@ def test_maps_beyond_the_cache_and_many_filters(backend: Backend, layout, dtype)
     assert_masked(masked, x, peak, TEMPLATES["l1 wide"], 1.0)
 
 
-@pytest.mark.parametrize("wrong", [-1, 35, 2**40, -(2**63)])
-def test_a_peak_out_of_range_is_refused(cpp: Backend, wrong):
-    peak = torch.zeros(2, 3, dtype=torch.int64)
-    peak[1, 2] = wrong
+def test_a_peak_out_of_range_is_refused(cpp: Backend):
     offsets = PartTemplate().offsets_for(5, 7, torch.empty(0))
-    with pytest.raises(RuntimeError, match=r"peak: got .*, want \[0, 35\)"):
-        torch.ops.picnn_fast.template_mask_backward(torch.ones(2, 3, 5, 7), peak, offsets, 1.0)
+    for wrong in (-1, 35, 2**40, -(2**63)):
+        peak = torch.zeros(2, 3, dtype=torch.int64)
+        peak[1, 2] = wrong
+        with noted(wrong), pytest.raises(RuntimeError, match=rf"peak: got {wrong}, want \[0, 35\)"):
+            torch.ops.picnn_fast.template_mask_backward(torch.ones(2, 3, 5, 7), peak, offsets, 1.0)
 
 
 # offsets, which maps 5 x 7 want [9, 13]; the message
