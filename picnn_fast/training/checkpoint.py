@@ -202,7 +202,9 @@ class StepCheckpoints(Checkpoint):
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
-        self._saved = 0  # of several batches that make a step the first is the one that made it
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._steps = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -212,10 +214,10 @@ class StepCheckpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        step = trainer.global_step
-        if step % self.every or step == self._saved or trainer.is_last_batch:
+        before, self._steps = self._steps, trainer.global_step
+        # Of batches that make a step together the last does: gradients of the others are not saved.
+        if self._steps == before or self._steps % self.every or trainer.is_last_batch:
             return
-        self._saved = step
         pl_module.check_weights(batch[0])
         trainer.save_checkpoint(self.path)
 

@@ -181,7 +181,10 @@ def _reading(trainer: L.Trainer, batch: int, batches: int) -> str:
 
 
 def _figures(trainer: L.Trainer) -> list[str]:
-    """The loss of an epoch and the figures of its validation images, where there are any."""
+    """The loss of an epoch and the figures of its validation images, where there are any.
+
+    At an epoch's end all processes must ask: the first who does starts means over them all.
+    """
     return [
         f"{name.rpartition('/')[2]} {value.item():.3f}"
         for name, value in sorted(trainer.callback_metrics.items())
@@ -238,10 +241,11 @@ class ProgressLines(WatchesImages):
         )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        figures = _figures(trainer)
         if trainer.is_global_zero:
             self.said = self.clock()
             left = self.pace.left(_steps_left(trainer, _batches(trainer)))
-            self.say("  ".join([_epoch(trainer), *_figures(trainer), f"{left} left"]))
+            self.say("  ".join([_epoch(trainer), *figures, f"{left} left"]))
 
 
 class ProgressBar(WatchesImages):
@@ -299,8 +303,9 @@ class ProgressBar(WatchesImages):
             self._show(trainer, [f"loss {_loss(outputs):.3f}", *figures])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        figures = _figures(trainer)
         if trainer.is_global_zero:
-            self._show(trainer, _figures(trainer))
+            self._show(trainer, figures)
 
     def _show(self, trainer: L.Trainer, figures: list[str]) -> None:
         self.bar.update(self.task, description=_epoch(trainer), figures=escape("  ".join(figures)))

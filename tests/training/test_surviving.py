@@ -65,6 +65,24 @@ def test_a_run_that_goes_on_within_an_epoch_ends_like_one_left_alone(
     assert read_history(tmp_path / "cut") == read_history(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["picnn", "csg"])
+def test_no_checkpoint_is_written_between_the_batches_of_a_step(
+    images, tmp_path, monkeypatch, method
+):
+    saved = []
+    save = L.Trainer.save_checkpoint
+
+    def watched(trainer, *arguments, **options):
+        saved.append((trainer.current_epoch, trainer.fit_loop.batch_idx))
+        save(trainer, *arguments, **options)
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", watched)
+    # Of an epoch's three batches the first two make a step, and the third.
+    options = options_of(method, images, tmp_path, epochs=2, accumulate_grad_batches=2)
+    fit(options, tmp_path / "run")
+    assert [batch for _, batch in saved] == [1, 2, 1, 2]
+
+
 def test_a_run_that_is_killed_goes_on_to_the_same_weights_and_figures():
     # Of each method once; by hand twenty times each.
     command = ["tests.training.kill", "--kills", "1", "--method", "picnn", "csg", "icnn"]

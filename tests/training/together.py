@@ -114,8 +114,11 @@ def as_rank(rank: int, port: int, launcher: str = "torchrun") -> None:
 
 
 def fit(options: Options, folder: Path) -> None:
-    """Training without the evaluation after it; the last checkpoint stays in shards."""
-    made = assemble(options, folder, progress=False)
+    """Training without the evaluation after it; the last checkpoint stays in shards.
+
+    It tells its progress, for which the first process looks at figures that all make together.
+    """
+    made = assemble(options, folder, introduce=False)
     last = folder / "last.ckpt"
     made.trainer.fit(made.module, made.data, ckpt_path=last if last.exists() else None)
     if distributed.is_initialized():
