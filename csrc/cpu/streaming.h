@@ -68,6 +68,10 @@ PICNN_FAST_HD void stream_vector(const Vector<A>& vector, T* to) {
   store<A>(vector, to);
 }
 
+PICNN_FAST_HD void stream_both(const Vector<float>& a, const Vector<float>& b, BFloat16* to) {
+  stream_vector<float>(narrow_both(a, b), reinterpret_cast<float*>(to));
+}
+
 // Where a kernel writes a stretch of its output: in place, or into a buffer in the first-level
 // cache that is then streamed out.
 template <typename T>

@@ -142,13 +142,15 @@ void find_peaks(const T* maps, int64_t stride, int64_t positions, int64_t count,
   }
 }
 
-// Rows of filters side by side: where they are read, read next and written.
+// Rows of filters side by side: where they are read and written, and what is fetched meanwhile.
 template <typename T>
 struct Rows {
   const T* maps;
-  const T* ahead;  // fetched meanwhile
+  const T* ahead;
+  bool far_ahead;  // read only after many others
   int64_t stride;
   T* out;
+  T* out_ahead;  // none if null
   int64_t out_stride;
   bool stream;  // whole aligned vectors, past the caches
 };
@@ -158,6 +160,7 @@ struct Rows {
 template <typename T, typename A, int kVectors>
 PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Rows<T> rows,
                                 int64_t count, int64_t at) {
+  constexpr int kSecondLevel = 1;  // of cache, rather than all
   Vector<A> runs[kVectors][kRun<A>];
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
@@ -170,13 +173,27 @@ PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Row
 #pragma GCC unroll 4
   for (int k = 0; k < kRun<A>; ++k) {
     if (k < count) {
-      __builtin_prefetch(rows.ahead + k * rows.stride + at);
+      const T* ahead = rows.ahead + k * rows.stride + at;
+      if (rows.far_ahead) {
+        __builtin_prefetch(ahead, /*rw=*/0, kSecondLevel);
+      } else {
+        __builtin_prefetch(ahead);
+      }
+      if (rows.out_ahead != nullptr) {
+        __builtin_prefetch(rows.out_ahead + k * rows.out_stride + at, /*rw=*/1);
+      }
+      const T* from = rows.maps + k * rows.stride + at;
+      T* to = rows.out + k * rows.out_stride + at;
+      if constexpr (std::is_same_v<T, BFloat16> && kVectors == 2) {
+        const Vector<A> x = load<A>(from) * runs[0][k];
+        const Vector<A> y = load<A>(from + kLanes<A>) * runs[1][k];
+        rows.stream ? stream_both(x, y, to) : store_both(x, y, to);
+        continue;
+      }
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        const int64_t from = at + v * kLanes<A>;
-        const Vector<A> x = load<A>(rows.maps + k * rows.stride + from) * runs[v][k];
-        T* to = rows.out + k * rows.out_stride + from;
-        rows.stream ? stream_vector<A>(x, to) : store<A>(x, to);
+        const Vector<A> x = load<A>(from + v * kLanes<A>) * runs[v][k];
+        rows.stream ? stream_vector<A>(x, to + v * kLanes<A>) : store<A>(x, to + v * kLanes<A>);
       }
     }
   }
@@ -209,7 +226,9 @@ void mask_rows(const A* masks, const int64_t* begins, const Rows<T> rows, int64_
 }
 
 // `next`, if not null, are the maps that follow. They are fetched while these are written: finding
-// peaks would wait for memory otherwise. Where peaks are given, rows further on are.
+// peaks would wait for memory otherwise. Where peaks are given, rows further on are. Of numbers
+// narrower than masks so are rows that are written into the caches, and `next` no nearer than the
+// second level of cache: measured to pay for these alone.
 template <typename T>
 void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T* out,
                        int64_t* peak, int64_t filters, Sink<T>& sink) {
@@ -228,6 +247,7 @@ void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLine == 0;
   const bool lines = s.stream && aligned && filters % kLine == 0;
   const bool dense = !lines && out_stride == filters;
+  const bool narrow_rows = !s.stream && sizeof(T) < sizeof(A);
   const T* ahead = s.find_peak ? (next != nullptr ? next : maps) : maps + rows_ahead * stride;
   for (int64_t segment = 0; segment < layout.segments; ++segment) {
     const A* panel = s.masks + segment * layout.per_segment;
@@ -236,7 +256,15 @@ void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T
       const int64_t p = segment * layout.length + first;
       T* to = out + p * out_stride;
       T* stretch = dense ? sink.open(to, count * filters) : to;
-      const Rows<T> rows{maps + p * stride, ahead + p * stride, stride, stretch, out_stride, lines};
+      T* to_ahead = narrow_rows ? to + rows_ahead * out_stride : nullptr;
+      const Rows<T> rows{maps + p * stride,
+                         ahead + p * stride,
+                         s.find_peak && narrow_rows,
+                         stride,
+                         stretch,
+                         to_ahead,
+                         out_stride,
+                         lines};
       mask_rows<T, A>(panel + first, begins, rows, count, filters);
       if (dense) {
         sink.close();

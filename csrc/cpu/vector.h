@@ -84,15 +84,20 @@ PICNN_FAST_HD Vector<A> load(const T* from) {
   return vector;
 }
 
+// As narrow() has it, in the upper halves.
+PICNN_FAST_HD Wide round_to_bfloat16(const Vector<float>& vector) {
+  Wide bits;
+  std::memcpy(&bits, &vector, sizeof(bits));
+  const Wide rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  return vector != vector ? Wide{} + 0x7FC00000u : rounded;
+}
+
 template <typename A, typename T>
 PICNN_FAST_HD void store(const Vector<A>& vector, T* to) {
   if constexpr (std::is_same_v<T, A>) {
     std::memcpy(to, &vector, sizeof(vector));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    Wide bits;  // as narrow() has it
-    std::memcpy(&bits, &vector, sizeof(bits));
-    const Wide rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const Narrow half = narrow_bits(vector != vector ? Wide{} + 0x7FC0u : rounded);
+    const Narrow half = narrow_bits(round_to_bfloat16(vector) >> 16);
     std::memcpy(to, &half, sizeof(half));
   } else {
     A array[kLanes<A>];
@@ -101,6 +106,32 @@ PICNN_FAST_HD void store(const Vector<A>& vector, T* to) {
       to[l] = narrow<T>(array[l]);
     }
   }
+}
+
+// Two vectors as one of bfloat16, in fewer instructions than one at a time takes.
+PICNN_FAST_HD Vector<float> narrow_both(const Vector<float>& a, const Vector<float>& b) {
+  const Wide low = round_to_bfloat16(a), high = round_to_bfloat16(b);
+#if defined(__AVX512F__)
+  alignas(64) constexpr uint16_t kOdd[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                           23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                           45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return (Vector<float>)_mm512_permutex2var_epi16((__m512i)low, _mm512_load_si512(kOdd),
+                                                  (__m512i)high);
+#elif defined(__AVX2__)
+  constexpr int kQuartersInTurn = 0b11011000;
+  const __m256i packed = _mm256_packus_epi32((__m256i)(low >> 16), (__m256i)(high >> 16));
+  return (Vector<float>)_mm256_permute4x64_epi64(packed, kQuartersInTurn);
+#else
+  const Narrow halves[] = {narrow_bits(low >> 16), narrow_bits(high >> 16)};
+  Vector<float> both;
+  std::memcpy(&both, halves, sizeof(both));
+  return both;
+#endif
+}
+
+PICNN_FAST_HD void store_both(const Vector<float>& a, const Vector<float>& b, BFloat16* to) {
+  const Vector<float> both = narrow_both(a, b);
+  std::memcpy(to, &both, sizeof(both));
 }
 
 // Lanes of two vectors by their numbers, those of `b` after those of `a`.
