@@ -20,6 +20,7 @@ using picnn_fast::CorrelationForward;
 using picnn_fast::CorrelationKernelsOf;
 using picnn_fast::kGradientTile;
 using picnn_fast::kTile;
+using picnn_fast::kTileRows;
 using picnn_fast::padded_positions;
 using picnn_fast::Strides;
 using picnn_fast::table_width;
@@ -36,6 +37,9 @@ PICNN_FAST_HD void prefetch(const T* from, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes, /*rw=*/0, kSecondLevel);
 }
 constexpr int64_t kBytesAhead = 16384;
+
+// Vectors of filters that are worked on together where filters are neighbours in memory.
+constexpr int kVectors = 2;
 
 // The numbers of the lanes of a vector.
 template <typename A>
@@ -135,7 +139,8 @@ PICNN_FAST_HD A centre(const T* x, int64_t stride, const A* mean, const A* with,
 
 template <typename A>
 struct Scratch {
-  A* tile;    // [kTile, padded]
+  A* tile;    // [kTileRows, padded]
+  A* tables;  // [positions, table_width]
   A* groups;  // [num_groups, padded]
   A* total;   // [padded]
   A* weighted;
@@ -147,6 +152,7 @@ Scratch<A> carve(const Correlation<T, A>& c, A* memory) {
   std::memset(memory, 0, size * sizeof(A));
   Scratch<A> s{};
   s.tile = memory;
+  s.tables = memory + kTileRows * padded;
   s.weighted = memory + size - padded;
   s.total = s.weighted - padded;
   s.groups = s.total - c.num_groups * padded;
@@ -162,15 +168,13 @@ PICNN_FAST_HD void for_each_tile(int64_t filters, int64_t first, int64_t size, c
   }
 }
 
-// Vectors of filters that are worked on together where filters are neighbours in memory.
-constexpr int kVectors = 4;
-
 // Runs `use(v, first)` on vectors of filters, v of them from `first` on, as long as they are whole;
 // returns the filters that were worked on.
 template <typename A, typename Use>
 PICNN_FAST_HD int64_t for_each_vectors(int64_t filters, const Use& use) {
+  constexpr int64_t kBlock = kVectors * kLanes<A>;
   int64_t first = 0;
-  for (; first + kVectors * kLanes<A> <= filters; first += kVectors * kLanes<A>) {
+  for (; first + kBlock <= filters; first += kBlock) {
     use(std::integral_constant<int, kVectors>{}, first);
   }
   for (; first + kLanes<A> <= filters; first += kLanes<A>) {
@@ -179,59 +183,81 @@ PICNN_FAST_HD int64_t for_each_vectors(int64_t filters, const Use& use) {
   return first;
 }
 
+// What is read after `count` filters from `first` on of an image: the next ones at each position,
+// those of the next image after the last.
+template <typename T, typename A>
+const T* after(const Correlation<T, A>& c, int64_t image, int64_t first, int64_t count) {
+  const bool last = first + count >= c.shape.filters;
+  return c.maps + (image + last) * c.maps_strides.batch + (last ? 0 : first + count);
+}
+
+// Asks for `kCount` vectors.
+template <int kCount, typename A, typename T>
+PICNN_FAST_HD void prefetch_vectors(const T* from) {
+  constexpr int64_t kLine = 64;
+#pragma GCC unroll 4
+  for (int64_t byte = 0; byte < int64_t{kCount * kLanes<A> * sizeof(T)}; byte += kLine) {
+    prefetch(from, byte);
+  }
+}
+
+// Adds `kCount` vectors of filters from `first` on, over their norms, to the sums of their groups.
+// Squares of vectors are turned to rows of the tile on their way.
+template <int kCount, typename T, typename A>
+void sum_vectors(const CorrelationForward<T, A>& c, int64_t image, int64_t first,
+                 const Scratch<A>& s) {
+  constexpr int kFilters = kCount * kLanes<A>;
+  const int64_t filters = c.shape.filters, positions = c.shape.positions;
+  const int64_t padded = padded_positions(positions), stride = c.maps_strides.position;
+  const T* maps = c.maps + image * c.maps_strides.batch + first;
+  const T* next = after(c, image, first, kFilters);
+  const A* means = c.mean_by_position + first;
+  Vector<A> squares[kCount] = {};
+  const auto turn = [&](int64_t p, int count) {
+    for (int l = 0; l < count; ++l) {
+      prefetch_vectors<kCount, A>(next + (p + l) * stride);
+    }
+    for (int v = 0; v < kCount; ++v) {
+      Vector<A> square[kLanes<A>] = {};
+      for (int l = 0; l < count; ++l) {
+        square[l] = load<A>(maps + (p + l) * stride + v * kLanes<A>) -
+                    load<A>(means + (p + l) * filters + v * kLanes<A>);
+        squares[v] += square[l] * square[l];
+      }
+      transpose<A>(square);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes<A>; ++l) {
+        store<A>(square[l], s.tile + (v * kLanes<A> + l) * padded + p);
+      }
+    }
+  };
+  int64_t p = 0;
+  for (; p + kLanes<A> <= positions; p += kLanes<A>) {
+    turn(p, kLanes<A>);
+  }
+  if (p != positions) {
+    turn(p, static_cast<int>(positions - p));
+  }
+  A* norms = c.norms + image * filters + first;
+  std::memcpy(norms, squares, sizeof(squares));
+  for (int i = 0; i < kFilters; ++i) {
+    norms[i] = std::sqrt(norms[i]);
+  }
+  for (int i = 0; i < kFilters; ++i) {
+    add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(norms[i]), s.tile + i * padded,
+               in_vectors<A>(positions));
+  }
+}
+
 // The sums of û by group over maps whose filters are neighbours in memory, and the norms; returns
-// the filters that were added. They are read twice, the second time from the cache.
+// the filters that were added.
 template <typename T, typename A>
 int64_t sum_by_position(const CorrelationForward<T, A>& c, int64_t image, const Scratch<A>& s) {
-  const auto [batch, filters, positions] = c.shape;
-  const int64_t padded = padded_positions(positions), stride = c.maps_strides.position;
-  if (positions < kLanes<A>) {
+  if (c.shape.positions < kLanes<A>) {
     return 0;
   }
-  const T* maps = c.maps + image * c.maps_strides.batch;
-  const A* means = c.mean_by_position;
-  A* norms = c.norms + image * filters;
-  const auto centred = [&, filters = filters](int64_t p, int64_t filter) {
-    return load<A>(maps + p * stride + filter) - load<A>(means + p * filters + filter);
-  };
-  return for_each_vectors<A>(filters, [&, positions = positions](auto vectors, int64_t first) {
-    constexpr int kCount = vectors;
-    Vector<A> squares[kCount] = {};
-    for (int64_t p = 0; p < positions; ++p) {
-      prefetch(maps + p * stride + first, kCount * kLanes<A> * sizeof(T));  // the next ones
-#pragma GCC unroll 4
-      for (int v = 0; v < kCount; ++v) {
-        const Vector<A> u = centred(p, first + v * kLanes<A>);
-        squares[v] += u * u;
-      }
-    }
-    std::memcpy(norms + first, squares, sizeof(squares));
-    A inverse[kCount * kLanes<A>];
-    for (int i = 0; i < kCount * kLanes<A>; ++i) {
-      norms[first + i] = std::sqrt(norms[first + i]);
-      inverse[i] = inverse_norm(norms[first + i]);
-    }
-    const auto add = [&](int64_t from, int64_t p, int64_t count) {
-      for (int i = 0; i < kCount * kLanes<A>; i += kLanes<A>) {
-        Vector<A> square[kLanes<A>];
-        for (int l = 0; l < kLanes<A>; ++l) {
-          square[l] = centred(from + l, first + i);
-        }
-        transpose<A>(square);
-        for (int l = 0; l < kLanes<A>; ++l) {
-          A* sum = s.groups + c.groups[first + i + l] * padded + p;
-          const Vector<A> more = broadcast(inverse[i + l]) * square[l];
-          store<A>(load<A>(sum) + (count == kLanes<A> ? more : last_in_front<A>(more, count)), sum);
-        }
-      }
-    };
-    int64_t p = 0;
-    for (; p + kLanes<A> <= positions; p += kLanes<A>) {
-      add(p, p, kLanes<A>);
-    }
-    if (p != positions) {
-      add(positions - kLanes<A>, p, positions - p);
-    }
+  return for_each_vectors<A>(c.shape.filters, [&](auto vectors, int64_t first) {
+    sum_vectors<vectors>(c, image, first, s);
   });
 }
 
@@ -380,6 +406,15 @@ PICNN_FAST_HD void gradient_of_tile(const CorrelationBackward<T, A>& c, int64_t 
   }
 }
 
+// Whether all vectors of rows `stride` apart lie at addresses aligned to their size.
+template <typename A, typename T>
+bool in_whole_vectors(const T* rows, int64_t stride) {
+  constexpr uintptr_t kBytes = kLanes<A> * sizeof(T);
+  return (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride) * sizeof(T)) %
+             kBytes ==
+         0;
+}
+
 // The elements of a short table that a vector of filters is to have, by their groups.
 template <int kTables, typename A>
 PICNN_FAST_HD Vector<A> look_up(const A* table, const Vector<IndexOf<A>>& groups) {
@@ -394,51 +429,84 @@ PICNN_FAST_HD Vector<A> look_up(const A* table, const Vector<IndexOf<A>>& groups
   }
 }
 
-// The gradient of `kCount` vectors of filters from `first` on, every vector at one position; they
-// are read twice, the second time from the cache.
-template <int kTables, int kCount, typename T, typename A>
-void gradient_of_vectors(const CorrelationBackward<T, A>& c, int64_t image, int64_t first,
-                         const A* tables, Sink<T>& sink) {
+// Filters whose gradient is worked on together where they are neighbours in memory: long runs of
+// memory at each position. The second look finds them in the cache.
+constexpr int64_t kRunOfFilters = 512;
+constexpr int64_t kPositionsAhead = 8;  // that memory is asked for before their first look
+
+// The gradient of `count` filters from `first` on, whole vectors of them at each position.
+template <int kTables, typename T, typename A>
+void gradient_of_run(const CorrelationBackward<T, A>& c, int64_t image, int64_t first,
+                     int64_t count, const Scratch<A>& s, Sink<T>& sink) {
   const int64_t filters = c.shape.filters, positions = c.shape.positions;
   const int64_t width = table_width(c.num_groups);
   const T* maps = c.maps + image * c.maps_strides.batch + first;
   T* grad = c.grad + image * c.grad_strides.batch + first;
   const A* norms = c.norms + image * filters + first;
-  const A* means = c.mean_by_position + first;
-  Vector<IndexOf<A>> groups[kCount];
-  for (int i = 0; i < kCount * kLanes<A>; ++i) {
-    groups[i / kLanes<A>][i % kLanes<A>] = static_cast<IndexOf<A>>(c.groups[first + i]);
+  IndexOf<A> groups[kRunOfFilters];
+  for (int64_t i = 0; i < count; ++i) {
+    groups[i] = static_cast<IndexOf<A>>(c.groups[first + i]);
   }
-  const auto centred = [&](int64_t p, int v) {
-    return load<A>(maps + p * c.maps_strides.position + v * kLanes<A>) -
-           load<A>(means + p * filters + v * kLanes<A>);
-  };
-  Vector<A> sums[kCount] = {};
-  for (int64_t p = 0; p < positions; ++p) {
-    prefetch(maps + p * c.maps_strides.position, kCount * kVectorBytes);
-#pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) {
-      sums[v] += centred(p, v) * look_up<kTables>(tables + p * width, groups[v]);
+  // Runs `use(i, u, toward)` on the vectors of a position.
+  const auto at = [&](int64_t p, const auto& use) {
+    const T* x = maps + p * c.maps_strides.position;
+    const A* mean = c.mean_by_position + first + p * filters;
+    const A* table = s.tables + p * width;
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      Vector<IndexOf<A>> own;
+      std::memcpy(&own, groups + i, sizeof(own));
+      use(i, load<A>(x + i) - load<A>(mean + i), look_up<kTables>(table, own));
     }
+  };
+  A products[kRunOfFilters] = {}, unit[kRunOfFilters], along[kRunOfFilters];
+  const T* ahead = maps + kPositionsAhead * c.maps_strides.position;
+  for (int64_t p = 0; p < positions; ++p, ahead += c.maps_strides.position) {
+    at(p, [&](int64_t i, const Vector<A>& u, const Vector<A>& toward) {
+      prefetch(ahead + i, 0);
+      store<A>(load<A>(products + i) + u * toward, products + i);
+    });
   }
-  A products[kCount * kLanes<A>], unit[kCount * kLanes<A>], along[kCount * kLanes<A>];
-  std::memcpy(products, sums, sizeof(sums));
-  for (int i = 0; i < kCount * kLanes<A>; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const auto of = map_gradient(norms[i], products[i]);
     unit[i] = of.unit;
     along[i] = of.along;
   }
-  Vector<A> units[kCount], alongs[kCount];
-  std::memcpy(units, unit, sizeof(units));
-  std::memcpy(alongs, along, sizeof(alongs));
-  for (int64_t p = 0; p < positions; ++p) {
-    T* out = sink.open(grad + p * c.grad_strides.position, kCount * kLanes<A>);
-#pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) {
-      const Vector<A> toward = look_up<kTables>(tables + p * width, groups[v]);
-      store<A>(units[v] * toward - alongs[v] * centred(p, v), out + v * kLanes<A>);
+  const auto write = [&](int64_t p, T* out, const auto& put) {
+    at(p, [&](int64_t i, const Vector<A>& u, const Vector<A>& toward) {
+      put(load<A>(unit + i) * toward - load<A>(along + i) * u, out + i);
+    });
+  };
+  const int64_t to_next = c.grad_strides.position;
+  if (c.stream && in_whole_vectors<A>(grad, to_next)) {
+    for (int64_t p = 0; p < positions; ++p) {
+      write(p, grad + p * to_next,
+            [](const Vector<A>& value, T* out) { stream_vector<A>(value, out); });
     }
+    return;
+  }
+  for (int64_t p = 0; p < positions; ++p) {
+    write(p, sink.open(grad + p * to_next, count),
+          [](const Vector<A>& value, T* out) { store<A>(value, out); });
     sink.close();
+  }
+}
+
+// The gradients of û, by position and there by group.
+template <typename T, typename A>
+void turn_to_tables(const CorrelationBackward<T, A>& c, const Scratch<A>& s) {
+  const int64_t positions = c.shape.positions, padded = padded_positions(positions);
+  const int64_t width = table_width(c.num_groups);
+  for (int64_t group = 0; group < c.num_groups; group += kLanes<A>) {
+    for (int64_t p = 0; p < positions; p += kLanes<A>) {
+      Vector<A> square[kLanes<A>] = {};
+      for (int64_t l = 0; l < kLanes<A> && group + l < c.num_groups; ++l) {
+        square[l] = load<A>(s.groups + (group + l) * padded + p);
+      }
+      transpose<A>(square);
+      for (int64_t l = 0; l < kLanes<A> && p + l < positions; ++l) {
+        store<A>(square[l], s.tables + (p + l) * width + group);
+      }
+    }
   }
 }
 
@@ -446,16 +514,12 @@ void gradient_of_vectors(const CorrelationBackward<T, A>& c, int64_t image, int6
 template <int kTables, typename T, typename A>
 int64_t gradient_by_position(const CorrelationBackward<T, A>& c, int64_t image, const Scratch<A>& s,
                              Sink<T>& sink) {
-  const int64_t padded = padded_positions(c.shape.positions), width = table_width(c.num_groups);
-  A* tables = s.tile;  // [positions, width]
-  for (int64_t p = 0; p < c.shape.positions; ++p) {
-    for (int64_t group = 0; group < c.num_groups; ++group) {
-      tables[p * width + group] = s.groups[group * padded + p];
-    }
-  }
-  return for_each_vectors<A>(c.shape.filters, [&](auto vectors, int64_t first) {
-    gradient_of_vectors<kTables, vectors>(c, image, first, tables, sink);
+  turn_to_tables(c, s);
+  const int64_t whole = c.shape.filters / kLanes<A> * kLanes<A>;
+  for_each_tile(whole, 0, kRunOfFilters, [&](int64_t first, int64_t count) {
+    gradient_of_run<kTables>(c, image, first, count, s, sink);
   });
+  return whole;
 }
 
 template <typename T, typename A>

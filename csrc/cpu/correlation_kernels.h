@@ -48,6 +48,8 @@ struct CorrelationBackward : Correlation<T, A> {
 // Maps worked on together: as many as the first-level cache takes beside the sums of the groups,
 // and beside the gradient that is written.
 constexpr int64_t kTile = 8, kGradientTile = 4;
+// Rows there is room for: two vectors of filters where filters are neighbours in memory.
+constexpr int64_t kTileRows = 32;
 
 // A row of numbers of a map, with zeros up to whole vectors.
 PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 15) / 16 * 16; }
@@ -55,13 +57,11 @@ PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 
 // Numbers at a position, one a group, with zeros up to two whole vectors.
 inline int64_t table_width(int64_t num_groups) { return round_up(num_groups, 32); }
 
-// Numbers that a thread needs to work in: a tile of maps or a table for each position, a row for
-// each group, two more.
+// Numbers that a thread needs to work in: a tile of maps, a table for each position, a row for each
+// group, two more.
 inline int64_t correlation_scratch(const MapsShape& shape, int64_t num_groups) {
   const int64_t padded = padded_positions(shape.positions);
-  const int64_t tables = shape.positions * table_width(num_groups);
-  const int64_t tile = kTile * padded;
-  return (tile < tables ? tables : tile) + (num_groups + 2) * padded;
+  return kTileRows * padded + shape.positions * table_width(num_groups) + (num_groups + 2) * padded;
 }
 
 template <typename T, typename A>
