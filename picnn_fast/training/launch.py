@@ -161,11 +161,12 @@ def telling_of_lost(started: Launch, folder: RunFolder) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ConnectionError) as error:
-        if started.processes == 1 or not _is_of_lost(error):
+    except Exception as error:
+        lost = next(filter(_is_of_lost, _chain(error)), None)
+        if started.processes == 1 or lost is None:
             raise
         # Without where in gloo's sources, and its advice.
-        first = (str(error) or type(error).__name__).splitlines()[0]
+        first = (str(lost) or type(lost).__name__).splitlines()[0]
         said = re.sub(r"\[[^\[\]]*\.cc:\d+\] ", "", first).split(". ")[0]
         kept = any(folder.work.glob("*.ckpt"))
         how = "goes on from the last checkpoint, on any machines" if kept else "starts anew"
@@ -176,7 +177,15 @@ def telling_of_lost(started: Launch, folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _is_of_lost(error: Exception) -> bool:
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it was raised in the handling of, as where a trainer tidies up."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _is_of_lost(error: BaseException) -> bool:
     # Gloo's are of no class of their own.
     return isinstance(error, distributed.DistError | ConnectionError) or bool(
         re.search(r"gloo/transport|[Cc]onnection (closed|reset)|[Tt]imed out", str(error))

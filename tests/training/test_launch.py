@@ -183,6 +183,23 @@ def test_a_lost_process_is_told_without_where_in_gloo_it_was_seen(
         raise error
 
 
+def test_a_lost_process_is_told_where_tidying_up_after_it_fails(monkeypatch, tmp_path):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    folder = RunFolder(tmp_path / "run", "train", {})
+
+    def tidied_up():
+        try:
+            raise RuntimeError("Connection reset by peer")
+        finally:
+            raise AttributeError("nothing to tear down")
+
+    with pytest.raises(LostProcessError, match="reset"), telling_of_lost(launch(None), folder):
+        tidied_up()
+    with pytest.raises(AttributeError), telling_of_lost(launch(None), folder):
+        raise AttributeError("of nothing lost")
+
+
 def test_machines_without_a_launcher_are_told_apart_by_hand(monkeypatch):
     with pytest.raises(ConfigError, match=r"^NODE_RANK: is not set with num_nodes 2, want it on"):
         launch(2, 2)
