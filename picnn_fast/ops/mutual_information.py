@@ -236,9 +236,7 @@ def histogram_mutual_information(
     bins = _checked_bins(bins, bias_correction)
     labels, num_classes = _checked(activations, labels, num_classes, target)
     activations = activations.detach()
-    by_entropies = (
-        activations.device.type != "cpu" and target == "class" and bias_correction is None
-    )
+    by_entropies = _wants_few_launches(activations, target, bias_correction)
     # The counts of a block, and some ten times as much to make information of them.
     scratch = max(_scratch_bytes(activations.device), 4 * activations.numel())
     size = max(1, scratch // (12 * 8 * bins * num_classes))
@@ -320,7 +318,7 @@ def soft_histogram_mutual_information(
     counts = torch.ops.picnn_fast.soft_histogram.default(
         activations, labels, least, _centre_distance(least, most, bins), bins, num_classes
     )
-    if activations.device.type != "cpu" and target == "class" and bias_correction is None:
+    if _wants_few_launches(activations, target, bias_correction):
         return _by_shares(counts / len(activations))
     return plug_in(counts, target, bias_correction)
 
@@ -455,6 +453,13 @@ def _information(joint: Tensor, first: Tensor, second: Tensor, total: Tensor) ->
     none = joint <= 0
     ratio = (joint * total).masked_fill(none, 1) / (first * second).masked_fill(none, 1)
     return joint / total * ratio.log()
+
+
+def _wants_few_launches(
+    activations: Tensor, target: Target, bias_correction: BiasCorrection
+) -> bool:
+    """Whether ``plug_in`` is by ``_by_shares`` or ``_by_entropies``, which serve its usual form."""
+    return activations.device.type != "cpu" and target == "class" and bias_correction is None
 
 
 def _by_shares(joint: Tensor) -> Tensor:

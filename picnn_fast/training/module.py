@@ -140,8 +140,8 @@ class InterpretableModule(L.LightningModule):
         warmup_epochs: over the first of them all rates rise linearly, epoch by epoch.
         accumulate_grad_batches: batches whose gradients a step takes the mean of, where optimisers
             take turns; where there is one it is the trainer's matter.
-        compile: the forward pass of training and validation is by ``torch.compile``, once the
-            strategy has made of the network what it wants.
+        compile: the forward pass of training is by ``torch.compile``, once the strategy has made
+            of the network what it wants.
         mutual_information_weight: of ``MutualInformationLoss`` on the pooled filter maps of each
             batch (of each rank), logged as the term ``train/mutual_information``; 0 leaves it out.
         seed: of the masks drawn in training and in validation.
@@ -213,7 +213,7 @@ class InterpretableModule(L.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Where the strategy is that of ``--strategy fsdp``, the network is dealt out."""
+        """Deals the network out with ``--strategy fsdp``, and compiles it where that is asked."""
         if self._trainer is None:  # loaded from a checkpoint it has none yet
             return
         sharded = isinstance(self.trainer.strategy, ShardedStrategy)
