@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from picnn_fast.reference.masking import (
     masking_backward,
     sums_by_label,
 )
-from tests.conftest import Unavailable, fibre_kernels
 from tests.cuda_on_cpu import build
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ ORDERS = ("forward", "reversed", "shuffled:0", "shuffled:1")
 
 
 @pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL:
+def executor() -> ctypes.CDLL:
     if build.compiler() is None:
         pytest.skip("no C++ compiler to build the kernels")
     return ctypes.CDLL(str(build.build(HERE / "executor_kernels.cu")))
@@ -44,17 +44,17 @@ def run(library: ctypes.CDLL, name: str, *arguments: object) -> str:
     return message.decode()
 
 
-def test_block_reduction_is_exact_in_every_order(kernels: ctypes.CDLL, order: str) -> None:
+def test_block_reduction_is_exact_in_every_order(executor: ctypes.CDLL, order: str) -> None:
     x = np.arange(10_000, dtype=np.float32) % 97
     sums = np.zeros(3, np.float32)
-    assert run(kernels, "block_sum", x, len(x), sums, 3) == ""
+    assert run(executor, "block_sum", x, len(x), sums, 3) == ""
     threads = np.arange(len(x)) // 256 % 3
     assert sums.tolist() == [x[threads == block].sum() for block in range(3)]
 
 
-def test_warp_operations_give_what_cuda_defines(kernels: ctypes.CDLL, order: str) -> None:
+def test_warp_operations_give_what_cuda_defines(executor: ctypes.CDLL, order: str) -> None:
     out = np.full((13, 64), -1, np.int32)
-    assert run(kernels, "warp_operations", out) == ""
+    assert run(executor, "warp_operations", out) == ""
     t = np.arange(64)
     warp, lane = t // 32, t % 32
     value = 100 * warp + lane
@@ -78,28 +78,28 @@ def test_warp_operations_give_what_cuda_defines(kernels: ctypes.CDLL, order: str
         assert row.tolist() == np.asarray(wanted).astype(np.int32).tolist()
 
 
-def test_atomics_lose_no_update(kernels: ctypes.CDLL, order: str) -> None:
+def test_atomics_lose_no_update(executor: ctypes.CDLL, order: str) -> None:
     counters = np.zeros(5, np.int32)
-    assert run(kernels, "atomics", counters) == ""
+    assert run(executor, "atomics", counters) == ""
     assert counters.tolist() == [120, 39, -39, 1, 255]
 
 
-def test_a_barrier_orders_shared_memory(kernels: ctypes.CDLL, order: str) -> None:
+def test_a_barrier_orders_shared_memory(executor: ctypes.CDLL, order: str) -> None:
     out = np.zeros(64, np.int32)
-    assert run(kernels, "neighbour", out, 64, True) == ""
+    assert run(executor, "neighbour", out, 64, True) == ""
     assert out.tolist() == [*range(1, 64), 0]
 
 
-def test_a_missing_barrier_shows(kernels: ctypes.CDLL, order: str) -> None:
+def test_a_missing_barrier_shows(executor: ctypes.CDLL, order: str) -> None:
     out = np.zeros(64, np.int32)
-    assert run(kernels, "neighbour", out, 64, False) == ""
+    assert run(executor, "neighbour", out, 64, False) == ""
     assert out.tolist() != [*range(1, 64), 0]
     assert -1 in out.tolist()  # what no thread had written yet
 
 
 @pytest.mark.parametrize("order", ["forward", "reversed"])
 def test_a_warp_may_run_far_ahead_of_the_others(
-    kernels: ctypes.CDLL, order: str, monkeypatch: pytest.MonkeyPatch
+    executor: ctypes.CDLL, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then a missing barrier shows, where warps that take turns at every operation hide it."""
     monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", order)
@@ -108,7 +108,7 @@ def test_a_warp_may_run_far_ahead_of_the_others(
         monkeypatch.setenv("PICNN_FAST_FIBRE_WARPS", warps)
         for with_barrier in (True, False):
             out = np.zeros(64, np.int32)
-            assert run(kernels, "other_warp", out, with_barrier) == ""
+            assert run(executor, "other_warp", out, with_barrier) == ""
             hidden[warps, with_barrier] = out.tolist() == [496] * 64
     assert hidden["in_turn", True]
     assert hidden["one_by_one", True]
@@ -117,17 +117,17 @@ def test_a_warp_may_run_far_ahead_of_the_others(
 
 
 def test_a_block_may_find_what_the_one_before_left(
-    kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+    executor: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PICNN_FAST_FIBRE_MEMORY", "kept")
     out = np.zeros(2, np.float32)
-    assert run(kernels, "unwritten_shared", out) == ""
+    assert run(executor, "unwritten_shared", out) == ""
     assert out.tolist() == [1, 1]
 
 
-def test_every_block_finds_its_shared_memory_poisoned(kernels: ctypes.CDLL) -> None:
+def test_every_block_finds_its_shared_memory_poisoned(executor: ctypes.CDLL) -> None:
     out = np.zeros(2, np.float32)
-    assert run(kernels, "unwritten_shared", out) == ""
+    assert run(executor, "unwritten_shared", out) == ""
     assert np.isnan(out).all()
 
 
@@ -143,45 +143,45 @@ def test_every_block_finds_its_shared_memory_poisoned(kernels: ctypes.CDLL) -> N
     ],
 )
 def test_mistakes_are_reported(
-    kernels: ctypes.CDLL, kernel: str, tensor: bool, message: str
+    executor: ctypes.CDLL, kernel: str, tensor: bool, message: str
 ) -> None:
     arguments = [np.zeros(64, np.int32)] if tensor else []
-    assert message in run(kernels, kernel, *arguments)
+    assert message in run(executor, kernel, *arguments)
     # The next launch is not the worse for it.
-    assert run(kernels, "block_of", 64, 0) == ""
+    assert run(executor, "block_of", 64, 0) == ""
 
 
-def test_device_assertion_names_thread_and_condition(kernels: ctypes.CDLL) -> None:
-    assert run(kernels, "asserts", 4) == ""
-    message = run(kernels, "asserts", 2)
+def test_device_assertion_names_thread_and_condition(executor: ctypes.CDLL) -> None:
+    assert run(executor, "asserts", 4) == ""
+    message = run(executor, "asserts", 2)
     assert "assertion failed in thread 2 of block (0, 0, 0)" in message
     assert "< limit" in message
 
 
 @pytest.mark.parametrize(("threads", "shared"), [(0, 0), (1025, 0), (32, 49153)])
 def test_launches_a_gpu_would_refuse_are_refused(
-    kernels: ctypes.CDLL, threads: int, shared: int
+    executor: ctypes.CDLL, threads: int, shared: int
 ) -> None:
-    assert run(kernels, "block_of", threads, shared).startswith("cuda_on_cpu: ")
+    assert run(executor, "block_of", threads, shared).startswith("cuda_on_cpu: ")
 
 
-def test_shared_memory_is_granted_as_far_as_asked_for(kernels: ctypes.CDLL) -> None:
+def test_shared_memory_is_granted_as_far_as_asked_for(executor: ctypes.CDLL) -> None:
     out = np.zeros(2, np.float32)
-    assert run(kernels, "unwritten_shared_of", out, 227 << 10, 227 << 10) == ""
+    assert run(executor, "unwritten_shared_of", out, 227 << 10, 227 << 10) == ""
     assert np.isnan(out).all()
-    assert "232449 bytes" in run(kernels, "unwritten_shared_of", out, 232449, 232448)
+    assert "232449 bytes" in run(executor, "unwritten_shared_of", out, 232449, 232448)
 
 
 def cut(x: np.ndarray) -> np.ndarray:
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def test_matrix_units_multiply_what_ten_bits_hold(kernels: ctypes.CDLL, order: str) -> None:
+def test_matrix_units_multiply_what_ten_bits_hold(executor: ctypes.CDLL, order: str) -> None:
     generator = np.random.default_rng(0)
     a = generator.standard_normal((16, 8), np.float32)
     b = generator.standard_normal((8, 8), np.float32)
     c = np.full((16, 8), np.nan, np.float32)
-    assert run(kernels, "matrix_units", a, b, c) == ""
+    assert run(executor, "matrix_units", a, b, c) == ""
     expected = cut(a).astype(np.float64) @ cut(b).astype(np.float64)
     np.testing.assert_array_equal(c, toward_zero(expected))
     assert np.abs(c - a @ b).max() > 1e-5  # the rest of the mantissas is lost
@@ -193,7 +193,7 @@ def toward_zero(exact: np.ndarray) -> np.ndarray:
 
 
 def test_matrix_units_may_truncate_after_each_product(
-    kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+    executor: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(0)
     a = generator.standard_normal((16, 8), np.float32)
@@ -201,7 +201,7 @@ def test_matrix_units_may_truncate_after_each_product(
     c = np.full((2, 16, 8), np.nan, np.float32)
     for out, sums in zip(c, ("once", "each"), strict=True):
         monkeypatch.setenv("PICNN_FAST_FIBRE_SUMS", sums)
-        assert run(kernels, "matrix_units", a, b, out) == ""
+        assert run(executor, "matrix_units", a, b, out) == ""
     products = cut(a)[:, :, None].astype(np.float64) * cut(b)[None]
     expected = np.zeros((16, 8), np.float32)
     for k in range(8):
@@ -210,14 +210,14 @@ def test_matrix_units_may_truncate_after_each_product(
     assert (c[0] != c[1]).any()
 
 
-def test_numbers_split_into_two_of_ten_bits(kernels: ctypes.CDLL) -> None:
+def test_numbers_split_into_two_of_ten_bits(executor: ctypes.CDLL) -> None:
     generator = np.random.default_rng(0)
     x = (generator.standard_normal(1024) * 10.0 ** generator.uniform(-25, 37, 1024)).astype(
         np.float32
     )
     x[:8] = 0, -0.0, 1, -1, 1e38, np.inf, -np.inf, np.nan
     out = np.full((3, len(x)), np.nan, np.float32)
-    assert run(kernels, "split_numbers", x, len(x), out) == ""
+    assert run(executor, "split_numbers", x, len(x), out) == ""
     high, low, splits = out
     assert splits.tolist() == [float(abs(value) <= 1e38) for value in x.tolist()]
     high, low, x = (part[splits == 1] for part in (high, low, x))
@@ -227,27 +227,25 @@ def test_numbers_split_into_two_of_ten_bits(kernels: ctypes.CDLL) -> None:
     assert (rest <= 2.0**-22 * np.abs(x)).all()
 
 
-def test_an_unknown_order_is_refused(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_order_is_refused(
+    executor: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PICNN_FAST_FIBRE_ORDER", "sideways")
-    assert "want forward, reversed or shuffled:SEED" in run(kernels, "block_of", 1, 0)
+    assert "want forward, reversed or shuffled:SEED" in run(executor, "block_of", 1, 0)
 
 
 @pytest.mark.parametrize("mode", ["WARPS", "MEMORY", "SUMS"])
 def test_an_unknown_mode_is_refused(
-    kernels: ctypes.CDLL, mode: str, monkeypatch: pytest.MonkeyPatch
+    executor: ctypes.CDLL, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"PICNN_FAST_FIBRE_{mode}", "any")
-    assert f"PICNN_FAST_FIBRE_{mode}: got any, want " in run(kernels, "block_of", 1, 0)
+    assert f"PICNN_FAST_FIBRE_{mode}: got any, want " in run(executor, "block_of", 1, 0)
 
 
 def test_masking_kernels_do_not_depend_on_the_order(
-    schedule: Callable[[], None],
+    kernels: dict[str, Callable[..., Any]], schedule: Callable[[], None]
 ) -> None:
     """Warps and blocks may run in any order: a missing barrier would give other bits in some."""
-    try:
-        kernels = fibre_kernels()
-    except Unavailable as error:
-        pytest.skip(str(error))
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 300, generator=generator)
     p = torch.rand(300, 70, generator=generator)
@@ -272,12 +270,8 @@ def test_masking_kernels_do_not_depend_on_the_order(
 
 
 def test_gradients_of_masking_parameters_do_not_depend_on_the_order(
-    schedule: Callable[[], None],
+    kernels: dict[str, Callable[..., Any]], schedule: Callable[[], None]
 ) -> None:
-    try:
-        kernels = fibre_kernels()
-    except Unavailable as error:
-        pytest.skip(str(error))
     generator = torch.Generator().manual_seed(0)
     # Labels in two portions, and filters and classes for more than a warp.
     labels = torch.randint(0, 2, (260,), generator=generator)

@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from picnn_fast.reference import mutual_information as reference
-from tests.conftest import Unavailable, fibre_kernels
 
 
 @pytest.fixture
-def estimate() -> Callable[..., Any]:
-    try:
-        return fibre_kernels()["knn_mutual_information"]
-    except Unavailable as error:
-        pytest.skip(str(error))
+def estimate(kernels: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    return kernels["knn_mutual_information"]
 
 
 def filters(samples: int) -> tuple[Tensor, Tensor]:

@@ -25,12 +25,7 @@ from picnn_fast.functional import (
 )
 from picnn_fast.reference import masking as reference
 from tests.cases import case_id, every_instruction_set, in_turn, kernel_cases, noted, pairwise
-from tests.conftest import (
-    BACKENDS,
-    IN_CI,
-    Backend,
-    other_instruction_sets,
-)
+from tests.conftest import IN_CI, Backend
 from tests.ops.cases import DTYPES, assert_within, epsilon, on_device, ulp
 
 
@@ -266,9 +261,6 @@ def test_backward_reads_gradients_of_any_layout(
 
 # Gradients of logits and correspondence -----------------------------------------------------------
 
-parameters_backends = pytest.mark.parametrize(
-    "backend", [*BACKENDS, *other_instruction_sets()], indirect=True
-)
 # The compiled kernel leaves the product to the library where the table has more elements.
 LARGEST_TABLE = 1 << 16
 PARAMETERS = {  # batch, classes, filters
@@ -327,7 +319,7 @@ NOT_FINITE = ["odd", "less_than_a_vector", "above_the_switch"]
 NOT_FINITE_VALUES = (math.nan, math.inf, -math.inf)
 
 
-@parameters_backends
+@every_instruction_set
 @pytest.mark.parametrize("name", NOT_FINITE)
 def test_logits_without_a_distribution_spoil_their_own_row_alone(backend: Backend, name):
     inf, nan = math.inf, math.nan
@@ -346,7 +338,7 @@ def test_logits_without_a_distribution_spoil_their_own_row_alone(backend: Backen
     assert_unchanged(backend, grads[1], clean[1])
 
 
-@parameters_backends
+@every_instruction_set
 @pytest.mark.parametrize("name", [*NOT_FINITE, "one_class", "a_vector_and_one"])
 def test_a_gradient_that_is_not_finite_stays_in_its_row_and_column(backend: Backend, name):
     grad_mask, logits, table, label = parameters_case(*PARAMETERS[name])

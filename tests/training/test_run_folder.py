@@ -201,6 +201,14 @@ def test_killed_process_lets_go_of_the_folder(tmp_path):
     assert folder.complete()
 
 
+def test_a_lock_that_a_process_of_another_machine_left_holds_nobody_up(tmp_path):
+    folder = _folder(tmp_path)
+    folder.work.mkdir()
+    (folder.work / ".lock").write_text("1\nanother-machine\n")
+    _write(folder)
+    assert folder.complete()
+
+
 def test_file_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
     write_atomically(path, "old")

@@ -1,9 +1,11 @@
 """Runs that are interrupted within an epoch go on as if nothing had happened."""
 
 import dataclasses
+import random
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -45,9 +47,34 @@ def with_a_power_cut(options, folder, monkeypatch, after):
             fit(options, folder)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """What each step that is made finds in the generators that a network may draw from."""
+    original, numbers = InterpretableModule.training_step, []
+
+    def step(self, batch, number):
+        on_device = (torch.rand((), device=device).item() for device in ("cpu", self.device))
+        numbers.append([*on_device, np.random.random(), random.random()])  # noqa: NPY002
+        return original(self, batch, number)
+
+    monkeypatch.setattr(InterpretableModule, "training_step", step)
+    return numbers
+
+
+def assert_goes_on(options, folder, monkeypatch, drawn):
+    drawn.clear()
+    fit(options, folder / "whole")
+    for after in (1, 4, 10):
+        with_a_power_cut(options, folder / "cut", monkeypatch, after)
+    fit(options, folder / "cut")
+    assert drawn[12:] == drawn[:12]
+    assert differences(folder / "whole", folder / "cut") == []
+    assert read_history(folder / "cut") == read_history(folder / "whole")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_goes_on_within_an_epoch_ends_like_one_left_alone(
-    images, tmp_path, monkeypatch, method
+    images, tmp_path, monkeypatch, drawn, method
 ):
     options = options_of("std" if method == "explainer" else method, images, tmp_path / "run")
     if method == "explainer":
@@ -57,12 +84,16 @@ def test_a_run_that_goes_on_within_an_epoch_ends_like_one_left_alone(
         fit(plain, tmp_path / "performer")
         explained = {"name": method, "performer": str(tmp_path / "performer")}
         options = options_of(explained, images, tmp_path / "run", **told)
-    fit(options, tmp_path / "whole")
-    for after in (1, 4, 10):
-        with_a_power_cut(options, tmp_path / "cut", monkeypatch, after)
-    fit(options, tmp_path / "cut")
-    assert differences(tmp_path / "whole", tmp_path / "cut") == []
-    assert read_history(tmp_path / "cut") == read_history(tmp_path / "whole")
+    assert_goes_on(options, tmp_path, monkeypatch, drawn)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_that_goes_on_within_an_epoch_ends_like_one_left_alone(
+    images, tmp_path, monkeypatch, drawn
+):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    options = options_of("picnn", images, tmp_path / "run", accelerator="gpu")
+    assert_goes_on(options, tmp_path, monkeypatch, drawn)
 
 
 @pytest.mark.parametrize("method", ["picnn", "csg"])
@@ -124,6 +155,7 @@ def test_a_run_goes_on_within_an_epoch_with_another_number_of_processes(
 ):
     options = options_of("picnn", images, tmp_path / "run", epochs=1, batch_size=4)
     with_a_power_cut(options, tmp_path, monkeypatch, 1)
+    seeds = [options.seed, torch.initial_seed()]  # of the run, of the epoch
     path = tmp_path / "last.ckpt"
     content = torch.load(path, weights_only=True)
     # As three processes write it after a step each.
@@ -132,6 +164,7 @@ def test_a_run_goes_on_within_an_epoch_with_another_number_of_processes(
     torch.save(content, path)
     run = fit(options, tmp_path, progress=True)
     assert run.trainer.global_step == 3  # of five batches two were left
+    assert torch.initial_seed() not in seeds
     assert (
         "training    goes on with epoch 1 of 1, after 3 of its 5 steps" in capsys.readouterr().out
     )
