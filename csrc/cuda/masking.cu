@@ -193,9 +193,11 @@ Tensor draw_filters(const Tensor& probabilities, const Tensor& seed, int64_t ran
     check_type(*labels, "labels", ScalarType::Long, "int64");
   }
   Tensor mask = torch::stable::new_empty(probabilities, {B, N});
+  const bool checks = validate && probabilities.numel() > 0;
+  const int64_t blocks = std::max<int64_t>(ceil_div(B * N, kThreads), checks ? 1 : 0);
   const auto draw = [&](auto value) {
     using P = decltype(value);
-    launch(probabilities, filter_elements<P>, ceil_div(B * N, kThreads), kThreads, 0,
+    launch(probabilities, filter_elements<P>, blocks, kThreads, 0,
            mask_rows<P>(probabilities, labels.has_value() ? &*labels : nullptr), N, B * N,
            validate ? probabilities.size(0) : 0, static_cast<const int64_t*>(seed.data_ptr()),
            static_cast<uint32_t>(rank), static_cast<P*>(mask.data_ptr()));
@@ -238,6 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> bernoulli_mask(const Tensor& features, const 
               [&](auto value) { scale<Keep<Bits<sizeof(value)>>>(features, masked, factors); });
   };
   validate ? launch_with(BernoulliFactors<true>{}) : launch_with(BernoulliFactors<false>{});
+  // No block of an empty batch looks at the table.
+  if (validate && B == 0) draw_filters(correspondence, seed, rank, pseudo_label, true);
   return {masked, mask, pseudo_label};
 }
 

@@ -95,17 +95,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // mask [B, N] contiguous, of count = B * N elements. The threads share the first `checked` rows of
-// the table out, and refuse what is no probability there.
+// the table out, and refuse what is no probability there, be it that no element is drawn.
 template <typename P>
 __global__ void __launch_bounds__(kThreads)
     filter_elements(MaskRows<P> probabilities, int64_t N, int64_t count, int64_t checked,
                     const int64_t* seed, uint32_t rank, P* mask) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (at >= count) return;
-  for (int64_t i = at; i < checked * N; i += count) {
+  const int64_t threads = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = at; i < checked * N; i += threads) {
     const P p = probabilities.mask[i / N * probabilities.row + i % N * probabilities.column];
     PICNN_FAST_DEVICE_ASSERT(p >= 0 && p <= 1);
   }
+  if (at >= count) return;
   const uint32_t bits = random_24_bits(at, static_cast<uint64_t>(*seed), Stream::kFilter, rank);
   mask[at] = keeps_filter(bits, probabilities(at / N)[at % N * probabilities.column]);
 }

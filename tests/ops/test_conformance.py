@@ -7,8 +7,10 @@ reference's. What is particular to a family is in the family's own files.
 import contextlib
 import itertools
 import math
+import mmap
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -304,6 +306,30 @@ def test_kernels_read_their_arguments_where_they_lie(backend: Backend, case):
         with Copies(size) as copies:
             case.operator(*arguments)
         assert copies.names == [], layout
+
+
+def far_apart(t: Tensor, axes: Sequence[int]) -> Tensor:
+    """``t`` where the last along each of ``axes`` lies 2**31 elements behind the first, in a file
+    of holes: what lies between is never touched, and costs nothing."""
+    strides = list(t.narrow(0, 0, 1).contiguous().stride())
+    for i, axis in enumerate(axes, start=1):
+        strides[axis] = (2**31 // (t.shape[axis] - 1) // 64 + i) * 64
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
+    with tempfile.TemporaryFile() as file:
+        file.truncate((last + 1) * t.itemsize)
+        memory = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=t.dtype)
+    far = memory.as_strided(t.shape, strides).copy_(t)
+    assert torch.equal(far, t)  # no two elements in one place
+    return far
+
+
+@over(CASES, backends=lambda backend: backend in ("cpp", "cuda-fibres", "triton"))
+def test_maps_may_lie_further_apart_than_32_bits_count(backend: Backend, case):
+    batch, *rest = case.shapes["small"]
+    arguments = case.arguments((max(batch, 3), *rest), dtype=case.dtypes[-1])
+    axes = (0,) if "rows_apart" in case.layouts else (0, 1)
+    far = [far_apart(a, axes) if i in case.maps else a for i, a in enumerate(arguments)]
+    assert_conforms(backend, case, tuple(far))
 
 
 # Sizes of what is expanded to maps [2, 3, 5, 7].

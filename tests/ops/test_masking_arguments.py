@@ -222,11 +222,15 @@ def test_kernels_refuse_what_is_no_probability_where_the_host_does_not_look(
     operator(features, logits, table(0.5), seed, 0, True)
     with pytest.raises(RuntimeError):
         operator(features, logits, table(value), seed, 0, True)
+    with pytest.raises(RuntimeError):
+        operator(features[:0], logits[:0], table(value), seed, 0, True)
     operator(features, logits, table(value), seed, 0)
     draw = torch.ops.picnn_fast.draw_filters
     draw(table(0.5), seed, 0, None, True)
     with pytest.raises(RuntimeError):
         draw(table(value), seed, 0, None, True)
+    with pytest.raises(RuntimeError):
+        draw(table(value), seed, 0, seed[:0], True)
     draw(table(value), seed, 0)
 
 

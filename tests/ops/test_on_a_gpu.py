@@ -19,7 +19,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from picnn_fast import PartTemplate
-from picnn_fast.functional import filter_loss, mask_channels, template_mask
+from picnn_fast.functional import (
+    filter_loss,
+    group_correlation_loss,
+    mask_channels,
+    template_mask,
+)
 from picnn_fast.ops.histogram import update
 from tests.conftest import HAS_GPU, Backend
 from tests.ops.cases import CASES, Arguments, OperatorCase, as_tuple, on_device
@@ -178,6 +183,48 @@ def test_filters_of_more_elements_than_32_bits_count_have_their_losses(backend: 
     torch.testing.assert_close(maps.grad[:, -1:], alone.grad)
 
 
+def assert_the_last_image_is_as_alone(images: int, device: str) -> None:
+    """Loss and gradient of groups of filters, of which the last image's alone count."""
+    groups = torch.arange(640, device=device) % 3
+    mean = torch.full((640, 7, 7), 0.25, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = torch.empty(
+            images, 640, 7, 7, dtype=torch.bfloat16, device=device, memory_format=layout
+        ).zero_()
+        maps[-1] = torch.randn(640, 7, 7, device=device, generator=generator).relu_().bfloat16()
+        alone = maps[-1:].clone(memory_format=layout).requires_grad_()
+        maps.requires_grad_()
+        positive = torch.arange(images, device=device) == images - 1
+        losses = [
+            group_correlation_loss(maps, mean, groups, num_groups=3, positive=positive),
+            group_correlation_loss(alone, mean, groups, num_groups=3),
+        ]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+        assert maps.grad is not None
+        assert alone.grad is not None
+        assert alone.grad.any()
+        torch.testing.assert_close(maps.grad[-1:], alone.grad, rtol=0.02, atol=1e-8)
+        assert not maps.grad[: images // 2].any()
+        del maps, losses
+
+
+@pytest.mark.gpu
+@on_kernels
+def test_groups_of_more_elements_than_32_bits_count_have_their_loss(backend: Backend) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GB of memory")
+    assert 70_000 * 640 * 49 > 2**31
+    assert_the_last_image_is_as_alone(70_000, "cuda")
+
+
+def test_the_loss_of_an_image_among_others_is_its_own_on_the_cpu() -> None:
+    """The same with few, so that it is sound where a GPU first runs it."""
+    assert_the_last_image_is_as_alone(40, "cpu")
+
+
 @pytest.mark.gpu
 @on_kernels
 def test_more_activations_than_32_bits_count_are_all_counted(backend: Backend) -> None:
@@ -325,6 +372,12 @@ mutual_information(x, labels, 5)
 """,
     "a table of draws": """
 draw_mask(torch.full((5, 3), 1.5, device="cuda"), labels)
+""",
+    "a table of no draw": """
+draw_mask(torch.full((5, 3), 1.5, device="cuda"), labels[:0])
+""",
+    "a table of no mask": """
+bernoulli_mask(x[:0], torch.rand(0, 5, device="cuda"), torch.full((5, 3), 1.5, device="cuda"))
 """,
     "a table of a gate": """
 labels[3] = 9
