@@ -15,7 +15,10 @@ from torch.autograd.function import _SingleLevelFunction
 from picnn_fast import backends
 
 # Inside an autograd.Function the dispatcher would come to the operator's autograd kernel again.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+# The guard of PyTorch's for it costs three times as much.
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _transforms_active = torch._C._are_functorch_transforms_active
 _function_mode = torch._C._is_torch_function_mode_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -108,8 +111,12 @@ def _direct(overload: torch._ops.OpOverload, apply: Callable[..., Any]) -> Calla
             return apply(*arguments)
         if forward_ad._current_level >= 0:
             return overload(*arguments)
-        with _below_autograd():
+        excluded = _is_excluded(_AUTOGRAD)
+        _exclude(_AUTOGRAD, True)
+        try:
             return kernel(*arguments)
+        finally:
+            _exclude(_AUTOGRAD, excluded)
 
     return call
 
@@ -125,8 +132,12 @@ def _recorded(
     kernel = operator._op  # without a Python call more
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with _below_autograd():
+        excluded = _is_excluded(_AUTOGRAD)
+        _exclude(_AUTOGRAD, True)
+        try:
             output = kernel(*arguments)
+        finally:
+            _exclude(_AUTOGRAD, excluded)
         ctx.materialize_grads = False
         if setup_context is not None:
             setup_context(ctx, arguments, output)
@@ -147,8 +158,12 @@ def _recorded(
         if _grad_enabled() or _transforms_active():
             found = backward(ctx, saved, *grads)
         else:
-            with _below_autograd():
+            excluded = _is_excluded(_AUTOGRAD)
+            _exclude(_AUTOGRAD, True)
+            try:
                 found = backward(ctx, saved, *grads)
+            finally:
+                _exclude(_AUTOGRAD, excluded)
         return found + nothing[len(found) :]
 
     def refuse(ctx: Any, *tangents: Any) -> None:

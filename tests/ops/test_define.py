@@ -228,3 +228,11 @@ def test_forward_mode_is_refused_without_gradients_too():
         dual = torch.autograd.forward_ad.make_dual(torch.rand(2, 3), torch.rand(2, 3))
         with pytest.raises(RuntimeError, match="got forward-mode differentiation"):
             F.mask_channels(dual, torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_gradients_are_recorded_as_before_once_an_operator_has_failed(recorded):
+    x = torch.ones(1, 2, requires_grad=True)
+    with torch.set_grad_enabled(recorded), pytest.raises(ValueError, match="probabilities"):
+        F.bernoulli_mask(x, torch.zeros(1, 1), torch.full((1, 2), 2.0))
+    assert (x * 2).requires_grad
