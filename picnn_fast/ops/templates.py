@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -156,6 +157,9 @@ class PartTemplate:
                 options.append(f"{name}={getattr(self, name)!r}")
         return f"PartTemplate({', '.join(options)})"
 
+    # Values by height, width, type and device, and of a tensor of offsets its version.
+    _kept = MappingProxyType[Any, Tensor]({})
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own values, on its own device."""
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
@@ -188,12 +192,12 @@ class PartTemplate:
             _check_sides(height, width)
             # What is made belongs to the graph.
             return self._make(height, width, accumulate_dtype(like.dtype), device, traced=True)
-        kept: dict[Any, Tensor] | None = self.__dict__.get("_kept")
-        version = 0 if type(self.profile) is str else self._version()
-        key = (height, width, like.dtype, device, version)
-        offsets = None if kept is None else kept.get(key)
+        key: tuple[Any, ...] = (height, width, like.dtype, device)
+        if isinstance(self.profile, Tensor):
+            key += (_version(self.profile),)
+        offsets = self._kept.get(key)
         if offsets is None:
-            kept = self.__dict__.setdefault("_kept", {})
+            kept: dict[Any, Tensor] = self.__dict__.setdefault("_kept", {})
             _check_sides(height, width)
             dtype = accumulate_dtype(like.dtype)
             with torch.inference_mode(False):  # a later call may save it for its backward pass
@@ -206,13 +210,6 @@ class PartTemplate:
                     kept.clear()
                 kept[key] = offsets
         return offsets
-
-    def _version(self) -> int:
-        """Of a tensor of offsets, which may be changed in place."""
-        profile = self.profile
-        if isinstance(profile, Tensor) and not profile.is_inference():
-            return profile._version
-        return 0
 
     def _make(
         self, height: int, width: int, dtype: torch.dtype, device: torch.device, *, traced: bool
@@ -273,6 +270,11 @@ class PartTemplate:
                 f" distances, {tuple(distance.shape)}"
             )
         return values
+
+
+def _version(profile: Tensor) -> int:
+    """Of a tensor of offsets, which may be changed in place."""
+    return 0 if profile.is_inference() else profile._version
 
 
 def _check_offsets(name: str, value: Tensor) -> None:
@@ -385,19 +387,32 @@ def template_mask(
         >>> template_mask(x, PartTemplate("l1", beta=2.0), center="mass")[1].item()  # 10 / 6
         2
     """
-    height, width = check_maps(x)
-    if not isinstance(template, PartTemplate):
-        check_template(template)
-    offsets = template.offsets_for(height, width, x)
+    offsets = None
+    if (
+        type(x) in _ORDINARY
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.ndim == 4
+        and type(template) is PartTemplate
+        and not _compiling()
+    ):
+        # What values are kept for has been checked. Symbolic sizes have no hash.
+        _, _, height, width = x.shape
+        if type(height) is int and type(width) is int:
+            offsets = template._kept.get((height, width, x.dtype, x.device))
+    if offsets is None:
+        height, width = check_maps(x)
+        offsets = check_template(template).offsets_for(height, width, x)
     if (type(scale) is not float or scale != 1.0) and check_scale(scale) == "tau":
         scale = template.tau_for(height, width)
+    if center == "argmax" and beta is None:
+        maps = x if x.is_contiguous() else readable(x)
+        masked, peak = _template_mask_operator(maps, offsets, scale)
+        return masked, peak
     if center != "argmax":
         checks.one_of("center", center, CENTERS)
     if beta is not None:
         check_beta(beta, template, x)
-    if center == "argmax" and beta is None:
-        masked, peak = _template_mask_operator(readable(x), offsets, scale)
-        return masked, peak
     peak = map_peaks(x) if center == "argmax" else reference.centre_of_mass(x.detach())
     tables = offsets[None] if beta is None else filter_tables(template, x, beta)
     return reference.mask_about(x, peak, tables, float(scale)), peak
@@ -523,7 +538,9 @@ def _template_mask_gradient(
     ctx: Any, saved: tuple[Tensor, Tensor], grad_masked: Tensor, *_: None
 ) -> tuple[Tensor]:
     """The mask is a constant in the backward pass."""
-    return (_BACKWARD(readable(grad_masked), *saved, ctx.scale),)
+    peak, offsets = saved
+    grad = grad_masked if grad_masked.is_contiguous() else readable(grad_masked)
+    return (_BACKWARD(grad, peak, offsets, ctx.scale),)
 
 
 _map_peaks_operator = define(
@@ -552,4 +569,5 @@ define(
     setup_context=_setup_template_mask_backward,
     backward=_template_mask_gradient,
 )
-_BACKWARD = torch.ops.picnn_fast.template_mask_backward.default
+# Without a Python call more.
+_BACKWARD = torch.ops.picnn_fast.template_mask_backward.default._op
