@@ -13,6 +13,8 @@ samples, nor on how they were cut into batches, nor on which rank saw them, and 
 import torch
 from torch import Tensor
 
+from picnn_fast.reference.masking import add_by_label
+
 # Bins are never narrower than 2**-20 of the largest magnitude (cells then fit 32 bits, and single
 # precision has few more digits), nor than 2**-100.
 SMALLEST_EXPONENT = -100
@@ -189,8 +191,8 @@ def soft_histogram(
     row = torch.arange(filters, device=low.device) * bins
     cell = ((row + below.long()) * num_classes + labels[:, None]).reshape(-1)
     counts = low.new_zeros(filters * bins * num_classes)
-    counts = counts.index_add(0, cell, (1 - upper_weight).reshape(-1))
-    counts = counts.index_add(0, cell + num_classes, upper_weight.reshape(-1))
+    counts = add_by_label(counts, cell, (1 - upper_weight).reshape(-1))
+    counts = add_by_label(counts, cell + num_classes, upper_weight.reshape(-1))
     return counts.view(filters, bins, num_classes)
 
 

@@ -1,6 +1,7 @@
 """The executor of CUDA kernels on a CPU computes what a GPU would, and catches mistakes."""
 
 import ctypes
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from picnn_fast.reference.masking import (
     masking_backward,
     sums_by_label,
 )
-from tests.cuda_on_cpu import build
+from tests.cuda_on_cpu import barriers, build
 
 HERE = Path(__file__).parent
 ORDERS = ("forward", "reversed", "shuffled:0", "shuffled:1")
@@ -289,6 +290,15 @@ def test_gradients_of_masking_parameters_do_not_depend_on_the_order(
     wanted = sums_by_label(rows, labels, 2), *bernoulli_parameters_backward(*given)
     for one, two in zip(expected, wanted, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_every_barrier_has_been_taken_out_to_see_whether_a_test_notices() -> None:
+    files = sorted((HERE.parent.parent / "csrc" / "cuda").glob("*.cu*"))
+    there = {file.name: len(barriers.barriers(file)) for file in files}
+    asked = {name: len(found) for name, found in json.loads(barriers.OUTCOME.read_text()).items()}
+    assert asked == {name: count for name, count in there.items() if count}, (
+        "python -m tests.cuda_on_cpu.barriers FILE asks anew"
+    )
 
 
 def test_what_is_loaded_lies_where_nobody_else_writes(

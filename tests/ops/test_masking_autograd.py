@@ -21,6 +21,7 @@ from picnn_fast.functional import (
     mask_channels,
 )
 from picnn_fast.reference import masking as reference
+from picnn_fast.reference.histogram import soft_histogram
 from tests.conftest import Backend
 
 BATCH, FILTERS, CLASSES = 3, 5, 4
@@ -390,16 +391,26 @@ class Names(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_gradients_of_tables_are_added_up_in_one_order_on_a_gpu():
+def test_sums_by_label_are_added_up_in_one_order_on_a_gpu():
     """Where index_add_ would add atomically; only names of operators are seen without a GPU."""
     with FakeTensorMode():
         features = torch.rand(3, FILTERS, 2, device="cuda")
         labels = torch.zeros(3, dtype=torch.int64, device="cuda")
-        with Names() as eager:
-            sums = reference.sums_by_label(features[..., 0], labels, CLASSES)
-        assert sums.shape == (CLASSES, FILTERS)
-        assert "index_put_" in eager.names
-        assert not any("index_add" in name for name in eager.names)
+        low = torch.zeros(FILTERS, device="cuda")
+        for shape, add in (
+            (
+                (CLASSES, FILTERS),
+                lambda: reference.sums_by_label(features[..., 0], labels, CLASSES),
+            ),
+            (
+                (FILTERS, 5, CLASSES),
+                lambda: soft_histogram(features[..., 0], labels, low, low + 1, 5, CLASSES),
+            ),
+        ):
+            with Names() as eager:
+                assert add().shape == shape
+            assert "index_put_" in eager.names
+            assert not any("index_add" in name for name in eager.names)
 
 
 def test_all_sums_by_label_are_made_by_one_function():

@@ -7,9 +7,12 @@ Over all operators and the backends of a GPU; what a family owes there beyond is
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from picnn_fast import PartTemplate
 from picnn_fast.functional import (
+    bernoulli_mask,
+    class_gate,
     filter_loss,
     group_correlation_loss,
     mask_channels,
@@ -141,26 +146,56 @@ def test_a_second_device_is_used_while_the_first_is_current(
         assert torch.equal(one.cpu().nan_to_num(7), two.cpu().nan_to_num(7))
 
 
+def masked_in_every_way(maps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Masks, which leave the last filter of the last sample, and what they were made of."""
+    samples, filters = maps.shape[:2]
+    table = torch.zeros(samples, filters, device=maps.device)
+    table[-1, -1] = 1
+    mask = (2 * table).requires_grad_()
+    yield mask_channels(maps, mask), mask
+    gate = (2 * table).requires_grad_()
+    yield class_gate(maps, gate, torch.arange(samples, device=maps.device)), gate
+    table.requires_grad_()
+    sure = 99 * torch.eye(samples, device=maps.device)
+    yield bernoulli_mask(maps, sure, table, seed=0)[0], table
+    yield template_mask(maps, PartTemplate())[0], maps
+
+
+def assert_the_last_map_is_masked_as_alone(shape: tuple[int, ...], device: str) -> None:
+    maps = torch.empty(shape, dtype=torch.bfloat16, device=device).fill_(1)
+    maps[-1, -1, -1, -2] = 3
+    peaks = template_mask(maps, PartTemplate())[1]
+    assert peaks[-1, -1].item() == shape[2] * shape[3] - 2
+    assert peaks[0, 0].item() == 0
+    own = maps[-1:, -1:].clone()
+    ways = zip(*(masked_in_every_way(x.requires_grad_()) for x in (maps, own)), strict=True)
+    for (masked, leaf), (alone, own_leaf) in ways:
+        maps.grad = own.grad = None
+        assert torch.equal(masked[-1:, -1:], alone)
+        assert leaf is maps or not masked[0].any()
+        masked.backward(maps.detach())
+        alone.backward(own.detach())
+        for got, expected in ((maps, own), (leaf, own_leaf)):
+            assert got.grad is not None
+            assert expected.grad is not None
+            assert expected.grad.any()
+            torch.testing.assert_close(got.grad[-1:, -1:], expected.grad)
+        del masked, alone
+
+
 @pytest.mark.gpu
 @on_kernels
 def test_maps_of_more_elements_than_32_bits_count_are_masked_to_the_last(backend: Backend) -> None:
     shape = (2, 2**15 + 1, 182, 182)
-    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
-        pytest.skip("needs 24 GB of memory")
-    maps = torch.empty(shape, dtype=torch.bfloat16, device="cuda").fill_(1)
-    assert maps.numel() > 2**31
-    maps[1, -1, 181, 180] = 3
-    mask = torch.zeros(shape[:2], device="cuda")
-    mask[1, -1] = 2
-    masked = mask_channels(maps, mask)
-    assert masked[1, -1].float().sum().item() == 2 * 182 * 182 + 4
-    assert not masked[0].any()
-    del masked
-    masked, peak = template_mask(maps, PartTemplate())
-    assert peak[1, -1].item() == 181 * 182 + 180
-    assert peak[0, 0].item() == 0
-    alone, _ = template_mask(maps[1:, -1:].clone(), PartTemplate())
-    assert torch.equal(masked[1:, -1:], alone)
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB of memory")
+    assert math.prod(shape) > 2**31
+    assert_the_last_map_is_masked_as_alone(shape, "cuda")
+
+
+def test_the_last_map_is_masked_as_alone_on_the_cpu() -> None:
+    """The same with few, so that it is sound where a GPU first runs it."""
+    assert_the_last_map_is_masked_as_alone((2, 33, 12, 12), "cpu")
 
 
 @pytest.mark.gpu
@@ -225,22 +260,41 @@ def test_the_loss_of_an_image_among_others_is_its_own_on_the_cpu() -> None:
     assert_the_last_image_is_as_alone(40, "cpu")
 
 
+def assert_all_activations_are_counted(samples: int, filters: int, device: str) -> None:
+    activations = torch.zeros(samples, filters, dtype=torch.bfloat16, device=device)
+    activations[-1, -1] = 1
+    labels = torch.arange(samples, device=device) % 3
+    counts, minimum, maximum = (t.to(device) for t in fresh(filters, 4, 3))
+    update(counts, minimum, maximum, activations, labels)
+    assert (counts.sum((1, 2)) == samples).all()
+    assert counts[-1, 1:].sum().item() == 1
+    assert (minimum == 0).all()
+    assert maximum[-1].item() == 1
+
+    low, width = torch.full((filters,), -0.5, device=device), torch.ones(filters, device=device)
+    soft = torch.ops.picnn_fast.soft_histogram(activations, labels, low, width, 4, 3)
+    assert soft[0].sum().item() == samples
+    wanted = torch.tensor([(samples - 1) / 2, samples / 2, 0.5, 0], device=device)
+    torch.testing.assert_close(soft[-1].sum(1), wanted)
+    slopes = torch.arange(12.0, device=device).square().view(1, 4, 3).expand(filters, 4, 3)
+    backward = torch.ops.picnn_fast.soft_histogram_backward
+    grad = backward(slopes, activations, labels, low, width)[-3:, -2:]
+    assert torch.equal(
+        grad, backward(slopes[-2:], activations[-3:, -2:].clone(), labels[-3:], low[:2], width[:2])
+    )
+
+
 @pytest.mark.gpu
 @on_kernels
 def test_more_activations_than_32_bits_count_are_all_counted(backend: Backend) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
         pytest.skip("needs 24 GB of memory")
-    activations = torch.zeros(2**20, 2**11 + 1, dtype=torch.bfloat16, device="cuda")
-    activations[-1, -1] = 1
-    labels = torch.arange(2**20, device="cuda") % 3
-    state = fresh(2**11 + 1, 4, 3)
-    counts, minimum, maximum = (t.to("cuda") for t in state)
-    update(counts, minimum, maximum, activations, labels)
-    assert counts[:-1].sum().item() == 2**31
-    assert counts[-1].sum().item() == 2**20
-    assert counts[-1, 1:].sum().item() == 1
-    assert (minimum == 0).all()
-    assert maximum[-1].item() == 1
+    assert_all_activations_are_counted(2**20, 2**11 + 1, "cuda")
+
+
+def test_all_activations_are_counted_on_the_cpu() -> None:
+    """The same with few, so that it is sound where a GPU first runs it."""
+    assert_all_activations_are_counted(200, 9, "cpu")
 
 
 @pytest.mark.gpu
@@ -265,6 +319,36 @@ def test_counts_of_many_classes_are_those_of_the_cpu(backend: Backend, dtype: to
     for one, two in zip(*runs, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
     assert torch.equal(runs[0][0], runs[1][0])
+
+
+def assert_threads_count_side_by_side(device: str) -> None:
+    """Tables of sizes of their own, that want more shared memory than any kernel may have."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 16, generator=generator).to(device)
+
+    def counted(classes: int) -> Tensor:
+        labels = torch.arange(500, device=device) % classes
+        counts, minimum, maximum = (t.to(device) for t in fresh(16, 40, classes))
+        for _ in range(3):
+            update(counts, minimum, maximum, x, labels)
+        return counts
+
+    sizes = [200, 220, 240, 260, 300] * 4
+    expected = [counted(classes) for classes in sizes]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(counted, sizes))
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.gpu
+@on_kernels
+def test_threads_launch_side_by_side_whatever_shared_memory_each_wants(backend: Backend) -> None:
+    assert_threads_count_side_by_side("cuda")
+
+
+def test_threads_count_side_by_side_on_the_cpu() -> None:
+    """The same, so that it is sound where a GPU first runs it."""
+    assert_threads_count_side_by_side("cpu")
 
 
 DETERMINISTIC = """
@@ -370,6 +454,10 @@ mutual_information(x, labels, 5, estimator="soft_histogram")
 labels[3] = 7
 mutual_information(x, labels, 5)
 """,
+    "groups": """
+groups = torch.tensor([0, 1, 7], device="cuda")
+group_correlation_loss(x[:, :, None, None], x[0, :, None, None], groups, num_groups=3)
+""",
     "a table of draws": """
 draw_mask(torch.full((5, 3), 1.5, device="cuda"), labels)
 """,
@@ -405,5 +493,5 @@ def test_a_bad_value_is_an_error_on_the_cpu(name: str) -> None:
     """The same calls, so that they are bad where a GPU first runs them."""
     scope: dict[str, Any] = {}
     exec(ARGUMENTS.replace('"cuda"', '"cpu"'), scope)
-    with pytest.raises(ValueError, match=r"^(labels|activations|correspondence): "):
+    with pytest.raises(ValueError, match=r"^(labels|activations|groups|correspondence): "):
         exec(BAD[name].replace('"cuda"', '"cpu"'), scope)
