@@ -194,6 +194,8 @@ def group_correlation(
     order = groups.argsort(stable=True)
     labels = torch.arange(G + 1, device=groups.device)
     begins = torch.searchsorted(groups[order], labels)
+    within = (begins[0] == 0) & (begins[-1] == N)
+    torch._assert_async(within, f"groups: want indices in [0, {num_groups})")
     norms = mean.new_empty(B, N)
     sums = mean.new_empty(B, G, P)
     of_images = mean.new_empty(B, 2, G)

@@ -27,25 +27,19 @@ using torch::stable::Tensor;
 
 const CorrelationKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(correlation_kernels); }
 
-// [C, P] turned to [P, C].
-template <typename A>
-Tensor by_position(const Tensor& mean, int64_t filters, int64_t positions) {
-  const Tensor turned = allocate({positions, filters}, mean.scalar_type());
+// The mean map [C, P] turned to [P, C].
+template <typename T, typename A>
+Tensor by_position(const Tensor& mean, const MapsShape& shape) {
+  const CorrelationKernelsOf<T, A>& k = kernels();
+  const Tensor turned = allocate({shape.positions, shape.filters}, mean.scalar_type());
   const A* from = static_cast<const A*>(mean.const_data_ptr());
   A* to = static_cast<A*>(turned.mutable_data_ptr());
-  constexpr int64_t kSquare = 16;  // a line of floats each way
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / (kSquare * positions + 1));
-  const auto squares = [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * kSquare, filters);
-    for (int64_t i = begin * kSquare; i < last; i += kSquare) {
-      for (int64_t p = 0; p < positions; ++p) {
-        for (int64_t j = i; j < std::min(i + kSquare, last); ++j) {
-          to[p * filters + j] = from[j * positions + p];
-        }
-      }
-    }
-  };
-  torch::stable::parallel_for(0, (filters + kSquare - 1) / kSquare, grain, squares);
+  constexpr int64_t kFilters = 16;  // a line of floats
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (kFilters * shape.positions + 1));
+  torch::stable::parallel_for(
+      0, ceil_div(shape.filters, kFilters), grain, [&](int64_t begin, int64_t end) {
+        k.by_position(from, shape, begin * kFilters, std::min(end * kFilters, shape.filters), to);
+      });
   return turned;
 }
 
@@ -85,7 +79,7 @@ struct Arguments {
     c.maps_strides = strides_of_maps(maps, "maps");
     c.mean = static_cast<const A*>(mean.const_data_ptr());
     if (c.maps_strides.filter == 1 && c.maps_strides.position != 1) {
-      mean_by_position = by_position<A>(mean, shape.filters, shape.positions);
+      mean_by_position = by_position<T, A>(mean, shape);
       c.mean_by_position = static_cast<const A*>(mean_by_position->const_data_ptr());
     }
     c.groups = static_cast<const int64_t*>(groups.const_data_ptr());

@@ -20,7 +20,7 @@ using picnn_fast::CorrelationForward;
 using picnn_fast::CorrelationKernelsOf;
 using picnn_fast::kGradientTile;
 using picnn_fast::kTile;
-using picnn_fast::kTileRows;
+using picnn_fast::MapsShape;
 using picnn_fast::padded_positions;
 using picnn_fast::Strides;
 using picnn_fast::table_width;
@@ -32,14 +32,14 @@ PICNN_FAST_HD A sum_lanes(const Vector<A>& vector) {
 
 // Asks for what is read soon: the sums of one map wait for each other, and memory would wait too.
 template <typename T>
-PICNN_FAST_HD void prefetch(const T* from, int64_t bytes) {
-  constexpr int kSecondLevel = 2;
-  __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes, /*rw=*/0, kSecondLevel);
+PICNN_FAST_HD void prefetch(const T* from) {
+  constexpr int kFirstLevel = 3;
+  __builtin_prefetch(from, /*rw=*/0, kFirstLevel);
 }
-constexpr int64_t kBytesAhead = 16384;
-
-// Vectors of filters that are worked on together where filters are neighbours in memory.
-constexpr int kVectors = 2;
+// A tile of maps of 14 x 14 in float32.
+constexpr int64_t kBytesAhead = 6144;
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);
 
 // The numbers of the lanes of a vector.
 template <typename A>
@@ -118,7 +118,7 @@ PICNN_FAST_HD A centre(const T* x, int64_t stride, const A* mean, const A* with,
     store<A>(value, u + p);
   };
   const auto whole = [&](int64_t p, int sum) {
-    prefetch(x + p, kBytesAhead);
+    prefetch(reinterpret_cast<const char*>(x + p) + kBytesAhead);
     use(load<A>(x + p) - load<A>(mean + p), p, sum);
   };
   int64_t p = 0;
@@ -139,7 +139,7 @@ PICNN_FAST_HD A centre(const T* x, int64_t stride, const A* mean, const A* with,
 
 template <typename A>
 struct Scratch {
-  A* tile;    // [kTileRows, padded]
+  A* tile;    // [tile_rows(positions), padded]
   A* tables;  // [positions, table_width]
   A* groups;  // [num_groups, padded]
   A* total;   // [padded]
@@ -149,10 +149,10 @@ template <typename T, typename A>
 Scratch<A> carve(const Correlation<T, A>& c, A* memory) {
   const int64_t padded = padded_positions(c.shape.positions);
   const int64_t size = picnn_fast::correlation_scratch(c.shape, c.num_groups);
-  std::memset(memory, 0, size * sizeof(A));
   Scratch<A> s{};
   s.tile = memory;
-  s.tables = memory + kTileRows * padded;
+  s.tables = memory + picnn_fast::tile_rows(c.shape.positions) * padded;
+  std::memset(s.tables, 0, (memory + size - s.tables) * sizeof(A));  // rows end in zeros
   s.weighted = memory + size - padded;
   s.total = s.weighted - padded;
   s.groups = s.total - c.num_groups * padded;
@@ -168,21 +168,6 @@ PICNN_FAST_HD void for_each_tile(int64_t filters, int64_t first, int64_t size, c
   }
 }
 
-// Runs `use(v, first)` on vectors of filters, v of them from `first` on, as long as they are whole;
-// returns the filters that were worked on.
-template <typename A, typename Use>
-PICNN_FAST_HD int64_t for_each_vectors(int64_t filters, const Use& use) {
-  constexpr int64_t kBlock = kVectors * kLanes<A>;
-  int64_t first = 0;
-  for (; first + kBlock <= filters; first += kBlock) {
-    use(std::integral_constant<int, kVectors>{}, first);
-  }
-  for (; first + kLanes<A> <= filters; first += kLanes<A>) {
-    use(std::integral_constant<int, 1>{}, first);
-  }
-  return first;
-}
-
 // What is read after `count` filters from `first` on of an image: the next ones at each position,
 // those of the next image after the last.
 template <typename T, typename A>
@@ -191,43 +176,55 @@ const T* after(const Correlation<T, A>& c, int64_t image, int64_t first, int64_t
   return c.maps + (image + last) * c.maps_strides.batch + (last ? 0 : first + count);
 }
 
-// Asks for `kCount` vectors.
-template <int kCount, typename A, typename T>
-PICNN_FAST_HD void prefetch_vectors(const T* from) {
-  constexpr int64_t kLine = 64;
-#pragma GCC unroll 4
-  for (int64_t byte = 0; byte < int64_t{kCount * kLanes<A> * sizeof(T)}; byte += kLine) {
-    prefetch(from, byte);
+// Adds a tile of maps, over their norms, to the sums of their groups; norms hold squares before.
+template <typename T, typename A>
+PICNN_FAST_HD void add_tile(const CorrelationForward<T, A>& c, int64_t first, int64_t count,
+                            A* norms, const Scratch<A>& s) {
+  const int64_t padded = padded_positions(c.shape.positions);
+  for (int64_t i = 0; i < count; ++i) {
+    norms[i] = std::sqrt(norms[i]);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(norms[i]), s.tile + i * padded,
+               in_vectors<A>(c.shape.positions));
   }
 }
 
-// Adds `kCount` vectors of filters from `first` on, over their norms, to the sums of their groups.
-// Squares of vectors are turned to rows of the tile on their way.
-template <int kCount, typename T, typename A>
-void sum_vectors(const CorrelationForward<T, A>& c, int64_t image, int64_t first,
-                 const Scratch<A>& s) {
-  constexpr int kFilters = kCount * kLanes<A>;
+// Adds `count` filters from `first` on, whole vectors of them, to the sums of their groups. Squares
+// of vectors are turned to rows of the tile on their way.
+template <typename T, typename A>
+void sum_run(const CorrelationForward<T, A>& c, int64_t image, int64_t first, int64_t count,
+             const Scratch<A>& s) {
   const int64_t filters = c.shape.filters, positions = c.shape.positions;
   const int64_t padded = padded_positions(positions), stride = c.maps_strides.position;
+  const int64_t vectors = count / kLanes<A>;
   const T* maps = c.maps + image * c.maps_strides.batch + first;
-  const T* next = after(c, image, first, kFilters);
+  const T* next = after(c, image, first, count);
   const A* means = c.mean_by_position + first;
-  Vector<A> squares[kCount] = {};
-  const auto turn = [&](int64_t p, int count) {
-    for (int l = 0; l < count; ++l) {
-      prefetch_vectors<kCount, A>(next + (p + l) * stride);
-    }
-    for (int v = 0; v < kCount; ++v) {
-      Vector<A> square[kLanes<A>] = {};
-      for (int l = 0; l < count; ++l) {
-        square[l] = load<A>(maps + (p + l) * stride + v * kLanes<A>) -
-                    load<A>(means + (p + l) * filters + v * kLanes<A>);
-        squares[v] += square[l] * square[l];
+  A* norms = c.norms + image * filters + first;
+  std::memset(norms, 0, count * sizeof(A));
+  const auto turn = [&](int64_t p, int rows) {
+    // The rows that follow are asked for whole and in turn, as memory likes it.
+    const int64_t below = p + kLanes<A>;
+    const T* ahead = below < positions ? maps + below * stride : next;
+    int64_t asked = 0;
+    for (int64_t v = 0; v < vectors; ++v) {
+      for (; asked * vectors < (v + 1) * kLanes<A>; ++asked) {
+        for (int64_t i = 0; i < count; i += kLine<T>) {
+          prefetch(ahead + asked * stride + i);
+        }
       }
+      const int64_t i = v * kLanes<A>;
+      Vector<A> square[kLanes<A>] = {}, squares = load<A>(norms + i);
+      for (int l = 0; l < rows; ++l) {
+        square[l] = load<A>(maps + (p + l) * stride + i) - load<A>(means + (p + l) * filters + i);
+        squares += square[l] * square[l];
+      }
+      store<A>(squares, norms + i);
       transpose<A>(square);
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes<A>; ++l) {
-        store<A>(square[l], s.tile + (v * kLanes<A> + l) * padded + p);
+        store<A>(square[l], s.tile + (i + l) * padded + p);
       }
     }
   };
@@ -238,15 +235,7 @@ void sum_vectors(const CorrelationForward<T, A>& c, int64_t image, int64_t first
   if (p != positions) {
     turn(p, static_cast<int>(positions - p));
   }
-  A* norms = c.norms + image * filters + first;
-  std::memcpy(norms, squares, sizeof(squares));
-  for (int i = 0; i < kFilters; ++i) {
-    norms[i] = std::sqrt(norms[i]);
-  }
-  for (int i = 0; i < kFilters; ++i) {
-    add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(norms[i]), s.tile + i * padded,
-               in_vectors<A>(positions));
-  }
+  add_tile(c, first, count, norms, s);
 }
 
 // The sums of û by group over maps whose filters are neighbours in memory, and the norms; returns
@@ -256,9 +245,10 @@ int64_t sum_by_position(const CorrelationForward<T, A>& c, int64_t image, const 
   if (c.shape.positions < kLanes<A>) {
     return 0;
   }
-  return for_each_vectors<A>(c.shape.filters, [&](auto vectors, int64_t first) {
-    sum_vectors<vectors>(c, image, first, s);
-  });
+  const int64_t whole = c.shape.filters / kLanes<A> * kLanes<A>;
+  for_each_tile(whole, 0, picnn_fast::tile_rows(c.shape.positions),
+                [&](int64_t first, int64_t count) { sum_run(c, image, first, count, s); });
+  return whole;
 }
 
 // Adds the maps of a tile, over their norms, to the sums of their groups.
@@ -274,13 +264,7 @@ PICNN_FAST_HD void sum_tile(const CorrelationForward<T, A>& c, int64_t image, in
     norms[i] = centre</*kWith=*/false, A>(x + i * from.filter, from.position, mean + i * positions,
                                           nullptr, positions, s.tile + i * padded);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    norms[i] = std::sqrt(norms[i]);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(norms[i]), s.tile + i * padded,
-               in_vectors<A>(positions));
-  }
+  add_tile(c, first, count, norms, s);
 }
 
 // What the sums of an image's groups yield.
@@ -459,10 +443,10 @@ void gradient_of_run(const CorrelationBackward<T, A>& c, int64_t image, int64_t 
     }
   };
   A products[kRunOfFilters] = {}, unit[kRunOfFilters], along[kRunOfFilters];
-  const T* ahead = maps + kPositionsAhead * c.maps_strides.position;
-  for (int64_t p = 0; p < positions; ++p, ahead += c.maps_strides.position) {
+  const int64_t stride = c.maps_strides.position;
+  for (int64_t p = 0; p < positions; ++p) {
     at(p, [&](int64_t i, const Vector<A>& u, const Vector<A>& toward) {
-      prefetch(ahead + i, 0);
+      prefetch(maps + (p + kPositionsAhead) * stride + i);
       store<A>(load<A>(products + i) + u * toward, products + i);
     });
   }
@@ -471,8 +455,10 @@ void gradient_of_run(const CorrelationBackward<T, A>& c, int64_t image, int64_t 
     unit[i] = of.unit;
     along[i] = of.along;
   }
+  const T* next = after(c, image, first, count);
   const auto write = [&](int64_t p, T* out, const auto& put) {
     at(p, [&](int64_t i, const Vector<A>& u, const Vector<A>& toward) {
+      prefetch(next + p * stride + i);  // while memory is written to
       put(load<A>(unit + i) * toward - load<A>(along + i) * u, out + i);
     });
   };
@@ -544,11 +530,36 @@ void backward(const CorrelationBackward<T, A>& c, int64_t begin, int64_t end, A*
   }
 }
 
+// [C, P] turned to [P, C], filters [begin, end) of it.
+template <typename A>
+void by_position(const A* mean, const MapsShape& shape, int64_t begin, int64_t end, A* turned) {
+  const auto [batch, filters, positions] = shape;
+  for_each_tile(end, begin, kLanes<A>, [&](int64_t first, int64_t count) {
+    int64_t done = 0;
+    for (; count == kLanes<A> && done + kLanes<A> <= positions; done += kLanes<A>) {
+      Vector<A> square[kLanes<A>];
+      for (int l = 0; l < kLanes<A>; ++l) {
+        square[l] = load<A>(mean + (first + l) * positions + done);
+      }
+      transpose<A>(square);
+      for (int l = 0; l < kLanes<A>; ++l) {
+        store<A>(square[l], turned + (done + l) * filters + first);
+      }
+    }
+    for (int64_t p = done; p < positions; ++p) {
+      for (int64_t i = first; i < first + count; ++i) {
+        turned[p * filters + i] = mean[i * positions + p];
+      }
+    }
+  });
+}
+
 template <typename T, typename A>
 constexpr CorrelationKernelsOf<T, A> kernels_of() {
   CorrelationKernelsOf<T, A> kernels{};
   kernels.forward = forward<T, A>;
   kernels.backward = backward<T, A>;
+  kernels.by_position = by_position<A>;
   return kernels;
 }
 

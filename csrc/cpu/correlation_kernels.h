@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/macros.h"
@@ -48,11 +49,18 @@ struct CorrelationBackward : Correlation<T, A> {
 // Maps worked on together: as many as the first-level cache takes beside the sums of the groups,
 // and beside the gradient that is written.
 constexpr int64_t kTile = 8, kGradientTile = 4;
-// Rows there is room for: two vectors of filters where filters are neighbours in memory.
-constexpr int64_t kTileRows = 32;
 
 // A row of numbers of a map, with zeros up to whole vectors.
 PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 15) / 16 * 16; }
+
+// Rows of a tile there is room for, a multiple of the lanes of a vector. Where filters are
+// neighbours in memory as many as the second-level cache takes beside their means: long runs of
+// memory at each position.
+inline int64_t tile_rows(int64_t positions) {
+  constexpr int64_t kNumbers = 53248, kLeast = 32, kMost = 256;
+  const int64_t rows = kNumbers / padded_positions(positions) / kLeast * kLeast;
+  return std::clamp(rows, kLeast, kMost);
+}
 
 // Numbers at a position, one a group, with zeros up to two whole vectors.
 inline int64_t table_width(int64_t num_groups) { return round_up(num_groups, 32); }
@@ -61,7 +69,8 @@ inline int64_t table_width(int64_t num_groups) { return round_up(num_groups, 32)
 // group, two more.
 inline int64_t correlation_scratch(const MapsShape& shape, int64_t num_groups) {
   const int64_t padded = padded_positions(shape.positions);
-  return kTileRows * padded + shape.positions * table_width(num_groups) + (num_groups + 2) * padded;
+  return tile_rows(shape.positions) * padded + shape.positions * table_width(num_groups) +
+         (num_groups + 2) * padded;
 }
 
 template <typename T, typename A>
@@ -69,6 +78,8 @@ struct CorrelationKernelsOf {
   // Images [begin, end); scratch is aligned to 64 bytes.
   void (*forward)(const CorrelationForward<T, A>&, int64_t begin, int64_t end, A* scratch);
   void (*backward)(const CorrelationBackward<T, A>&, int64_t begin, int64_t end, A* scratch);
+  // The mean map [C, P] turned to [P, C], filters [begin, end) of it.
+  void (*by_position)(const A* mean, const MapsShape&, int64_t begin, int64_t end, A* turned);
 };
 
 // Converts to the kernels of any one type.

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) finish(Problem<T> q, const Accumulat
   counted = sum_warp(counted);
   const A images = static_cast<A>(q.B > 0 ? q.B : 1);
   A total = 0;
+  for (int64_t n = threadIdx.x; n < q.N; n += kThreads) q.group(n);  // others are refused
   for (int64_t g = threadIdx.x; g < q.G; g += kThreads) {
     A size = 0, own = 0, all = 0;
     for (int64_t n = 0; n < q.N; ++n) size += q.groups[n] == g ? 1 : 0;

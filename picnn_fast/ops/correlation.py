@@ -78,7 +78,7 @@ def group_correlation_loss(
             f" filter of maps of shape {tuple(maps.shape)}"
         )
     checks.same_device("mean", mean, "maps", maps)
-    labels, count = _check_groups(maps, groups, num_groups)
+    labels, count = _check_groups(maps, groups, num_groups, by_kernel=num_groups is not None)
     if positive is not None:
         checks.tensor("positive", positive)
         checks.same_device("positive", positive, "maps", maps)
@@ -91,7 +91,12 @@ def group_correlation_loss(
                 f"positive: got shape {tuple(positive.shape)}, want ({len(maps)},), one a sample"
             )
     constant = mean.detach().to(accumulate_dtype(maps.dtype)).contiguous()
-    loss: Tensor = _group_correlation_operator(readable(maps), constant, labels, count, positive)[0]
+    arguments = constant, labels, count, positive
+    try:
+        loss: Tensor = _group_correlation_operator(readable(maps), *arguments)[0]
+    except RuntimeError:
+        _check_groups(maps, groups, num_groups)
+        raise
     return loss
 
 
@@ -157,15 +162,19 @@ def _check_maps(maps: Tensor) -> None:
         )
 
 
-def _check_groups(maps: Tensor, groups: Tensor, num_groups: int | None) -> tuple[Tensor, int]:
-    """The groups as the operators take them, and their number."""
+def _check_groups(
+    maps: Tensor, groups: Tensor, num_groups: int | None, *, by_kernel: bool = False
+) -> tuple[Tensor, int]:
+    """The groups as the operators take them, and their number; ``by_kernel`` as of ``labels``."""
     filters = maps.shape[1]
     checks.tensor("groups", groups)
     checks.same_device("groups", groups, "maps", maps)
     if num_groups is not None:
         num_groups = checks.integer("num_groups", num_groups, 1)
     limit = filters if num_groups is None else num_groups
-    checks.indices("groups", groups, filters, limit, of="filter", kind="group indices")
+    checks.indices(
+        "groups", groups, filters, limit, of="filter", kind="group indices", by_kernel=by_kernel
+    )
     if num_groups is None and not checks.asynchronous(groups):
         limit = int(checks.unwrapped(groups).max()) + 1
     return groups.to(torch.int64), limit

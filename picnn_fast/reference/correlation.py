@@ -37,7 +37,7 @@ def group_correlation(
     Args:
         maps: ``[B, C, h, w]``.
         mean: ``[C, h, w]`` in the accumulation type of ``maps``.
-        groups: ``[C]`` int64 in [0, ``num_groups``).
+        groups: ``[C]`` int64 in [0, ``num_groups``); others are refused.
         positive: ``[B]`` bool, the images that count; None, all.
 
     Returns:
@@ -50,6 +50,7 @@ def group_correlation(
     with torch.autocast(maps.device.type, enabled=False):
         sums = members @ (centred / norms.clamp_min(EPSILON)[..., None])
     sizes = members.sum(1)
+    torch._assert_async(sizes.sum() == len(groups), f"groups: want indices in [0, {num_groups})")
     within = sums.square().sum((0, 2)) + count * sizes.square()
     across = (sums * sums.sum(1, keepdim=True)).sum((0, 2)) + count * sizes * len(groups)
     moments = torch.stack([within, across]) / max(len(maps), 1)

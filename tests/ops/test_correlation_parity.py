@@ -209,13 +209,14 @@ def test_gradients_beyond_the_cache(cpp: Backend, layout, dtype):
     assert_within(grad, expected.double(), slack + ulp(expected.double(), dtype))
 
 
-def test_a_group_out_of_range_is_refused_by_the_operator(cpp: Backend):
-    x = torch.ones(2, 3, 2, 2)
-    for wrong in (-1, 3, 2**40):
-        groups = torch.tensor([0, wrong, 2])
-        message = rf"groups: got {wrong}, want \[0, 3\)"
-        with noted(wrong), pytest.raises(RuntimeError, match=message):
-            torch.ops.picnn_fast.group_correlation(x, x[0], groups, 3, None)
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_a_group_out_of_range_is_refused_by_the_operator(backend: Backend, wrong):
+    if backend.device.type == "cuda":
+        pytest.skip("a failed device assertion ends the process")
+    x, groups = torch.ones(2, 3, 2, 2), torch.tensor([0, wrong, 2])
+    message = rf"groups: (got {wrong}, want|want indices in) \[0, 3\)|0 <= g && g < G"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.picnn_fast.group_correlation(x, x[0], groups, 3, None)
 
 
 # which argument of the operator, in place of a good one; the message
