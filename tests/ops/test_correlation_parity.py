@@ -9,7 +9,7 @@ from torch import Tensor
 from picnn_fast.functional import group_correlation_loss
 from picnn_fast.reference import correlation as reference
 from picnn_fast.reference.masking import accumulate_dtype
-from tests.cases import case_id, in_turn, kernel_cases, noted, pairwise
+from tests.cases import case_id, in_turn, kernel_cases, pairwise
 from tests.conftest import Backend
 from tests.ops.cases import (
     DTYPES,
