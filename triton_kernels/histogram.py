@@ -3,6 +3,9 @@
 Hard counts take three kernels: the range, what was counted so far on its grid, and then the counts.
 There is no host sync. Soft counts are sums of
 integers, weights times a power of two, so that they do not depend on the order of the additions.
+
+Tables that no cache holds are gone through class by class, of samples sorted by their labels: of
+others each sample would be a miss.
 """
 
 import torch
@@ -17,6 +20,7 @@ TILE = 2048  # elements of a tile of [samples, filters]
 PROGRAMS = 1024  # about what keeps a large device busy
 SLOTS = 1024  # counters of a table that a program keeps for itself; counting costs as many / 32
 BLOCK = 1024  # counters of a filter that a program moves at a time
+CACHE = 2**25  # bytes of a table that the cache of a large device holds beside activations
 CELL_BITS = tl.constexpr(reference.CELL_BITS)
 SMALLEST_EXPONENT = tl.constexpr(reference.SMALLEST_EXPONENT)
 POISON = tl.constexpr(-(2**63))  # the sign bit: a soft count with a NaN in it
@@ -38,6 +42,14 @@ def _labels(labels, m, M, stride, classes):
     # Live with TRITON_DEBUG=1. Without it a label that no check caught still counts in the table.
     tl.device_assert((label >= 0) & (label < classes), "labels out of range")
     return tl.minimum(tl.maximum(label, 0), classes - 1)
+
+
+@triton.jit
+def _samples(order, m, M, SORTED: tl.constexpr):
+    """The numbers of the samples at places m of the order, which is only there where SORTED."""
+    if SORTED:
+        m = tl.load(order + m, mask=m < M, other=0)
+    return m
 
 
 @triton.jit
@@ -149,9 +161,9 @@ def regrid_kernel(
 
 @triton.jit
 def count_kernel(
-    activations, labels, column, scale, shift, first_cell, counts,
+    activations, labels, order, column, scale, shift, first_cell, counts,
     M, N, bins, classes, x_m, x_n, l_m, rows,
-    ROWS: tl.constexpr, FILTERS: tl.constexpr, SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, FILTERS: tl.constexpr, SLOTS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Count a split of the samples, in a table of SLOTS > 0 of the program's own or in place."""
     if tl.load(column) < N:
@@ -168,6 +180,7 @@ def count_kernel(
         m = first + start
         label = _labels(labels, m, M, l_m, classes)
         inside = (m < M)[:, None] & (n < N)[None, :]
+        m = _samples(order, m, M, SORTED)
         x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
         cell = _cell(widen(x, tl.float64).to(tl.float64), scales) >> shifts
         slot = (row + cell - first_cells) * classes + label[:, None]
@@ -193,9 +206,9 @@ def _soft_position(x, low, width):
 
 @triton.jit
 def soft_kernel(
-    activations, labels, low, width, sums,
+    activations, labels, order, low, width, sums,
     M, N, bins, classes, x_m, x_n, l_m, low_n, width_n, fraction_bits, rows,
-    ROWS: tl.constexpr, FILTERS: tl.constexpr,
+    ROWS: tl.constexpr, FILTERS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Add the weights of a split of the samples, in units of 2**-fraction_bits."""
     n, first, _ = _place(N, rows, ROWS, FILTERS)
@@ -207,6 +220,7 @@ def soft_kernel(
         m = first + start
         label = _labels(labels, m, M, l_m, classes)
         inside = (m < M)[:, None] & (n < N)[None, :]
+        m = _samples(order, m, M, SORTED)
         x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
         t = _soft_position(widen(x, lows.dtype), lows, widths)
         nan = t != t
@@ -224,9 +238,9 @@ def soft_kernel(
 
 @triton.jit
 def soft_backward_kernel(
-    grad_counts, activations, labels, low, width, grad,
+    grad_counts, activations, labels, order, low, width, grad,
     M, N, bins, classes, g_n, g_b, g_k, x_m, x_n, l_m, low_n, width_n, y_m, y_n,
-    rows, ROWS: tl.constexpr, FILTERS: tl.constexpr,
+    rows, ROWS: tl.constexpr, FILTERS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a split of the samples."""
     n, first, _ = _place(N, rows, ROWS, FILTERS)
@@ -236,6 +250,7 @@ def soft_backward_kernel(
         m = first + start
         label = _labels(labels, m, M, l_m, classes)
         inside = (m < M)[:, None] & (n < N)[None, :]
+        m = _samples(order, m, M, SORTED)
         x = tl.load(activations + m[:, None] * x_m + n[None, :] * x_n, mask=inside, other=0.0)
         t = _soft_position(widen(x, lows.dtype), lows, widths)
         sloped = (t >= 0) & (t < bins - 1)
@@ -247,19 +262,42 @@ def soft_backward_kernel(
         tl.store(grad + m[:, None] * y_m + n[None, :] * y_n, narrow(result, x.dtype), mask=inside)
 
 
-def _tiling(activations: Tensor, most_filters: int = TILE) -> tuple[int, int, int, int]:
-    """Programs, samples of each, and samples and filters of a tile, long where memory runs."""
+def _tiling(
+    activations: Tensor, most_filters: int = TILE, *, in_order: bool = False
+) -> tuple[int, int, int, int]:
+    """Programs, samples of each, and samples and filters of a tile, long where memory runs.
+
+    Where samples are ``in_order`` of their labels a program has half a tile, so that those that run
+    at a time have few classes.
+    """
     M, N = activations.shape
+    size = TILE // 2 if in_order else TILE
     filters = min(triton.next_power_of_2(N), most_filters)
     if activations.stride(1) <= activations.stride(0):
         filters = min(filters, 32)
-        rows = min(triton.next_power_of_2(M), TILE // filters)
+        rows = min(triton.next_power_of_2(M), size // filters)
     else:
-        rows = min(triton.next_power_of_2(M), TILE // min(filters, 4))
-        filters = min(filters, TILE // rows)
+        rows = min(triton.next_power_of_2(M), size // min(filters, 4))
+        filters = min(filters, size // rows)
     tiles = triton.cdiv(N, filters)
     each = triton.cdiv(triton.cdiv(M, max(PROGRAMS // tiles, 1)), rows) * rows
+    if in_order:
+        each = rows
     return tiles * triton.cdiv(M, each), each, rows, filters
+
+
+def _by_class(activations: Tensor, labels: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The labels in order and the numbers of their samples, or the labels as they are and None.
+
+    In order where there are a cache's worth of counters and one sample at least to eight of a
+    filter's, and filters lie side by side: the samples of a class do not.
+    """
+    per_filter = table.numel() // max(len(table), 1)
+    few = table.nbytes <= CACHE or activations.shape[0] * 8 < per_filter
+    if few or activations.stride(0) < activations.stride(1):
+        return labels, None
+    in_order, order = labels.sort()
+    return in_order, order
 
 
 def histogram_update(
@@ -287,13 +325,16 @@ def histogram_update(
     )  # fmt: skip
     slots = triton.next_power_of_2(bins * classes)
     own = slots <= SLOTS
-    programs, each, rows, filters = _tiling(activations, SLOTS // slots if own else TILE)
+    labels, order = (labels, None) if own else _by_class(activations, labels, counts)
+    programs, each, rows, filters = _tiling(
+        activations, SLOTS // slots if own else TILE, in_order=order is not None
+    )
     count_kernel[(programs,)](
-        activations, labels, column, scale, shift, first_cell, counts,
+        activations, labels, order, column, scale, shift, first_cell, counts,
         M, N, bins, classes, *activations.stride(), *labels.stride(), each,
         ROWS=rows, FILTERS=filters,
         # As many as a histogram needs: one for each thread of a warp.
-        SLOTS=max(filters * slots, 32) if own else 0,
+        SLOTS=max(filters * slots, 32) if own else 0, SORTED=order is not None,
     )  # fmt: skip
     return column.masked_fill_(column == N, -1)
 
@@ -312,12 +353,13 @@ def soft_histogram(
     # The finest unit, of those the weights can tell apart, of which M cannot reach the sign bit.
     fraction_bits = min(52 if low.dtype == torch.float64 else 24, 62 - M.bit_length())
     if activations.numel() > 0:
-        programs, each, rows, filters = _tiling(activations)
+        labels, order = _by_class(activations, labels, sums)
+        programs, each, rows, filters = _tiling(activations, in_order=order is not None)
         soft_kernel[(programs,)](
-            activations, labels, low, width, sums,
+            activations, labels, order, low, width, sums,
             M, N, bins, num_classes, *activations.stride(), *labels.stride(), *low.stride(),
             *width.stride(), fraction_bits, each,
-            ROWS=rows, FILTERS=filters,
+            ROWS=rows, FILTERS=filters, SORTED=order is not None,
         )  # fmt: skip
     counts = sums.double() * 2.0**-fraction_bits
     return torch.where(sums < 0, torch.nan, counts).to(low.dtype)
@@ -331,11 +373,12 @@ def soft_histogram_backward(
     _, bins, classes = grad_counts.shape
     grad = torch.empty_like(activations)
     if activations.numel() > 0:
-        programs, each, rows, filters = _tiling(activations)
+        labels, order = _by_class(activations, labels, grad_counts)
+        programs, each, rows, filters = _tiling(activations, in_order=order is not None)
         soft_backward_kernel[(programs,)](
-            grad_counts, activations, labels, low, width, grad,
+            grad_counts, activations, labels, order, low, width, grad,
             M, N, bins, classes, *grad_counts.stride(), *activations.stride(), *labels.stride(),
             *low.stride(), *width.stride(), *grad.stride(), each,
-            ROWS=rows, FILTERS=filters,
+            ROWS=rows, FILTERS=filters, SORTED=order is not None,
         )  # fmt: skip
     return grad

@@ -7,7 +7,8 @@
 // Hard counts read the activations once, in tiles whose tables a second kernel brings to the grid
 // of all samples. That is exact, because a grid follows from its range alone and a wider one only
 // merges bins. Where a filter's table does not fit in shared memory, ranges are found first, and
-// samples, if they are many, sorted by their labels, so that a block counts some of the classes.
+// samples, if they are many, sorted by their labels, so that a block counts some of the classes;
+// for soft counts and their gradient, too.
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -116,8 +117,12 @@ Division divide(const Tensor& activations, int64_t bins, int64_t classes, int64_
   int64_t lanes = std::max<int64_t>(64 / activations.element_size() / FV, 1);
   while (lanes > 1 && (lanes / 2 * FV >= N || fitting(lanes * FV, most) < kLeastClasses))
     lanes /= 2;
-  const int64_t fit = std::min(fitting(lanes * FV, most), classes);
+  int64_t fit = fitting(lanes * FV, most);
   if (fit < 1) return {};
+  // As many classes as fill the pieces in which memory is read and written.
+  if (fit > kLeastClasses)
+    fit -= fit % (fit < 2 * kLeastClasses ? kLeastClasses : 2 * kLeastClasses);
+  fit = std::min(fit, classes);
   return {ceil_div(N, lanes * FV), ceil_div(classes, fit), static_cast<int>(lanes),
           static_cast<int>(fit)};
 }
@@ -392,32 +397,76 @@ Tensor soft_histogram(const Tensor& activations, const Tensor& labels, const Ten
   return counts;
 }
 
+// One call of soft_histogram_backward on activations of type T.
+template <typename T>
+struct SoftBackward {
+  using C = Accumulate<T>;
+  const Tensor& activations;
+  const Tensor& of_labels;
+  const Labels labels;
+  const SoftGrid<C> grid;
+  const GradCounts<C> slopes;
+  const Tensor& grad;
+
+  void run() const {
+    if (activations.numel() == 0 || in_order()) return;
+    with_vectors<T>(common_layout<T>(activations, grad), [&](auto fv, auto rv) {
+      constexpr int FV = fv, RV = rv;
+      with_tables<FV, RV>(
+          activations, grid.bins, labels.classes, sizeof(C),
+          [&](const Tiling& tiling, const TableShape& shape, bool staged, size_t shared) {
+            launch(activations, soft_backward<T, FV, RV>, tiling.blocks(), kThreads, shared, slopes,
+                   input<T>(activations), labels, tiling, grid, shape, staged, out());
+          });
+    });
+  }
+
+  // By class, where slopes of all classes do not fit in shared memory, and filters lie side by
+  // side: samples of a class do not. Else false.
+  bool in_order() const {
+    if (activations.stride(1) > activations.stride(0) || grad.stride(1) > grad.stride(0))
+      return false;
+    if (!worth_sorting(activations.size(0), grid.bins, labels.classes)) return false;
+    const bool along = common_layout<T>(activations, grad) == Layout::kFilters;
+    return along ? by_class<kVectorBytes / sizeof(T)>() : by_class<1>();
+  }
+
+  template <int FV>
+  bool by_class() const {
+    if (filters_that_fit(grid.bins, labels.classes, sizeof(C)) >= FV) return false;
+    const Division division = divide<FV>(activations, grid.bins, labels.classes, sizeof(C));
+    if (division.lanes == 0) return false;
+    const TableShape shape(grid.bins, division.classes);
+    const SortedSamples sorted(of_labels, labels);
+    const size_t shared = sizeof(C) * division.lanes * FV * shape.per_filter;
+    launch(activations, soft_backward_sorted<T, FV>, division.blocks(), kThreads, shared, slopes,
+           input<T>(activations), sorted.view(), division, grid, shape, labels.classes, out());
+    return true;
+  }
+
+  Samples<T> out() const {
+    return {static_cast<T*>(grad.data_ptr()), grad.stride(0), grad.stride(1), grad.size(0),
+            grad.size(1)};
+  }
+};
+
 Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activations,
                                const Tensor& labels, const Tensor& low, const Tensor& width) {
   check_table(grad_counts, activations, "grad_counts");
   const int64_t bins = grad_counts.size(1), classes = grad_counts.size(2);
   check_soft(activations, labels, low, width, bins);
   check_accumulate_type(grad_counts, "grad_counts", activations);
-  Tensor grad = torch::stable::empty_like(activations);
+  const Tensor grad = torch::stable::empty_like(activations);
   with_type(activations, "activations", [&](auto value) {
     using T = decltype(value);
     using C = Accumulate<T>;
-    if (activations.numel() == 0) return;
     const GradCounts<C> slopes = {static_cast<const C*>(grad_counts.data_ptr()),
                                   grad_counts.stride(0), grad_counts.stride(1),
                                   grad_counts.stride(2)};
-    const Samples<T> out = {static_cast<T*>(grad.data_ptr()), grad.stride(0), grad.stride(1),
-                            grad.size(0), grad.size(1)};
-    with_vectors<T>(common_layout<T>(activations, grad), [&](auto fv, auto rv) {
-      constexpr int FV = fv, RV = rv;
-      with_tables<FV, RV>(
-          activations, bins, classes, sizeof(C),
-          [&](const Tiling& tiling, const TableShape& shape, bool staged, size_t shared) {
-            launch(activations, soft_backward<T, FV, RV>, tiling.blocks(), kThreads, shared, slopes,
-                   input<T>(activations), make_labels(labels, classes), tiling,
-                   soft_grid<C>(low, width, bins), shape, staged, out);
-          });
-    });
+    SoftBackward<T>{
+        activations, labels, make_labels(labels, classes), soft_grid<C>(low, width, bins),
+        slopes,      grad}
+        .run();
   });
   return grad;
 }

@@ -31,6 +31,13 @@ struct SoftFilter {
     last = static_cast<C>(g.bins - 1);
   }
   __device__ SoftBin<C> bin(C x) const { return soft_bin(soft_position(x, low, width), last); }
+  // slope_of(the bin below), 0 beyond the outer centres, NaN of NaN.
+  template <typename SlopeOf>
+  __device__ C gradient(C x, const SlopeOf& slope_of) const {
+    const C t = soft_position(x, low, width);
+    if (C{0} <= t && t < last) return slope_of(static_cast<int>(t));
+    return t == t ? C{0} : t;
+  }
 };
 
 // 64-bit counters in shared memory as two halves: there is no 64-bit addition in hardware.
@@ -198,16 +205,13 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int label = labels(base + place.row_of(u) + j);
 #pragma unroll
         for (int i = 0; i < FV; ++i) {
-          const C t =
-              soft_position(static_cast<C>(value[u][j * FV + i]), filter[i].low, filter[i].width);
-          C result = t == t ? C{0} : t;
-          if (C{0} <= t && t < filter[i].last) {
-            const int b = static_cast<int>(t);
-            result =
-                staged ? slopes[(place.filter + i) * shape.per_filter + label * shape.per_class + b]
-                       : grad_counts.slope(place.first_filter + place.filter + i, b, label,
-                                           filter[i].width);
-          }
+          const auto slope_of = [&](int bin) {
+            if (staged)
+              return slopes[(place.filter + i) * shape.per_filter + label * shape.per_class + bin];
+            return grad_counts.slope(place.first_filter + place.filter + i, bin, label,
+                                     filter[i].width);
+          };
+          const C result = filter[i].gradient(static_cast<C>(value[u][j * FV + i]), slope_of);
           value[u][j * FV + i] = static_cast<T>(result);
         }
       }

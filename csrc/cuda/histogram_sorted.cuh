@@ -10,7 +10,8 @@
 
 // Counts where a filter's table does not fit in shared memory, of samples sorted by their labels: a
 // block has some filters and some neighbouring classes to itself, so that its tables are small and
-// no other block adds to the same counters.
+// no other block adds to the same counters. And the gradient of soft counts, which reads as small
+// tables.
 namespace picnn_fast {
 namespace {
 
@@ -92,10 +93,10 @@ struct SortedWalk {
     row = threadIdx.x / d.lanes;
     rows = kThreads / d.lanes;
   }
-  // add(i, class of the block, value of filter `filter + i`) for each of the thread's samples.
-  template <typename T, typename Add>
+  // take(a sample, its values) for each of the thread's samples.
+  template <typename T, typename Take>
   __device__ void each(const Samples<const T>& samples, const Ranked* ranked,
-                       const Add& add) const {
+                       const Take& take) const {
     if (filter >= filters) return;
     const T* from = samples.data + (first_filter + filter) * samples.filter;
     for (int64_t base = int64_t{begin} + row; base < end; base += kPieces * rows) {
@@ -112,22 +113,24 @@ struct SortedWalk {
 #pragma unroll
       for (int u = 0; u < kPieces; ++u) {
         if (base + u * rows >= end) break;
-#pragma unroll
-        for (int i = 0; i < FV; ++i) add(i, at[u].label - first_class, value[u].lane[i]);
+        take(at[u], value[u]);
       }
     }
   }
-  // put(place in the tables, place in [N, bins, K]) for each of the block's counters, by all its
-  // threads, neighbouring classes side by side.
+  // Where the counters of filter `filter + i` and a class begin in the block's tables.
+  __device__ int table(const TableShape& shape, int i, int label) const {
+    return (filter + i) * shape.per_filter + (label - first_class) * shape.per_class;
+  }
+  // put(place in the tables, filter, bin, class) for each of the block's counters of `bins` bins,
+  // by all its threads, neighbouring classes side by side.
   template <typename Put>
-  __device__ void each_counter(const TableShape& shape, int all_classes, const Put& put) const {
+  __device__ void each_counter(const TableShape& shape, int bins, const Put& put) const {
     const int across = min(classes, 32), together = kThreads / across;
     if (static_cast<int>(threadIdx.x) >= across * together) return;
-    for (int i = threadIdx.x / across; i < filters * shape.bins; i += together) {
-      const int f = i / shape.bins, j = i % shape.bins;
-      const int64_t to = ((first_filter + f) * shape.bins + j) * all_classes + first_class;
+    for (int i = threadIdx.x / across; i < filters * bins; i += together) {
+      const int f = i / bins, j = i % bins;
       for (int k = threadIdx.x % across; k < classes; k += across)
-        put(f * shape.per_filter + k * shape.per_class + j, to + k);
+        put(f * shape.per_filter + k * shape.per_class + j, first_filter + f, j, first_class + k);
     }
   }
 };
@@ -150,13 +153,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     windows[i].set(grid_of(state.minimum[n], state.maximum[n], state.bins), state.bins);
   }
   __syncthreads();
-  place.each(samples, sorted.ranked, [&](int i, int k, T value) {
-    const int bin = windows[i].bin(static_cast<C>(value), 0);
-    atomicAdd(&table[(place.filter + i) * shape.per_filter + k * shape.per_class + bin], 1u);
+  place.each(samples, sorted.ranked, [&](const Ranked& at, const Vector<T, FV>& value) {
+#pragma unroll
+    for (int i = 0; i < FV; ++i) {
+      const int bin = windows[i].bin(static_cast<C>(value.lane[i]), 0);
+      atomicAdd(&table[place.table(shape, i, at.label) + bin], 1u);
+    }
   });
   __syncthreads();
-  place.each_counter(shape, state.classes, [&](int at, int64_t to) {
-    if (table[at] != 0) state.counts[to] += table[at];
+  place.each_counter(shape, shape.bins, [&](int at, int64_t n, int bin, int label) {
+    if (table[at] != 0) state.counts[(n * shape.bins + bin) * state.classes + label] += table[at];
   });
 }
 
@@ -177,14 +183,45 @@ __global__ void __launch_bounds__(kThreads, 2)
     filter[i].load(grid, place.first_filter + min(place.filter + i, place.filters - 1));
   const SoftUnit<C> unit(fraction_bits);
   __syncthreads();
-  place.each(samples, sorted.ranked, [&](int i, int k, T value) {
-    const int at = (place.filter + i) * shape.per_filter + k * shape.per_class;
-    unit.add(table, at, filter[i].bin(static_cast<C>(value)));
+  place.each(samples, sorted.ranked, [&](const Ranked& at, const Vector<T, FV>& value) {
+#pragma unroll
+    for (int i = 0; i < FV; ++i)
+      unit.add(table, place.table(shape, i, at.label),
+               filter[i].bin(static_cast<C>(value.lane[i])));
   });
   __syncthreads();
   const double inverse = power_of_two<double>(-fraction_bits);
-  place.each_counter(shape, classes, [&](int at, int64_t to) {
-    counts[to] = soft_count<C>(table.get(at), inverse);
+  place.each_counter(shape, shape.bins, [&](int at, int64_t n, int bin, int label) {
+    counts[(n * shape.bins + bin) * classes + label] = soft_count<C>(table.get(at), inverse);
+  });
+}
+
+// The gradient of soft counts, by slopes in shared memory, each of which is read once.
+template <typename T, int FV>
+__global__ void __launch_bounds__(kThreads, 2)
+    soft_backward_sorted(GradCounts<Accumulate<T>> grad_counts, Samples<const T> samples,
+                         Sorted sorted, Division division, SoftGrid<Accumulate<T>> grid,
+                         TableShape shape, int classes, Samples<T> grad) {
+  using C = Accumulate<T>;
+  const SortedWalk<FV> place(division, sorted, samples.N, classes);
+  if (place.begin == place.end) return;
+  C* slopes = dynamic_shared<C>();
+  place.each_counter(shape, shape.bins - 1, [&](int at, int64_t n, int bin, int label) {
+    slopes[at] = grad_counts.slope(n, bin, label, grid.width[n * grid.width_stride]);
+  });
+  SoftFilter<C> filter[FV];
+#pragma unroll
+  for (int i = 0; i < FV; ++i)
+    filter[i].load(grid, place.first_filter + min(place.filter + i, place.filters - 1));
+  __syncthreads();
+  T* to = grad.data + (place.first_filter + place.filter) * grad.filter;
+  place.each(samples, sorted.ranked, [&](const Ranked& at, Vector<T, FV>& value) {
+#pragma unroll
+    for (int i = 0; i < FV; ++i) {
+      const auto slope_of = [&](int bin) { return slopes[place.table(shape, i, at.label) + bin]; };
+      value.lane[i] = static_cast<T>(filter[i].gradient(static_cast<C>(value.lane[i]), slope_of));
+    }
+    *reinterpret_cast<Vector<T, FV>*>(to + at.sample * grad.sample) = value;
   });
 }
 

@@ -94,6 +94,7 @@ def check(
         *itertools.product(
             ["tables_in_shared_memory"], ("filters", "samples", "strided"), DTYPES[1:]
         ),
+        *itertools.product(["sorted"], ["filters"], DTYPES[1:3]),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )

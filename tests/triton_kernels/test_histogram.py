@@ -28,13 +28,19 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype(
 
 
 @pytest.mark.parametrize(
-    ("programs", "slots", "order"), pairwise([1, 6], [0, 64, 4096], ["c_order", "f_order"])
+    ("programs", "slots", "order", "cache"),
+    [
+        *pairwise([1, 6], [0, 64, 4096], ["c_order", "f_order"], [triton_histogram.CACHE]),
+        (1, 0, "f_order", 0),
+        (6, 0, "c_order", 0),
+    ],
 )
 @pytest.mark.gpu(else_cpu=True)
 def test_tiles_and_tables_do_not_matter(
-    programs: int, slots: int, order: str, monkeypatch: pytest.MonkeyPatch
+    programs: int, slots: int, order: str, cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Programs of several tiles; counts in the program's own table and in place."""
+    """Programs of several tiles; counts in the program's own table, in place, and by class."""
+    monkeypatch.setattr(triton_histogram, "CACHE", cache)
     monkeypatch.setattr(triton_histogram, "PROGRAMS", programs)
     monkeypatch.setattr(triton_histogram, "SLOTS", slots)
     monkeypatch.setattr(triton_histogram, "TILE", 64)
