@@ -137,6 +137,43 @@ PICNN_FAST_HD A centre(const T* x, int64_t stride, const A* mean, const A* with,
   return sum_lanes<A>(sums[0] + sums[1]);
 }
 
+// Rows of at most so many vectors are kept in registers while they are worked on.
+constexpr int kMostVectors = kVectorBytes == 64 ? 16 : 8;
+
+// Runs `use(n)` for rows of n vectors, a constant; false where that is more than registers hold, or
+// less than a whole one.
+template <typename A, int kCount = kMostVectors, typename Use>
+bool in_registers(int64_t positions, const Use& use) {
+  if constexpr (kCount > 0) {
+    if (positions >= kLanes<A> && in_vectors<A>(positions) == kCount * kLanes<A>) {
+      use(std::integral_constant<int, kCount>{});
+      return true;
+    }
+    return in_registers<A, kCount - 1>(positions, use);
+  }
+  return false;
+}
+
+// u = x - mean in registers, with zeros up to whole vectors, and ⟨u, with(u, v)⟩ as centre() has
+// it.
+template <int kCount, typename A, typename T, typename With>
+PICNN_FAST_HD A centre_in_registers(const T* x, const A* mean, int64_t positions, const With& with,
+                                    Vector<A> (&u)[kCount]) {
+  Vector<A> sums[2] = {};
+  const auto use = [&](int v, int64_t at, int64_t count) {
+    prefetch(reinterpret_cast<const char*>(x + at) + kBytesAhead);
+    const Vector<A> value = load<A>(x + at) - load<A>(mean + at);
+    u[v] = count == kLanes<A> ? value : last_in_front<A>(value, count);
+    const Vector<A> product = u[v] * with(u[v], v * kLanes<A>);
+    count == kLanes<A>&& v % 2 == 0 ? sums[0] += product : sums[1] += product;
+  };
+  for (int v = 0; v + 1 < kCount; ++v) {
+    use(v, v * kLanes<A>, kLanes<A>);
+  }
+  use(kCount - 1, positions - kLanes<A>, positions - (kCount - 1) * kLanes<A>);
+  return sum_lanes<A>(sums[0] + sums[1]);
+}
+
 template <typename A>
 struct Scratch {
   A* tile;    // [tile_rows(positions), padded]
@@ -267,6 +304,36 @@ PICNN_FAST_HD void sum_tile(const CorrelationForward<T, A>& c, int64_t image, in
   add_tile(c, first, count, norms, s);
 }
 
+template <typename A, int kCount>
+PICNN_FAST_HD void add_row(A factor, const Vector<A> (&row)[kCount], A* sum) {
+  const Vector<A> factors = broadcast(factor);
+  for (int v = 0; v < kCount; ++v) {
+    A* to = sum + v * kLanes<A>;
+    store<A>(load<A>(to) + factors * row[v], to);
+  }
+}
+
+// Adds filters from `first` on, each over its norm, to the sums of their groups, row after row in
+// registers; whether they fit.
+template <typename T, typename A>
+bool sum_in_registers(const CorrelationForward<T, A>& c, int64_t image, int64_t first,
+                      const Scratch<A>& s) {
+  const int64_t filters = c.shape.filters, positions = c.shape.positions;
+  const int64_t padded = padded_positions(positions);
+  const T* maps = c.maps + image * c.maps_strides.batch;
+  A* norms = c.norms + image * filters;
+  const auto itself = [](const Vector<A>& u, int64_t) { return u; };
+  const auto sum = [&](auto n) {
+    for (int64_t i = first; i < filters; ++i) {
+      Vector<A> u[n];
+      norms[i] = std::sqrt(centre_in_registers<n, A>(maps + i * c.maps_strides.filter,
+                                                     c.mean + i * positions, positions, itself, u));
+      add_row<A, n>(inverse_norm(norms[i]), u, s.groups + c.groups[i] * padded);
+    }
+  };
+  return c.maps_strides.position == 1 && in_registers<A>(positions, sum);
+}
+
 // What the sums of an image's groups yield.
 template <typename T, typename A>
 void find_moments(const CorrelationForward<T, A>& c, int64_t image, const Scratch<A>& s) {
@@ -300,8 +367,10 @@ void forward(const CorrelationForward<T, A>& c, int64_t begin, int64_t end, A* m
     // And the total.
     std::memset(s.groups, 0, (groups + 1) * padded_positions(positions) * sizeof(A));
     const int64_t done = c.mean_by_position == nullptr ? 0 : sum_by_position(c, image, s);
-    for_each_tile(filters, done, kTile,
-                  [&](int64_t first, int64_t count) { sum_tile(c, image, first, count, s); });
+    if (!sum_in_registers(c, image, done, s)) {
+      for_each_tile(filters, done, kTile,
+                    [&](int64_t first, int64_t count) { sum_tile(c, image, first, count, s); });
+    }
     find_moments(c, image, s);
   }
 }
@@ -335,6 +404,42 @@ void clear(T* maps, const Strides& strides, int64_t filters, int64_t positions) 
   }
 }
 
+// A row that is done, from vectors: the last one reaches back over the one before it.
+template <int kCount, typename A, typename T, typename Value>
+PICNN_FAST_HD void store_row(const Value& value, int64_t positions, T* row) {
+  Vector<A> before{};
+  for (int v = 0; v + 1 < kCount; ++v) {
+    before = value(v);
+    store<A>(before, row + v * kLanes<A>);
+  }
+  const int64_t rest = positions - (kCount - 1) * kLanes<A>;
+  const Vector<A> last = value(kCount - 1);
+  store<A>(rest == kLanes<A> ? last : reaching_back<A>(before, last, rest),
+           row + positions - kLanes<A>);
+}
+
+// The gradient of `count` maps from `first` on, row after row, in registers; whether they fit.
+template <typename T, typename A>
+bool gradient_in_registers(const CorrelationBackward<T, A>& c, int64_t image, int64_t first,
+                           int64_t count, const Scratch<A>& s, T* out) {
+  const int64_t positions = c.shape.positions, padded = padded_positions(positions);
+  const T* maps = c.maps + image * c.maps_strides.batch;
+  const A* norms = c.norms + image * c.shape.filters;
+  return in_registers<A>(positions, [&](auto n) {
+    for (int64_t i = first; i < first + count; ++i, out += positions) {
+      const A* toward = s.groups + c.groups[i] * padded;
+      Vector<A> u[n];
+      const A product = centre_in_registers<n, A>(
+          maps + i * c.maps_strides.filter, c.mean + i * positions, positions,
+          [&](const Vector<A>&, int64_t at) { return load<A>(toward + at); }, u);
+      const MapGradient<A> of = map_gradient(norms[i], product);
+      const Vector<A> unit = broadcast(of.unit), along = broadcast(of.along);
+      store_row<n, A>([&](int v) { return unit * load<A>(toward + v * kLanes<A>) - along * u[v]; },
+                      positions, out);
+    }
+  });
+}
+
 // The gradient of the maps of a tile.
 template <typename T, typename A>
 PICNN_FAST_HD void gradient_of_tile(const CorrelationBackward<T, A>& c, int64_t image,
@@ -346,6 +451,10 @@ PICNN_FAST_HD void gradient_of_tile(const CorrelationBackward<T, A>& c, int64_t 
   T* grad = c.grad + image * to.batch;
   const A* norms = c.norms + image * c.shape.filters;
   const bool dense = to.position == 1 && to.filter == positions;
+  T* out = dense ? sink.open(grad + first * positions, count * positions) : nullptr;
+  if (dense && from.position == 1 && gradient_in_registers(c, image, first, count, s, out)) {
+    return sink.close();
+  }
   const A* mean = c.mean + first * positions;
   MapGradient<A> of[kGradientTile];
   const A* toward[kGradientTile];
@@ -356,7 +465,6 @@ PICNN_FAST_HD void gradient_of_tile(const CorrelationBackward<T, A>& c, int64_t 
                                mean + i * positions, toward[i], positions, s.tile + i * padded);
     of[i] = map_gradient(norms[first + i], product);
   }
-  T* out = dense ? sink.open(grad + first * positions, count * positions) : nullptr;
   for (int64_t i = 0; i < count; ++i) {
     const A* u = s.tile + i * padded;
     const auto single = [&](int64_t p) {

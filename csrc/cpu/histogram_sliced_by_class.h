@@ -12,30 +12,63 @@ namespace {
 
 constexpr int64_t kSlicedClassesAtOnce = picnn_fast::kSlicedClassesAtOnce;
 
-// Lines of counts that get something: they are known well before they are touched, so that none
-// waits for the memory of another, nor for a guess whether it is one of them.
-struct Lines {
-  static constexpr int64_t kMost = 64;
-  int64_t* to[kMost];
-  alignas(16) __m128i line[kMost];
-  int64_t count = 0;
-
-  // Eight counts, unless all are 0 or `held` is not 1.
-  void take(int64_t* at, __m128i counts, int64_t held) {
-    to[count] = at;
-    _mm_store_si128(line + count, counts);
-    count += held & (_mm_test_epi16_mask(counts, counts) != 0);
-  }
-  // Only those above 0 are touched: there may be no others.
-  void add() {
-    for (int64_t i = 0; i < count; ++i) {
-      const __mmask8 some = _mm_test_epi16_mask(line[i], line[i]);
-      const __m512i sum =
-          _mm512_add_epi64(_mm512_maskz_loadu_epi64(some, to[i]), _mm512_cvtepu16_epi64(line[i]));
-      _mm512_mask_storeu_epi64(to[i], some, sum);
+// Lines of counts that get something: fetched once enough of them are known, and added to when the
+// next ones are, so that neither waits for the other.
+class Lines {
+ public:
+  // Eight lines of eight counts, lines[j] for what is at to[j]; those that `some` names.
+  PICNN_FAST_HD void take(__m512i to, const __m128i* lines, __mmask8 some) {
+    if (parts_[now_].count > kMost - 8) {
+      turn();
     }
-    count = 0;
+    Part& part = parts_[now_];
+    std::memcpy(part.lines + part.taken * 8, lines, 8 * sizeof(*lines));
+    const __m512i which = _mm512_add_epi64(_mm512_set1_epi64(part.taken * 8),
+                                           _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    _mm512_storeu_si512(part.to + part.count, _mm512_maskz_compress_epi64(some, to));
+    _mm512_storeu_si512(part.which + part.count, _mm512_maskz_compress_epi64(some, which));
+    part.taken += some != 0 ? 1 : 0;
+    part.count += __builtin_popcount(some);
   }
+  PICNN_FAST_HD void add_all() {
+    turn();
+    turn();
+  }
+
+ private:
+  static constexpr int64_t kMost = 64;
+
+  struct Part {
+    alignas(16) __m128i lines[8 * kMost];
+    int64_t* to[kMost];
+    int64_t which[kMost];  // of the lines
+    int64_t count = 0, taken = 0;
+  };
+
+  // Always inlined, as all that stores by masks must be: GCC 12 drops calls of it.
+  PICNN_FAST_HD void turn() {
+    const Part& part = parts_[now_];
+    for (int64_t i = 0; i < part.count; ++i) {
+      __builtin_prefetch(part.to[i], 1);
+    }
+    now_ ^= 1;
+    add(parts_[now_]);
+  }
+  // Only counts above 0 are touched: there may be no others.
+  static PICNN_FAST_HD void add(Part& part) {
+    for (int64_t i = 0; i < part.count; ++i) {
+      const __m128i line = part.lines[part.which[i]];
+      const __mmask8 some = _mm_test_epi16_mask(line, line);
+      const __m512i sum =
+          _mm512_add_epi64(_mm512_maskz_loadu_epi64(some, part.to[i]), _mm512_cvtepu16_epi64(line));
+      _mm512_mask_storeu_epi64(part.to[i], some, sum);
+    }
+    part.count = 0;
+    part.taken = 0;
+  }
+
+  Part parts_[2];
+  int now_ = 0;
 };
 
 // The samples of one block of filters, on grids that hold them.
@@ -75,41 +108,43 @@ class SlicedClasses {
   }
 
   // Adds the tables of `classes` from `first_class` on to counts [filters, bins, classes].
-  void add(const uint16_t* tables, int64_t first_class, int64_t classes, int64_t* counts) const {
+  PICNN_FAST_HD void add(const uint16_t* tables, int64_t first_class, int64_t classes,
+                         int64_t* counts) const {
+    const __m512i last_cell = _mm512_set1_epi64(h_.cells - 1);
+    const __m512i row_bytes = _mm512_set1_epi64(h_.classes * int64_t{sizeof(int64_t)});
     Lines lines;
     for (int64_t set = 0; set < kSets; ++set) {
-      int64_t* rows[8];
-      int64_t first_cells[8], held[8];
+      alignas(64) int64_t* rows[8];
+      alignas(64) int64_t first_cells[8];
+      __mmask8 held = 0;
       for (int64_t j = 0; j < 8; ++j) {
         const int64_t f = filter_of(set, j);
-        held[j] = f < filters_;
-        const int64_t filter = filter_ + (held[j] ? f : 0);
+        held |= static_cast<__mmask8>(f < filters_ ? 1 << j : 0);
+        const int64_t filter = filter_ + (f < filters_ ? f : 0);
         rows[j] = counts + filter * h_.bins * h_.classes + first_class;
         first_cells[j] = h_.ranges[filter].first;
       }
       for (int64_t cell = 0; cell < h_.cells; ++cell) {
         const uint16_t* from = tables + (set * h_.cells + cell) * 8;
-        int64_t* to[8];
-        for (int64_t j = 0; j < 8; ++j) {
-          to[j] = rows[j] + ((cell - first_cells[j]) & (h_.cells - 1)) * h_.classes;
-        }
+        const __m512i bin = _mm512_and_si512(
+            last_cell, _mm512_sub_epi64(_mm512_set1_epi64(cell), _mm512_load_si512(first_cells)));
+        const __m512i to =
+            _mm512_add_epi64(_mm512_load_si512(rows), _mm512_mullo_epi64(bin, row_bytes));
         for (int64_t k = 0; k < classes; k += 8) {
-          __m128i line[8] = {};
+          __m128i line[8] = {}, any = {};
           for (int64_t i = 0; i < 8 && k + i < classes; ++i) {
             line[i] = _mm_loadu_si128(
                 reinterpret_cast<const __m128i*>(from + (k + i) * h_.layout.per_class));
+            any = _mm_or_si128(any, line[i]);
           }
+          const auto some = static_cast<__mmask8>(held & _mm_test_epi16_mask(any, any));
           transpose(line);
-          for (int64_t j = 0; j < 8; ++j) {
-            lines.take(to[j] + k, line[j], held[j]);
-          }
-          if (lines.count > Lines::kMost - 8) {
-            lines.add();
-          }
+          lines.take(_mm512_add_epi64(to, _mm512_set1_epi64(k * int64_t{sizeof(int64_t)})), line,
+                     some);
         }
       }
     }
-    lines.add();
+    lines.add_all();
   }
 
  private:

@@ -64,6 +64,29 @@ PICNN_FAST_HD Narrow narrow_bits(const Wide& bits) {
 #endif
 }
 
+// float16 as widen() and narrow() of it have it, where there are instructions for that: no number
+// is rounded otherwise, and NaN becomes the same one.
+#if defined(__AVX2__)
+PICNN_FAST_HD Vector<float> widen_float16(const Narrow& bits) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_cvtph_ps((__m256i)bits);
+#else
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)bits);
+#endif
+}
+
+PICNN_FAST_HD Narrow narrow_float16(const Vector<float>& vector) {
+  Wide bits;
+  std::memcpy(&bits, &vector, sizeof(bits));
+  const Wide same = vector != vector ? (bits & 0x80000000u) | 0x7FC00000u : bits;
+#if defined(__AVX512F__)
+  return (Narrow)_mm512_cvtps_ph((__m512)same, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return (Narrow)_mm256_cvtps_ph((__m256)same, _MM_FROUND_TO_NEAREST_INT);
+#endif
+}
+#endif
+
 template <typename A, typename T>
 PICNN_FAST_HD Vector<A> load(const T* from) {
   Vector<A> vector;
@@ -74,6 +97,12 @@ PICNN_FAST_HD Vector<A> load(const T* from) {
     std::memcpy(&bits, from, sizeof(bits));
     const Wide wide = widen_bits(bits) << 16;
     std::memcpy(&vector, &wide, sizeof(vector));
+#if defined(__AVX2__)
+  } else if constexpr (std::is_same_v<T, Half>) {
+    Narrow bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    vector = widen_float16(bits);
+#endif
   } else {
     A array[kLanes<A>];  // loops over the elements of a vector type do not vectorise
     for (int l = 0; l < kLanes<A>; ++l) {
@@ -99,6 +128,11 @@ PICNN_FAST_HD void store(const Vector<A>& vector, T* to) {
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     const Narrow half = narrow_bits(round_to_bfloat16(vector) >> 16);
     std::memcpy(to, &half, sizeof(half));
+#if defined(__AVX2__)
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const Narrow half = narrow_float16(vector);
+    std::memcpy(to, &half, sizeof(half));
+#endif
   } else {
     A array[kLanes<A>];
     std::memcpy(array, &vector, sizeof(vector));

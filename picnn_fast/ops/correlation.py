@@ -7,7 +7,7 @@ from torch import Tensor
 
 from picnn_fast import checks
 from picnn_fast.ops.define import define
-from picnn_fast.ops.layout import readable
+from picnn_fast.ops.layout import as_dtype, readable
 from picnn_fast.reference import correlation as reference
 from picnn_fast.reference.masking import accumulate_dtype
 
@@ -90,7 +90,9 @@ def group_correlation_loss(
             raise ValueError(
                 f"positive: got shape {tuple(positive.shape)}, want ({len(maps)},), one a sample"
             )
-    constant = mean.detach().to(accumulate_dtype(maps.dtype)).contiguous()
+    constant = as_dtype(mean.detach() if mean.requires_grad else mean, accumulate_dtype(maps.dtype))
+    if not constant.is_contiguous():
+        constant = constant.contiguous()
     arguments = constant, labels, count, positive
     try:
         loss: Tensor = _group_correlation_operator(readable(maps), *arguments)[0]
@@ -155,7 +157,7 @@ def group_class_loss(
 
 def _check_maps(maps: Tensor) -> None:
     checks.floating("maps", maps)
-    if maps.ndim != 4 or 0 in maps.shape[1:]:
+    if maps.ndim != 4 or (maps.numel() == 0 and 0 in maps.shape[1:]):
         raise ValueError(
             f"maps: got shape {tuple(maps.shape)}, want [B, C, h, w], at least one filter and one"
             " position"
@@ -177,7 +179,7 @@ def _check_groups(
     )
     if num_groups is None and not checks.asynchronous(groups):
         limit = int(checks.unwrapped(groups).max()) + 1
-    return groups.to(torch.int64), limit
+    return as_dtype(groups, torch.int64), limit
 
 
 def _fake_group_correlation(

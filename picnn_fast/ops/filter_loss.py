@@ -414,6 +414,9 @@ def _filter_loss_gradient(
     scale = grad_loss[:, None, None]
     if grad.dtype == ctx.dtype:
         return (grad * scale,)
+    if not (grad.is_cuda or grad.is_contiguous()):
+        # On the CPU an ``out`` of another type is gone through one number at a time there.
+        return ((grad * scale).to(ctx.dtype),)
     # Rounded once, as by ``to``, and in the same pass over the maps.
     return (torch.mul(grad, scale, out=torch.empty_like(grad, dtype=ctx.dtype)),)
 

@@ -1,4 +1,4 @@
-"""How the operators want tensors to lie in memory."""
+"""How the operators want tensors to lie in memory, and of which type."""
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ def readable(maps: Tensor) -> Tensor:
             return maps.contiguous()
         expected = stride * size
     return maps
+
+
+def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``, without the dispatch where that changes nothing."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def whole(value: Tensor) -> Tensor:
