@@ -38,30 +38,20 @@ class Empty(torch.autograd.Function):
         return torch.empty_like(grad)
 
 
-def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """What the operator's kernel returns."""
-    key = torch._C.DispatchKey.AutogradFunctionality
-    torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-    try:
-        return operator(*arguments)
-    finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-
-
 class TemplateMask(torch.autograd.Function):
     """The kernels by PyTorch's dispatcher, without what the library has around them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor) -> Tensor:
         operator = torch.ops.picnn_fast.template_mask.default
-        masked, peak = below_autograd(operator, x, offsets, 1.0)
+        masked, peak = harness.below_autograd(operator, x, offsets, 1.0)
         ctx.save_for_backward(peak, offsets)
         return masked
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         operator = torch.ops.picnn_fast.template_mask_backward.default
-        return below_autograd(operator, grad, *ctx.saved_tensors, 1.0), None
+        return harness.below_autograd(operator, grad, *ctx.saved_tensors, 1.0), None
 
 
 class Tiny:

@@ -233,6 +233,16 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
+def below_autograd(operator: Any, *arguments: Any) -> Any:
+    """What the operator's kernel returns; nothing is recorded."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+    try:
+        return operator(*arguments)
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+
+
 def _resident(field: str) -> int:
     """Bytes of this process: "VmRSS", resident now; "VmHWM", the most there has been."""
     found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())

@@ -10,7 +10,8 @@ Limit: the fewest bytes that must move, over the bandwidth of ``clone()`` on map
 in the same run. Forward: write the masked maps, read those that are kept. Backward: read the maps
 and the gradient, write the gradient of the maps. Beside it what no operator undercuts: "clones",
 ``clone()`` in its place, of the maps and of the gradient; "call", the operator on one map a
-position large, among the other candidates, which leave nothing of it in the caches.
+position large, among the other candidates, which leave nothing of it in the caches. "kernels": the
+operator's kernels and nothing around them.
 """
 
 import itertools
@@ -46,6 +47,7 @@ Shape = tuple[int, int, int, int, int, torch.dtype, torch.memory_format]
 
 
 SETS = 4
+LINE_BYTES = {"cpu": 64, "cuda": 32}  # that are read at once
 
 
 class Case:
@@ -106,6 +108,41 @@ def definition(seed: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return mask
 
 
+def kernels_of(case: Case) -> Callable[[], None]:
+    """Forward and backward by the kernels alone."""
+    operators = torch.ops.picnn_fast
+    logits, table = case.logits.detach(), case.correspondence.detach()
+
+    def call() -> None:
+        maps, grad = next(case.sets)
+        _, mask, pseudo_label = harness.below_autograd(
+            operators.bernoulli_mask.default, maps.detach(), logits, table, case.seed, 0, True
+        )
+        _, grad_mask = harness.below_autograd(
+            operators.masking_backward.default, grad, maps.detach(), mask
+        )
+        harness.below_autograd(
+            operators.bernoulli_parameters_backward.default, grad_mask, logits, table, pseudo_label
+        )
+
+    return call
+
+
+def shares_read(case: Case, draws: int = 5) -> tuple[float, float]:
+    """Of the maps, the share that the forward pass needs, and that of the lines which hold it."""
+    kept, lines = [], []
+    for _ in range(draws):
+        maps = case.maps()
+        mask = functional.bernoulli_mask(maps, case.logits, case.correspondence)[1] != 0
+        needed = torch.empty_like(maps, dtype=torch.bool).copy_(mask[:, :, None, None])
+        line = LINE_BYTES[maps.device.type] // maps.element_size()
+        count = maps.numel() // line
+        in_memory = needed.as_strided((count, line), (line, 1))
+        kept.append(mask.float().mean().item())
+        lines.append(in_memory.any(1).float().mean().item())
+    return statistics.fmean(kept), statistics.fmean(lines)
+
+
 def describe(shape: Shape) -> str:
     *sizes, classes, dtype, layout = shape
     name = "channels_last" if layout == torch.channels_last else "contiguous"
@@ -127,6 +164,7 @@ def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[s
             "autograd, compiled": lambda: case.step(compiled),
             "plain": lambda: case.step(plain),
             "plain, compiled": lambda: case.step(plain_compiled),
+            "kernels": kernels_of(case),
             "clones": lambda: case.step(cloned),
             "call": lambda: single.step(fused),
             "clone": lambda: case.maps().clone(),
@@ -136,17 +174,13 @@ def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[s
     )
     backends["reference"] = "reference"
     times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
-    kept = statistics.fmean(
-        functional.bernoulli_mask(case.maps(), case.logits, case.correspondence)[1]
-        .float()
-        .mean()
-        .item()
-        for _ in range(5)
-    )
+    kept, lines = shares_read(case)
     # Backward reads two and writes one; forward writes one and reads the kept share.
     return {
         "kept_share": kept,
         **against_the_limit(shape, case, times, 4 + kept),
+        "kernels_of_limit": (4 + kept) / 2 * harness.ratio(times, "clone", "kernels"),
+        "whole_lines_of_limit": (4 + kept) / (4 + lines),
         **harness.wall_times(candidates, ("fused",), effort, device, backends),
     }
 
@@ -206,7 +240,7 @@ def against_the_limit(
         "speedup": {
             name: harness.ratio(times, name, "fused")
             for name in times
-            if name not in ("fused", "clones", "call", "clone")
+            if name not in ("fused", "kernels", "clones", "call", "clone")
             and not name.endswith(harness.TRITON)
         },
         **harness.triton_ratios(times),
@@ -325,12 +359,21 @@ def report(results: dict[str, Any]) -> str:
     parts = []
     for title, part in (("bernoulli_mask", "operators"), ("class_gate", "gates")):
         names = list(results[part][0]["speedup"]) if results[part] else []
+        alone = {
+            key: head
+            for key, head in (
+                ("kernels_of_limit", "kernels alone"),
+                ("whole_lines_of_limit", "whole lines"),
+            )
+            if all(key in entry for entry in results[part])
+        }
         rows = [
             [
                 entry["shape"],
                 f"{entry['milliseconds']['fused']['median']:.2f} ms",
                 *(f"{entry['speedup'][name]:.2f}x" for name in names),
                 f"{entry['share_of_limit']:.0%}",
+                *(f"{entry[key]:.0%}" for key in alone),
                 *harness.floors(entry),
             ]
             for entry in results[part]
@@ -340,6 +383,7 @@ def report(results: dict[str, Any]) -> str:
             "fused",
             *(f"over {name}" for name in names),
             "of the limit",
+            *alone.values(),
             *harness.floor_names(results[part]),
         ]
         parts.append(harness.table(header, rows))
@@ -383,6 +427,10 @@ All candidates take turns in one run; times are medians, ratios the median of th
 - *clones*: `clone()` in place of the operator, of the maps and of the gradient, as a share of their
   own limit; *a call*: the operator, forward and backward, on next to nothing, between the other
   candidates, which leave nothing of it in the caches. What a call takes, no kernel makes up for.
+- *kernels alone*: the operator's three kernels by PyTorch's dispatcher, without checks, seed or
+  autograd; *whole lines*: what is left of the limit where memory is read by lines, of 64 bytes on a
+  CPU. Of channels_last maps a line holds 16 filters: where a mask keeps a tenth of them, four lines
+  in five are read. Where one of these stays below 85 %, or *clones* does, so must the operator.
 - *late masking*: a mask per channel commutes with pooling, so where the head starts with pooling
   PICNN masks the pooled maps instead. Beside it the parts it cannot do without, each alone:
   autograd's own cost of a function of three inputs, the draws, the checks of values with the draw
