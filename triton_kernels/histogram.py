@@ -289,11 +289,11 @@ def _tiling(
 def _by_class(activations: Tensor, labels: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
     """The labels in order and the numbers of their samples, or the labels as they are and None.
 
-    In order where there are a cache's worth of counters and one sample at least to eight of a
+    In order where there are more counters than a cache holds and one sample at least to two of a
     filter's, and filters lie side by side: the samples of a class do not.
     """
     per_filter = table.numel() // max(len(table), 1)
-    few = table.nbytes <= CACHE or activations.shape[0] * 8 < per_filter
+    few = table.nbytes <= CACHE or activations.shape[0] * 2 < per_filter
     if few or activations.stride(0) < activations.stride(1):
         return labels, None
     in_order, order = labels.sort()

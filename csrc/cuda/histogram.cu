@@ -426,7 +426,10 @@ struct SoftBackward {
   bool in_order() const {
     if (activations.stride(1) > activations.stride(0) || grad.stride(1) > grad.stride(0))
       return false;
-    if (!worth_sorting(activations.size(0), grid.bins, labels.classes)) return false;
+    // A slope costs as much in shared memory as a value saves, or nearly.
+    if (activations.numel() < PICNN_FAST_MANY_ELEMENTS ||
+        !worth_sorting(activations.size(0) / 4, grid.bins, labels.classes))
+      return false;
     const bool along = common_layout<T>(activations, grad) == Layout::kFilters;
     return along ? by_class<kVectorBytes / sizeof(T)>() : by_class<1>();
   }

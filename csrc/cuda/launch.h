@@ -33,6 +33,8 @@
 #undef NDEBUG
 #include <cassert>
 #define PICNN_FAST_DEVICE_ASSERT(condition) assert(condition)
+// Elements whose work outweighs a few launches more.
+#define PICNN_FAST_MANY_ELEMENTS (int64_t{1} << 22)
 
 #define PICNN_FAST_OPERATOR_LIBRARY picnn_fast
 #define PICNN_FAST_DISPATCH_KEY CUDA
@@ -44,6 +46,7 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #else
 
 #define PICNN_FAST_DEVICE_ASSERT(condition) cuda_on_cpu::device_assert(condition, #condition)
+#define PICNN_FAST_MANY_ELEMENTS (int64_t{1} << 13)  // fibres are slow
 #define PICNN_FAST_OPERATOR_LIBRARY picnn_fast_fibres
 #define PICNN_FAST_DISPATCH_KEY CPU
 

@@ -23,6 +23,8 @@ SHAPES = {
     "tables_of_all_shared_memory": (270, 8, 40, 300),
     "tables_too_large": (90, 4, 70, 900),
     "sorted": (1950, 8, 8, 1900),
+    "gradient_sorted": (1450, 8, 8, 360),
+    "gradient_sorted_by_single_filters": (5000, 2, 8, 1230),
 }
 
 
@@ -90,11 +92,12 @@ def check(
 @pytest.mark.parametrize(
     ("shape", "layout", "dtype"),
     [
-        *itertools.product(SHAPES, ("filters", "samples", "strided"), [torch.float32]),
+        *itertools.product(list(SHAPES)[:5], ("filters", "samples", "strided"), [torch.float32]),
         *itertools.product(
             ["tables_in_shared_memory"], ("filters", "samples", "strided"), DTYPES[1:]
         ),
-        *itertools.product(["sorted"], ["filters"], DTYPES[1:3]),
+        *itertools.product(["gradient_sorted"], ["filters"], DTYPES[:3]),
+        ("gradient_sorted_by_single_filters", "strided", torch.float32),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
@@ -110,6 +113,7 @@ def test_many_samples_equal_the_reference(
         *itertools.product(["tables_in_shared_memory"], ("filters", "samples", "strided")),
         ("tables_too_large", "filters"),
         ("sorted", "filters"),
+        ("gradient_sorted", "filters"),
     ],
 )
 def test_the_order_of_threads_and_blocks_does_not_matter(

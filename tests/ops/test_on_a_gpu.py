@@ -302,7 +302,7 @@ def test_all_activations_are_counted_on_the_cpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_counts_of_many_classes_are_those_of_the_cpu(backend: Backend, dtype: torch.dtype) -> None:
     """Tables that no block or cache holds: samples are sorted by their labels."""
-    samples, filters, bins, classes = 9000, 80, 64, 1000
+    samples, filters, bins, classes = 33_000, 136, 64, 1000
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, filters, generator=generator).relu_().to(dtype)
     labels = torch.randint(classes, (samples,), generator=generator)

@@ -33,7 +33,7 @@ SHAPES = {
     "filter_loss": [(64, 8, 14, 14)],
     "templates": [(2, 64, 14, 14), (2, 64, 56, 56)],
     "correlation": [(2, 40, 70, 70), (9, 300, 7, 7)],
-    "histogram": [(4096, 64, 16, 10), (1000, 8, 64, 200), (8192, 160, 64, 1000)],
+    "histogram": [(4096, 64, 16, 10), (1000, 8, 64, 200), (8192, 528, 64, 250)],
 }
 LAYOUTS = ("contiguous", "channels_last", "transposed")
 FAR = 2**31  # from sample to sample: strides then have 64 bits
