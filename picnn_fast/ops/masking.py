@@ -478,7 +478,7 @@ def _draw_filters_gradient(ctx: Any, saved: tuple[Tensor, ...], grad_mask: Tenso
 def _sums_by_label(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The operator, or others that have a derivative where one may be asked for."""
     if not torch.is_grad_enabled():
-        found: Tensor = torch.ops.picnn_fast.sums_by_label.default(rows, labels, classes)
+        found: Tensor = _SUMS_BY_LABEL(rows, labels, classes)
         return found
     sums = rows.new_zeros(classes, rows.shape[1])
     return sums.index_put((labels,), rows, accumulate=True)
@@ -569,7 +569,7 @@ def _parameters_gradient(
     In PyTorch's own operators where they may be differentiated again.
     """
     if not torch.is_grad_enabled():
-        grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.bernoulli_parameters_backward.default(
+        grads: tuple[Tensor, Tensor] = _PARAMETERS_BACKWARD(
             grad_z, logits, correspondence, pseudo_label
         )
         return grads
@@ -620,9 +620,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
 
 def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the maps and of the mask."""
-    grads: tuple[Tensor, Tensor] = torch.ops.picnn_fast.masking_backward.default(
-        readable(grad_masked), features, mask
-    )
+    grad = grad_masked if grad_masked.is_contiguous() else readable(grad_masked)
+    grads: tuple[Tensor, Tensor] = _MASKING_BACKWARD(grad, features, mask)
     return grads
 
 
@@ -710,3 +709,7 @@ define(
     setup_context=_save_inputs,
     backward=_masking_backward_gradient,
 )
+# Without a Python call more.
+_MASKING_BACKWARD = torch.ops.picnn_fast.masking_backward.default._op
+_PARAMETERS_BACKWARD = torch.ops.picnn_fast.bernoulli_parameters_backward.default._op
+_SUMS_BY_LABEL = torch.ops.picnn_fast.sums_by_label.default._op
