@@ -121,7 +121,7 @@ def regrid_kernel(
 ):  # fmt: skip
     """A program a filter: its range takes in those of the splits, and its counts go to its grid.
 
-    Which scale, shift and first_cell tell. before: a copy of the counts.
+    Which scale, shift and first_cell tell. before: as large as the counts, written where they move.
     """
     if tl.load(column) < N:
         return
@@ -148,8 +148,10 @@ def regrid_kernel(
             before += n * bins * classes
             for start in range(0, bins * classes, BLOCK):
                 i = start + tl.arange(0, BLOCK).to(tl.int64)
+                old = tl.load(counts + i, mask=i < bins * classes, other=0)
+                tl.store(before + i, old, mask=i < bins * classes)
                 tl.store(counts + i, tl.zeros((BLOCK,), tl.int64), mask=i < bins * classes)
-            tl.debug_barrier()  # zeros of other threads of the program come before the sums
+            tl.debug_barrier()  # what other threads of the program write comes before the sums
             for start in range(0, bins * classes, BLOCK):
                 i = start + tl.arange(0, BLOCK).to(tl.int64)
                 old = tl.load(before + i, mask=i < bins * classes, other=0)
@@ -319,8 +321,9 @@ def histogram_update(
     )  # fmt: skip
     scale = minimum.new_empty(N)
     shift, first_cell = (labels.new_empty(N) for _ in range(2))
+    before = torch.empty_like(counts)
     regrid_kernel[(N,)](
-        counts, counts.clone(), minimum, maximum, least, most, column, scale, shift, first_cell,
+        counts, before, minimum, maximum, least, most, column, scale, shift, first_cell,
         N, splits, bins, classes, BLOCK=BLOCK,
     )  # fmt: skip
     slots = triton.next_power_of_2(bins * classes)
