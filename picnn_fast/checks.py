@@ -182,6 +182,8 @@ def _within(name: str, value: Tensor, high: int, want: str, by_kernel: bool = Fa
         return
     held = unwrapped(value).detach()
     if asynchronous(value):
+        if held.dtype == torch.bool:
+            held = held.to(torch.uint8)
         if not held.is_floating_point():
             high = min(high, torch.iinfo(held.dtype).max)
         torch._assert_async((held.clamp(0, high) == held).all(), f"{name}: want {want}")

@@ -42,3 +42,8 @@ def test_nested_tensors_are_refused_by_name(name, layout):
 def test_more_filters_than_any_memory_holds_are_refused_by_name(filters):
     with pytest.raises(ValueError, match=r"^num_filters: got \d+, want an int >= 1 and below"):
         make_interpretable("small-resnet", "picnn", num_classes=2, num_filters=filters)
+
+
+def test_true_and_false_are_probabilities_where_values_are_not_read_too():
+    for device in ("cpu", "meta"):
+        checks.probabilities("p", torch.zeros(3, dtype=torch.bool, device=device))
