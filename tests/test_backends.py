@@ -37,6 +37,8 @@ OPERATORS = {
     "filter_loss_running",
     "group_correlation",
     "group_correlation_backward",
+    "histogram_information",
+    "histogram_information_backward",
     "histogram_update",
     "knn_mutual_information",
     "map_peaks",

@@ -3,6 +3,7 @@
 Hard counts take three kernels: the range, what was counted so far on its grid, and then the counts.
 There is no host sync. Soft counts are sums of
 integers, weights times a power of two, so that they do not depend on the order of the additions.
+What counts tell of the classes is worked out from them and their marginals in one kernel more.
 
 Tables that no cache holds are gone through class by class, of samples sorted by their labels: of
 others each sample would be a miss.
@@ -21,6 +22,7 @@ PROGRAMS = 1024  # about what keeps a large device busy
 SLOTS = 1024  # counters of a table that a program keeps for itself; counting costs as many / 32
 BLOCK = 1024  # counters of a filter that a program moves at a time
 CACHE = 2**25  # bytes of a table that the cache of a large device holds beside activations
+CELLS = 512  # of a filter's counts that a program looks at together
 CELL_BITS = tl.constexpr(reference.CELL_BITS)
 SMALLEST_EXPONENT = tl.constexpr(reference.SMALLEST_EXPONENT)
 POISON = tl.constexpr(-(2**63))  # the sign bit: a soft count with a NaN in it
@@ -54,18 +56,22 @@ def _samples(order, m, M, SORTED: tl.constexpr):
 
 @triton.jit
 def range_kernel(
-    activations, least, most, column, M, N, x_m, x_n, rows,
+    activations, labels, least, most, column, M, N, classes, x_m, x_n, l_m, rows,
     ROWS: tl.constexpr, FILTERS: tl.constexpr,
 ):  # fmt: skip
     """Range of the finite values of a split of the samples, [splits, N].
 
-    Of column, N at first, the number of the first column that holds another value.
+    Of column, N at first, the number of the first column that holds another value. The number
+    behind it becomes 0 where a label is no class.
     """
     n, first, split = _place(N, rows, ROWS, FILTERS)
     dtype = least.dtype.element_ty
     low = tl.full((ROWS, FILTERS), float("inf"), dtype)
     high = tl.full((ROWS, FILTERS), -float("inf"), dtype)
     strange = tl.zeros((ROWS, FILTERS), tl.int32)
+    # Of the programs with the same samples, the first looks at their labels.
+    labelled = tl.where(tl.program_id(0) % tl.cdiv(N, FILTERS) == 0, M, 0)
+    outside = tl.zeros((ROWS,), tl.int32)
     for start in range(0, rows, ROWS):
         m = first + start
         inside = (m < M)[:, None] & (n < N)[None, :]
@@ -77,6 +83,8 @@ def range_kernel(
         low = tl.minimum(low, tl.where(inside & usual, x, float("inf")))
         high = tl.maximum(high, tl.where(inside & usual, x, -float("inf")))
         strange |= (usual == 0).to(tl.int32)
+        label = tl.load(labels + m * l_m, mask=m < labelled, other=0)
+        outside |= ((label < 0) | (label >= classes)).to(tl.int32)
     at = split.to(tl.int64) * N + n
     tl.store(least + at, tl.min(low, 0), mask=n < N)
     tl.store(most + at, tl.max(high, 0), mask=n < N)
@@ -84,6 +92,8 @@ def range_kernel(
     first_bad = tl.min(tl.where(bad, n, N), 0)
     if first_bad < N:
         tl.atomic_min(column, first_bad, sem="relaxed")
+    if tl.max(outside, 0) > 0:
+        tl.store(column + 1, 0)
 
 
 @triton.jit
@@ -264,6 +274,171 @@ def soft_backward_kernel(
         tl.store(grad + m[:, None] * y_m + n[None, :] * y_n, narrow(result, x.dtype), mask=inside)
 
 
+@triton.jit
+def _log_quotient(a, b):
+    """log(a / b) of normal numbers above 0, as ``csrc/common/information.h`` has it."""
+    if a.dtype == tl.float64:
+        fraction: tl.constexpr = 52
+        terms: tl.constexpr = 11
+        of_a, of_b = a.to(tl.int64, bitcast=True), b.to(tl.int64, bitcast=True)
+    else:
+        fraction: tl.constexpr = 23
+        terms: tl.constexpr = 5
+        of_a, of_b = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+    one = tl.full((1, 1), 1, of_a.dtype) << fraction
+    exponent = (of_a - of_b + (one >> 1)) >> fraction
+    b = (of_b + (exponent << fraction)).to(a.dtype, bitcast=True)
+    s = (a - b) / (a + b)
+    z = s * s
+    series = tl.zeros_like(s) + 1.0 / (2 * terms - 1)
+    for i in tl.static_range(1, terms):
+        series = series * z + 1.0 / (2 * (terms - i) - 1)
+    return exponent.to(a.dtype) * 0.6931471805599453 + 2.0 * s * series
+
+
+@triton.jit
+def _log_ratio(joint, first, second, total):
+    """log(joint * total / (first * second)), 0 for a joint count of 0."""
+    some = joint > 0
+    return _log_quotient(tl.where(some, joint * total, 1.0), tl.where(some, first * second, 1.0))
+
+
+@triton.jit
+def _slope(joint, first, second, total):
+    """What a count adds to the slope of ``total`` times the information."""
+    some = (first > 0).to(joint.dtype) + (second > 0).to(joint.dtype)
+    return _log_ratio(joint, first, second, total) + tl.where(joint > 0, 0.0, 1.0 - some)
+
+
+@triton.jit
+def _rest(joint, per_bin, slack):
+    """Of the other classes; rounding of the sums leaves a little where they have nothing."""
+    rest = per_bin - joint
+    return tl.where(rest > per_bin * slack, rest, 0.0)
+
+
+@triton.jit
+def _sum_of_products(a, a_step, b, b_step, size, BLOCK: tl.constexpr):
+    """A filter's."""
+    total = tl.zeros((BLOCK,), a.dtype.element_ty)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK).to(tl.int64)
+        left = tl.load(a + i * a_step, mask=i < size, other=0.0)
+        total += left * tl.load(b + i * b_step, mask=i < size, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _cells(counts, per_bin, per_class, b, k, bins, classes, c_b, c_k):
+    """A tile of a filter's counts, those of its bins and of its classes."""
+    inside = (b < bins)[:, None] & (k < classes)[None, :]
+    joint = tl.load(counts + b[:, None] * c_b + k[None, :] * c_k, mask=inside, other=0)
+    in_bin = tl.load(per_bin + b, mask=b < bins, other=0.0)[:, None]
+    in_class = tl.load(per_class + k, mask=k < classes, other=0.0)[None, :]
+    return joint.to(per_bin.dtype.element_ty), in_bin, in_class, inside
+
+
+@triton.jit
+def histogram_information_kernel(
+    counts, per_bin, per_class, totals, out, bins, classes, c_n, c_b, c_k, slack,
+    BY_LABEL: tl.constexpr, CORRECTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program a filter by label, else one for some of its classes."""
+    dtype: tl.constexpr = per_bin.dtype.element_ty
+    tiles = 1 if BY_LABEL else tl.cdiv(classes, COLUMNS)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * COLUMNS
+    last = classes if BY_LABEL else first + 1
+    counts += n * c_n
+    per_bin += n * bins
+    per_class += n * classes
+    total = tl.load(totals + n)
+    information = tl.zeros((COLUMNS,), dtype)
+    degrees = tl.zeros((COLUMNS,), tl.int64)
+    for start in range(first, last, COLUMNS):
+        k = start + tl.arange(0, COLUMNS).to(tl.int64)
+        for begin in range(0, bins, ROWS):
+            b = begin + tl.arange(0, ROWS).to(tl.int64)
+            joint, in_bin, own, _ = _cells(
+                counts, per_bin, per_class, b, k, bins, classes, c_b, c_k
+            )
+            terms = joint * _log_ratio(joint, in_bin, own, total)
+            used = (joint > 0).to(tl.int64)
+            if not BY_LABEL:
+                rest = _rest(joint, in_bin, slack)
+                terms += rest * _log_ratio(rest, in_bin, total - own, total)
+                used += (rest > 0).to(tl.int64)
+            information += tl.sum(terms, 0)
+            if CORRECTED:
+                degrees -= tl.sum(used, 0)
+        if CORRECTED:
+            own = tl.load(per_class + k, mask=k < classes, other=0.0)
+            degrees += (own > 0).to(tl.int64)
+            if not BY_LABEL:
+                degrees += (total - own > 0).to(tl.int64)
+    bins_used = tl.zeros((ROWS,), tl.int64)
+    if CORRECTED:
+        for begin in range(0, bins, ROWS):
+            b = begin + tl.arange(0, ROWS).to(tl.int64)
+            bins_used += (tl.load(per_bin + b, mask=b < bins, other=0.0) > 0).to(tl.int64)
+    more = tl.sum(bins_used, 0) - 1
+    k = first + tl.arange(0, COLUMNS).to(tl.int64)
+    if BY_LABEL:
+        result = tl.sum(information, 0) / total
+        if CORRECTED:
+            result += (tl.sum(degrees, 0) + more).to(dtype) / (2.0 * total)
+        tl.store(out + n, result)
+    else:
+        result = information / total
+        if CORRECTED:
+            result += (degrees + more).to(dtype) / (2.0 * total)
+        tl.store(out + n * classes + k, result, mask=k < classes)
+
+
+@triton.jit
+def histogram_slopes_kernel(
+    grad, counts, information, per_bin, per_class, totals, out, bins, classes,
+    g_n, g_k, c_n, c_b, c_k, i_n, i_k, o_n, o_b, o_k, slack,
+    BY_LABEL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program for some of the bins of a filter."""
+    dtype: tl.constexpr = per_bin.dtype.element_ty
+    tiles = tl.cdiv(bins, ROWS)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    b = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    counts += n * c_n
+    per_bin += n * bins
+    per_class += n * classes
+    grad += n * g_n
+    total = tl.load(totals + n)
+    # Of all slopes: each count is one of those in all.
+    size = 1 if BY_LABEL else classes
+    shift = _sum_of_products(grad, g_k, information + n * i_n, i_k, size, COLUMNS)
+    every = tl.zeros((ROWS,), dtype)  # what is added to the rest of every class
+    if not BY_LABEL:
+        for start in range(0, classes, COLUMNS):
+            k = start + tl.arange(0, COLUMNS).to(tl.int64)
+            weight = tl.load(grad + k * g_k, mask=k < classes, other=0.0)[None, :]
+            joint, in_bin, own, _ = _cells(
+                counts, per_bin, per_class, b, k, bins, classes, c_b, c_k
+            )
+            rest = _rest(joint, in_bin, slack)
+            every += tl.sum(weight * _slope(rest, in_bin, total - own, total), 1)
+    for start in range(0, classes, COLUMNS):
+        k = start + tl.arange(0, COLUMNS).to(tl.int64)
+        weight = tl.load(grad + k * g_k, mask=k < classes, other=0.0)[None, :]
+        joint, in_bin, own, inside = _cells(
+            counts, per_bin, per_class, b, k, bins, classes, c_b, c_k
+        )
+        slopes = _slope(joint, in_bin, own, total)
+        if not BY_LABEL:
+            rest = _rest(joint, in_bin, slack)
+            slopes -= _slope(rest, in_bin, total - own, total)
+        result = (weight * slopes + every[:, None] - shift) / total
+        at = out + n * o_n + b[:, None] * o_b + k[None, :] * o_k
+        tl.store(at, result, mask=inside)
+
+
 def _tiling(
     activations: Tensor, most_filters: int = TILE, *, in_order: bool = False
 ) -> tuple[int, int, int, int]:
@@ -314,11 +489,13 @@ def histogram_update(
     splits = triton.cdiv(M, each)
     wide = torch.float64 if activations.dtype == torch.float64 else torch.float32
     least, most = (activations.new_empty((splits, N), dtype=wide) for _ in range(2))
-    column = labels.new_full((), N)
+    column, within = labels.new_full((2,), N)
     range_kernel[(programs,)](
-        activations, least, most, column, M, N, *activations.stride(), each,
+        activations, labels, least, most, column, M, N, classes, *activations.stride(),
+        *labels.stride(), each,
         ROWS=rows, FILTERS=filters,
     )  # fmt: skip
+    torch._assert_async(within, f"labels: want class indices in [0, {classes})")
     scale = minimum.new_empty(N)
     shift, first_cell = (labels.new_empty(N) for _ in range(2))
     before = torch.empty_like(counts)
@@ -352,6 +529,7 @@ def soft_histogram(
 ) -> Tensor:
     """Linear binning; see ``reference.histogram.soft_histogram``."""
     M, N = activations.shape
+    reference.check_labels(labels, num_classes)
     sums = labels.new_zeros((N, bins, num_classes))
     # The finest unit, of those the weights can tell apart, of which M cannot reach the sign bit.
     fraction_bits = min(52 if low.dtype == torch.float64 else 24, 62 - M.bit_length())
@@ -385,3 +563,51 @@ def soft_histogram_backward(
             ROWS=rows, FILTERS=filters, SORTED=order is not None,
         )  # fmt: skip
     return grad
+
+
+def _marginals(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of bins, of classes, of filters; contiguous."""
+    per_class = counts.sum(1, dtype=dtype)
+    return counts.sum(2, dtype=dtype), per_class, per_class.sum(1)
+
+
+def _cell_tile(bins: int, classes: int) -> tuple[int, int]:
+    """Bins and classes that are looked at together."""
+    columns = min(triton.next_power_of_2(classes), 32)
+    return min(triton.next_power_of_2(bins), CELLS // columns), columns
+
+
+def histogram_information(counts: Tensor, by_label: bool, corrected: bool) -> Tensor:
+    """Plug-in mutual information; see ``reference.histogram.histogram_information``."""
+    N, bins, classes = counts.shape
+    dtype = torch.float32 if counts.dtype == torch.float32 else torch.float64
+    out = counts.new_empty((N,) if by_label else (N, classes), dtype=dtype)
+    if out.numel() > 0:
+        rows, columns = _cell_tile(bins, classes)
+        histogram_information_kernel[(N if by_label else N * triton.cdiv(classes, columns),)](
+            counts, *_marginals(counts, dtype), out, bins, classes, *counts.stride(),
+            classes * torch.finfo(dtype).eps,
+            BY_LABEL=by_label, CORRECTED=corrected, ROWS=rows, COLUMNS=columns,
+            enable_fp_fusion=False,  # equal products are to be equal
+        )  # fmt: skip
+    return out
+
+
+def histogram_information_backward(
+    grad: Tensor, counts: Tensor, information: Tensor, by_label: bool
+) -> Tensor:
+    """Gradient in the counts; see ``reference.histogram.histogram_information_backward``."""
+    N, bins, classes = counts.shape
+    out = torch.empty_like(counts)
+    if out.numel() > 0:
+        rows, columns = _cell_tile(bins, classes)
+        if by_label:  # every class has the filter's
+            grad, information = (t[:, None].expand(N, classes) for t in (grad, information))
+        histogram_slopes_kernel[(N * triton.cdiv(bins, rows),)](
+            grad, counts, information, *_marginals(counts, counts.dtype), out, bins, classes,
+            *grad.stride(), *counts.stride(), *information.stride(), *out.stride(),
+            classes * torch.finfo(counts.dtype).eps,
+            BY_LABEL=by_label, ROWS=rows, COLUMNS=columns,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

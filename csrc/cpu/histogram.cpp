@@ -538,12 +538,97 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
   return grad;
 }
 
+// Of the types that counts have.
+template <typename C>
+Counts<C> counts_of(const Tensor& counts) {
+  STD_TORCH_CHECK(counts.dim() == 3, "counts: want [filters, bins, classes]");
+  Counts<C> in{};
+  in.filters = counts.size(0);
+  in.bins = counts.size(1);
+  in.classes = counts.size(2);
+  in.counts = static_cast<const C*>(counts.const_data_ptr());
+  in.filter_stride = counts.stride(0);
+  in.bin_stride = counts.stride(1);
+  in.class_stride = counts.stride(2);
+  return in;
+}
+
+// Calls run with filters [begin, end) and memory to work in.
+template <typename C, typename Run>
+void for_filters(const Counts<C>& in, const Run& run) {
+  parallel(in.filters, in.bins * in.classes, [&](int64_t begin, int64_t end) {
+    const int64_t size = information_scratch(in.bins, in.classes);
+    const std::unique_ptr<Sums<C>[]> scratch(new Sums<C>[static_cast<size_t>(size)]);
+    run(scratch.get(), begin, end);
+  });
+}
+
+template <typename C>
+Tensor information_of(const Tensor& counts, bool by_label, bool corrected, ScalarType type) {
+  Information<C> h{};
+  h.in = counts_of<C>(counts);
+  Tensor out =
+      by_label ? allocate({h.in.filters}, type) : allocate({h.in.filters, h.in.classes}, type);
+  h.by_label = by_label;
+  h.corrected = corrected;
+  h.out = static_cast<Sums<C>*>(out.mutable_data_ptr());
+  const InformationKernels<C>& k = kernels();
+  for_filters(h.in, [&](Sums<C>* scratch, int64_t begin, int64_t end) {
+    k.information(h, scratch, begin, end);
+  });
+  return out;
+}
+
+Tensor histogram_information(const Tensor& counts, bool by_label, bool corrected) {
+  if (counts.scalar_type() == ScalarType::Long)
+    return information_of<int64_t>(counts, by_label, corrected, ScalarType::Double);
+  if (counts.scalar_type() == ScalarType::Double)
+    return information_of<double>(counts, by_label, corrected, ScalarType::Double);
+  check_type(counts, "counts", ScalarType::Float, "int64, float32 or float64");
+  return information_of<float>(counts, by_label, corrected, ScalarType::Float);
+}
+
+Tensor histogram_information_backward(const Tensor& grad, const Tensor& counts,
+                                      const Tensor& information, bool by_label) {
+  Tensor out = allocate_like(counts);
+  with_real(counts, "counts", [&](auto value) {
+    using C = decltype(value);
+    InformationBackward<C> h{};
+    h.in = counts_of<C>(counts);
+    for (const auto& [t, name] :
+         {std::pair(&grad, "grad"), std::pair(&information, "information")}) {
+      if (by_label)
+        check_shape(*t, name, {h.in.filters});
+      else
+        check_shape(*t, name, {h.in.filters, h.in.classes});
+      check_type(*t, name, counts.scalar_type(), "the dtype of counts");
+    }
+    h.by_label = by_label;
+    h.grad = static_cast<const C*>(grad.const_data_ptr());
+    h.grad_filter_stride = grad.stride(0);
+    h.grad_class_stride = by_label ? 0 : grad.stride(1);
+    h.information = static_cast<const C*>(information.const_data_ptr());
+    h.information_filter_stride = information.stride(0);
+    h.information_class_stride = by_label ? 0 : information.stride(1);
+    h.out = static_cast<C*>(out.mutable_data_ptr());
+    h.out_filter_stride = out.stride(0);
+    h.out_bin_stride = out.stride(1);
+    h.out_class_stride = out.stride(2);
+    const InformationKernels<C>& k = kernels();
+    for_filters(
+        h.in, [&](C* scratch, int64_t begin, int64_t end) { k.backward(h, scratch, begin, end); });
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(picnn_fast, CPU, m) {
   m.impl("histogram_update", TORCH_BOX(&histogram_update));
   m.impl("soft_histogram", TORCH_BOX(&soft_histogram));
   m.impl("soft_histogram_backward", TORCH_BOX(&soft_histogram_backward));
+  m.impl("histogram_information", TORCH_BOX(&histogram_information));
+  m.impl("histogram_information_backward", TORCH_BOX(&histogram_information_backward));
 }
 
 }  // namespace picnn_fast

@@ -4,6 +4,7 @@
 
 #include "histogram_by_class.h"
 #include "histogram_hard.h"
+#include "histogram_information.h"
 #include "histogram_sliced.h"
 #include "histogram_sliced_by_class.h"
 #include "histogram_soft.h"
@@ -33,6 +34,12 @@ constexpr picnn_fast::HistogramKernels<T> kernels_of() {
 
 namespace picnn_fast {
 constexpr HistogramKernelTable PICNN_FAST_KERNELS = {
-    PICNN_FAST_NAMESPACE::kernels_of<float>(), PICNN_FAST_NAMESPACE::kernels_of<double>(),
-    PICNN_FAST_NAMESPACE::kernels_of<Half>(), PICNN_FAST_NAMESPACE::kernels_of<BFloat16>()};
+    PICNN_FAST_NAMESPACE::kernels_of<float>(),
+    PICNN_FAST_NAMESPACE::kernels_of<double>(),
+    PICNN_FAST_NAMESPACE::kernels_of<Half>(),
+    PICNN_FAST_NAMESPACE::kernels_of<BFloat16>(),
+    {PICNN_FAST_NAMESPACE::information<int64_t>, nullptr},
+    {PICNN_FAST_NAMESPACE::information<float>, PICNN_FAST_NAMESPACE::information_backward<float>},
+    {PICNN_FAST_NAMESPACE::information<double>,
+     PICNN_FAST_NAMESPACE::information_backward<double>}};
 }  // namespace picnn_fast

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/macros.h"
 #include "../common/rounding.h"
@@ -91,6 +92,55 @@ struct SoftHistogramBackward {
   int64_t grad_sample_stride, grad_filter_stride;
 };
 
+// Counts [filters, bins, classes] of any strides: int64_t, float or double.
+template <typename C>
+struct Counts {
+  int64_t filters, bins, classes;
+  const C* counts;
+  int64_t filter_stride, bin_stride, class_stride;
+};
+
+// The type that counts are added up in.
+template <typename C>
+using Sums = std::conditional_t<std::is_same_v<C, float>, float, double>;
+
+template <typename C>
+struct Information {
+  Counts<C> in;
+  bool by_label, corrected;
+  Sums<C>* out;  // [filters, classes], or [filters] by label
+};
+
+template <typename C>
+struct InformationBackward {
+  Counts<C> in;
+  bool by_label;
+  const C* grad;  // [filters, classes], or [filters] by label, as the information
+  int64_t grad_filter_stride, grad_class_stride;
+  const C* information;
+  int64_t information_filter_stride, information_class_stride;
+  C* out;  // [filters, bins, classes]
+  int64_t out_filter_stride, out_bin_stride, out_class_stride;
+};
+
+// Bins are taken so many at a time, in rows that hold whole such steps, or are one of 4 or 8.
+constexpr int64_t kInformationLanes = 16;
+PICNN_FAST_HD int64_t padded_bins(int64_t bins) {
+  return bins <= 4 ? 4 : bins <= 8 ? 8 : round_up(bins, kInformationLanes);
+}
+
+// Numbers that the kernels below work with.
+inline int64_t information_scratch(int64_t bins, int64_t classes) {
+  return padded_bins(bins) * (classes + 2) + classes;
+}
+
+// Of filters [begin, end), with information_scratch() numbers to work with.
+template <typename C>
+struct InformationKernels {
+  void (*information)(const Information<C>&, Sums<C>* scratch, int64_t begin, int64_t end);
+  void (*backward)(const InformationBackward<C>&, C* scratch, int64_t begin, int64_t end);
+};
+
 template <typename T>
 struct HistogramKernels {
   // Ranges and tables, uninitialised, of units [begin, end). A unit with a range that is not finite
@@ -122,7 +172,10 @@ struct HistogramKernels {
 struct HistogramKernelTable : HistogramKernels<float>,
                               HistogramKernels<double>,
                               HistogramKernels<Half>,
-                              HistogramKernels<BFloat16> {};
+                              HistogramKernels<BFloat16>,
+                              InformationKernels<int64_t>,  // no gradient
+                              InformationKernels<float>,
+                              InformationKernels<double> {};
 
 extern const HistogramKernelTable histogram_kernels_default;
 #ifdef __x86_64__

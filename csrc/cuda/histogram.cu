@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "histogram_direct.cuh"
+#include "histogram_information.cuh"
 #include "histogram_merge.cuh"
 #include "histogram_soft.cuh"
 #include "histogram_sorted.cuh"
@@ -474,6 +475,86 @@ Tensor soft_histogram_backward(const Tensor& grad_counts, const Tensor& activati
   return grad;
 }
 
+// A filter's table of counts, with memory for its marginals.
+template <typename C>
+struct Table {
+  Tensor per_bin, per_class;
+  Counts<C> view{};
+
+  Table(const Tensor& counts, ScalarType sums)
+      : per_bin(torch::stable::new_empty(counts, {counts.size(0), counts.size(1)}, sums)),
+        per_class(torch::stable::new_empty(counts, {counts.size(0), counts.size(2)}, sums)) {
+    view.data = static_cast<const C*>(counts.data_ptr());
+    view.filter = counts.stride(0);
+    view.bin = counts.stride(1);
+    view.class_step = counts.stride(2);
+    view.bins = counts.size(1);
+    view.K = counts.size(2);
+    view.per_bin = static_cast<Sums<C>*>(per_bin.data_ptr());
+    view.per_class = static_cast<Sums<C>*>(per_class.data_ptr());
+  }
+};
+
+template <typename C>
+void inform(const Tensor& counts, bool by_label, bool corrected, const Tensor& out) {
+  const Table<C> table(counts, out.scalar_type());
+  launch(counts, find_information<C>, counts.size(0), kThreads, 0, table.view, by_label, corrected,
+         static_cast<Sums<C>*>(out.data_ptr()));
+}
+
+Tensor histogram_information(const Tensor& counts, bool by_label, bool corrected) {
+  STD_TORCH_CHECK(counts.dim() == 3, "counts: want [N, bins, K]");
+  const bool narrow = counts.scalar_type() == ScalarType::Float;
+  const ScalarType type = narrow ? ScalarType::Float : ScalarType::Double;
+  const int64_t N = counts.size(0);
+  const Tensor out = by_label ? torch::stable::new_empty(counts, {N}, type)
+                              : torch::stable::new_empty(counts, {N, counts.size(2)}, type);
+  if (narrow) {
+    inform<float>(counts, by_label, corrected, out);
+  } else if (counts.scalar_type() == ScalarType::Double) {
+    inform<double>(counts, by_label, corrected, out);
+  } else {
+    check_type(counts, "counts", ScalarType::Long, "int64, float32 or float64");
+    inform<int64_t>(counts, by_label, corrected, out);
+  }
+  return out;
+}
+
+template <typename A>
+void backpropagate(const Tensor& grad, const Tensor& counts, const Tensor& information,
+                   bool by_label, const Tensor& out) {
+  const Table<A> table(counts, counts.scalar_type());
+  const auto per_class = [&](const Tensor& t) -> PerClass<A> {
+    return {static_cast<const A*>(t.data_ptr()), t.stride(0), by_label ? 0 : t.stride(1)};
+  };
+  launch(counts, find_slopes<A>, counts.size(0), kThreads, 0, table.view, by_label, per_class(grad),
+         per_class(information), static_cast<A*>(out.data_ptr()), out.stride(0), out.stride(1),
+         out.stride(2));
+}
+
+Tensor histogram_information_backward(const Tensor& grad, const Tensor& counts,
+                                      const Tensor& information, bool by_label) {
+  STD_TORCH_CHECK(counts.dim() == 3, "counts: want [N, bins, K]");
+  const ScalarType type = counts.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "counts: want float32 or float64");
+  for (const Tensor* t : {&grad, &information}) {
+    const char* name = t == &grad ? "grad" : "information";
+    check_device(*t, name, counts, "counts");
+    if (by_label)
+      check_shape(*t, name, {counts.size(0)});
+    else
+      check_shape(*t, name, {counts.size(0), counts.size(2)});
+    check_type(*t, name, type, "the dtype of counts");
+  }
+  const Tensor out = torch::stable::empty_like(counts);
+  if (type == ScalarType::Double)
+    backpropagate<double>(grad, counts, information, by_label, out);
+  else
+    backpropagate<float>(grad, counts, information, by_label, out);
+  return out;
+}
+
 }  // namespace
 }  // namespace picnn_fast
 
@@ -481,4 +562,6 @@ PICNN_FAST_REGISTER_CUDA(m) {
   m.impl("histogram_update", TORCH_BOX(&picnn_fast::histogram_update));
   m.impl("soft_histogram", TORCH_BOX(&picnn_fast::soft_histogram));
   m.impl("soft_histogram_backward", TORCH_BOX(&picnn_fast::soft_histogram_backward));
+  m.impl("histogram_information", TORCH_BOX(&picnn_fast::histogram_information));
+  m.impl("histogram_information_backward", TORCH_BOX(&picnn_fast::histogram_information_backward));
 }

@@ -1,4 +1,5 @@
-"""Operators of class-conditional histograms: streaming counts, and soft counts with a gradient."""
+"""Operators of class-conditional histograms: streaming counts, soft counts, and what they tell of
+the classes, both with a gradient."""
 
 from typing import Any
 
@@ -63,16 +64,20 @@ def update(
             )
         checks.same_device(name, bound, "counts", counts)
     checks.pooled("activations", activations)
-    checks.labels("labels", labels, len(activations), num_classes)
+    checks.labels("labels", labels, len(activations), num_classes, by_kernel=True)
     checks.same_device("labels", labels, "activations", activations)
     checks.same_device("activations", activations, "counts", counts)
     if activations.shape[1] != filters:
         raise ValueError(
             f"activations: got {activations.shape[1]} filters, want {filters} as in counts"
         )
-    column: Tensor = torch.ops.picnn_fast.histogram_update(
-        counts, minimum, maximum, activations.detach(), labels.to(torch.int64)
-    )
+    try:
+        column: Tensor = torch.ops.picnn_fast.histogram_update(
+            counts, minimum, maximum, activations.detach(), labels.to(torch.int64)
+        )
+    except RuntimeError:
+        checks.labels("labels", labels, len(activations), num_classes)
+        raise
     checks.holds(
         "activations",
         column < 0,
@@ -148,4 +153,57 @@ define(
     fake=_fake_soft_histogram,
     setup_context=_setup_soft_histogram,
     backward=_soft_histogram_gradient,
+)
+
+
+def _fake_histogram_information(counts: Tensor, by_label: bool, corrected: bool) -> Tensor:
+    dtype = counts.dtype if counts.is_floating_point() else torch.float64
+    return counts.new_empty(counts.shape[:1] if by_label else counts.shape[::2], dtype=dtype)
+
+
+def _fake_histogram_information_backward(
+    grad: Tensor, counts: Tensor, information: Tensor, by_label: bool
+) -> Tensor:
+    return torch.empty_like(counts)
+
+
+define(
+    "histogram",
+    "histogram_information_backward(Tensor grad, Tensor counts, Tensor information, bool by_label)"
+    " -> Tensor",
+    reference=reference.histogram_information_backward,
+    fake=_fake_histogram_information_backward,
+)
+
+
+def _setup_histogram_information(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    counts, ctx.by_label, ctx.corrected = inputs
+    ctx.save_for_backward(counts, output)
+
+
+def _histogram_information_gradient(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor
+) -> tuple[Tensor]:
+    counts, information = saved
+    # With create_graph the gradient is to have one itself, which the definition's has.
+    recorded = torch.is_grad_enabled()
+    if ctx.corrected or recorded:
+        information = torch.ops.picnn_fast.histogram_information.default(
+            counts, ctx.by_label, False
+        )
+    backward = (
+        reference.histogram_information_backward
+        if recorded
+        else torch.ops.picnn_fast.histogram_information_backward.default
+    )
+    return (backward(grad, counts, information, ctx.by_label),)
+
+
+information = define(
+    "histogram",
+    "histogram_information(Tensor counts, bool by_label, bool corrected) -> Tensor",
+    reference=reference.histogram_information,
+    fake=_fake_histogram_information,
+    setup_context=_setup_histogram_information,
+    backward=_histogram_information_gradient,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from picnn_fast import backends, checks
 from picnn_fast.ops.define import define
 from picnn_fast.ops.histogram import MOST_BINS
+from picnn_fast.ops.histogram import information as histogram_information
 from picnn_fast.reference import mutual_information as reference
 
 Target = Literal["class", "label"]
@@ -234,10 +235,10 @@ def histogram_mutual_information(
         tensor([0.6931, 0.6931], dtype=torch.float64)
     """
     bins = _checked_bins(bins, bias_correction)
-    labels, num_classes = _checked(activations, labels, num_classes, target)
+    labels, num_classes = _checked(activations, labels, num_classes, target, by_kernel=True)
     activations = activations.detach()
-    by_entropies = _wants_few_launches(activations, target, bias_correction)
-    # The counts of a block, and some ten times as much to make information of them.
+    # The counts of a block, and some ten times as much where the reference makes information of
+    # them.
     scratch = max(_scratch_bytes(activations.device), 4 * activations.numel())
     size = max(1, scratch // (12 * 8 * bins * num_classes))
     if size > _ALIGNED:  # then kernels read whole vectors of every block
@@ -248,20 +249,21 @@ def histogram_mutual_information(
         width = columns.shape[1]
         counts = columns.new_zeros((width, bins, num_classes), dtype=torch.int64)
         minimum = columns.new_full((width,), torch.inf, dtype=torch.float64)
-        bad = torch.ops.picnn_fast.histogram_update.default(
-            counts, minimum, -minimum, columns, labels
-        )
+        try:
+            bad = torch.ops.picnn_fast.histogram_update.default(
+                counts, minimum, -minimum, columns, labels
+            )
+        except RuntimeError:
+            checks.labels("labels", labels, len(activations), num_classes)
+            raise
         _check_finite(bad < 0, start + bad if start else bad)
-        if by_entropies:
-            parts.append(_by_entropies(counts))
-        else:
-            parts.append(plug_in(counts, target, bias_correction))
+        parts.append(plug_in(counts, target, bias_correction))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _scratch_bytes(device: torch.device) -> int:
     """What a block of filters may take: as the caches of a CPU hold; of a GPU a part of its memory,
-    since every block costs some 20 launches."""
+    since every block costs some ten launches."""
     if device.type == "cuda" and torch.cuda.is_available():
         return max(_SCRATCH_BYTES, torch.cuda.get_device_properties(device).total_memory // 32)
     return _SCRATCH_BYTES
@@ -312,14 +314,16 @@ def soft_histogram_mutual_information(
         [-1.0, 1.0]
     """
     bins = _checked_bins(bins, bias_correction)
-    labels, num_classes = _checked(activations, labels, num_classes, target)
+    labels, num_classes = _checked(activations, labels, num_classes, target, by_kernel=True)
     dtype = torch.promote_types(activations.dtype, torch.float32)
     least, most = (end.to(dtype) for end in _ends(activations.detach()))
-    counts = torch.ops.picnn_fast.soft_histogram.default(
-        activations, labels, least, _centre_distance(least, most, bins), bins, num_classes
-    )
-    if _wants_few_launches(activations, target, bias_correction):
-        return _by_shares(counts / len(activations))
+    try:
+        counts = torch.ops.picnn_fast.soft_histogram.default(
+            activations, labels, least, _centre_distance(least, most, bins), bins, num_classes
+        )
+    except RuntimeError:
+        checks.labels("labels", labels, len(activations), num_classes)
+        raise
     return plug_in(counts, target, bias_correction)
 
 
@@ -406,87 +410,12 @@ def plug_in(
         >>> plug_in(counts, target="label").tolist()  # log 2, and 0
         [0.6931471805599453, 0.0]
     """
-    if not counts.is_floating_point():
-        counts = counts.double()
-    per_bin = counts.sum(2, keepdim=True)
-    per_class = counts.sum(1, keepdim=True)
-    total = per_class.sum(2, keepdim=True)
-    # Side by side with the rest it takes twice the memory, and a GPU half of the launches.
-    in_turn = target == "label" or counts.device.type == "cpu"
-    if in_turn:
-        information = _information(counts, per_bin, per_class, total)
-    if target == "label":
-        result = information.sum((1, 2))
-    else:
-        # Rounding of the sums leaves a little where the other classes have nothing.
-        slack = counts.shape[2] * torch.finfo(counts.dtype).eps
-        rest = per_bin - counts
-        rest = torch.where(rest > per_bin * slack, rest, 0)
-        if in_turn:
-            information = information + _information(rest, per_bin, total - per_class, total)
-        else:
-            joint, classes = torch.stack((counts, rest)), (per_class, total - per_class)
-            information = _information(joint, per_bin, torch.stack(classes), total).sum(0)
-        result = information.sum(1).T
-    if bias_correction is None:
-        return result
-    bins_used = (per_bin > 0).sum(1)
-    used = (counts > 0).sum(1)
-    if target == "label":
-        classes_used = (per_class > 0).sum((1, 2))
-        degrees = bins_used[:, 0] + classes_used - used.sum(1) - 1
-        return result + degrees / (2 * total.detach()[:, 0, 0])
-    classes_used = ((per_class > 0).long() + (total - per_class > 0).long())[:, 0]
-    degrees = bins_used + classes_used - (used + (rest > 0).sum(1)) - 1
-    return result + (degrees / (2 * total.detach()[:, 0])).T
-
-
-def _information(joint: Tensor, first: Tensor, second: Tensor, total: Tensor) -> Tensor:
-    """joint / total * log(joint * total / (first * second)), 0 where joint is 0."""
-    # Chosen before the logarithm, so that no gradient passes through log 0.
-    if joint.device.type == "cpu":
-        some = joint > 0
-        ratio = torch.where(some, joint * total, 1) / torch.where(some, first * second, 1)
-        return torch.where(some, joint, 0) / total * ratio.log()
-    # A GPU would be told to make a tensor of each number that is an argument of ``where``. What is
-    # not above 0 is 0, and so is the logarithm then.
-    none = joint <= 0
-    ratio = (joint * total).masked_fill(none, 1) / (first * second).masked_fill(none, 1)
-    return joint / total * ratio.log()
-
-
-def _wants_few_launches(
-    activations: Tensor, target: Target, bias_correction: BiasCorrection
-) -> bool:
-    """Whether ``plug_in`` is by ``_by_shares`` or ``_by_entropies``, which serve its usual form."""
-    return activations.device.type != "cpu" and target == "class" and bias_correction is None
-
-
-def _by_shares(joint: Tensor) -> Tensor:
-    """``plug_in`` of counts over the number of samples for each class, by few launches, forward and
-    backward. Rounded otherwise; and without the slope in the number of samples, the same for all
-    counts of a filter, which no sample that moves from bin to bin meets."""
-    per_bin = joint.sum(2, keepdim=True)
-    rest = per_bin - joint
-    slack = joint.shape[2] * torch.finfo(joint.dtype).eps
-    none = torch.stack((joint <= 0, rest <= per_bin * slack))
-    joint = torch.stack((joint, rest))
-    alone = per_bin * joint.sum(2, keepdim=True)
-    ratio = joint.masked_fill(none, 1) / alone.masked_fill(none, 1)
-    return (joint * ratio.log()).sum((0, 2)).T
-
-
-def _by_entropies(counts: Tensor) -> Tensor:
-    """``plug_in`` of whole numbers, at least one a filter, for each class and by few launches: the
-    entropy of the class less what the bins leave of it. Rounded otherwise, by some 1e-16 nats."""
-    per_bin = counts.sum(2, keepdim=True, dtype=torch.float64)
-    per_class = counts.sum(1, keepdim=True, dtype=torch.float64)
-    total = per_class.sum(2, keepdim=True)
-    share, within = per_class / total, counts / per_bin.clamp_min(1)
-    entropy = functools.partial(torch.nn.functional.binary_cross_entropy, reduction="none")
-    with torch.autocast("cuda", enabled=False):  # which refuses it, in float64, too
-        left = entropy(within, within, weight=per_bin / total).sum(1)
-        return (entropy(share, share)[:, 0] - left).T
+    if counts.dtype not in (torch.int64, torch.float32, torch.float64):
+        counts = counts.float() if counts.is_floating_point() else counts.long()
+    information: Tensor = histogram_information(
+        counts, target == "label", bias_correction is not None
+    )
+    return information if target == "label" else information.T
 
 
 def prepare(activations: Tensor, random_state: int) -> Iterator[Tensor]:
@@ -615,13 +544,14 @@ def _prepare_with(activations: Tensor, generator: torch.Generator) -> Iterator[T
 
 
 def _checked(
-    activations: Tensor, labels: Tensor, num_classes: int, target: str
+    activations: Tensor, labels: Tensor, num_classes: int, target: str, *, by_kernel: bool = False
 ) -> tuple[Tensor, int]:
-    """The labels as int64, and the number of classes; refuses what no estimator takes."""
+    """The labels as int64, and the number of classes; refuses what no estimator takes.
+    ``by_kernel``: but labels out of range."""
     checks.one_of("target", target, ("class", "label"))
     num_classes = checks.integer("num_classes", num_classes, 1, 2**31)
     checks.pooled("activations", activations)
-    checks.labels("labels", labels, len(activations), num_classes)
+    checks.labels("labels", labels, len(activations), num_classes, by_kernel=by_kernel)
     checks.same_device("labels", labels, "activations", activations)
     if len(activations) == 0:
         raise ValueError("activations: got no sample, want at least one")

@@ -1,4 +1,4 @@
-"""Class-conditional histograms of activations, hard and soft.
+"""Class-conditional histograms of activations, hard and soft, and what they tell of the classes.
 
 The kernels in ``csrc/`` and ``triton_kernels/`` compute what this file says, the hard counts bit
 for bit. Shapes: M samples, N filters, K classes.
@@ -13,7 +13,7 @@ samples, nor on how they were cut into batches, nor on which rank saw them, and 
 import torch
 from torch import Tensor
 
-from picnn_fast.reference.masking import add_by_label
+from picnn_fast.reference.masking import add_by_label, check_labels
 
 # Bins are never narrower than 2**-20 of the largest magnitude (cells then fit 32 bits, and single
 # precision has few more digits), nor than 2**-100.
@@ -131,6 +131,7 @@ def histogram_update(
         0-dim int64: -1, or the first column that holds NaN or infinity; then nothing was written.
     """
     filters, bins, classes = counts.shape
+    check_labels(labels, classes)
     finite = activations.isfinite()
     bad = ~finite.all(0)
     if activations.numel() == 0:
@@ -183,6 +184,7 @@ def soft_histogram(
         Linear binning: Jones and Lotwick, "A remark on algorithm AS 176", Applied Statistics 33,
         1984.
     """
+    check_labels(labels, num_classes)
     t = (activations.to(low.dtype) - low) / width
     below = t.detach().floor().clamp(0, bins - 2)
     below = torch.where(below.isnan(), 0, below)
@@ -221,3 +223,115 @@ def soft_histogram_backward(
     slope = (flat[cell + classes] - flat[cell]) / width
     grad = torch.where(inside, slope, torch.where(t.isnan(), t, 0))
     return grad.to(activations.dtype)
+
+
+def histogram_information(counts: Tensor, by_label: bool, corrected: bool) -> Tensor:
+    """Plug-in mutual information of bin and class, in nats, with 0 log 0 = 0.
+
+    Differentiable in soft counts by autograd, which defines ``histogram_information_backward``: the
+    term of an empty cell, whose slope is infinite, passes no gradient, and neither does the
+    correction.
+
+    Args:
+        counts: ``[N, bins, K]`` int64, float32 or float64, at least 0.
+        by_label: of the bin and the class y, else of the bin and each 1[y = c].
+        corrected: with Miller and Madow's (B_x + B_y - B_xy - 1) / (2 M), B the numbers of bins,
+            classes and pairs of both in use and M that of samples.
+
+    Returns:
+        ``[N, K]``, or ``[N]`` by label; float64 for int64 counts, else in the dtype of ``counts``.
+        NaN for a filter without samples.
+
+    Source:
+        Miller, "Note on the bias of information estimates", in Information Theory in Psychology,
+        1955.
+    """
+    if not counts.is_floating_point():
+        counts = counts.double()
+    per_bin, per_class, total = _marginals(counts)
+    rest = _rest(counts, per_bin)
+    information = _cell_information(counts, per_bin, per_class, total)
+    if by_label:
+        result = information.sum((1, 2))
+    else:
+        others = _cell_information(rest, per_bin, total - per_class, total)
+        result = (information + others).sum(1)
+    if not corrected:
+        return result
+    bins_used = (per_bin > 0).sum(1)
+    used = (counts > 0).sum(1)
+    if by_label:
+        classes_used = (per_class > 0).sum((1, 2))
+        degrees = bins_used[:, 0] + classes_used - used.sum(1) - 1
+        return result + degrees / (2 * total.detach()[:, 0, 0])
+    classes_used = ((per_class > 0).long() + (total - per_class > 0).long())[:, 0]
+    degrees = bins_used + classes_used - (used + (rest > 0).sum(1)) - 1
+    return result + degrees / (2 * total.detach()[:, 0])
+
+
+def _marginals(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each bin, of each class, of the filter; with three axes."""
+    per_class = counts.sum(1, keepdim=True)
+    return counts.sum(2, keepdim=True), per_class, per_class.sum(2, keepdim=True)
+
+
+def _rest(counts: Tensor, per_bin: Tensor) -> Tensor:
+    """Of the other classes. Rounding of the sums leaves a little where they have nothing."""
+    rest = per_bin - counts
+    slack = counts.shape[2] * torch.finfo(counts.dtype).eps
+    return torch.where(rest > per_bin * slack, rest, 0)
+
+
+def _log_ratio(joint: Tensor, first: Tensor, second: Tensor, total: Tensor) -> Tensor:
+    """log(joint * total / (first * second)), 0 where joint is 0."""
+    # Chosen before the logarithm, so that no gradient passes through log 0.
+    some = joint > 0
+    return (torch.where(some, joint * total, 1) / torch.where(some, first * second, 1)).log()
+
+
+def _cell_information(joint: Tensor, first: Tensor, second: Tensor, total: Tensor) -> Tensor:
+    return torch.where(joint > 0, joint, 0) / total * _log_ratio(joint, first, second, total)
+
+
+def histogram_information_backward(
+    grad: Tensor, counts: Tensor, information: Tensor, by_label: bool
+) -> Tensor:
+    """Gradient of ``histogram_information`` in soft counts.
+
+    With T the number of samples, it is that of T times the information, which has no T below a
+    fraction line, less the information itself, over T.
+
+    Args:
+        grad, information: ``[N, K]``, or ``[N]`` by label, in the dtype of ``counts``; the latter
+            without correction.
+        counts: ``[N, bins, K]`` float32 or float64.
+        by_label: as in ``histogram_information``.
+
+    Returns:
+        ``[N, bins, K]`` like ``counts``.
+    """
+    per_bin, per_class, total = _marginals(counts)
+    cell, bin_, class_, all_ = _slopes(counts, per_bin, per_class, total)
+    if by_label:
+        grad, information = grad[:, None, None], information[:, None, None]
+        slope = cell + bin_.sum(2, keepdim=True) + class_ + all_.sum(2, keepdim=True)
+        return (slope - information) * grad / total
+    grad, information = grad[:, None], information[:, None]
+    rest = _rest(counts, per_bin)
+    others = _slopes(rest, per_bin, total - per_class, total)
+    # A count is taken from the rest of its class, and added to those of the others.
+    own = (cell - others[0] + class_ - others[2]) * grad
+    every = (others[0] + bin_ + others[1] + others[2] + all_ + others[3] - information) * grad
+    return (own + every.sum(2, keepdim=True)) / total
+
+
+def _slopes(joint: Tensor, first: Tensor, second: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+    """Of joint * log(joint * total / (first * second)) in each of the four, summed over bins for
+    ``second`` and ``total``; 0 where it is 0."""
+    some = joint > 0
+    held = torch.where(some, joint, 0)
+    per_class = held.sum(1, keepdim=True)
+    in_cell = torch.where(some, _log_ratio(joint, first, second, total) + 1, 0)
+    in_first = -held / torch.where(first > 0, first, 1)
+    in_second = -per_class / torch.where(second > 0, second, 1)
+    return in_cell, in_first, in_second, per_class / total

@@ -142,6 +142,28 @@ def test_soft_counts_have_the_same_bits_in_every_order(
         assert torch.equal(kernels["soft_histogram"](*arguments), wanted)
 
 
+def test_what_counts_tell_has_the_same_bits_in_every_order(
+    kernels: dict[str, Callable[..., Any]], schedule: Callable[[], None]
+) -> None:
+    """Of fewer classes than a block has threads, and of more."""
+    calls = []
+    for (bins, classes), turn in itertools.product(((7, 3), (40, 300)), range(4)):
+        generator = torch.Generator().manual_seed(turn)
+        counts = torch.rand(3, bins, classes, generator=generator, dtype=torch.float64) - 0.3
+        counts, by_label = counts.relu(), turn % 2 == 1
+        information = reference.histogram_information(counts, by_label, False)
+        grad = torch.randn(information.shape, generator=generator, dtype=torch.float64)
+        calls += [
+            ("histogram_information", (counts, by_label, turn > 1)),
+            ("histogram_information_backward", (grad, counts, information, by_label)),
+        ]
+    expected = [kernels[name](*arguments) for name, arguments in calls]
+    schedule()
+    for (name, arguments), one in zip(calls, expected, strict=True):
+        assert torch.equal(kernels[name](*arguments), one)
+        torch.testing.assert_close(one, getattr(reference, name)(*arguments), rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("classes", [2, 3000])
 @pytest.mark.parametrize("label", [-1, 3000, 2**32])
 def test_a_label_out_of_range_ends_the_kernel(

@@ -712,6 +712,54 @@ def _soft_histogram_backward(
     return grad, x, labels, low, width
 
 
+INFORMATION_LAYOUTS = ("contiguous", "transposed", "filters_apart")
+
+
+def _counts(shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A quarter of the cells empty; a class without samples, one alone, and a bin without."""
+    _, filters, bins, classes = shape
+    counts = torch.rand(filters, bins, classes, generator=generator, dtype=torch.float64)
+    counts = (counts * 4 - 1).relu().to(dtype)
+    counts[:1, :, -1] = 0
+    counts[1:2, :, 1:] = 0
+    counts[2:3, 0] = 0
+    if layout == "transposed":
+        return counts.mT.contiguous().mT
+    if layout == "filters_apart":
+        return torch.stack((counts, counts + torch.nan), 1)[:, 0]
+    return counts
+
+
+def _histogram_information(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    # By label or not, corrected or not: in turn.
+    turn = INFORMATION_LAYOUTS.index(layout)
+    by_label = (turn + shape[2] // 16) % 2 == 1
+    corrected = (turn + (dtype == torch.float64)) % 2 == 1
+    return _counts(shape, layout, dtype, generator), by_label, corrected
+
+
+def _histogram_information_backward(
+    shape: Shape, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    counts, by_label, _ = _histogram_information(shape, layout, dtype, generator)
+    information = histogram_reference.histogram_information(counts, by_label, False)
+    grad = torch.randn(information.shape[::-1], generator=generator).to(dtype)
+    grad = grad if by_label else grad.T
+    return grad, counts, information, by_label
+
+
+# Counts [N, bins, K].
+_INFORMATION: dict[str, Any] = _HISTOGRAM | {
+    "shapes": {name: shape for name, shape in _HISTOGRAM["shapes"].items() if shape[0] > 1}
+    | {"empty_batch": (9, 0, 4, 3)},
+    "layouts": INFORMATION_LAYOUTS,
+    "any_shape": st.tuples(st.just(9), st.integers(1, 9), st.integers(2, 70), st.integers(1, 70)),
+    "dtypes": (torch.float32, torch.float64),
+}
+
+
 HISTOGRAM = (
     OperatorCase(
         name="histogram_update",
@@ -736,6 +784,22 @@ HISTOGRAM = (
         rounding=(8,),
         judged_wide=False,
         **(_HISTOGRAM | {"maps": (1,)}),
+    ),
+    OperatorCase(
+        name="histogram_information",
+        free={0: (0, 1, 2)},
+        make=_histogram_information,
+        rounding=(64,),
+        leaves=(0,),
+        gradient_rounding=(64,),
+        **_INFORMATION,
+    ),
+    OperatorCase(
+        name="histogram_information_backward",
+        free={1: (1,)},
+        make=_histogram_information_backward,
+        rounding=(64,),
+        **(_INFORMATION | {"maps": (1,)}),
     ),
 )
 

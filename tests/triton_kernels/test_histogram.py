@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from picnn_fast.reference import histogram as reference
 from tests.cases import pairwise
 from tests.conftest import HAS_GPU
+from tests.ops.test_launches import launched
 from tests.reference.test_histogram import fresh
 from tests.triton_kernels.conftest import Compiled, types
 
@@ -21,7 +21,8 @@ def test_every_kernel_compiles_for_hopper_in_every_dtype(
 ) -> None:
     kernels = {"range_kernel", "count_kernel", "soft_kernel", "soft_backward_kernel"}
     records = compiled["histogram"]
-    assert {record["kernel"] for record in records} == kernels | {"regrid_kernel"}
+    others = {"regrid_kernel", "histogram_information_kernel", "histogram_slopes_kernel"}
+    assert {record["kernel"] for record in records} == kernels | others
     for name in kernels:
         of_maps = types(records, name, "activations")
         assert of_maps == {"float32", "float64", "bfloat16", "float16"}, name
@@ -66,40 +67,24 @@ def test_tiles_and_tables_do_not_matter(
     torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=0)
 
 
-class Launches(TorchDispatchMode):
-    """Names of the operators that a GPU would run a kernel for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.overloadpacket.__name__ not in ("new_empty", "empty", "empty_like"):
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def test_an_update_is_at_most_ten_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
+    kernels: list[str] = []
 
     class Recorder:
         def __init__(self, name: str) -> None:
             self.name = name
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *arguments, **options: launched.append(self.name)
+            return lambda *arguments, **options: kernels.append(self.name)
 
     for name in ("range_kernel", "regrid_kernel", "count_kernel"):
         monkeypatch.setattr(triton_histogram, name, Recorder(name))
-    state = fresh(40, 64, 200)
-    with Launches() as others:
-        triton_histogram.histogram_update(*state, torch.rand(90, 40), torch.arange(90))
-    assert launched == ["range_kernel", "regrid_kernel", "count_kernel"]
-    assert others.names
-    assert len(launched) + len(others.names) <= 10, others.names
-    assert not any("clone" in name or "copy" in name for name in others.names)
+    arguments = *fresh(40, 64, 200), torch.rand(90, 40), torch.arange(90)
+    others, _ = launched(lambda: triton_histogram.histogram_update(*arguments))
+    assert kernels == ["range_kernel", "regrid_kernel", "count_kernel"]
+    assert others
+    assert len(kernels) + len(others) <= 10, others
+    assert not any("clone" in name or "copy" in name for name in others)
 
 
 @pytest.mark.gpu(else_cpu=True)
