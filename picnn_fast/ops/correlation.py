@@ -157,11 +157,15 @@ def group_class_loss(
 
 def _check_maps(maps: Tensor) -> None:
     checks.floating("maps", maps)
-    if maps.ndim != 4 or (maps.numel() == 0 and 0 in maps.shape[1:]):
-        raise ValueError(
-            f"maps: got shape {tuple(maps.shape)}, want [B, C, h, w], at least one filter and one"
-            " position"
-        )
+    if maps.ndim == 4:
+        # Of a batch whose size no trace knows nothing is asked.
+        _, filters, height, width = maps.shape
+        if filters and height and width:
+            return
+    raise ValueError(
+        f"maps: got shape {tuple(maps.shape)}, want [B, C, h, w], at least one filter and one"
+        " position"
+    )
 
 
 def _check_groups(

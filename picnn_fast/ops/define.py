@@ -87,6 +87,8 @@ def define(
     if constants:
         recorded = _with_constants(recorded, constants)
     backends.library.impl(name, recorded, "Autograd")
+    for key in ("AutogradOther", "AutogradNestedTensor"):  # which _AUTOGRAD does not include
+        backends.library.impl(name, torch.library.fallthrough_kernel, key)
     return _direct(overload, apply)
 
 
@@ -112,8 +114,8 @@ def _direct(overload: torch._ops.OpOverload, apply: Callable[..., Any]) -> Calla
         if forward_ad._current_level >= 0:
             return overload(*arguments)
         excluded = _is_excluded(_AUTOGRAD)
-        _exclude(_AUTOGRAD, True)
         try:
+            _exclude(_AUTOGRAD, True)
             return kernel(*arguments)
         finally:
             _exclude(_AUTOGRAD, excluded)
@@ -133,8 +135,8 @@ def _recorded(
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         excluded = _is_excluded(_AUTOGRAD)
-        _exclude(_AUTOGRAD, True)
         try:
+            _exclude(_AUTOGRAD, True)
             output = kernel(*arguments)
         finally:
             _exclude(_AUTOGRAD, excluded)
@@ -159,8 +161,8 @@ def _recorded(
             found = backward(ctx, saved, *grads)
         else:
             excluded = _is_excluded(_AUTOGRAD)
-            _exclude(_AUTOGRAD, True)
             try:
+                _exclude(_AUTOGRAD, True)
                 found = backward(ctx, saved, *grads)
             finally:
                 _exclude(_AUTOGRAD, excluded)

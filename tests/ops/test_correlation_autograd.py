@@ -157,6 +157,18 @@ def test_compiles_into_one_graph(cpp: Backend, num_groups, counted):
     torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_for_a_batch_whose_size_only_a_run_tells(cpp: Backend):
+    def loss(maps: Tensor, kept: Tensor) -> Tensor:
+        return group_correlation_loss(maps[kept], mean, groups, num_groups=2)
+
+    maps, mean, groups = torch.rand(4, 3, 2, 2), torch.zeros(3, 2, 2), torch.tensor([0, 0, 1])
+    kept = torch.tensor([True, False, True, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(maps, kept), loss(maps, kept))
+
+
 def test_autocast_leaves_the_class_loss_in_float32():
     x = leaf(torch.device("cpu"), torch.float32)
     arguments = (torch.tensor(GROUPS), torch.tensor([0, 1, 0]), 2)

@@ -236,3 +236,21 @@ def test_gradients_are_recorded_as_before_once_an_operator_has_failed(recorded):
     with torch.set_grad_enabled(recorded), pytest.raises(ValueError, match="probabilities"):
         F.bernoulli_mask(x, torch.zeros(1, 1), torch.full((1, 2), 2.0))
     assert (x * 2).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("unserved", "error", "message"),
+    [
+        (torch.ones(2, 3, 4, 4).to_mkldnn, RuntimeError, "mkldnn"),
+        (
+            lambda: torch.nested.nested_tensor([torch.ones(3, 4, 4)] * 2, layout=torch.jagged),
+            NotImplementedError,
+            "mask_channels",
+        ),
+    ],
+    ids=["mkldnn", "jagged"],
+)
+def test_tensors_that_no_kernel_serves_are_refused_at_once(unserved, error, message):
+    """They have keys of autograd of their own, by which an operator might come to itself again."""
+    with pytest.raises(error, match=message):
+        torch.ops.picnn_fast.mask_channels(unserved(), torch.ones(2, 3))
