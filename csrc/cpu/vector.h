@@ -65,7 +65,7 @@ PICNN_FAST_HD Narrow narrow_bits(const Wide& bits) {
 }
 
 // float16 as widen() and narrow() of it have it, where there are instructions for that: no number
-// is rounded otherwise, and NaN becomes the same one.
+// is rounded otherwise, and NaN is narrowed to the same one.
 #if defined(__AVX2__)
 PICNN_FAST_HD Vector<float> widen_float16(const Narrow& bits) {
 #if defined(__AVX512F__)
