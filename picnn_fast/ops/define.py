@@ -157,7 +157,8 @@ def _recorded(
             return nothing
         # Before the guard: activation checkpointing computes them again, and records gradients.
         saved = ctx.saved_tensors
-        if _grad_enabled() or _transforms_active():
+        # Dynamo, which compiles backward passes, too, has no word for keys that are left out.
+        if _grad_enabled() or _transforms_active() or _compiling():
             found = backward(ctx, saved, *grads)
         else:
             excluded = _is_excluded(_AUTOGRAD)

@@ -709,7 +709,7 @@ define(
     setup_context=_save_inputs,
     backward=_masking_backward_gradient,
 )
-# Without a Python call more.
-_MASKING_BACKWARD = torch.ops.picnn_fast.masking_backward.default._op
-_PARAMETERS_BACKWARD = torch.ops.picnn_fast.bernoulli_parameters_backward.default._op
-_SUMS_BY_LABEL = torch.ops.picnn_fast.sums_by_label.default._op
+# Bound once; Dynamo, which compiles backward passes, too, knows overloads alone.
+_MASKING_BACKWARD = torch.ops.picnn_fast.masking_backward.default
+_PARAMETERS_BACKWARD = torch.ops.picnn_fast.bernoulli_parameters_backward.default
+_SUMS_BY_LABEL = torch.ops.picnn_fast.sums_by_label.default

@@ -569,5 +569,5 @@ define(
     setup_context=_setup_template_mask_backward,
     backward=_template_mask_gradient,
 )
-# Without a Python call more.
-_BACKWARD = torch.ops.picnn_fast.template_mask_backward.default._op
+# Bound once; Dynamo, which compiles backward passes, too, knows overloads alone.
+_BACKWARD = torch.ops.picnn_fast.template_mask_backward.default
