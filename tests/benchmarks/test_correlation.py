@@ -26,6 +26,7 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = {"fused": 2.0, "forward": 1.0, "plain": 6.0, "published": 30.0, "clone": 0.5}
+    seconds |= {"kernels": 1.5, "a call": 0.03}
 
     def interleaved(candidates, rounds, device, **options):
         return {name: [seconds.get(name, 4.0)] * 3 for name in candidates}
@@ -34,10 +35,14 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
     loss = correlation.bench_loss(SHAPE, torch.device("cpu"), harness.Effort(3))
     assert loss["speedup"] == {"published": 15, "plain": 3, "plain, compiled": 2}
     # The maps are read twice, and as much is written once; clone reads and writes once.
-    assert loss["share_of_limit"] == {"forward": 0.25, "fused": 0.375}
+    assert loss["share_of_limit"] == {"forward": 0.25, "fused": 0.375, "kernels": 0.5}
     memory = {"shape": "a shape", "multiple_of_maps": {"fused": 1.04, "published": 9.0}}
     report = correlation.report({"losses": [loss], "memory": memory})
     assert "| 2000.00 ms | 15.0x" in report
-    assert "| 38%          | 25%           |" in report
+    assert "| 38%          | 25%           | 50%           | 30.00 ms |" in report
     assert "| a shape                   | 1.0x  | 9.0x      |" in report
+    del loss["share_of_limit"]["kernels"], loss["milliseconds"]["a call"]  # of an older version
+    assert "| 25%           |               |        |" in correlation.report(
+        {"losses": [loss], "memory": None}
+    )
     assert "extra memory" not in correlation.report({"losses": [loss], "memory": None})
