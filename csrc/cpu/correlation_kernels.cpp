@@ -404,16 +404,17 @@ void clear(T* maps, const Strides& strides, int64_t filters, int64_t positions) 
   }
 }
 
-// A row that is done, from vectors: the last one reaches back over the one before it.
-template <int kCount, typename A, typename T, typename Value>
-PICNN_FAST_HD void store_row(const Value& value, int64_t positions, T* row) {
+// A row that is done, from vectors value(0) to value(count - 1): the last one reaches back over the
+// one before it.
+template <typename A, typename T, typename Value>
+PICNN_FAST_HD void store_row(int64_t count, const Value& value, int64_t positions, T* row) {
   Vector<A> before{};
-  for (int v = 0; v + 1 < kCount; ++v) {
+  for (int64_t v = 0; v + 1 < count; ++v) {
     before = value(v);
     store<A>(before, row + v * kLanes<A>);
   }
-  const int64_t rest = positions - (kCount - 1) * kLanes<A>;
-  const Vector<A> last = value(kCount - 1);
+  const int64_t rest = positions - (count - 1) * kLanes<A>;
+  const Vector<A> last = value(count - 1);
   store<A>(rest == kLanes<A> ? last : reaching_back<A>(before, last, rest),
            row + positions - kLanes<A>);
 }
@@ -434,8 +435,9 @@ bool gradient_in_registers(const CorrelationBackward<T, A>& c, int64_t image, in
           [&](const Vector<A>&, int64_t at) { return load<A>(toward + at); }, u);
       const MapGradient<A> of = map_gradient(norms[i], product);
       const Vector<A> unit = broadcast(of.unit), along = broadcast(of.along);
-      store_row<n, A>([&](int v) { return unit * load<A>(toward + v * kLanes<A>) - along * u[v]; },
-                      positions, out);
+      store_row<A>(
+          n, [&](int64_t v) { return unit * load<A>(toward + v * kLanes<A>) - along * u[v]; },
+          positions, out);
     }
   });
 }
@@ -478,20 +480,12 @@ PICNN_FAST_HD void gradient_of_tile(const CorrelationBackward<T, A>& c, int64_t 
       continue;
     }
     const Vector<A> unit = broadcast(of[i].unit), along = broadcast(of[i].along);
-    const auto vector = [&](int64_t p) {
-      return unit * load<A>(toward[i] + p) - along * load<A>(u + p);
-    };
-    T* row = out + i * positions;
-    Vector<A> value{};
-    int64_t p = 0;
-    for (; p + kLanes<A> <= positions; p += kLanes<A>) {
-      value = vector(p);
-      store<A>(value, row + p);
-    }
-    if (p != positions) {
-      const int64_t rest = positions - p;
-      store<A>(reaching_back<A>(value, vector(p), rest), row + positions - kLanes<A>);
-    }
+    store_row<A>(
+        in_vectors<A>(positions) / kLanes<A>,
+        [&](int64_t v) {
+          return unit * load<A>(toward[i] + v * kLanes<A>) - along * load<A>(u + v * kLanes<A>);
+        },
+        positions, out + i * positions);
   }
   if (dense) {
     sink.close();

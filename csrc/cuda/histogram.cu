@@ -153,6 +153,20 @@ struct SortedSamples {
   }
 };
 
+// Runs `use` on samples sorted by their labels, with tables of so many bytes a cell of some of the
+// classes and the shared memory they take; false where not even those of one class fit.
+template <int FV, typename Use>
+bool with_classes(const Tensor& activations, const Tensor& of_labels, const Labels& labels,
+                  int64_t bins, size_t entry_bytes, const Use& use) {
+  const Division division =
+      divide<FV>(activations, bins, labels.classes, static_cast<int64_t>(entry_bytes));
+  if (division.lanes == 0) return false;
+  const TableShape shape(bins, division.classes);
+  const SortedSamples sorted(of_labels, labels);
+  use(sorted.view(), division, shape, entry_bytes * division.lanes * FV * shape.per_filter);
+  return true;
+}
+
 // One call of histogram_update on activations of type T.
 template <typename T>
 struct Update {
@@ -226,14 +240,12 @@ struct Update {
   // False where the tables of a class do not fit in shared memory.
   template <int FV>
   bool count_by_class() const {
-    const Division division = divide<FV>(activations, state.bins, state.classes, sizeof(uint32_t));
-    if (division.lanes == 0) return false;
-    const TableShape shape(state.bins, division.classes);
-    const SortedSamples sorted(of_labels, labels);
-    const size_t shared = size_t{sizeof(uint32_t)} * division.lanes * FV * shape.per_filter;
-    launch(activations, count_sorted<T, FV>, division.blocks(), kThreads, shared,
-           input<T>(activations), sorted.view(), division, state, shape);
-    return true;
+    const auto run = [&](const Sorted& sorted, const Division& division, const TableShape& shape,
+                         size_t shared) {
+      launch(activations, count_sorted<T, FV>, division.blocks(), kThreads, shared,
+             input<T>(activations), sorted, division, state, shape);
+    };
+    return with_classes<FV>(activations, of_labels, labels, state.bins, sizeof(uint32_t), run);
   }
 };
 
@@ -363,15 +375,13 @@ struct SoftUpdate {
   template <int FV>
   bool add_by_class() const {
     if (filters_that_fit(grid.bins, labels.classes, sizeof(Wide)) >= FV) return false;
-    const Division division = divide<FV>(activations, grid.bins, labels.classes, sizeof(Wide));
-    if (division.lanes == 0) return false;
-    const TableShape shape(grid.bins, division.classes);
-    const SortedSamples sorted(of_labels, labels);
-    const size_t shared = sizeof(Wide) * division.lanes * FV * shape.per_filter;
-    launch(activations, add_weights_sorted<T, FV>, division.blocks(), kThreads, shared,
-           input<T>(activations), sorted.view(), division, grid, shape, labels.classes,
-           fraction_bits, static_cast<C*>(counts.data_ptr()));
-    return true;
+    const auto run = [&](const Sorted& sorted, const Division& division, const TableShape& shape,
+                         size_t shared) {
+      launch(activations, add_weights_sorted<T, FV>, division.blocks(), kThreads, shared,
+             input<T>(activations), sorted, division, grid, shape, labels.classes, fraction_bits,
+             static_cast<C*>(counts.data_ptr()));
+    };
+    return with_classes<FV>(activations, of_labels, labels, grid.bins, sizeof(Wide), run);
   }
 };
 
@@ -438,14 +448,12 @@ struct SoftBackward {
   template <int FV>
   bool by_class() const {
     if (filters_that_fit(grid.bins, labels.classes, sizeof(C)) >= FV) return false;
-    const Division division = divide<FV>(activations, grid.bins, labels.classes, sizeof(C));
-    if (division.lanes == 0) return false;
-    const TableShape shape(grid.bins, division.classes);
-    const SortedSamples sorted(of_labels, labels);
-    const size_t shared = sizeof(C) * division.lanes * FV * shape.per_filter;
-    launch(activations, soft_backward_sorted<T, FV>, division.blocks(), kThreads, shared, slopes,
-           input<T>(activations), sorted.view(), division, grid, shape, labels.classes, out());
-    return true;
+    const auto run = [&](const Sorted& sorted, const Division& division, const TableShape& shape,
+                         size_t shared) {
+      launch(activations, soft_backward_sorted<T, FV>, division.blocks(), kThreads, shared, slopes,
+             input<T>(activations), sorted, division, grid, shape, labels.classes, out());
+    };
+    return with_classes<FV>(activations, of_labels, labels, grid.bins, sizeof(C), run);
   }
 
   Samples<T> out() const {

@@ -32,6 +32,15 @@ _ORDINARY = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)}
 _called_by_inner = ContextVar("_called_by_inner", default=False)
 
 
+def _below_autograd(function: Callable[..., Any], *arguments: Any) -> Any:
+    excluded = _is_excluded(_AUTOGRAD)
+    try:
+        _exclude(_AUTOGRAD, True)
+        return function(*arguments)
+    finally:
+        _exclude(_AUTOGRAD, excluded)
+
+
 def may_be_differentiated(value: Tensor) -> bool:
     """Whether a call with ``value`` is recorded, as far as its caller can tell."""
     # A vmap hides whether what it maps over is.
@@ -113,12 +122,7 @@ def _direct(overload: torch._ops.OpOverload, apply: Callable[..., Any]) -> Calla
             return apply(*arguments)
         if forward_ad._current_level >= 0:
             return overload(*arguments)
-        excluded = _is_excluded(_AUTOGRAD)
-        try:
-            _exclude(_AUTOGRAD, True)
-            return kernel(*arguments)
-        finally:
-            _exclude(_AUTOGRAD, excluded)
+        return _below_autograd(kernel, *arguments)
 
     return call
 
@@ -134,12 +138,7 @@ def _recorded(
     kernel = operator._op  # without a Python call more
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        excluded = _is_excluded(_AUTOGRAD)
-        try:
-            _exclude(_AUTOGRAD, True)
-            output = kernel(*arguments)
-        finally:
-            _exclude(_AUTOGRAD, excluded)
+        output = _below_autograd(kernel, *arguments)
         ctx.materialize_grads = False
         if setup_context is not None:
             setup_context(ctx, arguments, output)
@@ -161,12 +160,7 @@ def _recorded(
         if _grad_enabled() or _transforms_active() or _compiling():
             found = backward(ctx, saved, *grads)
         else:
-            excluded = _is_excluded(_AUTOGRAD)
-            try:
-                _exclude(_AUTOGRAD, True)
-                found = backward(ctx, saved, *grads)
-            finally:
-                _exclude(_AUTOGRAD, excluded)
+            found = _below_autograd(backward, ctx, saved, *grads)
         return found + nothing[len(found) :]
 
     def refuse(ctx: Any, *tangents: Any) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from picnn_fast import checks
 from picnn_fast.ops.define import define
-from picnn_fast.ops.layout import readable
+from picnn_fast.ops.layout import as_dtype, readable
 from picnn_fast.reference import masking as reference
 
 
@@ -79,7 +79,7 @@ def bernoulli_mask(
         raise
     if channel_dim != 1:
         masked = masked.movedim(1, channel_dim)
-    return masked, _as(mask, features.dtype), pseudo_label
+    return masked, as_dtype(mask, features.dtype), pseudo_label
 
 
 def gumbel_mask(
@@ -135,7 +135,7 @@ def gumbel_mask(
     with torch.autocast(features.device.type, enabled=False):
         mask = (_one_hot(pseudo_label, y1) + y1 - y1.detach()).to(assignment.dtype) @ assignment
     masked = mask_channels(features, mask, channel_dim=channel_dim)
-    return masked, _as(mask, features.dtype), pseudo_label
+    return masked, as_dtype(mask, features.dtype), pseudo_label
 
 
 def draw_mask(
@@ -179,13 +179,15 @@ def draw_mask(
     rank, seed = checks.rank(rank), checks.seed(seed, correspondence.device)
     table = checks.accumulable(correspondence)
     try:
-        mask: Tensor = _draw_filters_operator(table, seed, rank, _as(labels, torch.int64), validate)
+        mask: Tensor = _draw_filters_operator(
+            table, seed, rank, as_dtype(labels, torch.int64), validate
+        )
     except RuntimeError:
         checks.labels("labels", labels, labels.numel(), correspondence.shape[0])
         if validate:
             checks.probabilities("correspondence", correspondence)
         raise
-    return _as(mask, correspondence.dtype)
+    return as_dtype(mask, correspondence.dtype)
 
 
 def draw_labels(
@@ -252,7 +254,7 @@ def mask_channels(features: Tensor, mask: Tensor, *, channel_dim: int = 1) -> Te
         )
     checks.same_device("mask", mask, "features", features)
     masked: Tensor = _mask_channels_operator(
-        readable(maps), _as(mask, reference.accumulate_dtype(features.dtype))
+        readable(maps), as_dtype(mask, reference.accumulate_dtype(features.dtype))
     )
     return masked if channel_dim == 1 else masked.movedim(1, channel_dim)
 
@@ -286,9 +288,11 @@ def class_gate(features: Tensor, gate: Tensor, labels: Tensor, *, channel_dim: i
     checks.labels("labels", labels, maps.shape[0], gate.shape[0], by_kernel=True)
     checks.same_device("labels", labels, "features", features)
     # Widened before a row is taken: the gradients of its samples are summed in the wider type.
-    table = _as(gate, reference.accumulate_dtype(features.dtype))
+    table = as_dtype(gate, reference.accumulate_dtype(features.dtype))
     try:
-        gated: Tensor = _class_gate_operator(readable(maps), table, _as(labels, torch.int64))[0]
+        gated: Tensor = _class_gate_operator(readable(maps), table, as_dtype(labels, torch.int64))[
+            0
+        ]
     except RuntimeError:
         checks.labels("labels", labels, maps.shape[0], gate.shape[0])
         raise
@@ -420,14 +424,9 @@ def _gate(value: Tensor) -> Tensor:
 # Between the two ----------------------------------------------------------------------------------
 
 
-def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value.to(dtype)``, without the dispatch where that changes nothing."""
-    return value if value.dtype == dtype else value.to(dtype)
-
-
 def _rows(table: Tensor, labels: Tensor) -> Tensor:
     """``table[labels]``, whose gradient has the same bits every time: no atomic sums."""
-    return torch.embedding(table, _as(labels, torch.int64))
+    return torch.embedding(table, as_dtype(labels, torch.int64))
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
@@ -554,10 +553,13 @@ def _bernoulli_mask_gradient(
         if dtype != correspondence.dtype:
             dtype = torch.promote_types(dtype, correspondence.dtype)
         grad_logits, grad_correspondence = _parameters_gradient(
-            _as(grad_z, dtype), _as(logits, dtype), _as(correspondence, dtype), pseudo_label
+            as_dtype(grad_z, dtype),
+            as_dtype(logits, dtype),
+            as_dtype(correspondence, dtype),
+            pseudo_label,
         )
-        grad_logits = _as(grad_logits, logits.dtype)
-        grad_correspondence = _as(grad_correspondence, correspondence.dtype)
+        grad_logits = as_dtype(grad_logits, logits.dtype)
+        grad_correspondence = as_dtype(grad_correspondence, correspondence.dtype)
     return grad_features, grad_logits, grad_correspondence
 
 
@@ -620,8 +622,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
 
 def _maps_gradient(grad_masked: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the maps and of the mask."""
-    grad = grad_masked if grad_masked.is_contiguous() else readable(grad_masked)
-    grads: tuple[Tensor, Tensor] = _MASKING_BACKWARD(grad, features, mask)
+    grads: tuple[Tensor, Tensor] = _MASKING_BACKWARD(readable(grad_masked), features, mask)
     return grads
 
 
@@ -687,17 +688,17 @@ def _masking_backward_gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of ``grad_masked * mask`` and of the sums of ``features * grad_masked``, rounded once."""
     dtype, mask = saved[0].dtype, saved[2]
-    grad_masked, features = (_as(t, mask.dtype) for t in saved[:2])
+    grad_masked, features = (as_dtype(t, mask.dtype) for t in saved[:2])
     to_grad = to_features = to_mask = None
     if grad_grad_features is not None:
-        wide = _as(grad_grad_features, mask.dtype)
+        wide = as_dtype(grad_grad_features, mask.dtype)
         to_grad, to_mask = _maps_gradient(wide, grad_masked, mask)
     if grad_grad_mask is not None:
         scale = torch.ops.picnn_fast.mask_channels.default
-        to_features = _as(scale(grad_masked, grad_grad_mask), dtype)
+        to_features = as_dtype(scale(grad_masked, grad_grad_mask), dtype)
         through = scale(features, grad_grad_mask)
         to_grad = through if to_grad is None else to_grad + through
-    return None if to_grad is None else _as(to_grad, dtype), to_features, to_mask
+    return None if to_grad is None else as_dtype(to_grad, dtype), to_features, to_mask
 
 
 define(

@@ -406,8 +406,7 @@ def template_mask(
     if (type(scale) is not float or scale != 1.0) and check_scale(scale) == "tau":
         scale = template.tau_for(height, width)
     if center == "argmax" and beta is None:
-        maps = x if x.is_contiguous() else readable(x)
-        masked, peak = _template_mask_operator(maps, offsets, scale)
+        masked, peak = _template_mask_operator(readable(x), offsets, scale)
         return masked, peak
     if center != "argmax":
         checks.one_of("center", center, CENTERS)
@@ -538,9 +537,7 @@ def _template_mask_gradient(
     ctx: Any, saved: tuple[Tensor, Tensor], grad_masked: Tensor, *_: None
 ) -> tuple[Tensor]:
     """The mask is a constant in the backward pass."""
-    peak, offsets = saved
-    grad = grad_masked if grad_masked.is_contiguous() else readable(grad_masked)
-    return (_BACKWARD(grad, peak, offsets, ctx.scale),)
+    return (_BACKWARD(readable(grad_masked), *saved, ctx.scale),)
 
 
 _map_peaks_operator = define(
