@@ -19,6 +19,9 @@ the caches.
 
 ``soft_histogram``, forward and backward: "reference", the reference backend; "einsum", triangular
 weights times one-hot labels; "scatter", ``index_add`` of the two weights of a sample.
+
+``histogram_information``, forward and backward, of such counts: "reference", the reference backend;
+"plain", what defines it, under autograd.
 """
 
 import itertools
@@ -37,6 +40,7 @@ from benchmarks import harness
 from benchmarks.harness import Effort
 from picnn_fast import functional
 from picnn_fast.ops import mutual_information as family
+from picnn_fast.reference import histogram as definition
 
 JOBS = 2
 N_NEIGHBORS = 3
@@ -381,11 +385,45 @@ def bench_soft(shape: HistogramShape, device: torch.device, effort: Effort) -> d
         "scatter": step(scatter),
         "scatter, compiled": step(torch.compile(scatter, backend=effort.compiler)),
     }
+    return {"shape": str(shape), **_beside_fused(candidates, device, effort)}
+
+
+def bench_information(
+    shape: HistogramShape, device: torch.device, effort: Effort
+) -> dict[str, Any]:
+    """What soft counts tell of each class, forward and backward."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (shape.filters, shape.bins, shape.classes)
+    share = shape.samples / (shape.bins * shape.classes)
+    counts = torch.rand(sizes, device=device, generator=generator).mul_(2 * share).requires_grad_()
+    grad = torch.randn(shape.filters, shape.classes, device=device, generator=generator)
+
+    def step(inform: Callable[..., Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            counts.grad = None
+            inform(counts, False, False).backward(grad)
+
+        return call
+
+    torch._dynamo.reset()
+    plain = definition.histogram_information
+    candidates = {
+        "fused": step(torch.ops.picnn_fast.histogram_information),
+        "reference": step(torch.ops.picnn_fast.histogram_information),
+        "plain": step(plain),
+        "plain, compiled": step(torch.compile(plain, backend=effort.compiler)),
+    }
+    return {"shape": str(shape), **_beside_fused(candidates, device, effort)}
+
+
+def _beside_fused(
+    candidates: dict[str, Callable[[], None]], device: torch.device, effort: Effort
+) -> dict[str, Any]:
+    """Times of the candidates, and those of all others over that of "fused"."""
     candidates, backends = harness.beside_triton(candidates, ("fused",), device)
     backends["reference"] = "reference"
     times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
     return {
-        "shape": str(shape),
         "milliseconds": {name: harness.summary(values) for name, values in times.items()},
         "speedup": {
             name: harness.ratio(times, name, "fused")
@@ -408,7 +446,8 @@ def run(
     )
     soft_shapes = SMOKE_HISTOGRAM_SHAPES if smoke else CUDA_SOFT_SHAPES if cuda else SOFT_SHAPES
     effort = Effort.of(30, device, smoke=smoke)
-    results: dict[str, Any] = {"knn": [], "memory": [], "histogram": [], "soft": []}
+    names = ("knn", "memory", "histogram", "soft", "information")
+    results: dict[str, Any] = {name: [] for name in names}
     estimators: tuple[Estimator, ...] = ("histogram",) if smoke else ("knn", "histogram")
     with measure(results, "peak memory"):
         results["memory"] = bench_memory(estimators, knn_shapes[-1], device)
@@ -421,6 +460,8 @@ def run(
     for size in soft_shapes:
         with measure(results, f"soft_histogram {size}"):
             results["soft"].append(bench_soft(size, device, effort))
+        with measure(results, f"histogram_information {size}"):
+            results["information"].append(bench_information(size, device, effort))
     return results
 
 
@@ -501,19 +542,24 @@ def report(results: dict[str, Any]) -> str:
     ]
     parts.append(harness.table(header, rows))
     parts += harness.triton_tables("histogram_update", results["histogram"])
-    names = list(results["soft"][0]["speedup"]) if results["soft"] else []
+    parts += _soft_tables("soft_histogram", results["soft"])
+    if "information" in results:
+        parts += _soft_tables("histogram_information", results["information"])
+    return "\n\n".join(parts)
+
+
+def _soft_tables(operator: str, entries: list[dict[str, Any]]) -> list[str]:
+    names = list(entries[0]["speedup"]) if entries else []
     rows = [
         [
             entry["shape"],
             duration(entry["milliseconds"]["fused"]["median"]),
             *(f"{entry['speedup'][name]:.1f}x" for name in names),
         ]
-        for entry in results["soft"]
+        for entry in entries
     ]
-    header = ["soft_histogram, forward + backward", "fused", *(f"over {name}" for name in names)]
-    parts.append(harness.table(header, rows))
-    parts += harness.triton_tables("soft_histogram", results["soft"])
-    return "\n\n".join(parts)
+    header = [f"{operator}, forward + backward", "fused", *(f"over {name}" for name in names)]
+    return [harness.table(header, rows), *harness.triton_tables(operator, entries)]
 
 
 SECTION = """
@@ -544,6 +590,8 @@ Activations `[samples, filters]` imitate pooled ReLU maps with class structure.
   the call, the labels and adding to 0.7 MB of counts; *plain*: `torch.bincount` with a range known
   beforehand.
 - *einsum*, *scatter*: soft counts as a product with one-hot labels, and by `index_add`.
+- `histogram_information`: what soft counts tell of each class; *plain*: what defines it, under
+  autograd.
 """
 
 
