@@ -6,8 +6,8 @@ Forward and backward: "fused", the public function; "published", the similarity 
 filters on each image, ``[B, C, C]``, as the authors' code has it, under autograd; "plain", the sums
 of normalised maps by a product with the groups' members, under autograd, eager and compiled by
 torch.compile. Limit: the maps are read once in each pass and their gradient is written, at the
-bandwidth of ``clone()`` on maps of the same size in the same run. Extra memory is what one forward
-and backward pass takes at its peak beyond the maps, the gradient included: on the CPU the resident
+bandwidth of copying maps of the same size in the same run. Extra memory is what one forward and
+backward pass takes at its peak beyond the maps, the gradient included: on the CPU the resident
 memory of a process of its own, on a GPU what its allocator hands out.
 """
 
@@ -112,6 +112,7 @@ class Case:
 def bench_loss(shape: Shape, device: torch.device, effort: Effort) -> dict[str, Any]:
     """The loss beside both formulations in PyTorch, and its share of the copy limit."""
     case, tiny = Case(shape, device), Case((2, 4, 3, 3, *shape[4:]), device)
+    copy = harness.copies(case.maps, SETS)
     torch._dynamo.reset()
     compiled = torch.compile(case.plain, backend=effort.compiler)
     candidates, backends = harness.beside_triton(
@@ -120,7 +121,7 @@ def bench_loss(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
             "forward": lambda: case.fused(case.maps()),
             "plain": lambda: case.step(case.plain),
             "plain, compiled": lambda: case.step(compiled),
-            "clone": lambda: case.maps().clone(),
+            "copy": copy,
         },
         ("fused", "forward"),
         device,
@@ -130,7 +131,7 @@ def bench_loss(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
     alone = {
         "a call": lambda: tiny.step(tiny.fused),
         "plain": lambda: case.step(case.plain),
-        "clone": lambda: case.maps().clone(),
+        "copy": copy,
         "kernels": lambda: case.kernels(case.maps()),
     }
     times_alone = harness.interleaved(alone, effort.rounds, device)
@@ -147,9 +148,9 @@ def bench_loss(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
     )
 
     def share(name: str, passes: float, times: dict[str, list[float]] = times) -> float:
-        """Of the limit, where clone makes one pass: it reads and writes."""
-        pairs = zip(times["clone"], times[name], strict=True)
-        return statistics.median(passes * clone / ours for clone, ours in pairs)
+        """Of the limit, where a copy makes one pass: it reads and writes."""
+        pairs = zip(times["copy"], times[name], strict=True)
+        return statistics.median(passes * copied / ours for copied, ours in pairs)
 
     milliseconds = {name: harness.summary(values) for name, values in times.items()}
     return {

@@ -5,9 +5,9 @@
 Mask layer, forward and backward: "fused", the public function; "reference", the same on the
 reference backend; "plain", argmax, the bank of all templates indexed by it, a product, under
 autograd, eager and compiled by torch.compile. Limit: each pass reads the maps and writes as much,
-at the bandwidth of ``clone()`` on maps of the same size in the same run. Beside it what no mask
-layer undercuts: "clones", ``clone()`` in its place, of the maps and of the gradient; "call", the
-mask layer on a single map, among the other candidates, which leave nothing of it in the caches.
+at the bandwidth of copying maps of the same size in the same run. Beside it what no mask layer
+undercuts: "clones", ``clone()`` in its place, of the maps and of the gradient; "call", the mask
+layer on a single map, among the other candidates, which leave nothing of it in the caches.
 
 Filter loss over the batch, forward and backward: "fused"; "products", its two matrix products
 alone, into memory that is there already; "reference", the same function on the reference backend;
@@ -125,7 +125,7 @@ def bench_mask(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
             "plain, compiled": lambda: case.mask(compiled),
             "clones": lambda: case.mask(Tensor.clone),
             "call": lambda: single.mask(masked),
-            "clone": lambda: case.maps().clone(),
+            "copy": harness.copies(case.maps, SETS),
         },
         ("fused", "forward"),
         device,
@@ -134,9 +134,9 @@ def bench_mask(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
     times = harness.interleaved(candidates, effort.rounds, device, backends=backends)
 
     def share(name: str, passes: int) -> float:
-        """Of the limit, where clone makes one pass."""
-        pairs = zip(times["clone"], times[name], strict=True)
-        return statistics.median(passes * clone / ours for clone, ours in pairs)
+        """Of the limit, where a copy makes one pass."""
+        pairs = zip(times["copy"], times[name], strict=True)
+        return statistics.median(passes * copied / ours for copied, ours in pairs)
 
     return {
         "shape": describe(shape),
@@ -357,8 +357,8 @@ SECTION = """
 <results: filter_loss-*.json>
 
 - *of the limit*: one read and one write of the maps, and again for the gradient, over the bandwidth
-  of `clone()` at the same size; *plain*: argmax, a table of masks and a product, as one would write
-  them.
+  of copying maps of the same size; *plain*: argmax, a table of masks and a product, as one would
+  write them.
 - *clones*: `clone()` in place of the operator, of the maps and of the gradient, as a share of their
   own limit; *a call*: the operator, forward and backward, on next to nothing, between the other
   candidates, which leave nothing of it in the caches. What a call takes, no kernel makes up for.

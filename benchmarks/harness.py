@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import picnn_fast
 from picnn_fast.training.provenance import processor
@@ -231,6 +233,16 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     """Median over rounds of one candidate's time over another's in the same round."""
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+
+def copies(maps: Callable[[], Tensor], sets: int) -> Callable[[], Tensor]:
+    """Copies the next maps into the next of ``sets`` others: what memory allows at this size.
+
+    ``clone()`` is no measure of it: in some processes its destination is what another candidate has
+    just freed, and still in the caches.
+    """
+    targets = itertools.cycle([torch.empty_like(maps()) for _ in range(sets)])
+    return lambda: next(targets).copy_(maps())
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:

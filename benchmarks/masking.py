@@ -6,9 +6,9 @@ Candidates, all forward and backward: "fused", the operator; "reference", the sa
 reference backend, eager PyTorch; "autograd", its definition under autograd, eager and compiled by
 torch.compile; "plain", what one would write with PyTorch's own random numbers, eager and compiled.
 
-Limit: the fewest bytes that must move, over the bandwidth of ``clone()`` on maps of the same size
-in the same run. Forward: write the masked maps, read those that are kept. Backward: read the maps
-and the gradient, write the gradient of the maps. Beside it what no operator undercuts: "clones",
+Limit: the fewest bytes that must move, over the bandwidth of copying maps of the same size in the
+same run. Forward: write the masked maps, read those that are kept. Backward: read the maps and the
+gradient, write the gradient of the maps. Beside it what no operator undercuts: "clones",
 ``clone()`` in its place, of the maps and of the gradient; "call", the operator on one map a
 position large, among the other candidates, which leave nothing of it in the caches. "kernels": the
 operator's kernels and nothing around them.
@@ -167,7 +167,7 @@ def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[s
             "kernels": kernels_of(case),
             "clones": lambda: case.step(cloned),
             "call": lambda: single.step(fused),
-            "clone": lambda: case.maps().clone(),
+            "copy": harness.copies(case.maps, SETS),
         },
         ("fused",),
         device,
@@ -179,7 +179,7 @@ def bench_operator(shape: Shape, device: torch.device, effort: Effort) -> dict[s
     return {
         "kept_share": kept,
         **against_the_limit(shape, case, times, 4 + kept),
-        "kernels_of_limit": (4 + kept) / 2 * harness.ratio(times, "clone", "kernels"),
+        "kernels_of_limit": (4 + kept) / 2 * harness.ratio(times, "copy", "kernels"),
         "whole_lines_of_limit": (4 + kept) / (4 + lines),
         **harness.wall_times(candidates, ("fused",), effort, device, backends),
     }
@@ -210,7 +210,7 @@ def bench_gate(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
             "plain, compiled": lambda: case.step(compiled),
             "clones": lambda: case.step(cloned),
             "call": lambda: single.step(single_gated),
-            "clone": lambda: case.maps().clone(),
+            "copy": harness.copies(case.maps, SETS),
         },
         ("fused",),
         device,
@@ -228,10 +228,10 @@ def against_the_limit(
     shape: Shape, case: Case, times: dict[str, list[float]], passes: float
 ) -> dict[str, Any]:
     """The fused candidate over the others, and its share of ``passes`` over the maps at the
-    bandwidth of clone, which makes two."""
+    bandwidth of a copy, which makes two."""
     shares = [
-        clone * passes / 2 / ours
-        for clone, ours in zip(times["clone"], times["fused"], strict=True)
+        copied * passes / 2 / ours
+        for copied, ours in zip(times["copy"], times["fused"], strict=True)
     ]
     return {
         "shape": describe(shape),
@@ -240,12 +240,12 @@ def against_the_limit(
         "speedup": {
             name: harness.ratio(times, name, "fused")
             for name in times
-            if name not in ("fused", "kernels", "clones", "call", "clone")
+            if name not in ("fused", "kernels", "clones", "call", "copy")
             and not name.endswith(harness.TRITON)
         },
         **harness.triton_ratios(times),
         "share_of_limit": statistics.median(shares),
-        "clones_of_limit": 2 * harness.ratio(times, "clone", "clones"),
+        "clones_of_limit": 2 * harness.ratio(times, "copy", "clones"),
     }
 
 
@@ -423,7 +423,7 @@ All candidates take turns in one run; times are medians, ratios the median of th
 - *reference*: the same operator in eager PyTorch (`use_backend("reference")`); *autograd*: its
   definition left to autograd, the same draws; *plain*: what one would write with PyTorch's own
   random numbers; *compiled*: by `torch.compile`.
-- *of the limit*: the fewest bytes that must move, over the bandwidth of `clone()` at the same size.
+- *of the limit*: the fewest bytes that must move, over the bandwidth of copying maps of that size.
 - *clones*: `clone()` in place of the operator, of the maps and of the gradient, as a share of their
   own limit; *a call*: the operator, forward and backward, on next to nothing, between the other
   candidates, which leave nothing of it in the caches. What a call takes, no kernel makes up for.

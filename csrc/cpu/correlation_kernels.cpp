@@ -38,8 +38,6 @@ PICNN_FAST_HD void prefetch(const T* from) {
 }
 // A tile of maps of 14 x 14 in float32.
 constexpr int64_t kBytesAhead = 6144;
-template <typename T>
-constexpr int64_t kLine = 64 / sizeof(T);
 
 // The numbers of the lanes of a vector.
 template <typename A>
@@ -176,7 +174,7 @@ PICNN_FAST_HD A centre_in_registers(const T* x, const A* mean, int64_t positions
 
 template <typename A>
 struct Scratch {
-  A* tile;    // [tile_rows(positions), padded]
+  A* tile;    // [kTile, padded]
   A* tables;  // [positions, table_width]
   A* groups;  // [num_groups, padded]
   A* total;   // [padded]
@@ -188,7 +186,7 @@ Scratch<A> carve(const Correlation<T, A>& c, A* memory) {
   const int64_t size = picnn_fast::correlation_scratch(c.shape, c.num_groups);
   Scratch<A> s{};
   s.tile = memory;
-  s.tables = memory + picnn_fast::tile_rows(c.shape.positions) * padded;
+  s.tables = memory + kTile * padded;
   std::memset(s.tables, 0, (memory + size - s.tables) * sizeof(A));  // rows end in zeros
   s.weighted = memory + size - padded;
   s.total = s.weighted - padded;
@@ -227,52 +225,70 @@ PICNN_FAST_HD void add_tile(const CorrelationForward<T, A>& c, int64_t first, in
   }
 }
 
-// Adds `count` filters from `first` on, whole vectors of them, to the sums of their groups. Squares
-// of vectors are turned to rows of the tile on their way.
+// Filters that are worked on together where they are neighbours in memory: long runs of memory at
+// each position. The second look at them finds them in the cache.
+constexpr int64_t kRunToSum = 256, kRunOfGradients = 512;
+constexpr int kPositionsAtOnce = 6;  // whose squares are added up in registers
+
+// Adds `count` filters from `first` on, whole vectors of them, to the sums of their groups: at a
+// first look come their norms, at a second they are turned to rows.
 template <typename T, typename A>
 void sum_run(const CorrelationForward<T, A>& c, int64_t image, int64_t first, int64_t count,
              const Scratch<A>& s) {
   const int64_t filters = c.shape.filters, positions = c.shape.positions;
   const int64_t padded = padded_positions(positions), stride = c.maps_strides.position;
-  const int64_t vectors = count / kLanes<A>;
   const T* maps = c.maps + image * c.maps_strides.batch + first;
-  const T* next = after(c, image, first, count);
   const A* means = c.mean_by_position + first;
-  A* norms = c.norms + image * filters + first;
-  std::memset(norms, 0, count * sizeof(A));
-  const auto turn = [&](int64_t p, int rows) {
-    // The rows that follow are asked for whole and in turn, as memory likes it.
-    const int64_t below = p + kLanes<A>;
-    const T* ahead = below < positions ? maps + below * stride : next;
-    int64_t asked = 0;
-    for (int64_t v = 0; v < vectors; ++v) {
-      for (; asked * vectors < (v + 1) * kLanes<A>; ++asked) {
-        for (int64_t i = 0; i < count; i += kLine<T>) {
-          prefetch(ahead + asked * stride + i);
-        }
-      }
-      const int64_t i = v * kLanes<A>;
-      Vector<A> square[kLanes<A>] = {}, squares = load<A>(norms + i);
+  const auto centred = [&](int64_t p, int64_t i) {
+    return load<A>(maps + p * stride + i) - load<A>(means + p * filters + i);
+  };
+  A factors[kRunToSum] = {};  // squares at first
+  const auto add_squares = [&](int64_t p, auto rows) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      Vector<A> squares = load<A>(factors + i);
       for (int l = 0; l < rows; ++l) {
-        square[l] = load<A>(maps + (p + l) * stride + i) - load<A>(means + (p + l) * filters + i);
-        squares += square[l] * square[l];
+        const Vector<A> u = centred(p + l, i);
+        squares += u * u;
       }
-      store<A>(squares, norms + i);
-      transpose<A>(square);
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes<A>; ++l) {
-        store<A>(square[l], s.tile + (i + l) * padded + p);
-      }
+      store<A>(squares, factors + i);
     }
   };
   int64_t p = 0;
-  for (; p + kLanes<A> <= positions; p += kLanes<A>) {
+  for (; p + kPositionsAtOnce <= positions; p += kPositionsAtOnce) {
+    add_squares(p, std::integral_constant<int, kPositionsAtOnce>{});
+  }
+  for (; p < positions; ++p) {
+    add_squares(p, std::integral_constant<int, 1>{});
+  }
+  A* norms = c.norms + image * filters + first;
+  for (int64_t i = 0; i < count; ++i) {
+    norms[i] = std::sqrt(factors[i]);
+    factors[i] = inverse_norm(norms[i]);
+  }
+  const T* next = after(c, image, first, count);
+  const int64_t* groups = c.groups + first;
+  const auto turn = [&](int64_t p, int rows) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      const Vector<A> factor = load<A>(factors + i);
+      Vector<A> square[kLanes<A>] = {};
+      for (int l = 0; l < rows; ++l) {
+        square[l] = factor * centred(p + l, i);
+        prefetch(next + (p + l) * stride + i);
+      }
+      transpose<A>(square);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes<A>; ++l) {
+        A* sum = s.groups + groups[i + l] * padded + p;
+        store<A>(load<A>(sum) + square[l], sum);
+      }
+    }
+  };
+  for (p = 0; p + kLanes<A> <= positions; p += kLanes<A>) {
     turn(p, kLanes<A>);
   }
   if (p != positions) {
     turn(p, static_cast<int>(positions - p));
   }
-  add_tile(c, first, count, norms, s);
 }
 
 // The sums of û by group over maps whose filters are neighbours in memory, and the norms; returns
@@ -283,7 +299,7 @@ int64_t sum_by_position(const CorrelationForward<T, A>& c, int64_t image, const 
     return 0;
   }
   const int64_t whole = c.shape.filters / kLanes<A> * kLanes<A>;
-  for_each_tile(whole, 0, picnn_fast::tile_rows(c.shape.positions),
+  for_each_tile(whole, 0, kRunToSum,
                 [&](int64_t first, int64_t count) { sum_run(c, image, first, count, s); });
   return whole;
 }
@@ -515,9 +531,6 @@ PICNN_FAST_HD Vector<A> look_up(const A* table, const Vector<IndexOf<A>>& groups
   }
 }
 
-// Filters whose gradient is worked on together where they are neighbours in memory: long runs of
-// memory at each position. The second look finds them in the cache.
-constexpr int64_t kRunOfFilters = 512;
 constexpr int64_t kPositionsAhead = 8;  // that memory is asked for before their first look
 
 // The gradient of `count` filters from `first` on, whole vectors of them at each position.
@@ -529,7 +542,7 @@ void gradient_of_run(const CorrelationBackward<T, A>& c, int64_t image, int64_t 
   const T* maps = c.maps + image * c.maps_strides.batch + first;
   T* grad = c.grad + image * c.grad_strides.batch + first;
   const A* norms = c.norms + image * filters + first;
-  IndexOf<A> groups[kRunOfFilters];
+  IndexOf<A> groups[kRunOfGradients];
   for (int64_t i = 0; i < count; ++i) {
     groups[i] = static_cast<IndexOf<A>>(c.groups[first + i]);
   }
@@ -544,7 +557,7 @@ void gradient_of_run(const CorrelationBackward<T, A>& c, int64_t image, int64_t 
       use(i, load<A>(x + i) - load<A>(mean + i), look_up<kTables>(table, own));
     }
   };
-  A products[kRunOfFilters] = {}, unit[kRunOfFilters], along[kRunOfFilters];
+  A products[kRunOfGradients] = {}, unit[kRunOfGradients], along[kRunOfGradients];
   const int64_t stride = c.maps_strides.position;
   for (int64_t p = 0; p < positions; ++p) {
     at(p, [&](int64_t i, const Vector<A>& u, const Vector<A>& toward) {
@@ -604,7 +617,7 @@ int64_t gradient_by_position(const CorrelationBackward<T, A>& c, int64_t image, 
                              Sink<T>& sink) {
   turn_to_tables(c, s);
   const int64_t whole = c.shape.filters / kLanes<A> * kLanes<A>;
-  for_each_tile(whole, 0, kRunOfFilters, [&](int64_t first, int64_t count) {
+  for_each_tile(whole, 0, kRunOfGradients, [&](int64_t first, int64_t count) {
     gradient_of_run<kTables>(c, image, first, count, s, sink);
   });
   return whole;

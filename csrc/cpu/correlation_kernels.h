@@ -53,15 +53,6 @@ constexpr int64_t kTile = 8, kGradientTile = 4;
 // A row of numbers of a map, with zeros up to whole vectors.
 PICNN_FAST_HD int64_t padded_positions(int64_t positions) { return (positions + 15) / 16 * 16; }
 
-// Rows of a tile there is room for, a multiple of the lanes of a vector. Where filters are
-// neighbours in memory as many as the second-level cache takes beside their means: long runs of
-// memory at each position.
-inline int64_t tile_rows(int64_t positions) {
-  constexpr int64_t kNumbers = 53248, kLeast = 32, kMost = 256;
-  const int64_t rows = kNumbers / padded_positions(positions) / kLeast * kLeast;
-  return std::clamp(rows, kLeast, kMost);
-}
-
 // Numbers at a position, one a group, with zeros up to two whole vectors.
 inline int64_t table_width(int64_t num_groups) { return round_up(num_groups, 32); }
 
@@ -69,8 +60,7 @@ inline int64_t table_width(int64_t num_groups) { return round_up(num_groups, 32)
 // group, two more.
 inline int64_t correlation_scratch(const MapsShape& shape, int64_t num_groups) {
   const int64_t padded = padded_positions(shape.positions);
-  return tile_rows(shape.positions) * padded + shape.positions * table_width(num_groups) +
-         (num_groups + 2) * padded;
+  return kTile * padded + shape.positions * table_width(num_groups) + (num_groups + 2) * padded;
 }
 
 template <typename T, typename A>

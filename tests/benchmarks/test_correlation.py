@@ -25,7 +25,7 @@ def test_candidates_compute_the_same_loss_and_gradient() -> None:
 def test_figures_are_ratios_of_what_was_measured_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seconds = {"fused": 2.0, "forward": 1.0, "plain": 6.0, "published": 30.0, "clone": 0.5}
+    seconds = {"fused": 2.0, "forward": 1.0, "plain": 6.0, "published": 30.0, "copy": 0.5}
     seconds |= {"kernels": 1.5, "a call": 0.03}
 
     def interleaved(candidates, rounds, device, **options):
@@ -34,7 +34,7 @@ def test_figures_are_ratios_of_what_was_measured_side_by_side(
     monkeypatch.setattr(harness, "interleaved", interleaved)
     loss = correlation.bench_loss(SHAPE, torch.device("cpu"), harness.Effort(3))
     assert loss["speedup"] == {"published": 15, "plain": 3, "plain, compiled": 2}
-    # The maps are read twice, and as much is written once; clone reads and writes once.
+    # The maps are read twice, and as much is written once; a copy reads and writes once.
     assert loss["share_of_limit"] == {"forward": 0.25, "fused": 0.375, "kernels": 0.5}
     memory = {"shape": "a shape", "multiple_of_maps": {"fused": 1.04, "published": 9.0}}
     report = correlation.report({"losses": [loss], "memory": memory})

@@ -39,7 +39,7 @@ def test_every_call_takes_other_maps_and_fresh_gradients() -> None:
 def test_figures_are_ratios_of_what_was_measured_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seconds = {"fused": 2.0, "products": 1.0, "autograd": 6.0, "direct": 30.0, "clone": 0.5}
+    seconds = {"fused": 2.0, "products": 1.0, "autograd": 6.0, "direct": 30.0, "copy": 0.5}
 
     def interleaved(candidates, rounds, device, **options):
         return {name: [seconds.get(name, 4.0)] * 3 for name in candidates}

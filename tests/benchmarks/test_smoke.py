@@ -267,7 +267,7 @@ def test_compiled_and_triton_kernels_are_timed_by_the_hosts_clock_as_well(
         return {name: [2e-3] * rounds for name in candidates}
 
     monkeypatch.setattr(harness, "interleaved", interleaved)
-    calls = dict.fromkeys(("fused", "plain", "clone", "fused, triton"), lambda: None)
+    calls = dict.fromkeys(("fused", "plain", "copy", "fused, triton"), lambda: None)
     backends = {"fused, triton": "triton"}
     device = torch.device("cuda")
     effort = harness.Effort.of(7, device, smoke=False)
