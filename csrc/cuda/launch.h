@@ -115,7 +115,10 @@ inline int64_t most_shared_bytes(const torch::stable::Tensor& on) {
 #endif
 }
 
-constexpr size_t kSharedUnasked = 48 << 10;  // bytes of dynamic shared memory any kernel may have
+// Bytes of shared memory that a block may have unasked, and those of them that may be dynamic: a
+// kernel's own arrays count, too.
+constexpr size_t kShared = 48 << 10;
+constexpr size_t kSharedUnasked = 40 << 10;
 
 #ifndef PICNN_FAST_CUDA_ON_CPU
 // Lets the kernel ask for as many bytes of dynamic shared memory as the current device, that of
@@ -157,7 +160,7 @@ void launch(const torch::stable::Tensor& on, void (*kernel)(Parameters...), int6
 #ifdef PICNN_FAST_CUDA_ON_CPU
   cuda_on_cpu::launch(
       grid, block, shared_bytes, [=] { kernel(arguments...); },
-      std::max<size_t>(kSharedUnasked, most_shared_bytes(on)));
+      std::max<size_t>(kShared, most_shared_bytes(on)));
 #else
   const int32_t device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

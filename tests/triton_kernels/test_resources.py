@@ -14,10 +14,11 @@ from benchmarks import harness, kernels
 from tests.triton_kernels.conftest import Compiled
 
 ROOT = Path(__file__).parents[2]
+# CUDA kernels whose launches ask for no dynamic shared memory.
+STATIC = {"sum_groups"}
 # Kernels that spill, and why they may; float64 is for checks, not for speed.
 SPILLS = {
     ("CUDA", "count_neighbors"): "sm_80 alone; a search waits for memory, so many warps come first",
-    ("CUDA", "mask_channels_last"): "32 values a thread of maps of 65 positions or more",
     ("CUDA", "resident_filter"): "64 sums a thread; on sm_90 none in the loop of products",
     ("CUDA", "scale_channels_last"): "a draw of labels that are checked, beside 8 maps a thread",
     ("Triton", "backward_kernel"): "float64",
@@ -61,6 +62,20 @@ def test_the_table_has_every_kernel_for_both_architectures(table: list[dict[str,
 def test_no_kernel_spills_but_those_named(table: list[dict[str, Any]]) -> None:
     spilling = {(row["backend"], row["kernel"]) for row in table if row["spilled"]}
     assert spilling <= SPILLS.keys()
+
+
+def test_arrays_of_a_kernel_leave_the_shared_memory_that_a_launch_takes_unasked(
+    table: list[dict[str, Any]],
+) -> None:
+    """A device counts both; the executor knows dynamic memory alone."""
+    source = (ROOT / "csrc/cuda/launch.h").read_text()
+    everything, unasked = (
+        int(re.findall(rf"size_t {name} = (\d+) << 10;", source)[0]) << 10
+        for name in ("kShared", "kSharedUnasked")
+    )
+    arrays = {row["kernel"]: row["shared"] for row in table if row["backend"] == "CUDA"}
+    crowded = {name for name, size in arrays.items() if size + unasked > everything}
+    assert crowded == STATIC
 
 
 def test_no_kernel_of_triton_spills_but_those_named(compiled: Compiled) -> None:
