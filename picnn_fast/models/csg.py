@@ -149,12 +149,14 @@ class CSG(InterpretableNetwork):
         self.gate_lr = None if gate_lr is None else checks.positive("gate_lr", gate_lr)
         if bound is None:
             bound = max(0.2 * num_classes * num_filters, float(num_filters))
-        elif not bound >= num_filters:
+        elif bound != float("inf") and checks.positive("bound", bound) < num_filters:
             raise ValueError(
                 f"bound: got {bound}, want at least {num_filters}, the filters: each is some"
                 " class's"
             )
         self.bound = float(bound)
+        if fixed is not None and not (isinstance(fixed, Sequence) and len(fixed) == 2):
+            raise TypeError(f"fixed: got {fixed!r}, want two numbers, (m1, m2)")
         self.fixed = fixed
         if fixed is None:
             self.gate: Tensor = nn.Parameter(torch.full((num_classes, num_filters), 0.5))
@@ -176,8 +178,10 @@ class CSG(InterpretableNetwork):
         names = [name for name, _ in self.named_parameters() if name != "gate"]
         if layers is None:
             return frozenset(names)
-        if isinstance(layers, str):
-            raise TypeError(f"{argument}: got a str, want a list of names of modules")
+        if isinstance(layers, str) or not isinstance(layers, Sequence):
+            raise TypeError(
+                f"{argument}: got a {type(layers).__name__}, want a list of names of modules"
+            )
         chosen = frozenset(
             name for name in names if any(f"{name}.".startswith(f"{layer}.") for layer in layers)
         )

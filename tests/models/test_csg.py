@@ -165,6 +165,10 @@ def test_a_gate_that_stays_dense_is_told() -> None:
     [
         ({"bound": 5.0}, ValueError, "bound: got 5.0, want at least 6"),
         ({"bound": math.nan}, ValueError, "bound: got nan"),
+        ({"bound": "6"}, TypeError, "bound: got"),
+        ({"fixed": 3}, TypeError, "fixed: got 3, want two numbers"),
+        ({"fixed": (1, 2, 3)}, TypeError, r"fixed: got \(1, 2, 3\), want two numbers"),
+        ({"std_layers": 3}, TypeError, "std_layers: got a int"),
         ({"period": 0}, ValueError, "period: got 0"),
         ({"csg_lr": 0.0}, ValueError, "csg_lr: got 0"),
         ({"gate_lr": 0.0}, ValueError, "gate_lr: got 0"),
