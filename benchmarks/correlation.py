@@ -253,11 +253,12 @@ SECTION = """
 <results: correlation-*.json>
 
 - *of the limit*: the maps read in each pass and their gradient written, over the bandwidth of
-  `clone()` at the same size, which takes 0.4 ms in some processes and 0.6 in others on the AMD EPYC
-  here; its table is of the run with the median share of five, which had 60 to 78 % contiguous and
-  40 to 62 % channels_last. *Kernels alone*: both passes without checks and autograd. *A call*:
-  forward and backward on next to nothing, after *plain*, which leaves nothing of it in the caches:
-  what no kernel makes up for.
+  copying maps of the same size. The AMD EPYC here shares its memory with other hosts: a copy takes
+  .4 ms in some minutes and .65 in others, where the operator varies little. In ten runs the share
+  was 54 to 81 % contiguous and 44 to 68 % channels_last; the table is of the median run. That of
+  the Intel Xeon is of older kernels, and of `clone()` in place of copies. *Kernels alone*: both
+  passes without checks and autograd. *A call*: forward and backward on next to nothing, after
+  *plain*, which leaves nothing of it in the caches: what no kernel makes up for.
 - *published*: the similarity of all pairs of filters on each image, as the authors' code has it;
   *plain*: sums of normalised maps by group, in PyTorch's operators.
 - *extra memory*: the highest of a process during forward and backward, above what it held before.
