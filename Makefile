@@ -58,10 +58,11 @@ gpu-parity: ## build, and parity of all backends on a GPU
 gpu-bench: ## build, and benchmarks of masking and part templates on a GPU
 gpu-bench-more: ## build, and benchmarks of mutual information and correlation on a GPU
 # Without a compiled core Triton and the reference still run, and the script says what is missing:
-# an older core must not stand in for one that does not build.
+# an older core of this Python must not stand in for one that does not build.
 INSTALL := -m pip install --quiet --no-deps --no-build-isolation -e .
+SUFFIX = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 gpu-parity gpu-bench gpu-bench-more:
-	started=$$(date +%s); rm -f picnn_fast/_C*.so; \
+	started=$$(date +%s); rm -f picnn_fast/_C$(SUFFIX); \
 	PICNN_FAST_CUDA=1 timeout 240 $(PYTHON) setup.py build_ext --inplace && \
 		PICNN_FAST_CUDA=1 $(PYTHON) $(INSTALL) || { echo "$@: no compiled core: it does not" \
 		"build, or not in 240 s; Triton and the reference run" >&2; CXX=none $(PYTHON) $(INSTALL); }; \
