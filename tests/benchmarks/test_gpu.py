@@ -213,10 +213,13 @@ def test_a_core_that_does_not_build_keeps_nothing_else_from_running(
 ) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "picnn_fast").mkdir()
-    (tmp_path / "picnn_fast/_C.old.so").touch()
+    (tmp_path / "picnn_fast/_C.mine.so").touch()
+    another = tmp_path / "picnn_fast/_C.another.so"  # of another Python
+    another.touch()
     interpreter = tmp_path / "interpreter"
     interpreter.write_text(
-        '#!/bin/sh\necho "CXX=$CXX CUDA=$PICNN_FAST_CUDA $*" >> calls\n'
+        '#!/bin/sh\n[ "$1" != -c ] || { echo .mine.so; exit; }\n'
+        'echo "CXX=$CXX CUDA=$PICNN_FAST_CUDA $*" >> calls\n'
         f'[ "$1" != setup.py ] || exit {0 if builds else 1}\n'
     )
     interpreter.chmod(0o755)
@@ -228,7 +231,7 @@ def test_a_core_that_does_not_build_keeps_nothing_else_from_running(
     assert build == "CXX= CUDA=1 setup.py build_ext --inplace"
     assert install.startswith(("CXX= CUDA=1" if builds else "CXX=none CUDA=") + " -m pip install")
     assert script.startswith("CXX= CUDA= -m benchmarks.gpu parity --started ")
-    assert not list((tmp_path / "picnn_fast").iterdir())
+    assert list((tmp_path / "picnn_fast").iterdir()) == [another]
 
 
 def test_smoke_writes_nothing_unless_a_folder_is_named(
