@@ -139,12 +139,12 @@ both sizes.
 What the paper says, on this data:
 
 - *The explainer's filters have 36 to 69 % of the performer's location instability*: no. It is that of
-  the maps explained, less 2 %, and 14 % above that of the performer's top convolution; Explainer+cls
-  is as steady as the latter. All lie far above a filter that always peaks in the middle.
+  the maps explained, within 1 %, and 16 % above that of the performer's top convolution;
+  Explainer+cls is as steady as the latter. All lie far above a filter that always peaks in the middle.
 - *p is .71 to .96*: yes, but it says little. -eta·log p outweighs the reconstruction, so p rises as
-  long as its rate lets it: with `--method.p_lr 0.1`, ten times the default, one trial on seed 0
-  ended at p .995 and Δ error .060 in place of .041.
-- *The reconstruction costs .1 to 1 % of errors more* (several categories): 4 to 6 % here, of a
+  long as its rate lets it: with `--method.p_lr 0.1`, ten times the default, one trial on seed 0 of an
+  earlier version ended at p .995 and Δ error .060 in place of .041.
+- *The reconstruction costs .1 to 1 % of errors more* (several categories): 3 to 6 % here, of a
   performer that is wrong on 40 % of the images.
 - *Explainer+cls classifies about as well as the performer, or better*: on one seed of three.
 
