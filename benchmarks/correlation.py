@@ -13,7 +13,6 @@ memory of a process of its own, on a GPU what its allocator hands out.
 
 import itertools
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
@@ -149,8 +148,7 @@ def bench_loss(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
 
     def share(name: str, passes: float, times: dict[str, list[float]] = times) -> float:
         """Of the limit, where a copy makes one pass: it reads and writes."""
-        pairs = zip(times["copy"], times[name], strict=True)
-        return statistics.median(passes * copied / ours for copied, ours in pairs)
+        return passes * harness.ratio(times, "copy", name)
 
     milliseconds = {name: harness.summary(values) for name, values in times.items()}
     return {

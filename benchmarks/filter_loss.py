@@ -20,7 +20,6 @@ allocator hands out.
 
 import itertools
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
@@ -135,8 +134,7 @@ def bench_mask(shape: Shape, device: torch.device, effort: Effort) -> dict[str, 
 
     def share(name: str, passes: int) -> float:
         """Of the limit, where a copy makes one pass."""
-        pairs = zip(times["copy"], times[name], strict=True)
-        return statistics.median(passes * copied / ours for copied, ours in pairs)
+        return passes * harness.ratio(times, "copy", name)
 
     return {
         "shape": describe(shape),

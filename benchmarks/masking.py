@@ -229,10 +229,6 @@ def against_the_limit(
 ) -> dict[str, Any]:
     """The fused candidate over the others, and its share of ``passes`` over the maps at the
     bandwidth of a copy, which makes two."""
-    shares = [
-        copied * passes / 2 / ours
-        for copied, ours in zip(times["copy"], times["fused"], strict=True)
-    ]
     return {
         "shape": describe(shape),
         "bytes_needed": passes * case.maps().nbytes,
@@ -244,7 +240,7 @@ def against_the_limit(
             and not name.endswith(harness.TRITON)
         },
         **harness.triton_ratios(times),
-        "share_of_limit": statistics.median(shares),
+        "share_of_limit": passes / 2 * harness.ratio(times, "copy", "fused"),
         "clones_of_limit": 2 * harness.ratio(times, "copy", "clones"),
     }
 
