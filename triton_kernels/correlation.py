@@ -189,6 +189,7 @@ def group_correlation(
     maps: Tensor, mean: Tensor, groups: Tensor, num_groups: int, positive: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and what its gradient needs; see ``reference.correlation.group_correlation``."""
+    reference.check_has_positions(maps)
     B, N, height, width = maps.shape
     G, P = num_groups, height * width
     order = groups.argsort(stable=True)
@@ -231,6 +232,7 @@ def group_correlation_backward(
     moments: Tensor,
 ) -> Tensor:
     """The gradient; see ``reference.correlation.group_correlation_backward``."""
+    reference.check_has_positions(maps)
     grad = torch.empty_like(maps)
     if maps.numel() == 0:
         return grad

@@ -19,6 +19,12 @@ inline int64_t positions(const torch::stable::Tensor& maps) {
   return count;
 }
 
+// Of maps [batch, filters, h, w]: an operator to which no position means nothing refuses them.
+inline void check_has_positions(const torch::stable::Tensor& maps, const char* name) {
+  STD_TORCH_CHECK(positions(maps) > 0, name, ": got ", maps.size(2), " x ", maps.size(3),
+                  ", want at least one position");
+}
+
 // Elements from one position to the next.
 inline int64_t position_stride(const torch::stable::Tensor& maps, const char* name) {
   int64_t stride = 1, expected = 0;

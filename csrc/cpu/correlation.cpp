@@ -55,6 +55,7 @@ struct Arguments {
             int64_t groups_wanted, const std::optional<Tensor>& positive_given)
       : num_groups(groups_wanted), maps(maps_given) {
     STD_TORCH_CHECK(maps.dim() == 4, "maps: want [B, C, h, w]");
+    check_has_positions(maps, "maps");
     STD_TORCH_CHECK(num_groups >= 0, "num_groups: got ", num_groups, ", want an int >= 0");
     shape = shape_of_maps(maps, "maps");
     check_shape(mean_given, "mean", {maps.size(1), maps.size(2), maps.size(3)});

@@ -211,20 +211,6 @@ const T* after(const Correlation<T, A>& c, int64_t image, int64_t first, int64_t
   return c.maps + (image + last) * c.maps_strides.batch + (last ? 0 : first + count);
 }
 
-// Adds a tile of maps, over their norms, to the sums of their groups; norms hold squares before.
-template <typename T, typename A>
-PICNN_FAST_HD void add_tile(const CorrelationForward<T, A>& c, int64_t first, int64_t count,
-                            A* norms, const Scratch<A>& s) {
-  const int64_t padded = padded_positions(c.shape.positions);
-  for (int64_t i = 0; i < count; ++i) {
-    norms[i] = std::sqrt(norms[i]);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(norms[i]), s.tile + i * padded,
-               in_vectors<A>(c.shape.positions));
-  }
-}
-
 // Filters that are worked on together where they are neighbours in memory: long runs of memory at
 // each position. The second look at them finds them in the cache.
 constexpr int64_t kRunToSum = 256, kRunOfGradients = 512;
@@ -314,10 +300,14 @@ PICNN_FAST_HD void sum_tile(const CorrelationForward<T, A>& c, int64_t image, in
   const A* mean = c.mean + first * positions;
   A* norms = c.norms + image * c.shape.filters + first;
   for (int64_t i = 0; i < count; ++i) {
-    norms[i] = centre</*kWith=*/false, A>(x + i * from.filter, from.position, mean + i * positions,
-                                          nullptr, positions, s.tile + i * padded);
+    norms[i] = std::sqrt(centre</*kWith=*/false, A>(x + i * from.filter, from.position,
+                                                    mean + i * positions, nullptr, positions,
+                                                    s.tile + i * padded));
   }
-  add_tile(c, first, count, norms, s);
+  for (int64_t i = 0; i < count; ++i) {
+    add_scaled(s.groups + c.groups[first + i] * padded, inverse_norm(norms[i]), s.tile + i * padded,
+               in_vectors<A>(positions));
+  }
 }
 
 template <typename A, int kCount>

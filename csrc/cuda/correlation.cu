@@ -30,6 +30,7 @@ struct Arguments {
 Arguments check(const Tensor& maps, const Tensor& mean, const Tensor& groups,
                 const std::optional<Tensor>& positive) {
   STD_TORCH_CHECK(maps.dim() == 4, "maps: got ", maps.dim(), " axes, want [B, C, h, w]");
+  check_has_positions(maps, "maps");
   check_device(mean, "mean", maps, "maps");
   check_device(groups, "groups", maps, "maps");
   check_shape(mean, "mean", {maps.size(1), maps.size(2), maps.size(3)});

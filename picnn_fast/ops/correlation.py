@@ -189,6 +189,7 @@ def _check_groups(
 def _fake_group_correlation(
     maps: Tensor, mean: Tensor, groups: Tensor, num_groups: int, positive: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reference.check_has_positions(maps)
     batch, filters, height, width = maps.shape
     dtype = accumulate_dtype(maps.dtype)
     return (
@@ -209,6 +210,7 @@ def _fake_group_correlation_backward(
     sums: Tensor,
     moments: Tensor,
 ) -> Tensor:
+    reference.check_has_positions(maps)
     return torch.empty_like(maps)
 
 

@@ -15,6 +15,15 @@ from picnn_fast.reference.masking import accumulate_dtype
 EPSILON = 1e-5
 
 
+def check_has_positions(maps: Tensor) -> None:
+    """Of the operators themselves, which may be called without the public function's checks."""
+    _, _, height, width = maps.shape
+    torch._check(
+        height * width > 0,
+        lambda: f"maps: got {height} x {width}, want at least one position",
+    )
+
+
 def _members(groups: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     """``[A, C]``: 1 where the filter is of the group."""
     return (groups == torch.arange(num_groups, device=groups.device)[:, None]).to(dtype)
@@ -43,6 +52,7 @@ def group_correlation(
     Returns:
         loss ``[]``; ‖u‖ ``[B, C]``; Σ_{i in A} û_i ``[B, A, P]``; Num and Den ``[2, A]``.
     """
+    check_has_positions(maps)
     count = len(maps) if positive is None else positive.sum()
     centred = _centred(maps, mean, positive)
     norms = centred.square().sum(-1).sqrt()
@@ -73,6 +83,7 @@ def group_correlation_backward(
     B·g = 2·dNum_A·S_A + dDen_A·Σ S_A' + Σ dDen_A'·S_A', with S the sums of û and dNum, dDen the
     loss's derivatives. That of u is (g - û⟨û, g⟩) / ‖u‖, or g / 1e-5 below that norm.
     """
+    check_has_positions(maps)
     below = moments[1] + EPSILON
     d_within, d_across = (-1 / below)[:, None], (moments[0] / below.square())[:, None]
     grad_sums = 2 * d_within * sums + d_across * sums.sum(1, keepdim=True)

@@ -219,6 +219,21 @@ def test_a_group_out_of_range_is_refused_by_the_operator(backend: Backend, wrong
         torch.ops.picnn_fast.group_correlation(x, x[0], groups, 3, None)
 
 
+@pytest.mark.parametrize("sides", [(0, 4), (4, 0)], ids=str)
+def test_maps_of_no_position_are_refused_by_the_operators(backend: Backend, sides):
+    """Where they are asked for shapes alone, too."""
+    for device in (backend.device, torch.device("meta")):
+        x = torch.ones(2, 3, *sides, device=device)
+        groups, norms = torch.zeros(3, dtype=torch.int64, device=device), x.new_ones(2, 3)
+        kept = norms, x.new_ones(2, 1, 0), x.new_ones(2, 1)
+        with pytest.raises(RuntimeError, match=r"maps: got .*, want at least one position"):
+            torch.ops.picnn_fast.group_correlation(x, x[0], groups, 1, None)
+        with pytest.raises(RuntimeError, match=r"maps: got .*, want at least one position"):
+            torch.ops.picnn_fast.group_correlation_backward(
+                x.new_ones(()), x, x[0], groups, None, *kept
+            )
+
+
 # which argument of the operator, in place of a good one; the message
 WRONG = {
     "mean": (1, torch.ones(3, 2, 3), r"mean: got shape \[3, 2, 3\], want \[3, 2, 2\]"),
