@@ -1,10 +1,12 @@
 """MutualInformationScore against scikit-learn, in batches, over ranks, within its memory limit."""
 
+import itertools
 import math
 import pickle
 import re
+import tracemalloc
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from picnn_fast.metrics import MutualInformationScore
 from picnn_fast.metrics import mutual_information as score
 from picnn_fast.ops import mutual_information as family
 
+CPU = torch.profiler.ProfilerActivity.CPU
 SAMPLES, FILTERS, CLASSES = 60, 5, 3
 ESTIMATORS = ("knn", "histogram")
 
@@ -231,32 +234,42 @@ def test_the_limit_counts_a_block_of_double_precision(monkeypatch: pytest.Monkey
         MutualInformationScore(CLASSES, memory_limit=140_000_000)._check_memory(activations)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def most_allocated(call: Callable[[], Any]) -> int:
+    """The most bytes that tensors made meanwhile hold at once, and the most that NumPy's do."""
+    tracemalloc.start()
+    try:
+        with torch.profiler.profile(activities=[CPU], profile_memory=True) as profile:
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            call()
+            _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    found = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in found)) + most - before
+
+
 def test_the_score_takes_no_more_memory_than_the_limit_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the samples are what counts: masks and copies of them show."""
     monkeypatch.setattr(score, "_BLOCK", 0)
-    monkeypatch.setattr(score, "_STEP", 24 * 2**16)
+    monkeypatch.setattr(score, "_STEP", 24 * 2**14)
     monkeypatch.setattr(family, "_SMALL", 0)
-    monkeypatch.setattr(family, "_CHUNK", 2**16)
-    activations = torch.rand(
-        1500, 3000, dtype=torch.float64
-    )  # larger than any memory that the allocator keeps
+    monkeypatch.setattr(family, "_CHUNK", 2**14)
+    monkeypatch.setattr(family, "_CACHED", 2**14)
+    activations = torch.rand(1500, 1000, dtype=torch.float64)
     metric = filled(activations, torch.arange(1500) % CLASSES, 1000)
     metric.memory_limit = 1
     with pytest.raises(ValueError, match="about") as refused:
         metric.update(activations[:0], torch.zeros(0, dtype=torch.int64))
     (needed,) = re.findall(r"about (\d+) bytes", str(refused.value))
-
-    def resident(line: str) -> int:
-        return 1024 * int(re.findall(line + r":\s*(\d+)", Path("/proc/self/status").read_text())[0])
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    without = resident("VmRSS") - activations.nbytes  # what the metric keeps is a copy
-    metric.compute()
-    # A little is of the process itself.
-    assert resident("VmHWM") - without <= int(needed) + 2**22
+    allowed = int(needed) - activations.nbytes  # the samples are there before
+    held = most_allocated(metric.compute)
+    assert allowed - activations.numel() < held <= allowed
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
