@@ -8,6 +8,12 @@ OLDEST_VENV ?= .venv-oldest
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
+# A .built names the compiled core that it is of, or says "none" where there is no compiler: a core
+# that is gone is built again, or the reference would run in its place without a word.
+EXT_SUFFIX := -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'
+name-core = core=picnn_fast/_C$$($(@D)/bin/python $(EXT_SUFFIX)); [ -e $$core ] || core=none; echo $$core >$@
+lost-core = $(if $(wildcard $1),$(if $(filter none $(wildcard picnn_fast/_C*),$(shell cat $1)),,again))
+
 # A process a core, with one thread each. Each begins with a stretch of the files, in which costly
 # fixtures are made once, and takes from another's when it is done with its own.
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -60,7 +66,7 @@ gpu-bench-more: ## build, and benchmarks of mutual information and correlation o
 # Without a compiled core Triton and the reference still run, and the script says what is missing:
 # an older core of this Python must not stand in for one that does not build.
 INSTALL := -m pip install --quiet --no-deps --no-build-isolation -e .
-SUFFIX = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+SUFFIX = $(shell $(PYTHON) $(EXT_SUFFIX))
 gpu-parity gpu-bench gpu-bench-more:
 	started=$$(date +%s); rm -f picnn_fast/_C$(SUFFIX); \
 	PICNN_FAST_CUDA=1 timeout 240 $(PYTHON) setup.py build_ext --inplace && \
@@ -79,10 +85,12 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt torch torchvision setuptools ninja pybind11 numpy
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+again:
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES) $(call lost-core,$(VENV)/.built)
 	$(BIN)/python setup.py build_ext --inplace
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
-	@touch $@
+	@$(name-core)
 
 # The same for the oldest versions. A build in place is one Python's, so theirs is another Python.
 .PHONY: test-oldest test-oldest-quick oldest-python
@@ -110,7 +118,7 @@ $(OLDEST_VENV)/.packages: pyproject.toml constraints-oldest.txt | oldest-python
 		torch torchvision setuptools ninja pybind11 numpy
 	@touch $@
 
-$(OLDEST_VENV)/.built: $(OLDEST_VENV)/.packages $(SOURCES)
+$(OLDEST_VENV)/.built: $(OLDEST_VENV)/.packages $(SOURCES) $(call lost-core,$(OLDEST_VENV)/.built)
 	$(OLDEST_VENV)/bin/python setup.py build_ext --inplace
 	$(OLDEST_VENV)/bin/python -m pip install -c constraints-oldest.txt --no-build-isolation -e '.[dev]'
-	@touch $@
+	@$(name-core)

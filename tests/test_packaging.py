@@ -163,6 +163,36 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_it_left_out(
     assert facts["mask"] == mask.int().tolist()
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+def test_make_builds_again_what_was_removed(compiler: bool, tmp_path: Path) -> None:
+    """But nothing where there was no compiler to build it with."""
+    for name in ("pyproject.toml", "constraints.txt", "setup.py"):
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    core = tmp_path / "picnn_fast/_C.mine.so"
+    core.parent.mkdir()
+    (core.parent / "_C.another.so").touch()  # of another Python
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    built = f"touch {core}" if compiler else ":"
+    python.write_text(
+        '#!/bin/sh\n[ "$1" != -c ] || echo .mine.so\n'
+        f'[ "$1" != setup.py ] || {{ {built}; echo "$*" >> calls; }}\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / ".venv/.packages").touch()
+
+    def builds() -> int:
+        subprocess.run(["make", "-s", "build"], cwd=tmp_path, check=True)
+        return len((tmp_path / "calls").read_text().splitlines())
+
+    assert (builds(), builds()) == (1, 1)
+    core.unlink(missing_ok=True)
+    assert builds() == (2 if compiler else 1)
+    (tmp_path / ".venv/.built").write_text("")  # which names none
+    assert (builds(), builds()) == (3, 3) if compiler else (2, 2)
+
+
 def test_the_sdist_brings_the_licence_and_what_the_readme_links_to(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
