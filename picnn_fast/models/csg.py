@@ -63,7 +63,7 @@ class CSG(InterpretableNetwork):
         std_layers: names of the modules that learn in epochs of the ordinary path, such as
             features.layer4 and head; None: all. What learns in neither path is frozen.
         csg_layers: names of the modules that learn, beside the gate, in epochs of the gated path;
-            None: all.
+            None: all; []: the gate alone.
         fixed: two numbers m1 and m2: m1 filters for each class alone, then m2 for all, not learnt
             and without a penalty (section 4.3); N must be m1·K + m2.
         mask_at: where filters are scaled: "maps", or "late", behind the pooling that the head
@@ -181,6 +181,11 @@ class CSG(InterpretableNetwork):
         if isinstance(layers, str) or not isinstance(layers, Sequence):
             raise TypeError(
                 f"{argument}: got a {type(layers).__name__}, want a list of names of modules"
+            )
+        if not layers and (argument == "std_layers" or self.fixed is not None):
+            raise ValueError(
+                f"{argument}: got [], with which nothing learns in epochs of that path, want names"
+                " of modules, or None for all"
             )
         chosen = frozenset(
             name for name in names if any(f"{name}.".startswith(f"{layer}.") for layer in layers)
@@ -307,7 +312,7 @@ class CSG(InterpretableNetwork):
         groups: dict[str, list[dict[str, Any]]] = {}
         for path, rate in rates.items():
             chosen = [p for name, p in named.items() if name in self._layers[path]]
-            groups[path] = [{"params": chosen, "lr": rate, "name": path}]
+            groups[path] = [{"params": chosen, "lr": rate, "name": path}] if chosen else []
         groups[CSG_PATH] += self._gate_group(lr)
         return groups
 

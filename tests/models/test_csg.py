@@ -146,6 +146,8 @@ def test_each_path_has_an_optimiser_and_layers_of_its_own() -> None:
     assert named == [("csg", 0.5), ("gate", 0.5)]
     apart = model(csg_lr=0.5, gate_lr=0.25).optimizers(0.1)["csg"]
     assert [group["lr"] for group in apart] == [0.5, 0.25]
+    alone = model(csg_layers=[]).optimizers(0.1)["csg"]
+    assert [group["name"] for group in alone] == ["gate"]
     frozen = model(std_layers=["head"], csg_layers=["head"])
     assert [p.requires_grad for p in frozen.features.parameters()] == [False, False]
 
@@ -177,6 +179,8 @@ def test_a_gate_that_stays_dense_is_told() -> None:
         ({"csg_layers": ["haed"]}, ValueError, "csg_layers: got 'haed', did you mean 'head'"),
         ({"std_layers": "head"}, TypeError, "std_layers: got a str"),
         ({"std_layers": ["feat"]}, ValueError, "std_layers: got 'feat'"),
+        ({"std_layers": []}, ValueError, r"std_layers: got \[\], with which nothing learns in"),
+        ({"fixed": (1, 3), "csg_layers": []}, ValueError, r"csg_layers: got \[\], with which noth"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(
