@@ -40,6 +40,13 @@ def _integer(name: str, value: object, want: str = "an int") -> int:
     raise TypeError(f"{name}: got {type(value).__name__}, want {want}")
 
 
+def boolean(name: str, value: bool) -> bool:
+    """True or False; NumPy's become Python's."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{name}: got {value!r}, want True or False")
+
+
 def non_negative(name: str, value: float) -> float:
     _number(name, value)
     if not 0 <= value < math.inf:

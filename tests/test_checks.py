@@ -6,6 +6,10 @@ import torch
 
 from picnn_fast import PartTemplate, checks, make_interpretable
 from picnn_fast import functional as F
+from picnn_fast.evaluation import evaluate
+from picnn_fast.metrics import DetectionError
+from picnn_fast.models.correspondence import Correspondence
+from picnn_fast.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
@@ -25,6 +29,37 @@ def test_numbers_of_numpy_are_numbers(kind):
 def test_what_is_no_integer_is_refused(value):
     with pytest.raises(TypeError, match=rf"^n: got {type(value).__name__}, want an int$"):
         checks.integer("n", value, 1)
+
+
+def test_what_is_neither_true_nor_false_is_refused():
+    assert checks.boolean("b", np.bool_(False)) is False
+    for value in (0, None, "no"):
+        with pytest.raises(TypeError, match=rf"^b: got {value!r}, want True or False$"):
+            checks.boolean("b", value)
+
+
+SWITCHES = {
+    "all_attacked": lambda no: DetectionError(all_attacked=no),
+    "intervals": lambda no: evaluate(None, None, intervals=no),
+    "over_ranks": lambda no: evaluate(None, None, over_ranks=no),
+    "overwrite": lambda no: RunFolder("run", "train", {}).writing(overwrite=no).__enter__(),
+    "renew": lambda no: F.filter_loss(
+        torch.rand(2, 2, 3, 3),
+        PartTemplate(),
+        estimator="running",
+        state=F.FilterLossState.empty(2, 3, 3),
+        renew=no,
+    ),
+    "trained": lambda no: Correspondence(2, 3, trained=no),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_true_or_false(name, tmp_path, monkeypatch):
+    """Those of methods and of data sets are asked for with these."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=f"^{name}: got 'no', want True or False$"):
+        SWITCHES[name]("no")
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])

@@ -266,7 +266,7 @@ def animal_part(
         test_set,
         batch_size,
         seed=seed,
-        flip=augment,
+        flip=checks.boolean("augment", augment),
         validation=validation,
         validation_seed=validation_seed,
         mean=mean,

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.files import lines, need, reading
 from picnn_fast.data.loading import IMAGENET_MEAN, IMAGENET_STD, readers
@@ -203,7 +204,7 @@ def cub(
         CUB200(root, "test", image_size=image_size, landmark_names=landmark_names),
         batch_size,
         seed=seed,
-        flip=augment,
+        flip=checks.boolean("augment", augment),
         validation=validation,
         validation_seed=validation_seed,
         mean=mean,

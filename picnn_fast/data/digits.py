@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast.data.loading import SeededDataModule, readers, shift
 from picnn_fast.data.preprocessing import Preprocessing
@@ -61,7 +62,7 @@ class DigitsDataModule(SeededDataModule):
         super().__init__(batch_size, workers, seed, validation, validation_seed)
         if not 0 <= max_shift < IMAGE_SIZE:
             raise ValueError(f"max_shift: got {max_shift}, want 0 to {IMAGE_SIZE - 1} pixels")
-        self.max_shift = max_shift if augment else 0
+        self.max_shift = max_shift if checks.boolean("augment", augment) else 0
         self.class_names = [str(digit) for digit in range(10)]
         with extra("train"):
             from sklearn.datasets import load_digits

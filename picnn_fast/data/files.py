@@ -9,6 +9,7 @@ from urllib.error import URLError
 
 import numpy as np
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 
 with extra("train"):
@@ -56,10 +57,11 @@ def fetching(root: Path, download: bool, want: str, *, there: bool = False) -> I
         there: whether nothing has to be fetched.
 
     Raises:
+        TypeError: ``download`` is no bool.
         FileNotFoundError: it is not there, or not whole, or cannot be fetched.
     """
     lock: AbstractContextManager[Any] = nullcontext()
-    if download and not there:
+    if checks.boolean("download", download) and not there:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / ".download.lock")
     try:

@@ -135,7 +135,7 @@ class Augmentation:
 
     Raises:
         ValueError: an option out of range, or options that do not go together.
-        TypeError: a number of pixels is no int.
+        TypeError: a number of pixels is no int, or a switch no bool.
     """
 
     image_size: int
@@ -153,6 +153,8 @@ class Augmentation:
         checks.integer("image_size", self.image_size, 1)
         checks.one_of("test_crop", self.test_crop, ("center", "stretch"))
         checks.one_of("crop", self.crop, ("random-resized", "random", "none"))
+        checks.boolean("augment", self.augment)
+        checks.boolean("flip", self.flip)
         resize, crop = self.resize, self.crop
         if resize is None:
             resize = self.image_size

@@ -505,7 +505,7 @@ def part_animals(
         PartAnimals("test", test_images, image_size=image_size),
         batch_size,
         seed=seed,
-        flip=augment,
+        flip=checks.boolean("augment", augment),
         validation=validation,
         validation_seed=validation_seed,
         mean=mean,

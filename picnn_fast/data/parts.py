@@ -164,6 +164,7 @@ class PartDataModule(SeededDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, validation, validation_seed)
         self.cache = bound(cache)
+        checks.boolean("flip", flip)
         colours("mean", mean)
         if min(colours("std", std)) <= 0:
             raise ValueError(f"std: got {tuple(std)}, want values > 0")

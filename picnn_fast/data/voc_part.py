@@ -282,7 +282,7 @@ def voc_part(
         test_set,
         batch_size,
         seed=seed,
-        flip=augment,
+        flip=checks.boolean("augment", augment),
         max_shift=max_shift,
         validation=validation,
         validation_seed=validation_seed,

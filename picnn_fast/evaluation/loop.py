@@ -106,7 +106,7 @@ def evaluate(
         network,
         data,
         figures=figures,
-        resamples=RESAMPLES if intervals else 0,
+        resamples=RESAMPLES if checks.boolean("intervals", intervals) else 0,
         seed=seed,
         draws=draws,
         device=device,
@@ -144,6 +144,7 @@ def measure(
     checks.integer("seed", seed, 0)
     checks.integer("draws", draws, 1)
     checks.integer("resamples", resamples, 0)
+    checks.boolean("over_ranks", over_ranks)
     names = default_figures() if figures is None else list(dict.fromkeys(figures))
     for name in names:
         checks.one_of("figures", name, tuple(FIGURES))

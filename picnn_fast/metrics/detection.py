@@ -105,7 +105,7 @@ class DetectionError(JoinedMetric):
         if not self.samples or any(count % 2 for count in self.samples):
             raise ValueError(f"samples: got {list(samples)}, want even numbers, half of each class")
         self.seeds = checks.integer("seeds", seeds, 1)
-        self.all_attacked = all_attacked
+        self.all_attacked = checks.boolean("all_attacked", all_attacked)
         for name in _STATES:
             self.add_state(name, [], dist_reduce_fx="cat")
 

@@ -56,7 +56,7 @@ class Correspondence(nn.Module):
         weight = torch.rand(num_classes, num_filters)
         if initial == "published":
             weight = weight.softmax(0)
-        if trained:
+        if checks.boolean("trained", trained):
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)

@@ -98,6 +98,7 @@ def make_interpretable(
     num_classes = checks.integer("num_classes", num_classes, 1)
     if num_filters is not None:
         num_filters = checks.integer("num_filters", num_filters, 1, MOST_FILTERS)
+    insert_conv = checks.boolean("insert_conv", insert_conv)
     check_insert_kernel(insert_kernel, inserted=insert_conv)
     # A network that is explained is told itself, not from where.
     given = {name: value for name, value in options.items() if name != METHODS[method].network_from}

@@ -154,7 +154,7 @@ class ICCNN(InterpretableNetwork):
         self.correlation_weight = checks.non_negative("correlation_weight", correlation_weight)
         self.class_weight = checks.non_negative("class_weight", class_weight)
         self.regroup_epochs = checks.integer("regroup_epochs", regroup_epochs, 0)
-        self.published_mean = published_mean
+        self.published_mean = checks.boolean("published_mean", published_mean)
         self._warned = False
         self.register_buffer("groups", torch.arange(num_filters) % groups)
         # How much of each group's activation is of each class.

@@ -220,6 +220,8 @@ class ICNN(InterpretableNetwork):
         checks.module("features", features)
         template = PartTemplate() if template is None else check_template(template)
         check_scale(mask_scale, "mask_scale")
+        checks.boolean("learn_beta", learn_beta)
+        checks.boolean("mask_after_pool", mask_after_pool)
 
         def mask(width: int) -> TemplateMask:
             beta = LearnedBeta(template, width) if learn_beta else None

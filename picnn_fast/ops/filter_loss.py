@@ -221,7 +221,7 @@ def _by_estimates(
     state: FilterLossState,
     renew: bool,
 ) -> Tensor:
-    if renew:
+    if checks.boolean("renew", renew):
         checks.not_recomputed("filter_loss")
     maps, *options = operands
     loss: Tensor

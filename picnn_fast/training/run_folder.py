@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from picnn_fast import checks
 from picnn_fast._extras import extra
 from picnn_fast._files import TEMPORARY, replacing, write_atomically
 from picnn_fast._version import __version__
@@ -148,11 +149,12 @@ class RunFolder:
                 A run started so and interrupted goes on like any other.
 
         Raises:
+            TypeError: ``overwrite`` is no bool.
             RunFolderError: another run is complete or partial here, or is writing right now; the
                 folder is not one of picnn-fast's, is another user's or cannot be replaced at the
                 end; or no space is left in it.
         """
-        if overwrite:
+        if checks.boolean("overwrite", overwrite):
             if self._occupied() and self._record(self.path) is None:
                 raise RunFolderError(
                     f"output: {self.path} was not made by picnn-fast and is not overwritten;"

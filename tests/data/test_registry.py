@@ -330,6 +330,15 @@ def test_what_one_data_set_alone_needs_is_wanted_by_no_other():
         assert not {"sklearn", "scipy", "h5py"} & set(_imported_with(path)), path
 
 
+def test_an_option_that_is_true_or_false_is_nothing_else(make):
+    options = inspect.signature(DATA[make.row]).parameters.values()
+    names = [option.name for option in options if option.annotation is bool]
+    assert "augment" in names
+    for name in names:
+        with pytest.raises(TypeError, match=rf"^{name}: got 'no', want True or False$"):
+            make(**{name: "no"})
+
+
 @pytest.mark.parametrize(
     ("name", "module", "package"),
     [("digits", "sklearn.datasets", "sklearn"), ("animal-part", "scipy", "scipy")],

@@ -443,6 +443,15 @@ def test_the_discriminator_has_the_mode_of_the_network_and_can_be_traced(method:
     torch.testing.assert_close(traced(images()), network(images()))
 
 
+def test_an_option_that_is_true_or_false_is_nothing_else(method: str) -> None:
+    known = inspect.signature(METHODS[method]).parameters.values()
+    for name in ["insert_conv", *(option.name for option in known if option.annotation is bool)]:
+        with pytest.raises(TypeError, match=rf"^{name}: got 'no', want True or False$"):
+            make_interpretable(
+                method=method, num_classes=CLASSES, **(inserted_pair() | {name: "no"})
+            )
+
+
 def test_a_saved_network_is_loaded_as_it_was(build, backbone, tmp_path) -> None:
     model = trained(build()).eval()
     model.save_pretrained(tmp_path, class_names=["a", "b", "c"])
