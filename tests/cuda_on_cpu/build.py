@@ -1,5 +1,6 @@
 """Compiles CUDA files for the CPU (see cuda_on_cpu.h) and loads their operators."""
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -103,6 +104,13 @@ def build(source: Path, extra_flags: Sequence[str] = (), *, wait: bool = True) -
                     )
                 partial.replace(target)
     return target
+
+
+def launches(family: str) -> int:
+    """Of kernels of ``csrc/cuda/<family>.cu``, since its library was loaded."""
+    library = ctypes.CDLL(str(build(CSRC / "cuda" / f"{family}.cu")))
+    count: int = library.cuda_on_cpu_launches()
+    return count
 
 
 @functools.cache

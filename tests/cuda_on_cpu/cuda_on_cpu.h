@@ -126,6 +126,8 @@ struct WarpSlot {
 
 class Executor {
  public:
+  int64_t launches = 0;
+
   static Executor& get() {
     static Executor executor;
     return executor;
@@ -138,6 +140,7 @@ class Executor {
     if (threads == 0 || threads > kMaxThreads) fail("a block of ", threads, " threads");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("a grid without blocks");
     if (shared_bytes > shared_limit) fail(shared_bytes, " bytes of dynamic shared memory");
+    ++launches;
     body_ = body;
     gridDim = grid;
     blockDim = block;
@@ -421,6 +424,11 @@ template <typename Body>
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const Body& body,
             size_t shared_limit = kSharedLimit) {
   Executor::get().launch(grid, block, shared_bytes, body, shared_limit);
+}
+
+// Of this library's kernels so far.
+extern "C" __attribute__((used)) inline int64_t cuda_on_cpu_launches() {
+  return Executor::get().launches;
 }
 
 inline int64_t most_shared_bytes() {

@@ -17,6 +17,7 @@ from picnn_fast import PartTemplate
 from picnn_fast.reference import filter_loss as reference
 from picnn_fast.reference.masking import accumulate_dtype
 from picnn_fast.reference.templates import map_peaks
+from tests.cuda_on_cpu.build import launches
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TEMPLATES = {
@@ -249,6 +250,22 @@ def test_empty_batches_and_no_filters(kernels: dict[str, Callable[..., Any]], fo
         got = all_forms(kernels, x, TEMPLATES["gradient"], 0.1)
         for one, two in zip(got, all_forms(REFERENCE, x, TEMPLATES["gradient"], 0.1), strict=True):
             assert torch.equal(one, two)
+
+
+def test_a_filter_in_tiles_takes_seven_kernels_and_one_in_a_block_takes_one(
+    kernels: dict[str, Callable[..., Any]], form: str
+) -> None:
+    """Of seven the gradient is one. Tiles have a number zeroed besides, which is no kernel here."""
+    x = maps((7, 2, 5, 5), 10.0, torch.float32)
+    offsets = TEMPLATES["gradient"].offsets_for(5, 5, x)
+    for with_grad, tiled in ((True, 7), (False, 6)):
+        for operator, others in (
+            ("filter_loss", ()),
+            ("filter_loss_running", (*state(x), 0.2, None)),
+        ):
+            before = launches("filter_loss")
+            kernels[operator](x, *others, offsets, 0.1, with_grad)
+            assert launches("filter_loss") - before == (tiled if form == "tiled" else 1)
 
 
 def test_the_loss_is_the_same_without_its_gradient(
