@@ -42,7 +42,9 @@ def _integer(name: str, value: object, want: str = "an int") -> int:
 
 def boolean(name: str, value: bool) -> bool:
     """True or False; NumPy's become Python's."""
-    if isinstance(value, bool | np.bool_):
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
         return bool(value)
     raise TypeError(f"{name}: got {value!r}, want True or False")
 
