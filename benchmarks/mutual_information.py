@@ -578,15 +578,15 @@ Activations `[samples, filters]` imitate pooled ReLU maps with class structure.
   *of reading once*: over half the time of a copy, that is, reading the activations once at copy
   bandwidth; *sum*: what PyTorch's own sum takes, which only reads; *least bytes*: of the same unit,
   what moves at least: the activations, and twice every line of the counts that a sample falls into.
-  Processors with VPOPCNTDQ and GFNI count samples by bit planes and population counts, a class at a
-  time, from 128 samples a class on, or 8 where the classes are more than 64; all else is an
-  increment of a counter a sample. At K = 1000 the 65 MB of counts leave the caches, and are added
-  to from small tables of 32 classes, or 8, so that each line is touched once. At [10000, 128] the
-  235,000 lines that a batch falls into are 30 MB to be read and written beside 5 MB of activations:
-  six readings allow for nothing else. Added to with no counting at all, from a list of them, they
-  take 4 to 5 readings on this machine, whose caches keep a part of the 65 MB; they are a third of
-  the time. The rest is that ten samples a class fill a sixth of a plane of 64, and that of the
-  tables' lines one in four has a count. At [10000, 128], K = 10, about a third of the time goes to
+  Processors with VPOPCNTDQ, BITALG and GFNI count samples by bit planes and population counts: a
+  class at a time from 128 samples a class on; where the classes are more than 64, four at a time,
+  sixteen samples of each, from two a class on; all else is an increment of a counter a sample. At
+  K = 1000 the 65 MB of counts leave the caches: each line of them is added to once for all samples,
+  on its way while the next ones are counted. At [10000, 128] the 235,000 lines that a batch falls
+  into are 30 MB to be read and written beside 5 MB of activations: six readings allow for nothing
+  else. Lines and counting take about as long, of which only a part is at the same time; the rest is
+  the first look at the samples, for their range.
+  At [10000, 128], K = 10, about a third of the time goes to
   the call, the labels and adding to 0.7 MB of counts; *plain*: `torch.bincount` with a range known
   beforehand.
 - *einsum*, *scatter*: soft counts as a product with one-hot labels, and by `index_add`.

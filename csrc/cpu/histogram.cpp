@@ -68,7 +68,8 @@ TableLayout sliced_layout(int64_t cells) {
 
 bool counts_bits_fast() {
 #ifdef __x86_64__
-  return __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("gfni");
+  return __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg") &&
+         __builtin_cpu_supports("gfni");
 #else
   return false;
 #endif
@@ -91,6 +92,8 @@ enum class Method {
   kByClass,        // range, then count_by_class
   kDirect          // range, then count_into
 };
+
+constexpr int64_t kLeastRangeRows = 512;  // of a run whose ranges alone are found
 
 // How the samples of a call are cut and counted.
 struct Plan {
@@ -138,14 +141,19 @@ Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bo
   // samples for each of its cells.
   const bool in_order = neighbours && samples < int64_t{1} << 31;
   const bool by_class = in_order && bins <= 128 && samples * kClassesAtOnce >= 4 * bins * classes;
-  // Planes hold 64 samples of a class, and are made as fast of few.
+  // Planes hold sixteen samples of a class, and are made as fast of few.
   const bool planes_by_class =
-      in_order && bit_planes && classes > kMostSlicedClasses && samples >= 8 * classes;
+      in_order && bit_planes && classes > kMostSlicedClasses && samples >= 2 * classes;
   plan.method = sliced                         ? Method::kBitPlanes
                 : 4 * table_cells <= plan.rows ? Method::kTables
                 : planes_by_class              ? Method::kPlanesByClass
                 : by_class                     ? Method::kByClass
                                                : Method::kDirect;
+  if (plan.method != Method::kBitPlanes && plan.method != Method::kTables) {
+    // Runs have no tables, only ranges, and each thread reads whole rows.
+    plan.rows = std::max<int64_t>(kLeastRangeRows, ceil_div(samples, threads));
+    plan.runs = ceil_div(samples, plan.rows);
+  }
   return plan;
 }
 
@@ -278,9 +286,8 @@ class Update {
     h_.rows = plan.rows;
     h_.ranges = ranges_.data();
     h_.cells = plan.cells;
-    h_.layout = plan.method == Method::kBitPlanes || plan.method == Method::kPlanesByClass
-                    ? sliced_layout(plan.cells)
-                    : plain_layout(plan.cells);
+    h_.layout =
+        plan.method == Method::kBitPlanes ? sliced_layout(plan.cells) : plain_layout(plan.cells);
   }
 
   // The ranges after the call; none, and no count is another, where a sample is not finite.

@@ -17,7 +17,7 @@
 namespace PICNN_FAST_NAMESPACE {
 namespace {
 
-#define PICNN_FAST_SLICED __attribute__((target("avx512vpopcntdq,gfni")))
+#define PICNN_FAST_SLICED __attribute__((target("avx512vpopcntdq,avx512bitalg,gfni")))
 constexpr int64_t kSlicedBlock = picnn_fast::kSlicedBlock;
 constexpr int64_t kParts = kSlicedBlock / kBlock;
 // Rows of 64 cells, as many as the second-level cache has room for, shared out among the blocks of
@@ -92,11 +92,18 @@ PICNN_FAST_SLICED inline __m512i both(__m512i x, __m512i y, __m512i z) {
   return _mm512_ternarylogic_epi64(x, y, z, 1 << (4 + 2 * Y + Z));
 }
 
-template <int First, int Second>
+// How many bits are set in every `Bits` of them.
+template <int Bits>
+PICNN_FAST_SLICED inline __m512i count_bits(__m512i x) {
+  static_assert(Bits == 16 || Bits == 64);
+  return Bits == 16 ? _mm512_popcnt_epi16(x) : _mm512_popcnt_epi64(x);
+}
+
+template <int Bits, int First, int Second>
 PICNN_FAST_SLICED inline void count_four(__m512i within, const __m512i* planes, __m512i* sums) {
   const __m512i four = both<First, Second>(within, planes[3], planes[2]);
-  const auto add = [&](int i, __m512i cell) __attribute__((target("avx512vpopcntdq,gfni"))) {
-    sums[i] = _mm512_add_epi64(sums[i], _mm512_popcnt_epi64(cell));
+  const auto add = [&](int i, __m512i cell) PICNN_FAST_SLICED {
+    sums[i] = _mm512_add_epi16(sums[i], count_bits<Bits>(cell));
   };
   add(0, both<0, 0>(four, planes[1], planes[0]));
   add(1, both<0, 1>(four, planes[1], planes[0]));
@@ -104,8 +111,8 @@ PICNN_FAST_SLICED inline void count_four(__m512i within, const __m512i* planes, 
   add(3, both<1, 1>(four, planes[1], planes[0]));
 }
 
-// Adds to `sums` how many samples lie in the 16 cells whose upper two bits are First and Second.
-template <int First, int Second>
+// How many samples lie in the 16 cells whose upper two bits are First and Second.
+template <int Bits, int First, int Second>
 PICNN_FAST_SLICED void count_sixteen(const __m512i (*planes)[kPlanes], int64_t groups,
                                      __m512i* out) {
   __m512i sums[16];
@@ -115,12 +122,26 @@ PICNN_FAST_SLICED void count_sixteen(const __m512i (*planes)[kPlanes], int64_t g
   for (int64_t group = 0; group < groups; ++group) {
     const __m512i* p = planes[group];
     const __m512i within = both<First, Second>(_mm512_set1_epi64(-1), p[5], p[4]);
-    count_four<0, 0>(within, p, sums);
-    count_four<0, 1>(within, p, sums + 4);
-    count_four<1, 0>(within, p, sums + 8);
-    count_four<1, 1>(within, p, sums + 12);
+    count_four<Bits, 0, 0>(within, p, sums);
+    count_four<Bits, 0, 1>(within, p, sums + 4);
+    count_four<Bits, 1, 0>(within, p, sums + 8);
+    count_four<Bits, 1, 1>(within, p, sums + 12);
   }
   std::memcpy(out, sums, sizeof(sums));
+}
+
+// counts[cell] = how many samples of a set lie in it, of every 64 bits or 16 of its planes.
+template <int Bits>
+PICNN_FAST_SLICED void count_set(int64_t cells, const __m512i (*planes)[kPlanes], int64_t groups,
+                                 __m512i* counts) {
+  count_sixteen<Bits, 0, 0>(planes, groups, counts);
+  if (cells > 16) {
+    count_sixteen<Bits, 0, 1>(planes, groups, counts + 16);
+  }
+  if (cells > 32) {
+    count_sixteen<Bits, 1, 0>(planes, groups, counts + 32);
+    count_sixteen<Bits, 1, 1>(planes, groups, counts + 48);
+  }
 }
 
 // Adds the samples of one class to its tables, of which a filter has `table_cells`. Of no type: one
@@ -134,17 +155,9 @@ PICNN_FAST_SLICED void count_class(int64_t table_cells, SlicedBuffers& buffers,
     const int64_t groups = (here + 63) / 64;
     slice(buffers, cells, order + from, here);
     for (int set = 0; set < kSets; ++set) {
-      const __m512i(*planes)[kPlanes] = buffers.planes[set];
       __m512i counts[picnn_fast::kMostSlicedCells];
-      count_sixteen<0, 0>(planes, groups, counts);
+      count_set<64>(table_cells, buffers.planes[set], groups, counts);
       counts[0] = _mm512_sub_epi64(counts[0], _mm512_set1_epi64(groups * 64 - here));
-      if (table_cells > 16) {
-        count_sixteen<0, 1>(planes, groups, counts + 16);
-      }
-      if (table_cells > 32) {
-        count_sixteen<1, 0>(planes, groups, counts + 32);
-        count_sixteen<1, 1>(planes, groups, counts + 48);
-      }
       __m128i* sums = reinterpret_cast<__m128i*>(table + set * 8 * table_cells);
       for (int64_t cell = 0; cell < table_cells; ++cell) {
         const __m128i sum =

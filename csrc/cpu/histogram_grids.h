@@ -10,6 +10,7 @@
 #include "histogram_kernels.h"
 #include "histogram_tiles.h"
 #include "scalar.h"
+#include "vector.h"
 
 // Where the samples of a block lie on its filters' grids, and what becomes of grids and tables when
 // a range grows.
@@ -19,31 +20,33 @@ namespace {
 using picnn_fast::FilterRange;
 using picnn_fast::Histogram;
 
-// Widens the ranges of a block by the rows of a tile; grids are left as they are. False where a
-// value is not finite.
-template <typename A>
+// Widens the ranges of some blocks side by side by the rows of a tile; grids are left as they are.
+// False where a value is not finite.
+template <int64_t Blocks = 1, typename A>
 bool widen_ranges(const Tile<A>& tile, int64_t count, int64_t filters, FilterRange* ranges) {
-  alignas(64) A least[kBlock], most[kBlock], residue[kBlock];
-  for (int64_t f = 0; f < kBlock; ++f) {
-    least[f] = most[f] = tile.rows[f];
-    residue[f] = 0;
+  constexpr int64_t kVectors = Blocks * kBlock / kLanes<A>;
+  Vector<A> least[kVectors], most[kVectors], residue[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) {
+    least[v] = most[v] = load<A>(tile.rows + v * kLanes<A>);
+    residue[v] = Vector<A>{};
   }
   for (int64_t r = 0; r < count; ++r) {
-    const A* __restrict__ row = tile.rows + r * tile.stride;
-    PICNN_FAST_FOR_BLOCK(f) {
-      const A x = row[f];
-      least[f] = x < least[f] ? x : least[f];
-      most[f] = x > most[f] ? x : most[f];
-      residue[f] += x - x;  // NaN from infinity and NaN
+    const A* row = tile.rows + r * tile.stride;
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const Vector<A> x = load<A>(row + v * kLanes<A>);
+      least[v] = x < least[v] ? x : least[v];
+      most[v] = x > most[v] ? x : most[v];
+      residue[v] += x - x;  // NaN from infinity and NaN
     }
   }
   bool finite = true;
   for (int64_t f = 0; f < filters; ++f) {
     FilterRange& range = ranges[f];
-    range.finite = range.finite && residue[f] == 0;
+    const A low = least[f / kLanes<A>][f % kLanes<A>], high = most[f / kLanes<A>][f % kLanes<A>];
+    range.finite = range.finite && residue[f / kLanes<A>][f % kLanes<A>] == 0;
     finite = finite && range.finite;
-    range.minimum = least[f] < range.minimum ? least[f] : range.minimum;
-    range.maximum = most[f] > range.maximum ? most[f] : range.maximum;
+    range.minimum = low < range.minimum ? low : range.minimum;
+    range.maximum = high > range.maximum ? high : range.maximum;
   }
   return finite;
 }

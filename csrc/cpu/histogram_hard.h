@@ -78,14 +78,39 @@ void count(const Histogram<T>& h, C* tables, int64_t begin, int64_t end) {
             });
 }
 
+// Blocks whose ranges are found at once, in the registers there are: memory is read in long
+// stretches.
+constexpr int64_t kBlocksAtOnce = kVectorBytes / 16;
+
 template <typename T>
 void range(const Histogram<T>& h, int64_t begin, int64_t end) {
-  const int64_t blocks = picnn_fast::ceil_div(h.samples.filters, kBlock);
-  for_tiles(h.samples, h.rows, 0, begin, end,
-            [&](int64_t unit, int64_t, int64_t count, const Tile<Accumulate<T>>& tile) {
-              widen_ranges(tile, count, filters_from(h.samples.filters, unit % blocks * kBlock),
-                           h.ranges + unit * kBlock);
-            });
+  using A = Accumulate<T>;
+  constexpr int64_t kRows = kTileRows / kBlocksAtOnce, kWidth = kBlocksAtOnce * kBlock;
+  const Samples<T>& s = h.samples;
+  const int64_t blocks = picnn_fast::ceil_div(s.filters, kBlock);
+  alignas(64) A buffer[kRows * kWidth];
+  while (begin < end) {
+    const int64_t run = begin / blocks, first = run * blocks;
+    const int64_t stop = end < first + blocks ? end : first + blocks;
+    const int64_t last = s.count < (run + 1) * h.rows ? s.count : (run + 1) * h.rows;
+    for (int64_t row = run * h.rows; row < last; row += kRows) {
+      const int64_t count = last - row < kRows ? last - row : kRows;
+      for (int64_t unit = begin; unit < stop;) {
+        const int64_t filter = (unit - first) * kBlock;
+        FilterRange* ranges = h.ranges + unit * kBlock;
+        if (unit + kBlocksAtOnce <= stop && filter + kWidth <= s.filters) {
+          widen_ranges<kBlocksAtOnce>(open_tile<kWidth>(s, row, count, filter, buffer), count,
+                                      kWidth, ranges);
+          unit += kBlocksAtOnce;
+        } else {
+          widen_ranges(open_tile(s, row, count, filter, buffer), count,
+                       filters_from(s.filters, filter), ranges);
+          ++unit;
+        }
+      }
+    }
+    begin = stop;
+  }
 }
 
 template <typename T>

@@ -45,7 +45,7 @@ constexpr int64_t kMostSlicedCells = 64;
 constexpr int64_t kMostSlicedClasses = 64;  // with more, few samples of a class are near each other
 
 constexpr int64_t kClassesAtOnce = 8;         // of count_by_class: a cache line of counts
-constexpr int64_t kSlicedClassesAtOnce = 32;  // of count_sliced_by_class
+constexpr int64_t kSlicedClassesAtOnce = 16;  // of count_sliced_by_class
 
 // The tables of a block count at class * per_class + place[filter] + cell * per_cell. Those of
 // count_sliced keep eight filters side by side, in the order its vectors have them: of the 64 cells
@@ -148,7 +148,7 @@ struct HistogramKernels {
   void (*count_short)(const Histogram<T>&, uint16_t* tables, int64_t begin, int64_t end);
   void (*count_long)(const Histogram<T>&, uint32_t* tables, int64_t begin, int64_t end);
   // The same for blocks of kSlicedBlock filters and at most kMostSlicedCells cells. Null where this
-  // build has none; the processor must have VPOPCNTDQ and GFNI.
+  // build has none; the processor must have VPOPCNTDQ, BITALG and GFNI.
   void (*count_sliced)(const Histogram<T>&, uint16_t* tables, int64_t begin, int64_t end);
   // Ranges alone, in blocks of kFilterBlock, as all that follows.
   void (*range)(const Histogram<T>&, int64_t begin, int64_t end);

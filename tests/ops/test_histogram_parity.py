@@ -187,6 +187,27 @@ def test_many_samples_of_each_class_are_counted_exactly(cpp: Backend, shape, dty
         start = expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(3000, 70, 64, 1003), torch.float32),
+        (Shape(3000, 70, 33, 1003), torch.bfloat16),
+        (Shape(9000, 40, 16, 100), torch.float32),
+        (Shape(2000, 64, 2, 65), torch.float64),
+    ],
+    ids=case_id,
+)
+def test_many_classes_of_very_different_sizes_are_counted_exactly(cpp: Backend, shape, dtype):
+    """Two to a few hundred samples beside classes with one or none, and long stretches of these."""
+    values, _ = normal(shape)
+    generator = torch.Generator().manual_seed(1)
+    labels = (torch.rand(shape.samples, generator=generator) ** 8 * shape.classes).long()
+    labels[labels > shape.classes // 2] = shape.classes - 1
+    x = values.to(dtype)
+    expected = reference_updated(fresh(shape.filters, shape.bins, shape.classes), x, labels)
+    assert_same(updated(fresh(shape.filters, shape.bins, shape.classes), x, labels), expected)
+
+
 @kernel_cases(
     ("dtype", "samples"),
     pairwise([torch.float32, torch.bfloat16, torch.float16], [4, 600]),
