@@ -57,9 +57,9 @@ PICNN_FAST_HD Vector<A> multiply_add(Vector<A> a, Vector<A> b, Vector<A> c) {
 // Stencils
 // -----------------------------------------------------------------------------------------------
 
-// Columns of the output worked on together: their sums are independent of one another, and enough
-// for the processor not to wait for one.
-constexpr int kMostColumns = 8;
+// Columns of the output worked on together, as there are registers: their sums are independent of
+// one another, and enough for the processor not to wait for one.
+constexpr int kMostColumns = kVectorBytes == 64 ? 16 : 8;
 
 // Where lines go, one `stride` numbers after the other, and whether past the caches.
 template <typename A>
@@ -69,6 +69,30 @@ struct Output {
   bool stream;
 };
 
+// Taps side by side are taken together: a line that one column reads for a tap, its neighbour reads
+// for the next.
+constexpr int kMostTaps = 3;
+
+template <typename A, int kColumns, int kTaps>
+PICNN_FAST_HD void add_taps(const Tap<A>* taps, const A* from, Vector<A>* sums) {
+  Vector<A> values[kTaps], lines[kTaps];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTaps; ++t) {
+    values[t] = broadcast(taps[t].value);
+    lines[t] = load<A>(from + t * kLine<A>);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kColumns; ++k) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTaps; ++t) {
+      sums[k] = multiply_add<A>(values[t], lines[(k + t) % kTaps], sums[k]);
+    }
+    if (k + 1 < kColumns) {
+      lines[k % kTaps] = load<A>(from + (k + kTaps) * kLine<A>);
+    }
+  }
+}
+
 // A vector of each of kColumns lines of row i from column j on, with `rest` added, times `scale`.
 template <typename A, int kColumns>
 void stencil_tile(const Stencil<A>& s, const A* in, int64_t i, int64_t j, Vector<A> rest, A scale,
@@ -77,12 +101,19 @@ void stencil_tile(const Stencil<A>& s, const A* in, int64_t i, int64_t j, Vector
   if (s.taps != nullptr) {
     const A* here = in + (s.margin + i * (s.width + s.margin) + j) * kLine<A>;
     const Tap<A>* end = s.taps + s.begins[2 * s.height - 1 - i];
-    for (const Tap<A>* tap = s.taps + s.begins[s.height - 1 - i]; tap != end; ++tap) {
-      const Vector<A> value = broadcast(tap->value);
+    for (const Tap<A>* tap = s.taps + s.begins[s.height - 1 - i]; tap != end;) {
       const A* from = here + tap->line * kLine<A>;
-#pragma GCC unroll 8
-      for (int k = 0; k < kColumns; ++k) {
-        sums[k] = multiply_add<A>(value, load<A>(from + k * kLine<A>), sums[k]);
+      const auto add = [&](auto taps) {
+        add_taps<A, kColumns, taps>(tap, from, sums);
+        tap += taps;
+      };
+      const int32_t last = tap->line + kMostTaps - 1;
+      if (end - tap >= kMostTaps && tap[kMostTaps - 1].line == last) {
+        add(std::integral_constant<int, kMostTaps>{});
+      } else if (end - tap >= 2 && tap[1].line == tap->line + 1) {
+        add(std::integral_constant<int, 2>{});
+      } else {
+        add(std::integral_constant<int, 1>{});
       }
     }
   } else {
@@ -91,7 +122,7 @@ void stencil_tile(const Stencil<A>& s, const A* in, int64_t i, int64_t j, Vector
       const A* values = s.table + (y - i + s.height - 1) * columns + s.width - 1 - j;
       for (int64_t x = 0; x < s.width; ++x, ++values, in += kLine<A>) {
         const Vector<A> from = load<A>(in);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int k = 0; k < kColumns; ++k) {
           sums[k] = multiply_add<A>(broadcast(values[-k]), from, sums[k]);
         }
@@ -99,7 +130,7 @@ void stencil_tile(const Stencil<A>& s, const A* in, int64_t i, int64_t j, Vector
     }
   }
   const Vector<A> factor = broadcast(scale);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int k = 0; k < kColumns; ++k) {
     sums[k] = (sums[k] + rest) * factor;
     A* to = out.first + k * out.stride;
@@ -161,12 +192,15 @@ void pad(const Stencil<A>& s, const A* in, A* padded, A* sum) {
 
 // exp(x) within 1.3 ulp; 0 below e^-87, infinity above e^88. NaN stays.
 PICNN_FAST_HD Vector<float> exponential(Vector<float> x) {
-  using Bits = Vector<int32_t>;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const Vector<float> least = broadcast(-87.0f), most = broadcast(88.0f);
   const Vector<float> round = broadcast(12582912.0f);  // 1.5 * 2^23 leaves whole numbers
+#if defined(__AVX512F__)
+  const Vector<float> y = x;  // its exponent cannot overflow into the sign
+#else
   Vector<float> y = x < least ? least : x;
   y = y > most ? most : y;
+#endif
   const Vector<float> shifted = multiply_add<float>(y, broadcast(1.4426950408889634f), round);
   const Vector<float> n = shifted - round;
   Vector<float> r = multiply_add<float>(n, broadcast(-0.693359375f), y);
@@ -175,8 +209,12 @@ PICNN_FAST_HD Vector<float> exponential(Vector<float> x) {
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) {
     e = multiply_add<float>(e, r, broadcast(c));
   }
-  const Bits power = ((Bits)shifted - (Bits)round + 127) << 23;
-  e *= (Vector<float>)power;
+#if defined(__AVX512F__)
+  e = (Vector<float>)_mm512_scalef_ps((__m512)e, (__m512)n);
+#else
+  using Bits = Vector<int32_t>;
+  e *= (Vector<float>)(((Bits)shifted - (Bits)round + 127) << 23);
+#endif
   e = x < least ? Vector<float>{} : e;
   return x > most ? broadcast(kInfinity) : e;
 }
