@@ -184,8 +184,8 @@ was not measured. `picnn-fast evaluate` gives both references beside every locat
 
 What the papers say, on this data:
 
-- *ICNN lowers location instability by a third or more*: not quite. By 15 to 29 % with gradient
-  templates about the peak, at some cost in accuracy; part interpretability rises four- to fivefold.
+- *ICNN lowers location instability by a third or more*: not quite. By 23 to 31 % with gradient
+  templates about the peak, at some cost in accuracy; part interpretability rises fourfold.
 - *Gradient templates beat uniform ones*: yes, clearly. With beta = gamma = 2 a uniform template
   covers most of the map and changes next to nothing.
 - Which estimator is worth it (no paper asks): none, here. Mask layers without any filter loss are as
