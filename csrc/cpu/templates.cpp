@@ -23,19 +23,19 @@ using torch::stable::Tensor;
 const TemplatesKernels& kernels() { return PICNN_FAST_KERNELS_IN_USE(templates_kernels); }
 
 // Filters of a unit. Those side by side whose peaks are found and that are then masked are gone
-// through twice, and the next ones are fetched meanwhile: both are to fit the second level of
-// cache, and do so best well below its size. Rows that are no whole lines are better written
-// whole than by parts.
+// through twice, and are to be in the second level of cache still at the second time. Whole rows
+// are best: they are fetched in the order in which they lie in memory.
 template <typename T>
 int64_t most_filters(const MapPeaks<T>& s, bool twice) {
-  constexpr int64_t kLeast = 64, kLine = 64;
+  constexpr int64_t kLeast = 64, kLine = 64, kWhole = 400 << 10, kPart = 200 << 10;
   if (!s.side_by_side || !twice) {
     return s.side_by_side ? kFiltersAtOnce : s.shape.filters;
   }
-  const int64_t size = static_cast<int64_t>(sizeof(T));
-  const int64_t part = s.shape.filters * size % kLine == 0 ? 200 << 10 : 400 << 10;
-  const int64_t bytes = size * std::max<int64_t>(1, s.shape.positions);
-  return std::clamp(part / bytes / kLeast * kLeast, kLeast, kFiltersAtOnce);
+  const int64_t row = s.shape.filters * static_cast<int64_t>(sizeof(T));
+  const int64_t positions = std::max<int64_t>(1, s.shape.positions);
+  const int64_t most = row % kLine == 0 && row * positions > kWhole ? kPart : kWhole;
+  const int64_t bytes = static_cast<int64_t>(sizeof(T)) * positions;
+  return std::clamp(most / bytes / kLeast * kLeast, kLeast, kFiltersAtOnce);
 }
 
 // Without what depends on whether filters are side by side.
@@ -176,9 +176,14 @@ void run(const Tensor& x, const char* name, const Tensor& peak, bool find_peak,
   s.layout = panel_layout(part.offsets, s.in.side_by_side);
   masks = panels(s.layout, masks);
   s.masks = masks.data();
+  bool invalid = false;
+  s.invalid = &invalid;
   const TemplatesKernel<T>& k = kernels();
   parallel_units(s.in.shape, s.in.units,
                  [&](int64_t begin, int64_t end) { k.mask(s, begin, end); });
+  if (invalid) {
+    class_indices(peak, "peak", {s.in.shape.batch, s.in.shape.filters}, s.in.shape.positions);
+  }
 }
 
 // Masks `x` into what is returned, by the peaks it finds or those it is given.
@@ -201,7 +206,7 @@ Tensor template_mask_backward(const Tensor& grad_masked, const Tensor& peak, con
                               double scale) {
   STD_TORCH_CHECK(grad_masked.dim() == 4, "grad_masked: want maps [B, N, h, w]");
   const MapsShape shape = shape_of_maps(grad_masked, "grad_masked");
-  const Tensor peaks = class_indices(peak, "peak", {shape.batch, shape.filters}, shape.positions);
+  const Tensor peaks = contiguous_indices(peak, "peak", {shape.batch, shape.filters});
   return mask(grad_masked, "grad_masked", peaks, /*find_peak=*/false, offsets, scale);
 }
 

@@ -118,157 +118,249 @@ PICNN_FAST_HD void mask_map(const TemplateMask<T>& s, int64_t peak, const T* fro
   }
 }
 
-// Filters side by side in memory: rows of `count` numbers, of the same position.
+// How far ahead rows are fetched: some pages of memory, and all that are gone through at once.
+template <typename T>
+PICNN_FAST_HD int64_t rows_ahead(int64_t filters, int64_t at_once) {
+  constexpr int64_t kAhead = 2 * Sink<T>::kPreferred;
+  return kAhead / filters > at_once ? kAhead / filters : at_once;
+}
+
+// Rows that are fetched, in the order in which they lie in memory.
+template <typename T>
+struct Fetch {
+  const T* at;
+  int64_t left;  // of a row, or of all where they adjoin
+  int64_t numbers, gap;
+
+  Fetch(const T* rows, int64_t stride, int64_t numbers)
+      : at(rows),
+        left(stride == numbers ? std::numeric_limits<int64_t>::max() : numbers),
+        numbers(numbers),
+        gap(stride - numbers) {}
+
+  PICNN_FAST_HD void next(int64_t count) {
+    __builtin_prefetch(at);
+    at += count;
+    left -= count;
+    if (left <= 0) {
+      at += gap;
+      left += numbers;
+    }
+  }
+};
+
+// Filters side by side in memory, fewer than a vector holds.
 template <typename T, typename A>
-void find_peaks(const T* maps, int64_t stride, int64_t positions, int64_t count, int64_t* peak) {
-  A best[kFiltersAtOnce];
-  int32_t index[kFiltersAtOnce];
-  for (int64_t i = 0; i < count; ++i) {
+void find_peaks_of_few(const T* maps, int64_t stride, int64_t positions, int64_t filters,
+                       int64_t* peak) {
+  A best[kLanes<A>];
+  IndexOf<A> index[kLanes<A>] = {};
+  for (int64_t i = 0; i < filters; ++i) {
     best[i] = widen(maps[i]);
-    index[i] = 0;
   }
   for (int64_t p = 1; p < positions; ++p) {
     const T* __restrict__ row = maps + p * stride;
-    const auto here = static_cast<int32_t>(p);
-    for (int64_t i = 0; i < count; ++i) {
+    const auto here = static_cast<IndexOf<A>>(p);
+    for (int64_t i = 0; i < filters; ++i) {
       const A x = widen(row[i]);
       const bool take = !(x <= best[i]) & (best[i] == best[i]);
       best[i] = take ? x : best[i];
       index[i] = take ? here : index[i];
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < filters; ++i) {
     peak[i] = index[i];
   }
 }
 
-// Rows of filters side by side: where they are read and written, and what is fetched meanwhile.
-template <typename T>
-struct Rows {
-  const T* maps;
-  const T* ahead;
-  bool far_ahead;  // read only after many others
-  int64_t stride;
-  T* out;
-  T* out_ahead;  // none if null
-  int64_t out_stride;
-  bool stream;  // whole aligned vectors, past the caches
+// Of filters side by side in memory, the first of the greatest numbers of the rows seen so far; a
+// row has the numbers of the same position.
+template <typename A>
+struct Greatest {
+  alignas(64) A best[kFiltersAtOnce];
+  alignas(64) A sum[kFiltersAtOnce];  // NaN where there is a NaN, and perhaps where there is none
+  alignas(64) IndexOf<A> index[kFiltersAtOnce];
+
+  void clear(int64_t filters) {
+    for (int64_t i = 0; i < filters; ++i) {
+      best[i] = -std::numeric_limits<A>::infinity();
+      sum[i] = 0;
+      index[i] = 0;
+    }
+  }
+
+  template <typename T>
+  void find(const T* maps, int64_t stride, int64_t positions, int64_t filters, int64_t* peak) {
+    if (filters < kLanes<A>) {
+      return find_peaks_of_few<T, A>(maps, stride, positions, filters, peak);
+    }
+    IndexOf<A> nan = 0;
+    for (int64_t i = 0; i < filters; ++i) {
+      peak[i] = index[i];
+      nan |= sum[i] != sum[i];
+    }
+    for (int64_t i = 0; i < filters && nan != 0; ++i) {
+      if (sum[i] != sum[i]) {
+        peak[i] = find_peak(maps + i, stride, positions);
+      }
+    }
+  }
 };
 
-// Of the first `count` of kRun positions in a row, kVectors vectors of filters times the masks of
-// peaks whose masks begin at `begins`.
-template <typename T, typename A, int kVectors>
-PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Rows<T> rows,
-                                int64_t count, int64_t at) {
-  constexpr int kSecondLevel = 1;  // of cache, rather than all
-  Vector<A> runs[kVectors][kRun<A>];
-#pragma GCC unroll 2
+// kVectors vectors of filters from number `first` on, of the rows from number `p` on.
+template <typename T, typename A, int kVectors, bool kFetch>
+PICNN_FAST_HD void see_vectors(Greatest<A>& seen, const T* rows, int64_t stride, int64_t p,
+                               int64_t count, int64_t first, Fetch<T>* ahead) {
+  using Index = IndexOf<A>;
+  constexpr int64_t kNumbers = kVectors * kLanes<A>, kLine = 64 / sizeof(T);
+  Vector<A> best[kVectors], sum[kVectors];
+  Vector<Index> index[kVectors];
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kRun<A>; ++k) {
-      runs[v][k] = load_runs(masks, begins + at + v * kLanes<A> + k);
-    }
-    transpose<A, kRun<A>>(runs[v]);
+    best[v] = load<A>(seen.best + first + v * kLanes<A>);
+    sum[v] = load<A>(seen.sum + first + v * kLanes<A>);
+    index[v] = load<Index>(seen.index + first + v * kLanes<A>);
   }
-#pragma GCC unroll 4
-  for (int k = 0; k < kRun<A>; ++k) {
-    if (k < count) {
-      const T* ahead = rows.ahead + k * rows.stride + at;
-      if (rows.far_ahead) {
-        __builtin_prefetch(ahead, /*rw=*/0, kSecondLevel);
-      } else {
-        __builtin_prefetch(ahead);
-      }
-      if (rows.out_ahead != nullptr) {
-        __builtin_prefetch(rows.out_ahead + k * rows.out_stride + at, /*rw=*/1);
-      }
-      const T* from = rows.maps + k * rows.stride + at;
-      T* to = rows.out + k * rows.out_stride + at;
-      if constexpr (std::is_same_v<T, BFloat16> && kVectors == 2) {
-        const Vector<A> x = load<A>(from) * runs[0][k];
-        const Vector<A> y = load<A>(from + kLanes<A>) * runs[1][k];
-        rows.stream ? stream_both(x, y, to) : store_both(x, y, to);
-        continue;
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        const Vector<A> x = load<A>(from + v * kLanes<A>) * runs[v][k];
-        rows.stream ? stream_vector<A>(x, to + v * kLanes<A>) : store<A>(x, to + v * kLanes<A>);
+  const T* row = rows + first;
+  for (int64_t k = 0; k < count; ++k, row += stride) {
+    const Vector<Index> here = broadcast(static_cast<Index>(p + k));
+    if constexpr (kFetch) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kNumbers; i += kLine) {
+        ahead->next(kNumbers < kLine ? kNumbers : kLine);
       }
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<A> x = load<A>(row + v * kLanes<A>);
+      const Vector<Index> greater = x > best[v];
+      best[v] = greater ? x : best[v];
+      index[v] = greater ? here : index[v];
+      sum[v] += x;
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    store<A>(best[v], seen.best + first + v * kLanes<A>);
+    store<A>(sum[v], seen.sum + first + v * kLanes<A>);
+    store<Index>(index[v], seen.index + first + v * kLanes<A>);
   }
 }
 
-// Of all `filters`.
+// All filters from number `first` on; as many vectors at once as registers hold. Less than one
+// vector of filters is left to Greatest::find.
+template <typename T, typename A, bool kFetch, int kVectors = kVectorBytes == 64 ? 8 : 4>
+PICNN_FAST_HD void see_rows(Greatest<A>& seen, const T* rows, int64_t stride, int64_t p,
+                            int64_t count, int64_t filters, Fetch<T>* ahead = nullptr,
+                            int64_t first = 0) {
+  constexpr int64_t kNumbers = kVectors * kLanes<A>;
+  for (; first + kNumbers <= filters; first += kNumbers) {
+    see_vectors<T, A, kVectors, kFetch>(seen, rows, stride, p, count, first, ahead);
+  }
+  if constexpr (kVectors > 1) {
+    see_rows<T, A, kFetch, kVectors / 2>(seen, rows, stride, p, count, filters, ahead, first);
+  } else if (first < filters && filters >= kNumbers) {
+    // Some filters twice, which changes nothing.
+    see_vectors<T, A, 1, kFetch>(seen, rows, stride, p, count, filters - kNumbers, ahead);
+  }
+}
+
 template <typename T, typename A>
-void mask_rows(const A* masks, const int64_t* begins, const Rows<T> rows, int64_t count,
+void find_peaks(Greatest<A>& seen, const T* maps, int64_t stride, int64_t positions,
+                int64_t filters, int64_t* peak) {
+  constexpr int64_t kRows = 8;
+  const T* ahead = maps + rows_ahead<T>(filters, kRows) * stride;
+  seen.clear(filters);
+  for (int64_t p = 0; p < positions; p += kRows) {
+    const int64_t count = kRows < positions - p ? kRows : positions - p;
+    Fetch<T> fetch(ahead + p * stride, stride, filters);
+    see_rows<T, A, /*kFetch=*/true>(seen, maps + p * stride, stride, p, count, filters, &fetch);
+  }
+  seen.find(maps, stride, positions, filters, peak);
+}
+
+// Rows of filters side by side: where they are read and written, and what is fetched meanwhile.
+// Rows that adjoin are fetched in the order in which they lie in memory, which is fastest.
+template <typename T>
+struct Rows {
+  const T* maps;
+  int64_t stride;
+  T* out;
+  int64_t out_stride;
+  int64_t out_ahead;  // what is fetched to be written, of numbers narrower than masks
+  const T* ahead;
+  int64_t ahead_column;
+  int64_t ahead_stride;  // 0: as many numbers as are gone through at once
+};
+
+// Of kCount positions in a row from number `first` on, or of those below `count`, kVectors vectors
+// of filters from number `at` on times the masks of peaks whose masks begin at `begins`. kStream:
+// past the caches.
+template <typename T, typename A, int kVectors, int kCount, bool kStream, bool kWhole>
+PICNN_FAST_HD void mask_vectors(const A* masks, const int64_t* begins, const Rows<T>& rows,
+                                int64_t first, int64_t count, int64_t at) {
+  constexpr int64_t kNumbers = kVectors * kLanes<A>;
+  Vector<A> runs[kVectors][kCount];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    transpose_runs<A>(masks + first, begins + at + v * kLanes<A>, runs[v]);
+  }
+  const T* from = rows.maps + first * rows.stride + at;
+  T* to = rows.out + first * rows.out_stride + at;
+  const int64_t ahead_stride = rows.ahead_stride == 0 ? kNumbers : rows.ahead_stride;
+  const T* ahead = rows.ahead + at * rows.ahead_column + first * ahead_stride;
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) {
+    if (!kWhole && first + k == count) {
+      break;
+    }
+    __builtin_prefetch(ahead);
+    if constexpr (!kStream && sizeof(T) < sizeof(A)) {
+      __builtin_prefetch(to + rows.out_ahead, /*rw=*/1);
+    }
+    if constexpr (std::is_same_v<T, BFloat16> && kVectors == 2) {
+      const Vector<A> x = load<A>(from) * runs[0][k];
+      const Vector<A> y = load<A>(from + kLanes<A>) * runs[1][k];
+      kStream ? stream_both(x, y, to) : store_both(x, y, to);
+    } else {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<A> x = load<A>(from + v * kLanes<A>) * runs[v][k];
+        kStream ? stream_vector<A>(x, to + v * kLanes<A>) : store<A>(x, to + v * kLanes<A>);
+      }
+    }
+    from += rows.stride, to += rows.out_stride, ahead += ahead_stride;
+  }
+}
+
+// Of all `filters`, kCount positions or the first `count` of them.
+template <typename T, typename A, int kCount, bool kStream, bool kWhole>
+void mask_rows(const A* masks, const int64_t* begins, const Rows<T>& rows, int64_t count,
                int64_t filters) {
   // As many numbers as vectors of A hold at most: whole lines, of the widest vectors.
   constexpr int kVectors = sizeof(A) / sizeof(T);
   constexpr int64_t kNumbers = kVectors * kLanes<A>;
+  // As many positions at once as registers allow.
+  constexpr int kOnce = kVectors == 1 || kVectorBytes == 64 ? kCount : kRun<A>;
   int64_t i = 0;
   for (; i + kNumbers <= filters; i += kNumbers) {
-    mask_vectors<T, A, kVectors>(masks, begins, rows, count, i);
-  }
-  for (; i + kLanes<A> <= filters; i += kLanes<A>) {
-    mask_vectors<T, A, 1>(masks, begins, rows, count, i);
-  }
-  if (i < filters && filters >= kLanes<A>) {
-    mask_vectors<T, A, 1>(masks, begins, rows, count, filters - kLanes<A>);
-    return;
-  }
-  for (; i < filters; ++i) {
-    for (int64_t k = 0; k < count; ++k) {
-      rows.out[k * rows.out_stride + i] =
-          masked<T, A>(rows.maps[k * rows.stride + i], masks[begins[i] + k]);
+    for (int k = 0; k < kCount && (kWhole || k < count); k += kOnce) {
+      mask_vectors<T, A, kVectors, kOnce, kStream, kWhole>(masks, begins, rows, k, count, i);
     }
   }
-}
-
-// `next`, if not null, are the maps that follow. They are fetched while these are written: finding
-// peaks would wait for memory otherwise. Where peaks are given, rows further on are. Of numbers
-// narrower than masks so are rows that are written into the caches, and `next` no nearer than the
-// second level of cache: measured to pay for these alone.
-template <typename T>
-void mask_side_by_side(const TemplateMask<T>& s, const T* maps, const T* next, T* out,
-                       int64_t* peak, int64_t filters, Sink<T>& sink) {
-  using A = Accumulate<T>;
-  constexpr int64_t kAhead = 2 * Sink<T>::kPreferred, kLine = 64 / sizeof(T);
-  const int64_t stride = s.in.maps_strides.position, out_stride = s.out_strides.position;
-  const int64_t rows_ahead = kAhead / filters > kRun<A> ? kAhead / filters : kRun<A>;
-  if (s.find_peak) {
-    find_peaks<T, A>(maps, stride, s.in.shape.positions, filters, peak);
+  for (; i + kLanes<A> <= filters; i += kLanes<A>) {
+    mask_vectors<T, A, 1, kCount, kStream, kWhole>(masks, begins, rows, 0, count, i);
   }
-  const PanelLayout& layout = s.layout;
-  int64_t begins[kFiltersAtOnce];
-  for (int64_t i = 0; i < filters; ++i) {
-    begins[i] = layout.begin(peak[i]);
+  if (i < filters && filters >= kLanes<A>) {
+    i = filters - kLanes<A>;
+    mask_vectors<T, A, 1, kCount, kStream, kWhole>(masks, begins, rows, 0, count, i);
+    return;
   }
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLine == 0;
-  const bool lines = s.stream && aligned && filters % kLine == 0;
-  const bool dense = !lines && out_stride == filters;
-  const bool narrow_rows = !s.stream && sizeof(T) < sizeof(A);
-  const T* ahead = s.find_peak ? (next != nullptr ? next : maps) : maps + rows_ahead * stride;
-  for (int64_t segment = 0; segment < layout.segments; ++segment) {
-    const A* panel = s.masks + segment * layout.per_segment;
-    for (int64_t first = 0; first < layout.length; first += kRun<A>) {
-      const int64_t left = layout.length - first, count = left < kRun<A> ? left : kRun<A>;
-      const int64_t p = segment * layout.length + first;
-      T* to = out + p * out_stride;
-      T* stretch = dense ? sink.open(to, count * filters) : to;
-      T* to_ahead = narrow_rows ? to + rows_ahead * out_stride : nullptr;
-      const Rows<T> rows{maps + p * stride,
-                         ahead + p * stride,
-                         s.find_peak && narrow_rows,
-                         stride,
-                         stretch,
-                         to_ahead,
-                         out_stride,
-                         lines};
-      mask_rows<T, A>(panel + first, begins, rows, count, filters);
-      if (dense) {
-        sink.close();
-      }
+  for (int64_t k = 0; k < count && i < filters; ++k) {
+    const T* from = rows.maps + k * rows.stride;
+    T* to = rows.out + k * rows.out_stride;
+    for (int64_t j = i; j < filters; ++j) {
+      to[j] = masked<T, A>(from[j], masks[begins[j] + k]);
     }
   }
 }
@@ -290,15 +382,21 @@ PICNN_FAST_HD const T* maps_of(const MapPeaks<T>& s, const Block& block) {
 }
 
 template <typename T>
+PICNN_FAST_HD int64_t* peak_of(const MapPeaks<T>& s, const Block& block) {
+  return s.peak + block.sample * s.shape.filters + block.first;
+}
+
+template <typename T>
 void peaks(const MapPeaks<T>& s, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const int64_t positions = s.shape.positions, stride = s.maps_strides.position;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(s, unit);
     const T* maps = maps_of(s, block);
-    int64_t* peak = s.peak + block.sample * s.shape.filters + block.first;
+    int64_t* peak = peak_of(s, block);
     if (s.side_by_side) {
-      find_peaks<T, A>(maps, stride, positions, block.count, peak);
+      Greatest<A> seen;
+      find_peaks(seen, maps, stride, positions, block.count, peak);
       continue;
     }
     for (int64_t i = 0; i < block.count; ++i) {
@@ -306,6 +404,118 @@ void peaks(const MapPeaks<T>& s, int64_t begin, int64_t end) {
       peak[i] =
           stride == 1 ? find_peak_dense<T, A>(map, positions) : find_peak(map, stride, positions);
     }
+  }
+}
+
+// Whether peaks that are given are no positions. By sign bits: a loop that may stop is not
+// vectorised.
+template <typename T>
+PICNN_FAST_HD bool refuse(const TemplateMask<T>& s, const Block& block) {
+  if (s.find_peak) {
+    return false;
+  }
+  const int64_t* peaks = peak_of(s.in, block);
+  const uint64_t last = static_cast<uint64_t>(s.in.shape.positions) - 1;
+  uint64_t signs = 0;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const auto peak = static_cast<uint64_t>(peaks[i]);
+    signs |= peak | (last - peak);
+  }
+  const bool invalid = signs >> 63 != 0;
+  if (invalid) {
+    __atomic_store_n(s.invalid, true, __ATOMIC_RELAXED);
+  }
+  return invalid;
+}
+
+// Filters side by side. The peaks of the block `next`, if not null, are found row by row while
+// `block` is written, so that reading and writing go on at the same pace.
+template <typename T>
+void mask_side_by_side(const TemplateMask<T>& s, const Block& block, const Block* next,
+                       Greatest<Accumulate<T>>& seen, Sink<T>& sink) {
+  using A = Accumulate<T>;
+  constexpr int64_t kLine = 64 / sizeof(T), kMost = 4096 / sizeof(T);
+  const PanelLayout& layout = s.layout;
+  const int64_t stride = s.in.maps_strides.position, out_stride = s.out_strides.position;
+  const int64_t filters = block.count;
+  const int64_t* peak = peak_of(s.in, block);
+  int64_t begins[kFiltersAtOnce];
+  for (int64_t i = 0; i < filters; ++i) {
+    begins[i] = layout.begin(peak[i]);
+  }
+  const T* maps = maps_of(s.in, block);
+  const T* others = next == nullptr ? maps : maps_of(s.in, *next);
+  const int64_t fetched = next == nullptr ? filters : next->count;
+  T* out = s.out + block.sample * s.out_strides.batch + block.first * s.out_strides.filter;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLine == 0;
+  const bool lines = s.stream && aligned && filters % kLine == 0;
+  const bool dense = !lines && out_stride == filters;
+  // What is gone through at once is to fit the first level of cache, as is the sink's buffer.
+  const bool fits = filters <= kMost && !(s.stream && dense);
+  const int64_t most = fits ? kLongRun<A> : kRun<A>, rows_on = rows_ahead<T>(filters, most);
+  int64_t rows_seen = 0;
+  if (next != nullptr) {
+    seen.clear(next->count);
+  }
+  for (int64_t segment = 0; segment < layout.segments; ++segment) {
+    const A* panel = s.masks + segment * layout.per_segment;
+    for (int64_t first = 0, count; first < layout.length; first += count) {
+      const int64_t left = layout.length - first, p = segment * layout.length + first;
+      count = left < most ? left : most;
+      T* to = out + p * out_stride;
+      const Rows<T> rows{maps + p * stride,
+                         stride,
+                         dense ? sink.open(to, count * filters) : to,
+                         out_stride,
+                         s.stream ? 0 : rows_on * out_stride,
+                         others + (p + rows_on) * stride,
+                         stride == filters ? count : 1,
+                         stride == filters ? 0 : stride};
+      const auto run = [&](auto run, auto stream) {
+        constexpr int kCount = run;
+        constexpr bool kStream = stream;
+        count == kCount
+            ? mask_rows<T, A, kCount, kStream, true>(panel + first, begins, rows, count, filters)
+            : mask_rows<T, A, kCount, kStream, false>(panel + first, begins, rows, count, filters);
+      };
+      constexpr std::integral_constant<int, kRun<A>> kShort{};
+      constexpr std::integral_constant<int, kLongRun<A>> kLong{};
+      if (count <= kRun<A>) {
+        lines ? run(kShort, std::true_type{}) : run(kShort, std::false_type{});
+      } else {
+        lines ? run(kLong, std::true_type{}) : run(kLong, std::false_type{});
+      }
+      if (dense) {
+        sink.close();
+      }
+      const int64_t unseen = p + count - rows_seen;
+      if (next != nullptr && (unseen > kRun<A> || p + count == s.in.shape.positions)) {
+        see_rows<T, A, /*kFetch=*/false>(seen, others + rows_seen * stride, stride, rows_seen,
+                                         unseen, fetched);
+        rows_seen += unseen;
+      }
+    }
+  }
+  if (next != nullptr) {
+    seen.find(others, stride, s.in.shape.positions, fetched, peak_of(s.in, *next));
+  }
+}
+
+template <typename T>
+void mask_side_by_side(const TemplateMask<T>& s, int64_t begin, int64_t end, Sink<T>& sink) {
+  Greatest<Accumulate<T>> seen;
+  if (s.find_peak && begin < end) {
+    const Block block = block_of(s.in, begin);
+    find_peaks(seen, maps_of(s.in, block), s.in.maps_strides.position, s.in.shape.positions,
+               block.count, peak_of(s.in, block));
+  }
+  for (int64_t unit = begin; unit < end; ++unit) {
+    if (refuse(s, block_of(s.in, unit))) {
+      continue;
+    }
+    const bool more = s.find_peak && unit + 1 < end;
+    const Block block = block_of(s.in, unit), next = more ? block_of(s.in, unit + 1) : block;
+    mask_side_by_side(s, block, more ? &next : nullptr, seen, sink);
   }
 }
 
@@ -415,16 +625,18 @@ void mask(const TemplateMask<T>& s, int64_t begin, int64_t end) {
   const bool dense = from.position == 1 && to.position == 1 && to.filter == positions;
   const bool adjoining = from.filter == positions && positions >= kLanes<Accumulate<T>>;
   Sink<T> sink(s.stream);
+  if (in.side_by_side) {
+    return mask_side_by_side(s, begin, end, sink);
+  }
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(in, unit);
     const T* maps = maps_of(in, block);
     T* out = s.out + block.sample * to.batch + block.first * to.filter;
-    int64_t* peak = in.peak + block.sample * in.shape.filters + block.first;
-    if (in.side_by_side) {
-      const bool more = s.find_peak && unit + 1 < end;
-      const T* next = more ? maps_of(in, block_of(in, unit + 1)) : nullptr;
-      mask_side_by_side(s, maps, next, out, peak, block.count, sink);
-    } else if (dense && adjoining) {
+    int64_t* peak = peak_of(in, block);
+    if (refuse(s, block)) {
+      continue;
+    }
+    if (dense && adjoining) {
       s.stream ? mask_adjoining<T, true>(s, maps, out, peak, block.count)
                : mask_adjoining<T, false>(s, maps, out, peak, block.count);
     } else if (dense) {

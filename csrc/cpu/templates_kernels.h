@@ -33,7 +33,7 @@ struct PanelLayout {
 };
 
 // Filters that lie side by side in memory: what the kernels keep of each is on their stack.
-constexpr int64_t kFiltersAtOnce = 1024;
+constexpr int64_t kFiltersAtOnce = 2048;
 
 // The maps of one call, and the peaks to be found in them or given, in [0, positions).
 template <typename T>
@@ -54,7 +54,8 @@ struct TemplateMask {
   const Accumulate<T>* masks;  // panels of what to multiply by
   T* out;
   Strides out_strides;
-  bool stream;  // write past the caches
+  bool stream;    // write past the caches
+  bool* invalid;  // set where given peaks are no positions; what belongs to them is not written
 };
 
 // Units [begin, end).

@@ -117,14 +117,19 @@ inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// Indices of the shape wanted, contiguous, whatever they are.
+inline torch::stable::Tensor contiguous_indices(const torch::stable::Tensor& t, const char* name,
+                                                std::initializer_list<int64_t> shape) {
+  check_shape(t, name, shape);
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Long, name, ": want int64");
+  return as_contiguous(t);
+}
+
 // Class indices of the shape wanted, contiguous, every one of them in [0, classes).
 inline torch::stable::Tensor class_indices(const torch::stable::Tensor& labels, const char* name,
                                            std::initializer_list<int64_t> shape, int64_t classes) {
-  check_shape(labels, name, shape);
+  const torch::stable::Tensor indices = contiguous_indices(labels, name, shape);
   const int64_t count = labels.numel();
-  STD_TORCH_CHECK(labels.scalar_type() == torch::headeronly::ScalarType::Long, name,
-                  ": want int64");
-  const torch::stable::Tensor indices = as_contiguous(labels);
   const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
   // All at once, by their sign bits: a loop that may stop is not vectorised.
   const uint64_t last = static_cast<uint64_t>(classes) - 1;

@@ -73,6 +73,66 @@ PICNN_FAST_HD Vector<A> load_runs(const A* from, const int64_t* at) {
 #endif
 }
 
+// Twice as many, where vectors hold them.
+template <typename A>
+constexpr int kLongRun = kVectorBytes < 32 ? kRun<A> : 2 * kRun<A>;
+
+// Of two vectors the parts of 128 bits with even numbers, or those with odd ones.
+template <bool kOdd, typename A, int... kLane>
+PICNN_FAST_HD Vector<A> every_other(Vector<A> a, Vector<A> b,
+                                    std::integer_sequence<int, kLane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b,
+                                 ((2 * (kLane / kRun<A>)+kOdd) * kRun<A> + kLane % kRun<A>)...);
+#else
+  return __builtin_shuffle(
+      a, b, Vector<IndexOf<A>>{((2 * (kLane / kRun<A>)+kOdd) * kRun<A> + kLane % kRun<A>)...});
+#endif
+}
+
+// Vectors of the first numbers of runs, of the second ones and so on: of the runs that begin at
+// at[0], at[1] and so on, one a lane.
+template <typename A>
+PICNN_FAST_HD void transpose_runs(const A* from, const int64_t* at, Vector<A> (&runs)[kRun<A>]) {
+#pragma GCC unroll 4
+  for (int k = 0; k < kRun<A>; ++k) {
+    runs[k] = load_runs(from, at + k);
+  }
+  transpose<A, kRun<A>>(runs);
+}
+
+#if defined(__AVX2__)
+template <typename A>
+PICNN_FAST_HD void transpose_runs(const A* from, const int64_t* at,
+                                  Vector<A> (&runs)[2 * kRun<A>]) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes<A>>{};
+  constexpr int kHalf = kRun<A>;
+  const auto run = [&](int64_t begin) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + begin));
+  };
+  Vector<A> halves[2][kHalf];  // of the filters
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const int64_t* first = at + h * (kLanes<A> / 2);
+#pragma GCC unroll 4
+    for (int k = 0; k < kHalf; ++k) {
+#if defined(__AVX512F__)
+      halves[h][k] = (Vector<A>)_mm512_inserti64x4(_mm512_castsi256_si512(run(first[k])),
+                                                   run(first[kHalf + k]), 1);
+#else
+      halves[h][k] = (Vector<A>)run(first[k]);
+#endif
+    }
+    transpose<A, kHalf>(halves[h]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < kHalf; ++k) {
+    runs[k] = every_other<false, A>(halves[0][k], halves[1][k], kAll);
+    runs[kHalf + k] = every_other<true, A>(halves[0][k], halves[1][k], kAll);
+  }
+}
+#endif
+
 // The inverse.
 template <typename A>
 PICNN_FAST_HD void store_runs(const Vector<A>& runs, A* to, const int64_t* at) {

@@ -186,6 +186,23 @@ def test_nan_and_infinity_are_as_in_the_reference(backend: Backend, dtype, layou
     torch.testing.assert_close(grad.cpu(), expected, rtol=bound, atol=bound, equal_nan=True)
 
 
+def test_among_many_filters_side_by_side_nan_and_infinity_have_their_place(cpp: Backend):
+    nan, inf = math.nan, math.inf
+    for dtype in DTYPES:
+        # Vectors of filters and some more, of several units of work.
+        x = maps((9, 84, 3, 5), "channels_last", dtype)
+        x[0, 17, 1, 2] = x[0, 17, 2, 2] = x[8, 83, 2, 4] = x[5, 3, 0, 0] = nan
+        x[1, 60, 2, 0], x[1, 60, 0, 4], x[2, 82, 0, 3] = inf, -inf, inf
+        x[4, 79] = -inf
+        with noted(dtype):
+            assert torch.equal(torch.ops.picnn_fast.map_peaks(x), first_peaks(x))
+            masked, peak = template_mask(x, TEMPLATES["l1"])
+            assert torch.equal(peak, first_peaks(x))
+            offsets = TEMPLATES["l1"].offsets_for(3, 5, x)
+            expected, _ = reference.template_mask(x, offsets, 1.0)
+            torch.testing.assert_close(masked, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @kernel_cases(
     ("grad_layout", "features_layout"),
     pairwise(LAYOUTS, ["contiguous", "channels_last", "sliced"]),
@@ -253,8 +270,10 @@ def test_a_peak_out_of_range_is_refused(cpp: Backend):
     for wrong in (-1, 35, 2**40, -(2**63)):
         peak = torch.zeros(2, 3, dtype=torch.int64)
         peak[1, 2] = wrong
-        with noted(wrong), pytest.raises(RuntimeError, match=rf"peak: got {wrong}, want \[0, 35\)"):
-            torch.ops.picnn_fast.template_mask_backward(torch.ones(2, 3, 5, 7), peak, offsets, 1.0)
+        for layout in ("contiguous", "channels_last", "batch_innermost"):
+            grad, message = maps((2, 3, 5, 7), layout), rf"peak: got {wrong}, want \[0, 35\)"
+            with noted(wrong, layout), pytest.raises(RuntimeError, match=message):
+                torch.ops.picnn_fast.template_mask_backward(grad, peak, offsets, 1.0)
 
 
 # offsets, which maps 5 x 7 want [9, 13]; the message
