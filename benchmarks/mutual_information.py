@@ -580,15 +580,14 @@ Activations `[samples, filters]` imitate pooled ReLU maps with class structure.
   what moves at least: the activations, and twice every line of the counts that a sample falls into.
   Processors with VPOPCNTDQ, BITALG and GFNI count samples by bit planes and population counts: a
   class at a time from 128 samples a class on; where the classes are more than 64, four at a time,
-  sixteen samples of each, from two a class on; all else is an increment of a counter a sample. At
-  K = 1000 the 65 MB of counts leave the caches: each line of them is added to once for all samples,
-  on its way while the next ones are counted. At [10000, 128] the 235,000 lines that a batch falls
-  into are 30 MB to be read and written beside 5 MB of activations: six readings allow for nothing
-  else. Lines and counting take about as long, of which only a part is at the same time; the rest is
-  the first look at the samples, for their range.
-  At [10000, 128], K = 10, about a third of the time goes to
-  the call, the labels and adding to 0.7 MB of counts; *plain*: `torch.bincount` with a range known
-  beforehand.
+  sixteen samples of each, from eight a class on, or two where the counts are more than 32 MB; all
+  else is an increment of a counter a sample. At K = 1000 the 65 MB of counts leave the caches: each
+  line of them is added to once for all samples, on its way while the next ones are counted. At
+  [10000, 128] the 235,000 lines that a batch falls into are 30 MB to be read and written beside
+  5 MB of activations: six readings allow for nothing else. Lines and counting take about as long,
+  of which only a part is at the same time; the rest is the first look at the samples, for their
+  range. At [10000, 128], K = 10, about a third of the time goes to the call, the labels and adding
+  to 0.7 MB of counts; *plain*: `torch.bincount` with a range known beforehand.
 - *einsum*, *scatter*: soft counts as a product with one-hot labels, and by `index_add`.
 - `histogram_information`: what soft counts tell of each class; *plain*: what defines it, under
   autograd.

@@ -93,7 +93,8 @@ enum class Method {
   kDirect          // range, then count_into
 };
 
-constexpr int64_t kLeastRangeRows = 512;  // of a run whose ranges alone are found
+constexpr int64_t kLeastRangeRows = 512;                  // of a run whose ranges alone are found
+constexpr int64_t kMostCachedCounts = int64_t{32} << 20;  // bytes
 
 // How the samples of a call are cut and counted.
 struct Plan {
@@ -141,9 +142,11 @@ Plan plan_of(int64_t samples, int64_t filters, int64_t bins, int64_t classes, bo
   // samples for each of its cells.
   const bool in_order = neighbours && samples < int64_t{1} << 31;
   const bool by_class = in_order && bins <= 128 && samples * kClassesAtOnce >= 4 * bins * classes;
-  // Planes hold sixteen samples of a class, and are made as fast of few.
-  const bool planes_by_class =
-      in_order && bit_planes && classes > kMostSlicedClasses && samples >= 2 * classes;
+  // Planes hold sixteen samples of a class, and are made as fast of few: few pay where each would
+  // wait for its line of the counts.
+  const bool cached = filters * bins * classes * int64_t{sizeof(int64_t)} <= kMostCachedCounts;
+  const bool planes_by_class = in_order && bit_planes && classes > kMostSlicedClasses &&
+                               samples >= (cached ? 8 : 2) * classes;
   plan.method = sliced                         ? Method::kBitPlanes
                 : 4 * table_cells <= plan.rows ? Method::kTables
                 : planes_by_class              ? Method::kPlanesByClass
