@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,8 +193,12 @@ def _plain(name: str, value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, numbers.Integral):
         return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Tensor):

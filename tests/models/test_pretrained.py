@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -139,6 +140,23 @@ def test_what_cannot_be_loaded_is_told_in_a_line(saved, tmp_path):
 
 def _version():
     return picnn_fast.__version__
+
+
+def test_options_that_are_numpy_s_are_kept_as_python_s(tmp_path):
+    network = make_interpretable(
+        "small-cnn",
+        "iccnn",
+        num_classes=2,
+        num_filters=np.int32(6),
+        groups=np.int64(3),
+        published_mean=np.bool_(True),
+        correlation_weight=np.float32(0.5),
+    )
+    network.save_pretrained(tmp_path)
+    loaded = InterpretableNetwork.from_pretrained(tmp_path)
+    assert loaded.published_mean is True
+    assert loaded.correlation_weight == 0.5
+    assert json.loads((tmp_path / CARD).read_text())["options"]["published_mean"] is True
 
 
 def test_what_a_card_cannot_hold_is_refused_before_anything_is_written(tmp_path):
