@@ -85,6 +85,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt torch torchvision setuptools ninja pybind11 numpy
 	@touch $@
 
+.PHONY: again
 again:
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES) $(call lost-core,$(VENV)/.built)
