@@ -356,16 +356,18 @@ SECTION = """
 
 - *of the limit*: one read and one write of the maps, and again for the gradient, over the bandwidth
   of copying maps of the same size. Memory of the AMD EPYC here, which it shares with other hosts,
-  is fast in some minutes and slow in others: where a copy takes .35 to .4 ms, as in this run, the
-  share is 77 to 104 % contiguous and 70 to 74 % channels_last; where it takes .6 to .8, 98 to 108
-  and 78 to 89. *Plain*: argmax, a table of masks and a product, as one would write them.
+  is fast in some minutes and slow in others: three runs gave 80 to 92 % where a copy takes .37 ms,
+  as in this one, and 94 to 104 where it takes .6, in either layout. *Plain*: argmax, a table of
+  masks and a product, as one would write them.
 - *clones*: `clone()` in place of the operator, of the maps and of the gradient, as a share of their
   own limit; *a call*: the operator, forward and backward, on next to nothing, between the other
   candidates, which leave nothing of it in the caches. What a call takes, no kernel makes up for.
 - *two products*: responses and gradient as library matrix products alone; *of these*: what all of
-  the exact loss and its gradient takes, as a share of them; *autograd*: the definition by matrix
-  products left to autograd; *direct*: by broadcasting maps and templates; *running*, *target*: the
-  other estimators.
+  the exact loss and its gradient takes, as a share of them. On AMD the library, MKL, multiplies by
+  AVX2. Told in another run that the processor is Intel's, it took its AVX-512 path: 6.5 and 2.7 ms,
+  of which the exact loss took .70 to .75 and 1.4. *Autograd*: the definition by matrix products
+  left to autograd; *direct*: by broadcasting maps and templates; *running*, *target*: the other
+  estimators.
 - *extra memory*: the highest of a process during forward and backward, above what it held before.
 - *training step*: ICNN over STD, the same network without mask layers and filter losses, its
   inserted convolution included; in brackets the quartiles of the rounds, which spread wider
