@@ -356,11 +356,10 @@ void mask_rows(const A* masks, const int64_t* begins, const Rows<T>& rows, int64
     mask_vectors<T, A, 1, kCount, kStream, kWhole>(masks, begins, rows, 0, count, i);
     return;
   }
-  for (int64_t k = 0; k < count && i < filters; ++k) {
-    const T* from = rows.maps + k * rows.stride;
-    T* to = rows.out + k * rows.out_stride;
-    for (int64_t j = i; j < filters; ++j) {
-      to[j] = masked<T, A>(from[j], masks[begins[j] + k]);
+  for (; i < filters; ++i) {
+    for (int64_t k = 0; k < count; ++k) {
+      rows.out[k * rows.out_stride + i] =
+          masked<T, A>(rows.maps[k * rows.stride + i], masks[begins[i] + k]);
     }
   }
 }
