@@ -196,7 +196,7 @@ PICNN_FAST_HD Vector<float> exponential(Vector<float> x) {
   const Vector<float> least = broadcast(-87.0f), most = broadcast(88.0f);
   const Vector<float> round = broadcast(12582912.0f);  // 1.5 * 2^23 leaves whole numbers
 #if defined(__AVX512F__)
-  const Vector<float> y = x;  // its exponent cannot overflow into the sign
+  const Vector<float> y = x;  // scalef takes any n
 #else
   Vector<float> y = x < least ? least : x;
   y = y > most ? most : y;

@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "indices.h"
 #include "scalar.h"
 #include "streaming.h"
 #include "transpose.h"
@@ -406,25 +407,15 @@ void peaks(const MapPeaks<T>& s, int64_t begin, int64_t end) {
   }
 }
 
-// Whether peaks that are given are no positions. By sign bits: a loop that may stop is not
-// vectorised.
+// Whether peaks that are given are no positions.
 template <typename T>
 PICNN_FAST_HD bool refuse(const TemplateMask<T>& s, const Block& block) {
-  if (s.find_peak) {
+  if (s.find_peak ||
+      picnn_fast::all_below(peak_of(s.in, block), block.count, s.in.shape.positions)) {
     return false;
   }
-  const int64_t* peaks = peak_of(s.in, block);
-  const uint64_t last = static_cast<uint64_t>(s.in.shape.positions) - 1;
-  uint64_t signs = 0;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const auto peak = static_cast<uint64_t>(peaks[i]);
-    signs |= peak | (last - peak);
-  }
-  const bool invalid = signs >> 63 != 0;
-  if (invalid) {
-    __atomic_store_n(s.invalid, true, __ATOMIC_RELAXED);
-  }
-  return invalid;
+  __atomic_store_n(s.invalid, true, __ATOMIC_RELAXED);
+  return true;
 }
 
 // Filters side by side. The peaks of the block `next`, if not null, are found row by row while
@@ -509,11 +500,12 @@ void mask_side_by_side(const TemplateMask<T>& s, int64_t begin, int64_t end, Sin
                block.count, peak_of(s.in, block));
   }
   for (int64_t unit = begin; unit < end; ++unit) {
-    if (refuse(s, block_of(s.in, unit))) {
+    const Block block = block_of(s.in, unit);
+    if (refuse(s, block)) {
       continue;
     }
     const bool more = s.find_peak && unit + 1 < end;
-    const Block block = block_of(s.in, unit), next = more ? block_of(s.in, unit + 1) : block;
+    const Block next = more ? block_of(s.in, unit + 1) : block;
     mask_side_by_side(s, block, more ? &next : nullptr, seen, sink);
   }
 }

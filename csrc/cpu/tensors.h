@@ -13,6 +13,7 @@
 #include "../common/check.h"
 #include "../common/stable.h"
 #include "../common/types.h"
+#include "indices.h"
 
 // What the CPU operators ask of their arguments.
 namespace picnn_fast {
@@ -131,14 +132,8 @@ inline torch::stable::Tensor class_indices(const torch::stable::Tensor& labels, 
   const torch::stable::Tensor indices = contiguous_indices(labels, name, shape);
   const int64_t count = labels.numel();
   const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
-  // All at once, by their sign bits: a loop that may stop is not vectorised.
-  const uint64_t last = static_cast<uint64_t>(classes) - 1;
-  uint64_t signs = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint64_t k = static_cast<uint64_t>(index[i]);
-    signs |= k | (last - k);
-  }
-  for (int64_t i = 0; i < count && signs >> 63 != 0; ++i) {
+  const bool valid = all_below(index, count, classes);
+  for (int64_t i = 0; i < count && !valid; ++i) {
     STD_TORCH_CHECK(index[i] >= 0 && index[i] < classes, name, ": got ", index[i], ", want [0, ",
                     classes, ")");
   }
